@@ -1,0 +1,195 @@
+"""The state of a run in a folder: safetensors and JSON, nothing that runs code when it is read.
+
+    checkpoint-500/
+      unet/                  loads as a UNet2DConditionModel
+      unet_ema/              the averaged weights, likewise, with --use_ema
+      optimizer.safetensors  the optimizer's tensors, named PARAMETER/KEY
+      state.json             position, schedule, loss scaler, versions and the optimizer's other values
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+import sd_recipes
+from sd_recipes.recipe import RecipeError
+
+if TYPE_CHECKING:
+    from sd_recipes.build import Training
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `samples_seen` is its position in the data and in the random draws."""
+
+    global_step: int = 0  # global batches done
+    samples_seen: int = 0
+
+
+def save_unet(unet: UNet2DConditionModel, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write `tensors` with the UNet's configuration, so that the folder loads as a UNet2DConditionModel."""
+    unet.save_config(folder)
+    save_file(_on_cpu(tensors), folder / UNET_WEIGHTS, metadata={"format": "pt"})
+
+
+def save_checkpoint(training: Training, progress: Progress, output_dir: Path) -> Path:
+    """Write checkpoint-N beside its final place, rename it, then remove those beyond the limit."""
+    final = output_dir / f"checkpoint-{progress.global_step}"
+    temporary = output_dir / f".{final.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+    unet = training.components.unet
+    save_unet(unet, unet.state_dict(), temporary / "unet")
+    if training.ema:
+        save_unet(unet, training.ema.named_tensors(), temporary / "unet_ema")
+    optimizer_state = training.optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, value in _flatten(optimizer_state["state"]):
+        (tensors if isinstance(value, torch.Tensor) else values)[name] = value
+    save_file(_on_cpu(tensors), temporary / "optimizer.safetensors")
+    scaler = training.accelerator.scaler
+    state = {
+        "format": FORMAT,
+        "versions": {"sd-recipes": sd_recipes.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "progress": asdict(progress),
+        "seed": training.seed,
+        "optimizer": {
+            "name": training.recipe.optimizer,
+            "values": values,
+            "param_groups": optimizer_state["param_groups"],
+        },
+        "schedule": {key: value for key, value in training.schedule.state_dict().items() if key != "lr_lambdas"},
+        "scaler": scaler.state_dict() if scaler else None,
+        "ema_step": training.ema.model.optimization_step if training.ema else None,
+    }
+    (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    _prune(output_dir, training.recipe.checkpoints_total_limit)
+    return final
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first."""
+    found = {
+        int(match[1]): path
+        for path in output_dir.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "state.json").is_file()
+    }
+    return [found[step] for step in sorted(found)]
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
+    """The newest checkpoint for `latest`, or None; otherwise the one at `wanted`, or of that name in the folder.
+
+    Raises RecipeError, listing what there is, if a checkpoint was named that is not one.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if wanted == "latest":
+        return checkpoints[-1] if checkpoints else None
+    for path in (Path(wanted), output_dir / wanted):
+        if (path / "state.json").is_file():
+            return path
+    raise RecipeError(
+        f"--resume_from_checkpoint {wanted}: no checkpoint there; {output_dir} has "
+        f"{[path.name for path in checkpoints] or 'none'}"
+    )
+
+
+def load_checkpoint(training: Training, path: Path) -> Progress:
+    """Restore weights, average, optimizer, schedule and scaler. Raises RecipeError if they do not fit."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        unet_tensors = load_file(path / "unet" / UNET_WEIGHTS)
+        optimizer_tensors = load_file(path / "optimizer.safetensors")
+        ema_tensors = load_file(path / "unet_ema" / UNET_WEIGHTS) if training.ema and state["ema_step"] is not None else None
+    # SafetensorError is no subclass of OSError.
+    except Exception as error:
+        raise RecipeError(f"--resume_from_checkpoint {path}: cannot be read: {error}") from error
+    _check_same_run(training, state, path)
+    try:
+        training.components.unet.load_state_dict(unet_tensors)
+    except RuntimeError as error:
+        words = " ".join(str(error).split())[:200]
+        raise RecipeError(f"--resume_from_checkpoint {path}: is of another UNet: {words}") from None
+
+    optimizer = state["optimizer"]
+    training.optimizer.load_state_dict(
+        {"state": _unflatten({**optimizer_tensors, **optimizer["values"]}), "param_groups": optimizer["param_groups"]}
+    )
+    training.schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None]})
+    if training.accelerator.scaler and state["scaler"]:
+        training.accelerator.scaler.load_state_dict(state["scaler"])
+    if training.ema:
+        if ema_tensors is None:
+            raise RecipeError(f"--use_ema: {path} has no averaged weights; drop the flag, or start anew")
+        training.ema.load(ema_tensors, state["ema_step"])
+    return Progress(**state["progress"])
+
+
+def _check_same_run(training: Training, state: dict[str, Any], path: Path) -> None:
+    if state["format"] != FORMAT:
+        raise RecipeError(f"{path} has checkpoint format {state['format']}; this version reads {FORMAT}")
+    if state["optimizer"]["name"] != training.recipe.optimizer:
+        raise RecipeError(
+            f"--optimizer {training.recipe.optimizer}: {path} was written with {state['optimizer']['name']}, whose state "
+            f"does not carry over; use --optimizer {state['optimizer']['name']}, or start anew"
+        )
+    if state["seed"] != training.seed:
+        logger.warning(
+            "--seed %s: the checkpoint was written with seed %s; the order of the rows and the draws change from here.",
+            training.seed,
+            state["seed"],
+        )
+
+
+def _prune(output_dir: Path, limit: int | None) -> None:
+    """Remove the oldest beyond `limit`: after the new one stands, so that a crash leaves at least one."""
+    if limit is not None:
+        for path in list_checkpoints(output_dir)[:-limit]:
+            logger.info("Removing %s (--checkpoints_total_limit %d)", path, limit)
+            shutil.rmtree(path)
+
+
+def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _flatten(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _unflatten(flat: dict[str, Any]) -> dict[Any, Any]:
+    """The inverse of _flatten; the first level's keys are parameter numbers."""
+    state: dict[Any, Any] = {}
+    for name, value in flat.items():
+        *parents, key = name.split("/")
+        place = state
+        for depth, parent in enumerate(parents):
+            place = place.setdefault(int(parent) if depth == 0 else parent, {})
+        place[key] = value
+    return state

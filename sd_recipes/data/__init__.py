@@ -1,0 +1,1 @@
+"""From rows to batches: rows, images, captions, order, draws, batches."""

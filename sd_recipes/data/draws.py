@@ -1,0 +1,70 @@
+"""(seed, position) to a sample's random draws.
+
+Drawn from a counter-based generator (Philox, Salmon et al. 2011) keyed by the seed and the sample's
+position in the run, so that they do not depend on the process, the micro-batch, the worker or the
+device that the sample meets, and a resumed run needs no generator state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# One counter a purpose: a setting that needs one more draw leaves all others alone.
+CHOICES, NOISE, POSTERIOR, OFFSET, PERTURBATION = range(1, 6)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random draws of one sample; noises are standard normal, float32."""
+
+    timestep: int
+    flip_u: float
+    crop_u: tuple[float, float]
+    caption_u: float
+    dropout_u: float
+    noise: np.ndarray  # (C, h, w)
+    posterior_noise: np.ndarray  # (C, h, w): which latent of the VAE's posterior
+    offset_noise: np.ndarray  # (C, 1, 1)
+    perturbation_noise: np.ndarray | None  # (C, h, w), drawn only where it is asked for
+
+
+def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:
+    key = np.array([seed, position], dtype=np.uint64)
+    counter = np.array([0, 0, 0, purpose], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def draw(
+    seed: int,
+    position: int,
+    *,
+    stratum: int,
+    global_batch_size: int,
+    latent_shape: tuple[int, int, int],
+    num_train_timesteps: int,
+    perturbed: bool = False,
+) -> Draws:
+    """All draws of the sample at `position`, with latents of `latent_shape` (C, h, w).
+
+    The timestep is uniform over 0 … num_train_timesteps - 1, stratified: the sample that is number
+    `stratum` of its global batch draws from that one of `global_batch_size` equal slices (variance
+    reduction, as Kingma et al. 2021, appendix I.1).
+    """
+    u = _generator(seed, position, CHOICES).random(6)
+
+    def normal(purpose: int, shape: tuple[int, ...]) -> np.ndarray:
+        return _generator(seed, position, purpose).standard_normal(shape, dtype=np.float32)
+
+    return Draws(
+        timestep=min(int((stratum + u[0]) / global_batch_size * num_train_timesteps), num_train_timesteps - 1),
+        flip_u=u[1],
+        crop_u=(u[2], u[3]),
+        caption_u=u[4],
+        dropout_u=u[5],
+        noise=normal(NOISE, latent_shape),
+        posterior_noise=normal(POSTERIOR, latent_shape),
+        offset_noise=normal(OFFSET, (latent_shape[0], 1, 1)),
+        perturbation_noise=normal(PERTURBATION, latent_shape) if perturbed else None,
+    )

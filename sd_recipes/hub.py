@@ -1,0 +1,87 @@
+"""Model card and upload. Only what belongs to the pipeline leaves the machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from sd_recipes.recipe import Recipe, RecipeError
+
+logger = logging.getLogger(__name__)
+
+# Never checkpoints, logs or the data: a run's folder may hold a great deal more than a model.
+ALLOWED = [
+    "model_index.json",
+    "README.md",
+    "recipe.yaml",
+    "samples.png",
+    *(f"{part}/*" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")),
+]
+
+
+class PushError(RuntimeError):
+    """The model is saved and could not be pushed; the message holds the command that pushes it."""
+
+
+def create_repository(recipe: Recipe) -> str:
+    """The repository to push to, made before training so that missing rights show first. Raises RecipeError."""
+    name = recipe.hub_model_id or Path(recipe.output_dir).resolve().name
+    try:
+        return HfApi().create_repo(name, exist_ok=True).repo_id
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+        raise RecipeError(
+            f"--push_to_hub: cannot create {name} ({' '.join(str(error).split())[:200]}): log in with `hf auth login`, "
+            "or drop the flag and upload later"
+        ) from error
+
+
+def publish(output_dir: Path, repo_id: str, recipe: Recipe) -> str:
+    """Write the model card and upload the pipeline; the repository's address. Raises PushError."""
+    write_model_card(output_dir, repo_id, recipe)
+    api = HfApi()
+    try:
+        api.upload_folder(
+            repo_id=repo_id, folder_path=output_dir, allow_patterns=ALLOWED, commit_message="End of training"
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        includes = " ".join(f"--include '{pattern}'" for pattern in ALLOWED)
+        raise PushError(
+            f"the model is saved in {output_dir} and was not pushed ({' '.join(str(error).split())[:200]}). "
+            f"Push it with: hf upload {repo_id} {output_dir} . {includes}"
+        ) from error
+    return f"{api.endpoint}/{repo_id}"
+
+
+def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe) -> None:
+    """README.md of the model: what it was made from, with what settings, and how to use it."""
+    data = ModelCardData(
+        base_model=recipe.pretrained_model_name_or_path if not recipe.train_from_scratch else None,
+        datasets=[recipe.dataset_name] if recipe.dataset_name and recipe.dataset_name.count("/") <= 1 else None,
+        tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"],
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+    )
+    prompts = recipe.validation_prompts or ["a photo"]
+    pictures = "![samples](samples.png)\n" if (output_dir / "samples.png").is_file() else ""
+    content = f"""---
+{data.to_yaml()}
+---
+
+# {repo_id}
+
+Made from **{recipe.pretrained_model_name_or_path}** with **{recipe.dataset_name or "images of its own"}** by sd-recipes.
+All settings are in `recipe.yaml`.
+
+{pictures}
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(repo_id)})
+pipeline({json.dumps(prompts[0])}).images[0].save("image.png")
+```
+"""
+    ModelCard(content).save(output_dir / "README.md")

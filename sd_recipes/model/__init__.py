@@ -1,0 +1,1 @@
+"""The parts of a pipeline and how they run: components, latents, conditioning, placement."""

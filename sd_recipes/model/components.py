@@ -1,0 +1,169 @@
+"""The parts of a Stable Diffusion pipeline, each loaded by its own class, in safetensors only.
+
+No class is taken from the repository's own say, and no code of a repository is run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sd_recipes import assets
+from sd_recipes.recipe import ModelConfig, RecipeError
+
+logger = logging.getLogger(__name__)
+
+# Sampling schedulers that a pipeline may name; any other is replaced by DDIM, with a warning.
+SAMPLERS: dict[str, type[SchedulerMixin]] = {
+    sampler.__name__: sampler
+    for sampler in (
+        DDIMScheduler,
+        DDPMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        PNDMScheduler,
+    )
+}
+
+
+@dataclass
+class Components:
+    """Everything that a StableDiffusionPipeline is made of, in float32."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: DDPMScheduler  # of training
+    sampler: SchedulerMixin  # of the pipeline
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a side that one latent stands for."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a square image."""
+        side = resolution // self.vae_scale_factor
+        return self.vae.config.latent_channels, side, side
+
+    def set_prediction_type(self, prediction_type: str) -> None:
+        """The exported pipeline must sample with the prediction type that was trained."""
+        for scheduler in (self.scheduler, self.sampler):
+            scheduler.register_to_config(prediction_type=prediction_type)
+
+
+def load_components(config: ModelConfig) -> Components:
+    """Load every part, the VAE and the text encoder frozen. Raises RecipeError naming what is missing."""
+    name = assets.resolve(config.pretrained_model_name_or_path or "")
+    source = _Source(name, config)
+    scheduler = source.load(DDPMScheduler, "scheduler")
+    tokenizer = source.load(CLIPTokenizer, "tokenizer")
+    text_encoder = source.load_model(CLIPTextModel, "text_encoder", dtype=torch.float32)
+    vae = source.load_model(AutoencoderKL, "vae", torch_dtype=torch.float32)
+    if config.train_from_scratch:
+        unet = UNet2DConditionModel.from_config(_read_unet_config(config, source))
+    else:
+        unet = source.load_model(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
+    components = Components(unet, vae, text_encoder, tokenizer, scheduler, _load_sampler(source, scheduler))
+    _check_fit(components)
+    for frozen in (vae, text_encoder):
+        frozen.requires_grad_(False)
+        frozen.eval()
+    return components
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    """The UNet in a folder that this project wrote, in float32."""
+    return UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+
+
+@dataclass
+class _Source:
+    """A pipeline folder or Hub repository, from which parts are loaded by class."""
+
+    name: str
+    config: ModelConfig
+
+    def __post_init__(self) -> None:
+        looks_like_path = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
+        if looks_like_path and not Path(self.name).is_dir():
+            raise RecipeError(f"--pretrained_model_name_or_path {self.name}: no such folder")
+
+    def load(self, part: Any, subfolder: str, **options: Any) -> Any:
+        options = {"subfolder": subfolder, "revision": self.config.revision, "cache_dir": self.config.cache_dir, **options}
+        if Path(self.name).is_dir() and not (Path(self.name) / subfolder).is_dir():
+            raise RecipeError(
+                f"--pretrained_model_name_or_path {self.name} lacks the folder {subfolder}/: a pipeline in diffusers "
+                "format has unet/, vae/, text_encoder/, tokenizer/ and scheduler/"
+            )
+        try:
+            return part.from_pretrained(self.name, **options)
+        # diffusers, transformers and huggingface_hub report an absent, broken or forbidden part by
+        # OSError, ValueError, KeyError, RuntimeError, JSONDecodeError and SafetensorError: no common
+        # base. All of them are about the model that the person named.
+        except Exception as error:
+            words = " ".join(str(error).split())[:400]
+            raise RecipeError(
+                f"--pretrained_model_name_or_path {self.name}: cannot load {subfolder} "
+                f"({part.__name__}): {words or type(error).__name__}"
+            ) from error
+
+    def load_model(self, part: Any, subfolder: str, **options: Any) -> Any:
+        revision = self.config.revision
+        if subfolder == "unet" and self.config.non_ema_revision:
+            logger.warning("--non_ema_revision is deprecated: use --variant non_ema")
+            revision = self.config.non_ema_revision
+        options = {"variant": self.config.variant, "use_safetensors": True, **options, "revision": revision}
+        return self.load(part, subfolder, **options)
+
+
+def _read_unet_config(config: ModelConfig, source: _Source) -> dict[str, Any]:
+    if config.unet_config is None:
+        try:
+            return UNet2DConditionModel.load_config(
+                source.name, subfolder="unet", revision=config.revision, cache_dir=config.cache_dir
+            )
+        except OSError as error:
+            words = " ".join(str(error).split())[:300]
+            raise RecipeError(f"--train_from_scratch: no UNet configuration, give --unet_config FILE ({words})") from error
+    path = Path(config.unet_config)
+    if not path.is_file():
+        raise RecipeError(f"--unet_config {path}: no such file")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--unet_config {path}: not a JSON file: {error}") from None
+
+
+def _load_sampler(source: _Source, scheduler: DDPMScheduler) -> SchedulerMixin:
+    """The scheduler class that the model's own scheduler_config.json names, if it is a known one."""
+    saved = DDPMScheduler.load_config(
+        source.name, subfolder="scheduler", revision=source.config.revision, cache_dir=source.config.cache_dir
+    )
+    name = saved.get("_class_name", "DDIMScheduler")
+    if name not in SAMPLERS:
+        logger.warning("The model's scheduler %s is not one of %s: DDIM is used.", name, ", ".join(SAMPLERS))
+    return SAMPLERS.get(name, DDIMScheduler).from_config(saved)
+
+
+def _check_fit(components: Components) -> None:
+    unet, vae, text_encoder = components.unet.config, components.vae.config, components.text_encoder.config
+    if unet.in_channels != vae.latent_channels:
+        raise RecipeError(
+            f"the UNet takes {unet.in_channels} channels, the VAE's latents have {vae.latent_channels}: "
+            "set in_channels and out_channels in the UNet's configuration"
+        )
+    if unet.cross_attention_dim != text_encoder.hidden_size:
+        raise RecipeError(
+            f"the UNet's cross_attention_dim is {unet.cross_attention_dim}, the text encoder's states have "
+            f"{text_encoder.hidden_size} values: set cross_attention_dim in the UNet's configuration"
+        )

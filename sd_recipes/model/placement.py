@@ -1,0 +1,34 @@
+"""How the models run, never what they compute: memory format, attention, checkpointing, compilation."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import torch
+
+from sd_recipes.model.components import Components
+from sd_recipes.recipe import MemoryConfig
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def place(components: Components, config: MemoryConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Move the frozen models to `device` in `dtype` and the UNet in float32, arranged as configured."""
+    components.vae.to(device, dtype=dtype)
+    components.text_encoder.to(device, dtype=dtype)
+    unet = components.unet.to(device)
+    if config.channels_last == "on" or (config.channels_last == "auto" and device.type == "cuda"):
+        unet.to(memory_format=torch.channels_last)
+        components.vae.to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.enable_xformers_memory_efficient_attention:
+        if importlib.util.find_spec("xformers"):
+            unet.enable_xformers_memory_efficient_attention()
+        else:
+            logger.warning("xFormers is not installed: PyTorch's own memory-efficient attention is used.")
+    if config.compile_unet:
+        unet.compile()

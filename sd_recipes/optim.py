@@ -1,0 +1,53 @@
+"""Parameters to an optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from diffusers.optimization import get_scheduler
+
+from sd_recipes.recipe import OptimConfig, RecipeError
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: OptimConfig, *, learning_rate: float, fused: bool
+) -> torch.optim.Optimizer:
+    """The optimizer of `config.optimizer`.
+
+    `fused` asks for AdamW's single kernel; not with a loss scaler, since then a skipped step cannot be
+    seen from outside. Raises RecipeError if bitsandbytes is needed and absent.
+    """
+    parameters = list(parameters)
+    decay = config.adam_weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=learning_rate, momentum=config.sgd_momentum, weight_decay=decay)
+    if config.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=decay)
+    adam = {
+        "lr": learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": decay,
+    }
+    if config.optimizer == "adamw8bit":
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise RecipeError(
+                "--use_8bit_adam needs bitsandbytes: pip install 'sd-recipes[bitsandbytes]', or drop the flag"
+            ) from error
+        return bitsandbytes.optim.AdamW8bit(parameters, **adam)
+    return torch.optim.AdamW(parameters, fused=fused, **adam)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, max_train_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """diffusers' schedule of that name, counted in optimizer steps on any number of processes."""
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+    )

@@ -1,0 +1,31 @@
+"""Components to a StableDiffusionPipeline: for validation pictures, and as a folder at the end."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+
+from sd_recipes.model.components import Components
+
+
+def build_pipeline(components: Components) -> StableDiffusionPipeline:
+    """A pipeline over the live components; no progress bar, no safety checker (none was loaded)."""
+    pipeline = StableDiffusionPipeline(
+        vae=components.vae,
+        text_encoder=components.text_encoder,
+        tokenizer=components.tokenizer,
+        unet=components.unet,
+        scheduler=copy.deepcopy(components.sampler),  # sampling leaves state in it
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def export_pipeline(components: Components, output_dir: Path) -> None:
+    """Write a folder that StableDiffusionPipeline.from_pretrained loads, in safetensors."""
+    build_pipeline(components).save_pretrained(output_dir, safe_serialization=True)

@@ -1,0 +1,143 @@
+"""What a run has learnt: loss on held-out rows under fixed noise, and pictures of fixed prompts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from sd_recipes.data.batches import BatchBuilder
+from sd_recipes.data.order import MicroBatch
+from sd_recipes.metrics import ImageTextScore
+from sd_recipes.model.conditioning import encode_text
+from sd_recipes.model.latents import encode_pixels, sample_latents, to_pixel_values
+from sd_recipes.pipeline import build_pipeline
+
+if TYPE_CHECKING:
+    from sd_recipes.build import Training
+
+# The same noise for every run and every step, whatever the run's seed, so that losses can be compared.
+HELD_OUT_SEED = 0
+# Below this many (row, timestep, noise) samples the loss of a small split says more about its noise.
+MIN_HELD_OUT_SAMPLES = 256
+PICTURES_AT_ONCE = 16
+
+
+@dataclass
+class Validator:
+    """Validates a training run: its held-out loss, its pictures and their image-text score."""
+
+    held_out: BatchBuilder | None
+    score: ImageTextScore | None
+
+    @torch.no_grad()
+    def held_out_loss(self, training: Training) -> float:
+        """Mean loss over the held-out rows, timesteps stratified over all samples; the UNet as it is."""
+        assert self.held_out is not None
+        num_rows, size = len(self.held_out.rows), training.recipe.train_batch_size
+        num_samples = num_rows * math.ceil(MIN_HELD_OUT_SAMPLES / num_rows)
+        # Strided, so that every row meets early and late timesteps.
+        strata = np.arange(num_samples).reshape(num_rows, -1).T.reshape(-1)
+        total = torch.zeros((), device=training.accelerator.device)
+        for start in range(0, num_samples, size):
+            chosen = np.arange(start, min(start + size, num_samples))
+            plan = MicroBatch(
+                rows=chosen % num_rows,
+                positions=chosen,
+                strata=strata[chosen],
+                global_batch_size=num_samples,
+                weight=1.0,
+                is_last=True,
+                samples_seen=0,
+                ends_epoch=False,
+            )
+            batch = self.held_out[plan].to(training.accelerator.device)
+            pixel_values = to_pixel_values(batch.pixel_values, training.weight_dtype)
+            components = training.components
+            latents = sample_latents(components.vae, encode_pixels(components.vae, pixel_values), batch.posterior_noise)
+            states = encode_text(components.text_encoder, batch.input_ids)
+            with training.accelerator.autocast():
+                losses = training.held_out_objective(components.unet, latents, states, batch.timesteps, batch.noise)
+            total += losses.sum()
+        return total.item() / num_samples
+
+    def pictures(self, training: Training) -> list[Image.Image]:
+        """A picture of each prompt: the same noise for the same seed and prompt, at every step."""
+        recipe = training.recipe
+        prompts = recipe.validation_prompts or []
+        pipeline = build_pipeline(training.components)
+        pictures: list[Image.Image] = []
+        with training.accelerator.autocast():
+            for start in range(0, len(prompts), PICTURES_AT_ONCE):
+                some = prompts[start : start + PICTURES_AT_ONCE]
+                generators = [
+                    torch.Generator("cpu").manual_seed((training.seed + start + number) % 2**63)
+                    for number in range(len(some))
+                ]
+                pictures += pipeline(
+                    some,
+                    height=recipe.resolution,
+                    width=recipe.resolution,
+                    num_inference_steps=recipe.validation_inference_steps,
+                    guidance_scale=recipe.validation_guidance_scale,
+                    generator=generators,
+                ).images
+        return pictures
+
+    def __call__(self, training: Training, step: int) -> None:
+        """Validate with the averaged weights where there are any; log, and write the grid of pictures."""
+        unet, recipe = training.components.unet, training.recipe
+        figures: dict[str, float] = {}
+        unet.eval()
+        with training.evaluated_weights():
+            if self.held_out is not None:
+                figures["validation_loss"] = self.held_out_loss(training)
+            if recipe.validation_prompts:
+                pictures = self.pictures(training)
+                path = Path(recipe.output_dir) / "samples" / f"step-{step:06d}.png"
+                path.parent.mkdir(exist_ok=True)
+                picture_grid(pictures, recipe.validation_prompts).save(path)
+                training.tracker.log_pictures(pictures, step)
+                if self.score:
+                    figures["image_text_score"] = self.score(pictures, recipe.validation_prompts)
+        unet.train()
+        if figures:
+            training.tracker.log(figures, step)
+
+
+def picture_grid(
+    pictures: list[Image.Image], captions: list[str], columns: int | None = None, cell: int | None = None
+) -> Image.Image:
+    """Pictures in rows, each over its caption; small pictures are enlarged to `cell` pixels (default: 128 at least)."""
+    columns = columns or min(len(pictures), max(4, math.ceil(math.sqrt(len(pictures)))))
+    width = cell or max(128, pictures[0].width)
+    font_size = max(11, width // 12)
+    font = ImageFont.load_default(size=font_size)
+    line = font_size + 3
+    height = width * pictures[0].height // pictures[0].width + 2 * line + 6
+    rows = math.ceil(len(pictures) / columns)
+    grid = Image.new("RGB", (columns * (width + 6), rows * height), "white")
+    pen = ImageDraw.Draw(grid)
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = number % columns * (width + 6) + 3, number // columns * height
+        scaled = picture.resize((width, width * picture.height // picture.width), Image.Resampling.LANCZOS)
+        grid.paste(scaled, (left, top))
+        for row, text in enumerate(_wrap(caption, font, width)[:2]):
+            pen.text((left, top + scaled.height + row * line), text, fill="black", font=font)
+    return grid
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
