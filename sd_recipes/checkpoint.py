@@ -172,7 +172,14 @@ def _prune(output_dir: Path, limit: int | None) -> None:
 
 
 def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """What safetensors can write: contiguous, and nothing shared (AdamW8bit shares its tables among parameters)."""
+    copies: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        copy = tensor.detach().cpu().contiguous()
+        copies[name] = copy.clone() if copy.data_ptr() in seen else copy
+        seen.add(copy.data_ptr())
+    return copies
 
 
 def _flatten(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

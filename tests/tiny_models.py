@@ -64,6 +64,7 @@ def build_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", unet_con
         beta_end=0.012,
         beta_schedule="scaled_linear",
         clip_sample=False,
+        steps_offset=1,
         set_alpha_to_one=False,
         prediction_type=prediction_type,
     )

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+
+from sd_recipes.data.draws import draw
+from sd_recipes.data.order import Order, share
+
+
+def take(order: Order, samples_seen: int, number: int) -> list:
+    batches = order.batches_from(samples_seen)
+    return [next(batches) for _ in range(number)]
+
+
+def test_every_row_comes_once_an_epoch_and_the_last_batch_is_smaller() -> None:
+    order = Order(num_rows=10, global_batch_size=4, seed=7)
+    batches = take(order, 0, 2 * order.steps_per_epoch)
+    assert [len(batch.rows) for batch in batches] == [4, 4, 2] * 2
+    epochs = [np.concatenate([batch.rows for batch in batches[start : start + 3]]) for start in (0, 3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
+    assert list(epochs[0]) != list(epochs[1])
+    assert [batch.ends_epoch for batch in batches] == [False, False, True] * 2
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_position_is_one_number(steps: int) -> None:
+    order = Order(num_rows=10, global_batch_size=4, seed=7)
+    whole = take(order, 0, 8)
+    seen = sum(len(batch.rows) for batch in whole[:steps])
+    for expected, batch in zip(whole[steps:], take(order, seen, 8 - steps), strict=True):
+        assert batch.position == expected.position
+        np.testing.assert_array_equal(batch.rows, expected.rows)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_the_processes_share_a_global_batch_exactly(world_size: int, micro_batch_size: int) -> None:
+    for batch in take(Order(num_rows=11, global_batch_size=6, seed=1), 0, 4):
+        shares = [
+            share(batch, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+            for rank in range(world_size)
+        ]
+        for plans in shares:
+            assert [plan.is_last for plan in plans] == [False] * (len(plans) - 1) + [True]
+        plans = [plan for plans in shares for plan in plans if plan.weight]
+        positions = np.concatenate([plan.positions for plan in plans])
+        assert sorted(positions) == list(range(batch.position, batch.position + len(batch.rows)))
+        assert all(len(plan.rows) <= micro_batch_size for plan in plans)
+
+
+SETTINGS = {"latent_shape": (4, 8, 8), "num_train_timesteps": 1000}
+
+
+def test_a_sample_has_its_own_draws_and_keeps_them() -> None:
+    one, again = (draw(3, 5, stratum=1, global_batch_size=4, **SETTINGS) for _ in range(2))
+    np.testing.assert_array_equal(one.noise, again.noise)
+    assert (one.timestep, one.crop_u, one.flip_u) == (again.timestep, again.crop_u, again.flip_u)
+    others = [draw(3, 6, stratum=1, global_batch_size=4, **SETTINGS), draw(4, 5, stratum=1, global_batch_size=4, **SETTINGS)]
+    for other in others:
+        assert not np.array_equal(one.noise, other.noise)
+        assert one.flip_u != other.flip_u
+    assert not np.array_equal(one.noise, one.posterior_noise)
+
+
+def test_timesteps_are_stratified_and_uniform() -> None:
+    timesteps = np.array([draw(0, p, stratum=p % 8, global_batch_size=8, **SETTINGS).timestep for p in range(8000)])
+    assert (np.sort(timesteps.reshape(-1, 8)) // 125 == np.arange(8)).all()
+    assert abs(timesteps.mean() - 499.5) < 3
+    assert timesteps.min() < 5
+    assert timesteps.max() > 994
+
+
+def test_noise_is_standard_normal() -> None:
+    noise = np.stack([draw(0, p, stratum=0, global_batch_size=1, **SETTINGS).noise for p in range(1000)])
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+
+
+def test_perturbation_leaves_the_other_draws_alone() -> None:
+    plain, perturbed = (
+        draw(0, 9, stratum=0, global_batch_size=1, perturbed=perturbed, **SETTINGS) for perturbed in (False, True)
+    )
+    assert plain.perturbation_noise is None
+    assert perturbed.perturbation_noise is not None
+    np.testing.assert_array_equal(plain.noise, perturbed.noise)

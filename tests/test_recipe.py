@@ -1,0 +1,186 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from sd_recipes.recipe import SHIPPED_RECIPES, Recipe, RecipeError, load_recipe, save_recipe
+
+MINIMAL = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "data"]
+
+# Names and defaults of diffusers' examples/text_to_image/train_text_to_image.py at 58eb52c0 (2026-08-23).
+DIFFUSERS_FLAGS = {
+    "input_perturbation": 0,
+    "pretrained_model_name_or_path": None,
+    "revision": None,
+    "variant": None,
+    "dataset_name": None,
+    "dataset_config_name": None,
+    "train_data_dir": None,
+    "image_column": "image",
+    "caption_column": "text",
+    "max_train_samples": None,
+    "validation_prompts": None,
+    "output_dir": "sd-model-finetuned",
+    "cache_dir": None,
+    "seed": None,
+    "resolution": 512,
+    "center_crop": False,
+    "random_flip": False,
+    "train_batch_size": 16,
+    "num_train_epochs": 100,
+    "max_train_steps": None,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-4,
+    "scale_lr": False,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 500,
+    "snr_gamma": None,
+    "dream_training": False,
+    "dream_detail_preservation": 1.0,
+    "use_8bit_adam": False,
+    "allow_tf32": False,
+    "use_ema": False,
+    "offload_ema": False,
+    "foreach_ema": False,
+    "non_ema_revision": None,
+    "dataloader_num_workers": 0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-2,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "push_to_hub": False,
+    "hub_token": None,
+    "prediction_type": None,
+    "hub_model_id": None,
+    "logging_dir": "logs",
+    "mixed_precision": None,
+    "report_to": "tensorboard",
+    "local_rank": -1,
+    "checkpointing_steps": 500,
+    "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None,
+    "enable_xformers_memory_efficient_attention": False,
+    "noise_offset": 0,
+    "validation_epochs": 5,
+    "tracker_project_name": "text2image-fine-tune",
+    "image_interpolation_mode": "lanczos",
+}
+
+
+def test_every_flag_of_diffusers_script_has_its_name_and_default() -> None:
+    assert len(DIFFUSERS_FLAGS) == 57
+    defaults = {name: field.default for name, field in Recipe.model_fields.items()}
+    assert {name: defaults.get(name, "absent") for name in DIFFUSERS_FLAGS} == DIFFUSERS_FLAGS
+
+
+def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("learning_rate: 1e-5\nresolution: 256\nrandom_flip: true\n")
+    recipe = load_recipe([*MINIMAL, "--config", str(file), "--resolution", "128", "--no-random_flip"])
+    assert (recipe.learning_rate, recipe.resolution, recipe.random_flip) == (1e-5, 128, False)
+    assert recipe.train_batch_size == 16
+
+
+def test_prompts_take_several_values() -> None:
+    recipe = load_recipe([*MINIMAL, "--validation_prompts", "a cat", "two dogs", "--use_ema"])
+    assert recipe.validation_prompts == ["a cat", "two dogs"]
+
+
+def test_saved_recipe_gives_the_same_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe([*MINIMAL, "--use_8bit_adam", "--snr_gamma", "5", "--validation_prompts", "a: b", "ü"])
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    again = load_recipe(["--config", str(tmp_path / "recipe.yaml")])
+    # The alias of the optimizer's name and the file's own path are not settings of the run.
+    assert again.model_dump(exclude={"config", "use_8bit_adam"}) == recipe.model_dump(exclude={"config", "use_8bit_adam"})
+    assert again.optimizer == "adamw8bit"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lerning_rate", "1"], "nearest: --learning_rate"),
+        (["--config", "quickstrat"], "nearest: quickstart"),
+        (["--train_data_dir", "x"], "--pretrained_model_name_or_path is missing"),
+        (["--pretrained_model_name_or_path", "x"], "--train_data_dir FOLDER or --dataset_name"),
+        ([*MINIMAL, "--learning_rate", "fast"], "--learning_rate"),
+        ([*MINIMAL, "--train_batch_size", "0"], "--train_batch_size: input should be greater"),
+        ([*MINIMAL, "--mixed_precision", "fp8"], "choose from"),
+        ([*MINIMAL, "--hub_token", "hf_x"], "hf auth login"),
+        ([*MINIMAL, "--unet_config", "u.json"], "add --train_from_scratch"),
+        ([*MINIMAL, "--use_8bit_adam", "--optimizer", "sgd"], "--use_8bit_adam contradicts --optimizer sgd"),
+        ([*MINIMAL, "--dream_training", "--prediction_type", "v_prediction"], "--dream_training is defined for"),
+        ([*MINIMAL, "--offload_ema"], "--offload_ema needs --use_ema"),
+        ([*MINIMAL, "--tracker_project_name", "../../x"], "becomes a folder's name"),
+        ([*MINIMAL, "--report_to", "paper"], "is not one of"),
+        ([*MINIMAL, "stray"], "unknown flag stray"),
+    ],
+)
+def test_mistakes_are_named_with_the_way_out(argv: list[str], words: str) -> None:
+    with pytest.raises(RecipeError, match="(?s)") as error:
+        load_recipe(argv)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lerning_rate: 1", "unknown key 'lerning_rate' (nearest: learning_rate)"),
+        ("resolution: wide", "key resolution of the recipe file"),
+        ("- a\n- b", "not a list"),
+        ("a: [", "--config"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe([*MINIMAL, "--config", str(file)])
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED_RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_says_how_to_run_it(path: Path) -> None:
+    recipe = load_recipe(["--config", path.stem])
+    head = path.read_text().split("\n\n")[0] + path.read_text()
+    assert f"--config {path.stem}" in head
+    assert "Hardware:" in head
+    assert recipe.output_dir.startswith("runs/")
+    defaults = Recipe.model_fields
+    repeated = [key for key, value in yaml.safe_load(path.read_text()).items() if value == defaults[key].default]
+    assert repeated == [], "a recipe says only what differs from the defaults"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_accelerate_config_is_read_by_accelerate(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1
+
+
+def test_mistakes_are_answered_before_torch_is_imported() -> None:
+    code = (
+        "import sys; sys.argv = ['x', '--lerning_rate', '1']\n"
+        "import train_text_to_image as script\n"
+        "try: script.main()\n"
+        "except ValueError as error: print(error)\n"
+        "print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    )
+    reply = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert reply.stdout.endswith("False False\n")
+    assert "nearest: --learning_rate" in reply.stdout
+
+
+def test_help_is_grouped_by_section() -> None:
+    reply = subprocess.run(
+        [sys.executable, "train_text_to_image.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for title in ("Run and output:", "Model:", "Data:", "Objective:", "Optimization:", "Checkpoints:", "Hub:"):
+        assert title in reply.stdout
+    assert "--learning_rate RATE" in reply.stdout
