@@ -149,8 +149,8 @@ class MemoryConfig(Section):
     enable_xformers_memory_efficient_attention: bool = Field(
         False, description="Accepted; PyTorch's own attention is used, with a warning, where xFormers is absent."
     )
-    channels_last: Literal["auto", "on", "off"] = Field(
-        "auto", description="Memory format of the UNet; auto: on for CUDA, off on CPU."
+    channels_last: Literal["auto", "always", "never"] = Field(
+        "auto", description="Memory format of UNet and VAE; auto: channels last, but for float32 on a GPU."
     )
     compile_unet: bool = Field(False, description="Compile the UNet with torch.compile.")
 

@@ -66,7 +66,10 @@ def draw_loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
 
 def side_by_side(before: Path, after: Path, path: Path) -> None:
     """Two grids of one size beside each other, titled."""
-    left, right = Image.open(before), Image.open(after)
+    with Image.open(before) as picture:
+        left = picture.copy()
+    with Image.open(after) as picture:
+        right = picture.copy()
     title, gap = 34, 24
     sheet = Image.new("RGB", (left.width + right.width + gap, max(left.height, right.height) + title), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)

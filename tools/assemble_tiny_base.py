@@ -6,7 +6,6 @@ The text encoder is the text tower of the small CLIP; weights are written in flo
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch

@@ -20,7 +20,8 @@ def place(components: Components, config: MemoryConfig, device: torch.device, dt
     components.vae.to(device, dtype=dtype)
     components.text_encoder.to(device, dtype=dtype)
     unet = components.unet.to(device)
-    if config.channels_last == "on" or (config.channels_last == "auto" and device.type == "cuda"):
+    wins = device.type == "cpu" or dtype != torch.float32
+    if config.channels_last == "always" or (config.channels_last == "auto" and wins):
         unet.to(memory_format=torch.channels_last)
         components.vae.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:

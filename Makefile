@@ -1,0 +1,61 @@
+# Both commands set the environment up themselves: make quickstart, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml train_text_to_image.py
+
+.PHONY: help setup quickstart test test-slow lint format docs base clean
+
+help:  ## these lines
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(READY)  ## the environment in .venv, at the tested versions
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or later is needed: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bitsandbytes,dev]'
+	@touch $@
+
+quickstart: $(READY)  ## teach the tiny model flags, on the CPU, in minutes
+	$(LAUNCH) --config quickstart
+	@echo
+	@echo "Look at   runs/quickstart/before_after.png and runs/quickstart/loss_curve.png"
+	@echo "Next      your own pictures (a folder with a metadata.jsonl), on the CPU, from the same tiny base:"
+	@echo "            $(LAUNCH) \\"
+	@echo "              --pretrained_model_name_or_path sd-recipes/tiny-emoji --train_data_dir FOLDER --resolution 64 \\"
+	@echo "              --learning_rate 1e-3 --max_train_steps 1000 --use_ema --output_dir runs/mine"
+	@echo "          on a GPU, Stable Diffusion 1.5:"
+	@echo "            $(BIN)/accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml train_text_to_image.py \\"
+	@echo "              --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\"
+	@echo "              --train_data_dir FOLDER --resolution 512 --use_ema --output_dir runs/sd15"
+
+test: $(READY) lint  ## lint, types and the test suite
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY)  ## the generated parts of the documentation
+	$(BIN)/python tools/write_docs.py
+
+base: $(READY)  ## rebuild the embedded data set and the tiny base, from nothing (hours on two cores)
+	$(BIN)/python tools/build_emoji_dataset.py --output_dir sd_recipes/assets/emoji
+	$(BIN)/python tools/train_tiny_vae.py --dataset_dir sd_recipes/assets/emoji --output_dir build/tiny_vae
+	$(BIN)/python tools/train_tiny_clip.py --dataset_dir sd_recipes/assets/emoji --output_dir build/tiny_clip
+	$(BIN)/python tools/assemble_tiny_base.py --vae build/tiny_vae --clip build/tiny_clip --output_dir build/tiny_parts
+	$(LAUNCH) --config tiny_from_scratch --pretrained_model_name_or_path build/tiny_parts --unet_config tools/tiny_unet.json
+	$(BIN)/python tools/install_tiny_base.py --run runs/tiny_from_scratch --clip build/tiny_clip \
+		--vae_figures build/tiny_vae/figures.json
+
+clean:  ## what runs and builds left; not the environment
+	rm -rf build runs .pytest_cache .mypy_cache .ruff_cache
