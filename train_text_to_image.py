@@ -17,22 +17,30 @@ On your own pictures, on a GPU:
 import os
 import sys
 
+from sd_recipes.console import set_up_console
 from sd_recipes.recipe import RecipeError, load_recipe
 
 
 def main(argv: list[str] | None = None) -> None:
-    recipe = load_recipe(argv)
+    """Train by the flags in `argv`. A person's mistake leaves one line on stderr and status 2."""
+    try:
+        recipe = load_recipe(argv)
+        # Imported here, because it takes seconds: a mistake on the command line is answered before.
+        set_up_console()
+        from sd_recipes.run import run
 
-    # Imported here, because it takes seconds: a mistake on the command line is answered before.
-    from sd_recipes import run
+        run(recipe)
+    except RecipeError as error:
+        _leave(f"error: {error}", status=2)
+    except KeyboardInterrupt:
+        _leave("stopped", status=130)
 
-    run.run(recipe)
+
+def _leave(words: str, *, status: int) -> None:
+    if int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # every process of a run makes the same mistake
+        print(words, file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RecipeError, KeyboardInterrupt) as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
-            print(f"error: {error}" if str(error) else "stopped", file=sys.stderr)
-        sys.exit(2 if isinstance(error, RecipeError) else 130)
+    main()

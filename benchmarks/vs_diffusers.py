@@ -74,7 +74,7 @@ def build_model(shape: str, folder: Path) -> None:
             use_linear_projection=shape == "sd2",
             norm_num_groups=16,
         ),
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

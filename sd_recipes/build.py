@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -228,23 +227,3 @@ def describe(training: Training) -> str:
         "seed": training.seed,
     }
     return "\n".join(f"  {name:<21}{value}" for name, value in lines.items())
-
-
-def quiet_libraries() -> None:
-    """Warnings and our own words on the main process; from libraries, errors only elsewhere."""
-    main = int(os.environ.get("RANK", 0)) == 0
-    logging.basicConfig(
-        format="%(levelname)s %(name)s: %(message)s",
-        level=logging.WARNING if main else logging.ERROR,
-        stream=sys.stderr,
-    )
-    logging.getLogger("sd_recipes").setLevel(logging.INFO if main else logging.ERROR)
-    import datasets
-    import diffusers
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()

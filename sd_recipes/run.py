@@ -6,7 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from sd_recipes.build import build_training, describe, quiet_libraries, start_accelerator
+from sd_recipes.build import build_training, describe, start_accelerator
+from sd_recipes.console import hide_library_bars
 from sd_recipes.hub import PushError, create_repository, publish
 from sd_recipes.loop import TrainingDiverged, fit
 from sd_recipes.pipeline import export_pipeline
@@ -20,7 +21,7 @@ def run(recipe: Recipe) -> None:
     Raises RecipeError for what a person can mend. Leaves with status 3 if the loss diverged, and with
     4 if the model was saved but could not be pushed.
     """
-    quiet_libraries()
+    hide_library_bars()
     accelerator = start_accelerator(recipe)
     pushes = recipe.push_to_hub and accelerator.is_main_process and not recipe.dry_run
     repo_id = create_repository(recipe) if pushes else None

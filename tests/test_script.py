@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import UNET_CONFIG, build_tiny_pipeline
 
-from sd_recipes.recipe import RecipeError
-from train_text_to_image import main
+from sd_recipes.recipe import RecipeError, load_recipe
+from sd_recipes.run import run
 
 ACCELERATE = Path(sys.executable).parent / "accelerate"
 
@@ -203,7 +203,7 @@ def test_a_mistake_is_named_with_the_way_out(
     changes = [change(tmp_path, tiny_pipeline) if callable(change) else change for change in changes]
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(RecipeError) as error:
-        main([str(flag) for flag in [*command_of_diffusers, "--max_train_steps", 1, *changes]])
+        run(load_recipe([str(flag) for flag in [*command_of_diffusers, "--max_train_steps", 1, *changes]]))
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out" / "unet").exists(), "it must fail before training"

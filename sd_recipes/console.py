@@ -1,0 +1,37 @@
+"""What a person sees on the console: our words and the bar, from libraries only errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+
+def set_up_console() -> None:
+    """Set up logging; before torch and diffusers are imported, since they speak while they are.
+
+    On the main process our information and everybody's warnings are shown, on the others errors only.
+    """
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+    # Tokenizers are used in the loader's threads and forked workers, where their own threads would only warn.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    logging.basicConfig(
+        format="%(levelname)s %(name)s: %(message)s",
+        level=logging.WARNING if is_main else logging.ERROR,
+        stream=sys.stderr,
+    )
+    logging.getLogger("sd_recipes").setLevel(logging.INFO if is_main else logging.ERROR)
+    # At import it warns of an optional kernel for 4-bit inference, which is not used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def hide_library_bars() -> None:
+    """Loading and saving bars of the libraries would break up the training bar; after they are imported."""
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
