@@ -64,13 +64,13 @@ class Training:
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
-    """accelerate's Accelerator for this recipe. Raises RecipeError if the hardware asked for is not there."""
+    """accelerate's Accelerator for this recipe. Raises RecipeError if the hardware asked for is absent."""
     has_cuda = torch.cuda.is_available()
     asked_for_cuda = recipe.device == "cuda" or bool(os.environ.get("CUDA_VISIBLE_DEVICES", "").strip("-1 "))
     if asked_for_cuda and not has_cuda:
         raise RecipeError(
-            "CUDA was asked for (--device cuda, or CUDA_VISIBLE_DEVICES) and torch sees no GPU: install a CUDA build of "
-            "torch and a driver, or train on the CPU with --device cpu"
+            "CUDA was asked for (--device cuda, or CUDA_VISIBLE_DEVICES) and torch sees no GPU: install a CUDA build "
+            "of torch and a driver, or train on the CPU with --device cpu"
         )
     on_cpu = recipe.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     mixed_precision = recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -117,7 +117,11 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
             f"--resolution {recipe.resolution} is not a multiple of the VAE's factor {components.vae_scale_factor}: "
             f"use {lower or components.vae_scale_factor} or {lower + components.vae_scale_factor}"
         )
-    if recipe.dream_training and components.scheduler.config.prediction_type != "epsilon" and not recipe.prediction_type:
+    if (
+        recipe.dream_training
+        and components.scheduler.config.prediction_type != "epsilon"
+        and not recipe.prediction_type
+    ):
         raise RecipeError("--dream_training is defined for epsilon, and this model predicts something else: drop it")
     prediction_type = recipe.prediction_type or components.scheduler.config.prediction_type
     components.set_prediction_type(prediction_type)
@@ -155,7 +159,9 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
         unet=prepared_unet,
         objective=DenoisingLoss(components.scheduler, recipe, device),
         # Plain, so that runs with other weightings and tricks can be compared by it.
-        held_out_objective=DenoisingLoss(components.scheduler, ObjectiveConfig(prediction_type=prediction_type), device),
+        held_out_objective=DenoisingLoss(
+            components.scheduler, ObjectiveConfig(prediction_type=prediction_type), device
+        ),
         optimizer=prepared_optimizer,
         schedule=schedule,
         ema=ema,

@@ -1,10 +1,10 @@
 """The state of a run in a folder: safetensors and JSON, nothing that runs code when it is read.
 
-    checkpoint-500/
-      unet/                  loads as a UNet2DConditionModel
-      unet_ema/              the averaged weights, likewise, with --use_ema
-      optimizer.safetensors  the optimizer's tensors, named PARAMETER/KEY
-      state.json             position, schedule, loss scaler, versions and the optimizer's other values
+checkpoint-500/
+  unet/                  loads as a UNet2DConditionModel
+  unet_ema/              the averaged weights, likewise, with --use_ema
+  optimizer.safetensors  the optimizer's tensors, named PARAMETER/KEY
+  state.json             position, schedule, loss scaler, versions and the optimizer's other values
 """
 
 from __future__ import annotations
@@ -70,7 +70,11 @@ def save_checkpoint(training: Training, progress: Progress, output_dir: Path) ->
     scaler = training.accelerator.scaler
     state = {
         "format": FORMAT,
-        "versions": {"sd-recipes": sd_recipes.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "versions": {
+            "sd-recipes": sd_recipes.__version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
         "progress": asdict(progress),
         "seed": training.seed,
         "optimizer": {
@@ -122,7 +126,9 @@ def load_checkpoint(training: Training, path: Path) -> Progress:
         state = json.loads((path / "state.json").read_text())
         unet_tensors = load_file(path / "unet" / UNET_WEIGHTS)
         optimizer_tensors = load_file(path / "optimizer.safetensors")
-        ema_tensors = load_file(path / "unet_ema" / UNET_WEIGHTS) if training.ema and state["ema_step"] is not None else None
+        ema_tensors = (
+            load_file(path / "unet_ema" / UNET_WEIGHTS) if training.ema and state["ema_step"] is not None else None
+        )
     # SafetensorError is no subclass of OSError.
     except Exception as error:
         raise RecipeError(f"--resume_from_checkpoint {path}: cannot be read: {error}") from error
@@ -152,8 +158,8 @@ def _check_same_run(training: Training, state: dict[str, Any], path: Path) -> No
         raise RecipeError(f"{path} has checkpoint format {state['format']}; this version reads {FORMAT}")
     if state["optimizer"]["name"] != training.recipe.optimizer:
         raise RecipeError(
-            f"--optimizer {training.recipe.optimizer}: {path} was written with {state['optimizer']['name']}, whose state "
-            f"does not carry over; use --optimizer {state['optimizer']['name']}, or start anew"
+            f"--optimizer {training.recipe.optimizer}: {path} was written with {state['optimizer']['name']}, whose "
+            f"state does not carry over; use --optimizer {state['optimizer']['name']}, or start anew"
         )
     if state["seed"] != training.seed:
         logger.warning(

@@ -9,10 +9,14 @@ from sd_recipes import __version__
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="sd-recipes", description="Train Stable-Diffusion-class text-to-image models.")
+    parser = argparse.ArgumentParser(
+        prog="sd-recipes", description="Train Stable-Diffusion-class text-to-image models."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("train", add_help=False, help="train by flags or a recipe; `sd-recipes train --help` lists them")
+    commands.add_parser(
+        "train", add_help=False, help="train by flags or a recipe; `sd-recipes train --help` lists them"
+    )
     commands.add_parser("schema", help="print the JSON schema of a recipe file, for editors")
     arguments, rest = parser.parse_known_args()
     if arguments.command == "schema":

@@ -74,8 +74,8 @@ def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe) -> None:
 
 # {repo_id}
 
-Made from **{recipe.pretrained_model_name_or_path}** with **{recipe.dataset_name or "images of its own"}** by sd-recipes.
-All settings are in `recipe.yaml`.
+Made from **{recipe.pretrained_model_name_or_path}** with **{recipe.dataset_name or "images of its own"}**
+by sd-recipes. All settings are in `recipe.yaml`.
 
 {pictures}
 ```python

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -24,7 +25,7 @@ def build_optimizer(
         return torch.optim.SGD(parameters, lr=learning_rate, momentum=config.sgd_momentum, weight_decay=decay)
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=decay)
-    adam = {
+    adam: dict[str, Any] = {
         "lr": learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,

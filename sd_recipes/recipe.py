@@ -55,7 +55,9 @@ class RunConfig(Section):
     mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
         None, description="Autocast type. If not given, accelerate's configuration decides."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; `auto` leaves it to accelerate.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where to train; `auto` leaves it to accelerate."
+    )
     allow_tf32: bool = Field(False, description="TF32 matrix products on Ampere GPUs and later.")
     local_rank: int = Field(-1, description="Accepted for old launchers; the environment's LOCAL_RANK is used.")
 
@@ -187,7 +189,9 @@ class HubConfig(Section):
 
     push_to_hub: bool = Field(False, description="Upload the pipeline at the end.")
     hub_model_id: str | None = Field(None, description="Repository to push to; otherwise the output folder's name.")
-    hub_token: str | None = Field(None, description="Refused: it would end up in logs. Use `hf auth login` or HF_TOKEN.")
+    hub_token: str | None = Field(
+        None, description="Refused: it would end up in logs. Use `hf auth login` or HF_TOKEN."
+    )
 
 
 SECTIONS = (
@@ -327,7 +331,11 @@ def build_parser() -> argparse.ArgumentParser:
             if kind is bool:
                 options |= {"action": argparse.BooleanOptionalAction}
             else:
-                options |= {"type": kind, "choices": choices, "metavar": None if choices else name.split("_")[-1].upper()}
+                options |= {
+                    "type": kind,
+                    "choices": choices,
+                    "metavar": None if choices else name.split("_")[-1].upper(),
+                }
                 if is_list:
                     options["nargs"] = "+"
             group.add_argument(f"--{name}", **options)

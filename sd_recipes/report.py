@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sd_recipes.tracking import read_metrics
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend must be chosen first
+from matplotlib import pyplot as plt
 
 FIGURES = {"validation_loss": "held-out loss", "image_text_score": "image-text score"}
 
@@ -66,10 +66,8 @@ def draw_loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
 
 def side_by_side(before: Path, after: Path, path: Path) -> None:
     """Two grids of one size beside each other, titled."""
-    with Image.open(before) as picture:
-        left = picture.copy()
-    with Image.open(after) as picture:
-        right = picture.copy()
+    with Image.open(before) as first, Image.open(after) as last:
+        left, right = first.copy(), last.copy()
     title, gap = 34, 24
     sheet = Image.new("RGB", (left.width + right.width + gap, max(left.height, right.height) + title), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)

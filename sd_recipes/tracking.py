@@ -29,7 +29,9 @@ class Tracker:
     def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
         self.accelerator = accelerator
         self.path = Path(recipe.output_dir) / "metrics.jsonl"
-        settings = {key: value for key, value in recipe.model_dump().items() if value is not None and key != "hub_token"}
+        settings = {
+            key: value for key, value in recipe.model_dump().items() if value is not None and key != "hub_token"
+        }
         settings = {key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items()}
         accelerator.init_trackers(recipe.tracker_project_name, settings)
 

@@ -63,7 +63,8 @@ class LoopbackHub:
                     asked = json.loads(body)["files"]
                     lfs = (".safetensors", ".png")
                     modes = [
-                        {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(lfs) else "regular"} for f in asked
+                        {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(lfs) else "regular"}
+                        for f in asked
                     ]
                     self._json({"files": [{**mode, "shouldIgnore": False} for mode in modes]})
                 elif path.endswith("/info/lfs/objects/batch"):

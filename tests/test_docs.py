@@ -13,7 +13,12 @@ from sd_recipes.recipe import load_recipe
 sys.path.insert(0, str(ROOT / "tools"))
 from write_docs import pages
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "Makefile", *sorted((ROOT / "docs").glob("*.md")), ROOT / "train_text_to_image.py"]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "Makefile",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "train_text_to_image.py",
+]
 
 
 def test_the_generated_pages_are_fresh() -> None:

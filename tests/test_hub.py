@@ -14,7 +14,9 @@ from loopback_hub import LoopbackHub
 TOKEN = "hf_secretsecretsecretsecretsecret"
 
 
-def run_against(hub: LoopbackHub, home: Path, *flags: object, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
+def run_against(
+    hub: LoopbackHub, home: Path, *flags: object, token: str | None = TOKEN
+) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "ACCELERATE"))}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
     if token:
@@ -41,9 +43,11 @@ def test_a_model_is_pushed_and_trained_on_from_the_hub(flags: list[object], tmp_
         assert pushed.returncode == 0, pushed.stderr
         assert "pushed " in pushed.stdout
         files = hub.files["tester/discs"]
-        assert {"model_index.json", "README.md", "samples.png", "unet/diffusion_pytorch_model.safetensors"} <= set(files)
-        allowed = ("model_index.json", "README.md", "recipe.yaml", "samples.png", "unet/", "vae/", "text_encoder/", "tokenizer/",
-                   "scheduler/")  # fmt: skip
+        assert {"model_index.json", "README.md", "samples.png", "unet/diffusion_pytorch_model.safetensors"} <= set(
+            files
+        )
+        parts = ("unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/")
+        allowed = ("model_index.json", "README.md", "recipe.yaml", "samples.png", *parts)
         assert [name for name in files if not name.startswith(allowed)] == []
         assert b"pipeline_tag: text-to-image" in files["README.md"]
 

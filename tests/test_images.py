@@ -73,4 +73,8 @@ def test_fit_resizes_the_shorter_side_and_crops_where_it_is_told() -> None:
     assert (left_edge(0.0), left_edge(0.5), left_edge(0.999)) == (0, 16, 32)
     flipped = fit_image(image, 32, interpolation="lanczos", crop_u=(0, 0.5), flip=True)
     assert flipped[0, 0, 0] == 31
-    assert fit_image(image.resize((7, 5)), 32, interpolation="nearest", crop_u=(0.5, 0.5), flip=False).shape == (3, 32, 32)
+    assert fit_image(image.resize((7, 5)), 32, interpolation="nearest", crop_u=(0.5, 0.5), flip=False).shape == (
+        3,
+        32,
+        32,
+    )

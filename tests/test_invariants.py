@@ -97,7 +97,9 @@ def test_the_loop_equals_a_float64_run_of_the_algorithm(settings: dict[str, Any]
         for batch in window:
             moments = encode_pixels(components.vae, batch.pixel_values.double() / 127.5 - 1).double()
             mean, logvar = moments.chunk(2, dim=1)
-            latents = (mean + (0.5 * logvar).exp() * batch.posterior_noise.double()) * components.vae.config.scaling_factor
+            latents = (
+                mean + (0.5 * logvar).exp() * batch.posterior_noise.double()
+            ) * components.vae.config.scaling_factor
             states = encode_text(components.text_encoder, batch.input_ids)
             t = a[batch.timesteps][:, None, None, None]
             noisy = t.sqrt() * latents + (1 - t).sqrt() * batch.noise.double()
@@ -130,9 +132,7 @@ def test_every_trainable_parameter_moves_and_no_frozen_one(settings: dict[str, A
     recipe = Recipe(**settings)
     training = build_training(recipe, start_accelerator(recipe))
     parts = {name: getattr(training.components, name) for name in ("unet", "vae", "text_encoder")}
-    before = {
-        name: {key: value.clone() for key, value in part.named_parameters()} for name, part in parts.items()
-    }
+    before = {name: {key: value.clone() for key, value in part.named_parameters()} for name, part in parts.items()}
     fit(training)
     moved = {
         name: {key for key, value in part.named_parameters() if not torch.equal(value, before[name][key])}
@@ -152,7 +152,9 @@ def test_resumed_is_uninterrupted_to_the_bit(settings: dict[str, Any], tmp_path:
     }  # fmt: skip
     quiet = train(settings, output_dir=str(tmp_path / "quiet"))
     # 8 rows in threes: step 4 stands in the middle of the second epoch.
-    resumed = train(settings, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=str(tmp_path / "quiet/checkpoint-4"))
+    resumed = train(
+        settings, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=str(tmp_path / "quiet/checkpoint-4")
+    )
     assert_equal(weights(quiet), weights(resumed))
     assert_equal(quiet.ema.named_tensors(), resumed.ema.named_tensors())
     assert quiet.schedule.get_last_lr() == resumed.schedule.get_last_lr()
@@ -185,7 +187,9 @@ def test_what_only_places_the_model_leaves_the_loss_alone(settings: dict[str, An
     {"prediction_type": "v_prediction", "snr_gamma": 5.0}, {"prediction_type": "sample"}, {"noise_offset": 0.1},
     {"input_perturbation": 0.1}, {"dream_training": True}, {"mixed_precision": "bf16"}, {"scale_lr": True},
 ])  # fmt: skip
-def test_every_objective_trains_and_differs_from_the_plain_one(settings: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_every_objective_trains_and_differs_from_the_plain_one(
+    settings: dict[str, Any], changes: dict[str, Any]
+) -> None:
     changed = train(settings, **changes)
     assert np.isfinite(losses(changed)).all()
     assert losses(changed) != losses(train(settings))

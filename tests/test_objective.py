@@ -70,7 +70,11 @@ def test_a_perfect_prediction_has_no_loss(tensors: dict[str, torch.Tensor]) -> N
         loss = DenoisingLoss(scheduler(), ObjectiveConfig(prediction_type=prediction_type), torch.device("cpu"))
         perfect = loss.target(tensors["latents"], tensors["noise"], TIMESTEPS)
         losses = loss(
-            lambda *_, perfect=perfect, **__: (perfect,), tensors["latents"], tensors["states"], TIMESTEPS, tensors["noise"]
+            lambda *_, perfect=perfect, **__: (perfect,),
+            tensors["latents"],
+            tensors["states"],
+            TIMESTEPS,
+            tensors["noise"],
         )
         assert losses.abs().max() == 0
 

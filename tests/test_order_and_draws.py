@@ -53,7 +53,10 @@ def test_a_sample_has_its_own_draws_and_keeps_them() -> None:
     one, again = (draw(3, 5, stratum=1, global_batch_size=4, **SETTINGS) for _ in range(2))
     np.testing.assert_array_equal(one.noise, again.noise)
     assert (one.timestep, one.crop_u, one.flip_u) == (again.timestep, again.crop_u, again.flip_u)
-    others = [draw(3, 6, stratum=1, global_batch_size=4, **SETTINGS), draw(4, 5, stratum=1, global_batch_size=4, **SETTINGS)]
+    others = [
+        draw(3, 6, stratum=1, global_batch_size=4, **SETTINGS),
+        draw(4, 5, stratum=1, global_batch_size=4, **SETTINGS),
+    ]
     for other in others:
         assert not np.array_equal(one.noise, other.noise)
         assert one.flip_u != other.flip_u

@@ -96,7 +96,9 @@ def test_saved_recipe_gives_the_same_recipe(tmp_path: Path) -> None:
     save_recipe(recipe, tmp_path / "recipe.yaml")
     again = load_recipe(["--config", str(tmp_path / "recipe.yaml")])
     # The alias of the optimizer's name and the file's own path are not settings of the run.
-    assert again.model_dump(exclude={"config", "use_8bit_adam"}) == recipe.model_dump(exclude={"config", "use_8bit_adam"})
+    assert again.model_dump(exclude={"config", "use_8bit_adam"}) == recipe.model_dump(
+        exclude={"config", "use_8bit_adam"}
+    )
     assert again.optimizer == "adamw8bit"
 
 
@@ -121,7 +123,7 @@ def test_saved_recipe_gives_the_same_recipe(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_named_with_the_way_out(argv: list[str], words: str) -> None:
-    with pytest.raises(RecipeError, match="(?s)") as error:
+    with pytest.raises(RecipeError) as error:
         load_recipe(argv)
     assert words in str(error.value)
     assert "\n" not in str(error.value)

@@ -140,7 +140,11 @@ def test_the_saved_recipe_reproduces_the_run(command_of_diffusers: list[object],
 def test_dry_run_prints_the_run_and_trains_nothing(command_of_diffusers: list[object], tmp_path: Path) -> None:
     done = run_script(*command_of_diffusers, "--gradient_accumulation_steps", 3, "--num_train_epochs", 2, "--dry_run")
     assert done.returncode == 0, done.stderr
-    for words in ("global batch         3 = 1 a device x 3", "optimizer steps      6 (3 an epoch", "trainable parameters"):
+    for words in (
+        "global batch         3 = 1 a device x 3",
+        "optimizer steps      6 (3 an epoch",
+        "trainable parameters",
+    ):
         assert words in done.stdout
     assert "learning_rate: 0.0005" in done.stdout
     assert not (tmp_path / "out" / "unet").exists()
@@ -150,8 +154,8 @@ def test_the_emoji_in_the_package_train_from_scratch_from_a_config(tiny_pipeline
     config = tmp_path / "unet.json"
     config.write_text(json.dumps({**UNET_CONFIG, "block_out_channels": [16, 32]}))
     done = run_script(
-        "--pretrained_model_name_or_path", tiny_pipeline, "--dataset_name", "sd-recipes/emoji", "--max_train_samples", 20,
-        "--train_from_scratch", "--unet_config", config, "--resolution", 32, "--train_batch_size", 4,
+        "--pretrained_model_name_or_path", tiny_pipeline, "--dataset_name", "sd-recipes/emoji",
+        "--max_train_samples", 20, "--train_from_scratch", "--unet_config", config, "--resolution", 32, "--train_batch_size", 4,
         "--max_train_steps", 2, "--output_dir", tmp_path / "out", "--validation_split", "flags_heldout",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -228,20 +232,30 @@ def test_eight_bit_adam_without_bitsandbytes(command_of_diffusers: list[object],
     (tmp_path / "bitsandbytes.py").write_text("raise ImportError('absent')\n")
     command = [sys.executable, ROOT / "train_text_to_image.py", *command_of_diffusers, "--use_8bit_adam"]
     done = subprocess.run(
-        [str(part) for part in command], env=environment(PYTHONPATH=str(tmp_path)), cwd=ROOT, capture_output=True, text=True
+        [str(part) for part in command],
+        env=environment(PYTHONPATH=str(tmp_path)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert_one_line_error(done, "error: --use_8bit_adam needs bitsandbytes: pip install")
 
 
-def test_an_empty_data_set_and_a_broken_picture_are_named(
-    command_of_diffusers: list[object], image_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_picture_is_named(
+    command_of_diffusers: list[object], image_folder: Path, tmp_path: Path, num_workers: int
 ) -> None:
-    datasets.Dataset.from_dict({"image": [], "text": []}).to_parquet(tmp_path / "none.parquet")
-    assert_one_line_error(run_script(*command_of_diffusers, "--dataset_name", tmp_path / "none.parquet"), "--dataset_name")
     shutil.copytree(image_folder, tmp_path / "broken")
     (tmp_path / "broken" / "3.png").write_bytes(b"\x89PNG garbage")
-    done = run_script(*command_of_diffusers, "--train_data_dir", tmp_path / "broken", "--max_train_steps", 20)
-    assert_one_line_error(done, "3.png")
+    flags = ["--train_data_dir", tmp_path / "broken", "--max_train_steps", 20, "--dataloader_num_workers", num_workers]
+    assert_one_line_error(run_script(*command_of_diffusers, *flags), "3.png")
+
+
+def test_an_empty_data_set_is_named(command_of_diffusers: list[object], tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"image": [], "text": []}).to_parquet(tmp_path / "none.parquet")
+    assert_one_line_error(
+        run_script(*command_of_diffusers, "--dataset_name", tmp_path / "none.parquet"), "--dataset_name"
+    )
 
 
 def test_a_model_in_pickles_is_refused(command_of_diffusers: list[object], tmp_path: Path) -> None:

@@ -88,9 +88,7 @@ def read_rows(folder: Path) -> list[dict]:
 
 
 def split_of(row: dict) -> str:
-    held_out = (
-        int(hashlib.sha256(row["unicode"].encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
-    )
+    held_out = int(hashlib.sha256(row["unicode"].encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
     subject = "flags" if row["category"] == "Flags" else "train"
     return f"{subject}_heldout" if held_out else subject
 

@@ -17,35 +17,7 @@ from diffusers import StableDiffusionPipeline
 
 ASSETS = Path(__file__).parent.parent / "sd_recipes" / "assets"
 
-CARD = """---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [stable-diffusion, text-to-image]
----
-
-# tiny-emoji
-
-A real Stable Diffusion pipeline that fits in {size:.0f} MB and draws 64x64 emoji. It is the embedded default of sd-recipes,
-made to be fine-tuned on a laptop in minutes. It has never drawn a flag: that is what the quickstart teaches it.
-
-![samples](samples.png)
-
-| part | parameters | trained on | by | steps | time on two CPU cores | figures |
-|---|---|---|---|---|---|---|
-| VAE (64x64x3 to 8x8x4) | {vae_parameters:,} | all 1,911 emoji | `tools/train_tiny_vae.py` | {vae[num_steps]:,} x {vae[batch_size]} | {vae[minutes]:.0f} min | mean absolute error {vae[mean_absolute_error_of_255]} of 255, over the pictures it was trained on |
-| text encoder, of the small CLIP | {text_parameters:,} | all 1,911 emoji with names and keywords | `tools/train_tiny_clip.py` | {clip[num_steps]:,} x {clip[batch_size]} | {clip[minutes]:.0f} min | of 1,911 names the right one comes first for {clip_top1:.0f} % of the pictures it was trained on |
-| UNet | {unet_parameters:,} | {rows:,} emoji, no flags, 87 others held out | `train_text_to_image.py --config tiny_from_scratch` | {steps:,} x {batch} | {unet_minutes} | held-out loss {first_loss:.3f} after epoch {first_epoch}, {last_loss:.3f} at the end, fixed noise; lowest {lowest_loss:.3f} |
-
-The VAE and the CLIP were trained beside other work on the same two cores, so their times are upper bounds. They know all
-emoji, the flags included; only the UNet does not. The held-out loss is of emoji whose names the UNet has not seen: it
-tells over-fitting, which a model of 1,554 pictures cannot avoid, and not how good the samples are.
-
-## Licence and source
-
-The weights are licensed under Apache-2.0. They were trained on Noto Emoji (Copyright Google, Apache-2.0) with names and
-keywords of emojibase-data (Copyright Miles Johnson, MIT); see `../emoji/README.md`. Rebuild everything with `make base`.
-"""
+CARD = Path(__file__).with_name("tiny_base_card.md").read_text()
 
 
 def main() -> None:

@@ -63,9 +63,7 @@ def train_tokenizer(rows: list[dict]) -> CLIPTokenizer:
     vocab = trained["vocab"]
     for byte in alphabet:  # a word may end in any byte; the trainer adds only the endings it saw
         vocab.setdefault(byte + "</w>", len(vocab))
-    return CLIPTokenizer(
-        vocab=vocab, merges=[tuple(merge) for merge in trained["merges"]], model_max_length=MAX_LENGTH
-    )
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(merge) for merge in trained["merges"]], model_max_length=MAX_LENGTH)
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:

@@ -102,10 +102,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     pixels = load_pixels(args.dataset_dir)
-    if args.initial_vae:
-        vae = AutoencoderKL.from_pretrained(args.initial_vae)
-    else:
-        vae = AutoencoderKL.from_config(CONFIG)
+    vae = AutoencoderKL.from_pretrained(args.initial_vae) if args.initial_vae else AutoencoderKL.from_config(CONFIG)
     vae.to(memory_format=torch.channels_last)
     if args.decoder_only:
         vae.encoder.requires_grad_(False)

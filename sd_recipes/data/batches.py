@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any
 
@@ -19,6 +19,7 @@ from sd_recipes.data.images import ImageError, fit_image, open_image
 from sd_recipes.data.order import MicroBatch, Order, share
 from sd_recipes.recipe import DataConfig, RecipeError
 
+RECIPE_ERROR = f"{RecipeError.__module__}.{RecipeError.__qualname__}"
 READ_AHEAD = 2  # micro-batches, of the reading thread and of each worker process
 
 
@@ -36,21 +37,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, copied without waiting for it."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        return replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Called by the loader: copies from pinned memory need not wait."""
-        pinned = {
-            field.name: value.pin_memory()
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        return replace(self, **pinned)
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()})
 
 
 class BatchBuilder(torch.utils.data.Dataset):
@@ -106,7 +101,8 @@ class BatchBuilder(torch.utils.data.Dataset):
             noise += self.noise_offset * np.stack([sample.offset_noise for sample in drawn])
         input_noise = noise
         if self.input_perturbation:
-            input_noise = noise + self.input_perturbation * np.stack([sample.perturbation_noise for sample in drawn])
+            perturbation = [s.perturbation_noise for s in drawn if s.perturbation_noise is not None]
+            input_noise = noise + self.input_perturbation * np.stack(perturbation)
         return Batch(
             pixel_values=torch.from_numpy(np.stack(pixels)),
             input_ids=tokenize(self.tokenizer, captions),
@@ -159,9 +155,7 @@ class TrainingBatches:
 
     def plans_from(self, samples_seen: int) -> Iterator[MicroBatch]:
         for batch in self.order.batches_from(samples_seen):
-            yield from share(
-                batch, rank=self.rank, world_size=self.world_size, micro_batch_size=self.micro_batch_size
-            )
+            yield from share(batch, rank=self.rank, world_size=self.world_size, micro_batch_size=self.micro_batch_size)
 
     def __call__(self, samples_seen: int, num_steps: int) -> Iterator[Batch]:
         """The batches of the next `num_steps` global batches."""
@@ -169,14 +163,19 @@ class TrainingBatches:
         if self.num_workers == 0:
             yield from self._read_ahead(plans)
             return
-        yield from torch.utils.data.DataLoader(
+        loader = torch.utils.data.DataLoader(
             self.builder,
-            sampler=plans,  # type: ignore[arg-type]  # an iterator of plans; read by the main process only
+            sampler=plans,  # read by the main process only
             batch_size=None,
             num_workers=self.num_workers,
             prefetch_factor=READ_AHEAD,
             pin_memory=self.pin_memory,
         )
+        try:
+            yield from loader
+        except RecipeError as error:
+            # The loader puts a worker's traceback into the message; its last line is ours.
+            raise RecipeError(str(error).rstrip().splitlines()[-1].removeprefix(f"{RECIPE_ERROR}: ")) from None
 
     def _plans_of_steps(self, samples_seen: int, num_steps: int) -> Iterator[MicroBatch]:
         for plan in self.plans_from(samples_seen):

@@ -31,11 +31,11 @@ def open_image(encoded: dict[str, Any], *, at_least: int | None = None) -> Image
     which for a 12-megapixel picture is several times faster. Raises ImageError.
     """
     try:
-        image = Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else Path(encoded["path"]))
-        if at_least is not None:
-            image.draft("RGB", (at_least, at_least))
-        image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+        source = io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else Path(encoded["path"])
+        with Image.open(source) as image:
+            if at_least is not None:
+                image.draft("RGB", (at_least, at_least))
+            return _to_rgb(ImageOps.exif_transpose(image))
     # A decompression bomb is not an OSError, and Pillow's decoders raise several kinds on bad data.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{encoded.get('path') or 'an image without a name'}: {error}") from error
@@ -59,7 +59,7 @@ def fit_image(
     `crop_u` places the crop, each in [0, 1): horizontally and vertically; 0.5 crops the middle.
     """
     scale = resolution / min(image.size)
-    size = tuple(max(resolution, round(side * scale)) for side in image.size)
+    size = (max(resolution, round(image.width * scale)), max(resolution, round(image.height * scale)))
     if size != image.size:
         image = image.resize(size, RESAMPLING[interpolation])
     left, top = (int(u * (side - resolution + 1)) for u, side in zip(crop_u, size, strict=True))

@@ -32,12 +32,11 @@ def load_rows(
     for flag, column in (("--image_column", config.image_column), ("--caption_column", config.caption_column)):
         _check_column(flag, column, rows, config)
     image = rows.features[config.image_column]
-    if not isinstance(image, datasets.Image):
-        if not _can_hold_images(image):
-            raise RecipeError(
-                f"--image_column {config.image_column} of {_source(config)} holds {image}, not images: "
-                f"choose another of {rows.column_names}"
-            )
+    if not isinstance(image, datasets.Image) and not _can_hold_images(image):
+        raise RecipeError(
+            f"--image_column {config.image_column} of {_source(config)} holds {image}, not images: "
+            f"choose another of {rows.column_names}"
+        )
     rows = rows.select_columns([config.image_column, config.caption_column])
     rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
     if split is None and config.max_train_samples is not None and config.max_train_samples < len(rows):
@@ -46,7 +45,9 @@ def load_rows(
 
 
 def _source(config: DataConfig) -> str:
-    return f"--dataset_name {config.dataset_name}" if config.dataset_name else f"--train_data_dir {config.train_data_dir}"
+    return (
+        f"--dataset_name {config.dataset_name}" if config.dataset_name else f"--train_data_dir {config.train_data_dir}"
+    )
 
 
 def _load(config: DataConfig, cache_dir: str | None) -> datasets.DatasetDict:
@@ -81,7 +82,9 @@ def _check_column(flag: str, column: str, rows: datasets.Dataset, config: DataCo
     hint = f"; nearest: {near[0]}" if near else ""
     metadata = ""
     if config.dataset_name is None and flag == "--caption_column" and rows.column_names == [config.image_column]:
-        metadata = '; captions come from a metadata.jsonl in that folder, with lines {"file_name": "a.png", "text": "…"}'
+        metadata = (
+            '; captions come from a metadata.jsonl in that folder, with lines {"file_name": "a.png", "text": "…"}'
+        )
     raise RecipeError(f"{flag} {column}: {_source(config)} has the columns {rows.column_names}{hint}{metadata}")
 
 

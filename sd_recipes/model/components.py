@@ -99,7 +99,12 @@ class _Source:
             raise RecipeError(f"--pretrained_model_name_or_path {self.name}: no such folder")
 
     def load(self, part: Any, subfolder: str, **options: Any) -> Any:
-        options = {"subfolder": subfolder, "revision": self.config.revision, "cache_dir": self.config.cache_dir, **options}
+        options = {
+            "subfolder": subfolder,
+            "revision": self.config.revision,
+            "cache_dir": self.config.cache_dir,
+            **options,
+        }
         if Path(self.name).is_dir() and not (Path(self.name) / subfolder).is_dir():
             raise RecipeError(
                 f"--pretrained_model_name_or_path {self.name} lacks the folder {subfolder}/: a pipeline in diffusers "
@@ -134,7 +139,9 @@ def _read_unet_config(config: ModelConfig, source: _Source) -> dict[str, Any]:
             )
         except OSError as error:
             words = " ".join(str(error).split())[:300]
-            raise RecipeError(f"--train_from_scratch: no UNet configuration, give --unet_config FILE ({words})") from error
+            raise RecipeError(
+                f"--train_from_scratch: no UNet configuration, give --unet_config FILE ({words})"
+            ) from error
     path = Path(config.unet_config)
     if not path.is_file():
         raise RecipeError(f"--unet_config {path}: no such file")

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Every check that needs a GPU, in one command without network: prints one table.
+#
+#   PEER_SCRIPT=path/to/diffusers/examples/text_to_image/train_text_to_image.py benchmarks/gpu_check.sh
+#
+# Models have random weights and are made on the spot. Without PEER_SCRIPT the comparison is left out,
+# and the table says so. PYTHON names the interpreter; BUDGET the seconds after which no new check begins.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+BUDGET=${BUDGET:-480}
+SHAPE=${SHAPE:-sd15}
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+export PYTHONPATH=$PWD HF_HUB_OFFLINE=1
+failed=0
+
+"$PYTHON" - <<'PY' || exit 2
+import sys
+import torch
+if not torch.cuda.is_available():
+    sys.exit("error: torch sees no CUDA device; this check needs one (make test needs none)")
+print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+PY
+date -u +"%Y-%m-%d %H:%M UTC"
+
+in_time() {  # no new check after the budget; it is said which were left out
+    [ "$SECONDS" -lt "$BUDGET" ] || { printf '%-34s left out: %s s are over\n' "$1" "$BUDGET"; return 1; }
+}
+
+"$PYTHON" benchmarks/make_model.py --shape "$SHAPE" --work_dir "$WORK" || exit 2
+
+train() {  # NAME FLAGS…: some steps of the real script; speed and peak memory
+    local name=$1; shift
+    in_time "$name" || return 0
+    if PEAK_FILE=$WORK/peak.json "$PYTHON" benchmarks/measured_run.py train_text_to_image.py \
+        --pretrained_model_name_or_path "$WORK/$SHAPE/model" --train_data_dir "$WORK/$SHAPE/pictures" \
+        --cache_dir "$WORK/cache" --resolution 512 --train_batch_size 8 --max_train_steps 20 --logging_steps 10 \
+        --checkpointing_steps 1000000 --lr_warmup_steps 0 --learning_rate 1e-5 --seed 0 --output_dir "$WORK/out" \
+        --device cuda "$@" >"$WORK/log" 2>&1; then
+        "$PYTHON" - "$name" "$WORK" <<'PY'
+import json, math, pathlib, sys
+name, work = sys.argv[1], pathlib.Path(sys.argv[2])
+last = [json.loads(line) for line in (work / "out/metrics.jsonl").read_text().splitlines() if "train_loss" in line][-1]
+peak = json.loads((work / "peak.json").read_text())
+assert math.isfinite(last["train_loss"])
+print(f"{name:<34} {last['images_per_second']:8.1f} images/s {peak / 2**30:8.2f} GiB   loss {last['train_loss']:.4f}")
+PY
+    else
+        printf '%-34s FAILED: %s\n' "$name" "$(tail -n 1 "$WORK/log")"
+        failed=1
+    fi
+    rm -rf "$WORK/out"
+}
+
+echo "--- $SHAPE shape, 512 pixels, batch 8, 20 steps each"
+train "bf16"                        --mixed_precision bf16
+train "fp16 with loss scaling"      --mixed_precision fp16
+train "bf16, AdamW8bit"             --mixed_precision bf16 --use_8bit_adam
+train "bf16, gradient checkpointing" --mixed_precision bf16 --gradient_checkpointing
+train "bf16, EMA"                   --mixed_precision bf16 --use_ema
+train "bf16, EMA offloaded"         --mixed_precision bf16 --use_ema --offload_ema
+train "bf16, channels_last never"   --mixed_precision bf16 --channels_last never
+train "bf16, compiled UNet"         --mixed_precision bf16 --compile_unet
+
+if [ -n "${PEER_SCRIPT:-}" ]; then
+    echo "--- against diffusers' script, bf16, in turn"
+    in_time "diffusers, $SHAPE" && { "$PYTHON" benchmarks/vs_diffusers.py --peer_script "$PEER_SCRIPT" --shape "$SHAPE" \
+        --mixed_precision bf16 --repeats 2 --work_dir "$WORK" || failed=1; }
+    in_time "diffusers, sd2" && { "$PYTHON" benchmarks/vs_diffusers.py --peer_script "$PEER_SCRIPT" --shape sd2 \
+        --mixed_precision bf16 --repeats 1 || failed=1; }
+else
+    echo "against diffusers' script: left out, PEER_SCRIPT is not set"
+fi
+echo "took $SECONDS s"
+exit "$failed"
