@@ -18,11 +18,11 @@ import os
 import sys
 
 from sd_recipes.console import set_up_console
-from sd_recipes.recipe import RecipeError, load_recipe
+from sd_recipes.recipe import RunError, load_recipe
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train by the flags in `argv`. A person's mistake leaves one line on stderr and status 2."""
+    """Train by the flags in `argv`. A mistake leaves one line on stderr, and status 2."""
     try:
         recipe = load_recipe(argv)
         # Imported here, because it takes seconds: a mistake on the command line is answered before.
@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> None:
         from sd_recipes.run import run
 
         run(recipe)
-    except RecipeError as error:
-        _leave(f"error: {error}", status=2)
+    except RunError as error:
+        _leave(f"error: {error}", status=error.status)
     except KeyboardInterrupt:
         _leave("stopped", status=130)
 

@@ -25,7 +25,7 @@ from sd_recipes.model.components import Components, load_components
 from sd_recipes.model.placement import DTYPES, place
 from sd_recipes.objective import DenoisingLoss
 from sd_recipes.optim import build_optimizer, build_schedule
-from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError, save_recipe
+from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError
 from sd_recipes.tracking import Tracker, check_tracker
 from sd_recipes.validation import Validator
 
@@ -66,13 +66,14 @@ class Training:
 def start_accelerator(recipe: Recipe) -> Accelerator:
     """accelerate's Accelerator for this recipe. Raises RecipeError if the hardware asked for is absent."""
     has_cuda = torch.cuda.is_available()
-    asked_for_cuda = recipe.device == "cuda" or bool(os.environ.get("CUDA_VISIBLE_DEVICES", "").strip("-1 "))
+    on_cpu = recipe.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()  # what `accelerate launch --gpu_ids` sets
+    asked_for_cuda = recipe.device == "cuda" or (not on_cpu and visible not in ("", "-1"))
     if asked_for_cuda and not has_cuda:
         raise RecipeError(
             "CUDA was asked for (--device cuda, or CUDA_VISIBLE_DEVICES) and torch sees no GPU: install a CUDA build "
             "of torch and a driver, or train on the CPU with --device cpu"
         )
-    on_cpu = recipe.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     mixed_precision = recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     has_accelerator = has_cuda or torch.backends.mps.is_available()
     if mixed_precision == "fp16" and (on_cpu or not has_accelerator):
@@ -176,7 +177,7 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
             pin_memory=device.type == "cuda",
         ),
         validator=_build_validator(recipe, components, latents),
-        tracker=_start_tracker(recipe, accelerator),
+        tracker=Tracker(accelerator, recipe),
         weight_dtype=weight_dtype,
         max_train_steps=max_train_steps,
         seed=seed,
@@ -209,12 +210,6 @@ def _build_validator(recipe: Recipe, components: Components, latents: dict[str, 
     if recipe.validation_clip_model:
         score = ImageTextScore(recipe.validation_clip_model, recipe.cache_dir)
     return Validator(held_out, score)
-
-
-def _start_tracker(recipe: Recipe, accelerator: Accelerator) -> Tracker:
-    if accelerator.is_main_process:
-        save_recipe(recipe, Path(recipe.output_dir) / "recipe.yaml")
-    return Tracker(accelerator, recipe)
 
 
 def describe(training: Training) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.recipe import Recipe, RecipeError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +22,10 @@ ALLOWED = [
 ]
 
 
-class PushError(RuntimeError):
+class PushError(RunError):
     """The model is saved and could not be pushed; the message holds the command that pushes it."""
+
+    status = 4
 
 
 def create_repository(recipe: Recipe) -> str:

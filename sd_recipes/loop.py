@@ -15,13 +15,15 @@ from sd_recipes.build import Training
 from sd_recipes.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from sd_recipes.model.conditioning import encode_text
 from sd_recipes.model.latents import encode_pixels, sample_latents, to_pixel_values
-from sd_recipes.recipe import Recipe
+from sd_recipes.recipe import Recipe, RunError
 
 logger = logging.getLogger(__name__)
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunError):
     """The loss is not a finite number."""
+
+    status = 3
 
 
 def fit(training: Training) -> Progress:

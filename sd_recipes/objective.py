@@ -43,10 +43,11 @@ class DenoisingLoss:
         snr = self.snr[timesteps]
         if self.config.snr_gamma is None:
             return torch.ones_like(snr)
-        clipped = snr.clamp(max=self.config.snr_gamma)
-        if self.prediction_type == "sample":
-            return clipped
-        return clipped / (snr if self.prediction_type == "epsilon" else snr + 1)
+        gamma = self.config.snr_gamma
+        if self.prediction_type == "epsilon":
+            return (gamma / snr).clamp(max=1)  # min(SNR, γ) / SNR, also where the SNR is 0
+        clipped = snr.clamp(max=gamma)
+        return clipped if self.prediction_type == "sample" else clipped / (snr + 1)
 
     def __call__(
         self,

@@ -22,8 +22,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 
 
-class RecipeError(ValueError):
-    """A person's mistake: one line that names the flag or the file, and the way out."""
+class RunError(Exception):
+    """An end of a run that is told in one line, without a traceback; `status` is the process's exit status."""
+
+    status = 1
+
+
+class RecipeError(RunError, ValueError):
+    """A person's mistake: the line names the flag or the file, and the way out."""
+
+    status = 2
 
 
 def _number_from_text(value: Any) -> Any:
@@ -298,15 +306,15 @@ def read_recipe_file(name: str) -> dict[str, Any]:
     return settings
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as YAML; `--config` with that file gives the same run again."""
+def recipe_text(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `--config` with a file of it gives the same run again."""
     settings = recipe.model_dump(exclude={"config", "dry_run", "hub_token", "local_rank", "use_8bit_adam"})
     lines = ["# Resolved recipe. Run it again with --config and this file.\n"]
     for section in SECTIONS:
         names = [name for name in section.model_fields if name in settings]
         lines.append(f"\n# {section.__doc__}\n")
         lines.append(yaml.safe_dump({name: settings[name] for name in names}, sort_keys=False, allow_unicode=True))
-    path.write_text("".join(lines))
+    return "".join(lines)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.recipe import Recipe, RecipeError, recipe_text
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
 
@@ -28,16 +28,19 @@ class Tracker:
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
         self.accelerator = accelerator
+        self.recipe = recipe
         self.path = Path(recipe.output_dir) / "metrics.jsonl"
+
+    def start_at(self, step: int) -> None:
+        """Open the trackers, save the resolved recipe, and drop the metrics after `step`, which will come again."""
+        recipe = self.recipe
         settings = {
             key: value for key, value in recipe.model_dump().items() if value is not None and key != "hub_token"
         }
         settings = {key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items()}
-        accelerator.init_trackers(recipe.tracker_project_name, settings)
-
-    def start_at(self, step: int) -> None:
-        """Drop the lines after `step`, which a resumed run will write again."""
+        self.accelerator.init_trackers(recipe.tracker_project_name, settings)
         if self.accelerator.is_main_process:
+            (self.path.parent / "recipe.yaml").write_text(recipe_text(recipe))
             kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
