@@ -28,6 +28,9 @@ in_time() {  # no new check after the budget; it is said which were left out
     [ "$SECONDS" -lt "$BUDGET" ] || { printf '%-34s left out: %s s are over\n' "$1" "$BUDGET"; return 1; }
 }
 
+echo "--- GPU tests"
+in_time "GPU tests" && { "$PYTHON" -m pytest -q tests/test_gpu.py || failed=1; }
+
 "$PYTHON" benchmarks/make_model.py --shape "$SHAPE" --work_dir "$WORK" || exit 2
 
 train() {  # NAME FLAGS…: some steps of the real script; speed and peak memory

@@ -156,7 +156,8 @@ def test_the_emoji_in_the_package_train_from_scratch_from_a_config(tiny_pipeline
     done = run_script(
         "--pretrained_model_name_or_path", tiny_pipeline, "--dataset_name", "sd-recipes/emoji",
         "--max_train_samples", 20, "--train_from_scratch", "--unet_config", config, "--resolution", 32,
-        "--train_batch_size", 4, "--max_train_steps", 2, "--output_dir", tmp_path / "out", "--validation_split", "flags_heldout",
+        "--train_batch_size", 4, "--max_train_steps", 2, "--output_dir", tmp_path / "out",
+        "--validation_split", "flags_heldout",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet").config.block_out_channels == [16, 32]

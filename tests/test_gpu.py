@@ -1,0 +1,82 @@
+"""What only a GPU can show; skipped, and said so, on a machine without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from sd_recipes.build import Training, build_training, start_accelerator
+from sd_recipes.loop import LossWindow, fit
+from sd_recipes.recipe import Recipe
+from sd_recipes.tracking import read_metrics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def build(tiny_pipeline: Path, image_folder: Path, output_dir: Path, **changes: Any) -> Training:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = {
+        "pretrained_model_name_or_path": str(tiny_pipeline), "train_data_dir": str(image_folder), "resolution": 32,
+        "output_dir": str(output_dir), "train_batch_size": 4, "max_train_steps": 8, "learning_rate": 1e-3, "seed": 5,
+        "lr_warmup_steps": 0, "device": "cuda", "report_to": "none", "logging_steps": 100, **changes,
+    }  # fmt: skip
+    recipe = Recipe(**settings)
+    return build_training(recipe, start_accelerator(recipe))
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_step_that_does_not_log_never_waits_for_the_device(
+    tiny_pipeline: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed_precision: str
+) -> None:
+    training = build(tiny_pipeline, image_folder, tmp_path, mixed_precision=mixed_precision)
+    close = LossWindow.close
+
+    def close_with_waiting(window: LossWindow, *arguments: Any) -> dict[str, float]:
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return close(window, *arguments)
+        finally:
+            # The first step may wait: kernels are chosen and loaded in it. From here on a wait is an error.
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(LossWindow, "close", close_with_waiting)
+    try:
+        fit(training)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("changes", [
+    {"mixed_precision": "fp16"}, {"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "use_8bit_adam": True},
+    {"gradient_checkpointing": True}, {"use_ema": True, "offload_ema": True}, {"dataloader_num_workers": 2},
+])  # fmt: skip
+def test_it_learns_on_the_gpu(tiny_pipeline: Path, image_folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    settings = {"train_batch_size": 8, "max_train_steps": 200, "logging_steps": 50, "learning_rate": 3e-3, **changes}
+    fit(build(tiny_pipeline, image_folder, tmp_path, **settings))
+    losses = [line["train_loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_skipped_step_of_the_loss_scaler_advances_neither_schedule_nor_average(
+    tiny_pipeline: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    training = build(
+        tiny_pipeline,
+        image_folder,
+        tmp_path,
+        mixed_precision="fp16",
+        use_ema=True,
+        lr_scheduler="linear",
+        max_train_steps=3,
+    )
+    scaler = training.accelerator.scaler
+    assert scaler is not None
+    scaler._init_scale = 2.0**40  # overflows float16 in the first backward pass
+    fit(training)
+    assert training.schedule.last_epoch < 3
+    assert training.ema is not None
+    assert training.ema.model.optimization_step == training.schedule.last_epoch
