@@ -29,7 +29,7 @@ in_time() {  # no new check after the budget; it is said which were left out
 }
 
 echo "--- GPU tests"
-in_time "GPU tests" && { "$PYTHON" -m pytest -q tests/test_gpu.py || failed=1; }
+in_time "GPU tests" && { "$PYTHON" -m pytest -q -W default tests/test_gpu.py || failed=1; }
 
 "$PYTHON" benchmarks/make_model.py --shape "$SHAPE" --work_dir "$WORK" || exit 2
 

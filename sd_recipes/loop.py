@@ -35,6 +35,8 @@ def fit(training: Training) -> Progress:
     output_dir = Path(recipe.output_dir)
     progress = resume(training, output_dir)
     training.tracker.start_at(progress.global_step)
+    if progress.global_step >= training.max_train_steps:
+        logger.info("Nothing left to train: %d of %d steps are done.", progress.global_step, training.max_train_steps)
     if recipe.validate_before_training and progress.global_step == 0:
         validate(training, progress.global_step)
     window = LossWindow(accelerator.device, progress)

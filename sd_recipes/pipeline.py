@@ -11,8 +11,8 @@ from sd_recipes.model.components import Components
 
 
 def build_pipeline(components: Components) -> StableDiffusionPipeline:
-    """A pipeline over the live components; no progress bar, no safety checker (none was loaded)."""
-    pipeline = StableDiffusionPipeline(
+    """A pipeline over the live components; without a safety checker, as none was loaded."""
+    return StableDiffusionPipeline(
         vae=components.vae,
         text_encoder=components.text_encoder,
         tokenizer=components.tokenizer,
@@ -22,8 +22,6 @@ def build_pipeline(components: Components) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def export_pipeline(components: Components, output_dir: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm.auto import tqdm
 
 from sd_recipes.data.batches import BatchBuilder
 from sd_recipes.data.order import MicroBatch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 HELD_OUT_SEED = 0
 # Below this many (row, timestep, noise) samples the loss of a small split says more about its noise.
 MIN_HELD_OUT_SAMPLES = 256
-PICTURES_AT_ONCE = 16
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Validator:
         # Strided, so that every row meets early and late timesteps.
         strata = np.arange(num_samples).reshape(num_rows, -1).T.reshape(-1)
         total = torch.zeros((), device=training.accelerator.device)
-        for start in range(0, num_samples, size):
+        for start in tqdm(range(0, num_samples, size), desc="Held-out loss", leave=False):
             chosen = np.arange(start, min(start + size, num_samples))
             plan = MicroBatch(
                 rows=chosen % num_rows,
@@ -71,10 +71,12 @@ class Validator:
         recipe = training.recipe
         prompts = recipe.validation_prompts or []
         pipeline = build_pipeline(training.components)
+        pipeline.set_progress_bar_config(desc="Validation pictures", leave=False)
         pictures: list[Image.Image] = []
         with training.accelerator.autocast():
-            for start in range(0, len(prompts), PICTURES_AT_ONCE):
-                some = prompts[start : start + PICTURES_AT_ONCE]
+            # As many at once as are trained at once: drawing takes less memory than a training step.
+            for start in range(0, len(prompts), recipe.train_batch_size):
+                some = prompts[start : start + recipe.train_batch_size]
                 generators = [
                     torch.Generator("cpu").manual_seed((training.seed + start + number) % 2**63)
                     for number in range(len(some))

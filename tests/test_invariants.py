@@ -161,6 +161,14 @@ def test_resumed_is_uninterrupted_to_the_bit(settings: dict[str, Any], tmp_path:
     assert losses(quiet)[4:] == losses(resumed)
 
 
+def test_resuming_a_finished_run_trains_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+    finished = train(settings, checkpointing_steps=4, output_dir=str(tmp_path / "finished"))
+    checkpoint = str(tmp_path / "finished" / "checkpoint-4")
+    for max_train_steps in (4, 3):
+        again = train(settings, resume_from_checkpoint=checkpoint, max_train_steps=max_train_steps)
+        assert_equal(weights(finished), weights(again))
+
+
 def test_ema_leaves_training_alone_and_is_the_average(settings: dict[str, Any]) -> None:
     plain, averaged = train(settings), train(settings, use_ema=True, ema_decay=0.5)
     assert_equal(weights(plain), weights(averaged))

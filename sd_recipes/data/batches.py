@@ -179,7 +179,7 @@ class TrainingBatches:
 
     def _plans_of_steps(self, samples_seen: int, num_steps: int) -> Iterator[MicroBatch]:
         for plan in self.plans_from(samples_seen):
-            if num_steps == 0:
+            if num_steps <= 0:
                 return
             yield plan
             num_steps -= plan.is_last
