@@ -14,7 +14,6 @@ On your own pictures, on a GPU:
 `--help` lists every setting, `--dry_run` shows what a run would do.
 """
 
-import os
 import sys
 
 from sd_recipes.console import set_up_console
@@ -37,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _leave(words: str, *, status: int) -> None:
-    if int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # every process of a run makes the same mistake
-        print(words, file=sys.stderr)
+    # On every process: a broken row is met by one of them only. One that all make is told once by each.
+    print(words, file=sys.stderr, flush=True)
     sys.exit(status)
 
 

@@ -38,8 +38,8 @@ def command_line(args: argparse.Namespace, work: Path, output_dir: Path) -> list
     return [str(flag) for flag in flags] + args.flags.split()
 
 
-def run_one(script: Path, flags: list[str], device: str) -> tuple[float, int]:
-    """Run a script in a process of its own that reports its peak memory: seconds of the process, bytes."""
+def run_one(script: Path, flags: list[str], device: str) -> int:
+    """Run a script in a process of its own; its peak memory in bytes."""
     report = Path(flags[flags.index("--output_dir") + 1] + ".peak")
     environment = {**os.environ, "PEAK_FILE": str(report), "ACCELERATE_USE_CPU": "1" if device == "cpu" else "0"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A recipe to everything that the loop needs, checked from the cheapest to the dearest."""
+"""A recipe to everything that the loop needs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 
+from sd_recipes.checkpoint import find_checkpoint
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
 from sd_recipes.data.order import Order
 from sd_recipes.data.rows import load_rows
@@ -27,7 +36,7 @@ from sd_recipes.objective import DenoisingLoss
 from sd_recipes.optim import build_optimizer, build_schedule
 from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError
 from sd_recipes.tracking import Tracker, check_tracker
-from sd_recipes.validation import Validator
+from sd_recipes.validation import HELD_OUT_SEED, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +75,25 @@ class Training:
 def start_accelerator(recipe: Recipe) -> Accelerator:
     """accelerate's Accelerator for this recipe. Raises RecipeError if the hardware asked for is absent."""
     has_cuda = torch.cuda.is_available()
-    on_cpu = recipe.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    accelerate_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    on_cpu = recipe.device == "cpu" or accelerate_on_cpu
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()  # what `accelerate launch --gpu_ids` sets
     asked_for_cuda = recipe.device == "cuda" or (not on_cpu and visible not in ("", "-1"))
+    if recipe.device == "cuda" and accelerate_on_cpu:
+        raise RecipeError("--device cuda contradicts accelerate's configuration, which says CPU: change one of them")
     if asked_for_cuda and not has_cuda:
         raise RecipeError(
             "CUDA was asked for (--device cuda, or CUDA_VISIBLE_DEVICES) and torch sees no GPU: install a CUDA build "
             "of torch and a driver, or train on the CPU with --device cpu"
         )
     mixed_precision = recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed_precision not in DTYPES:
+        raise RecipeError(f"mixed precision {mixed_precision!r} of accelerate's configuration: use one of {[*DTYPES]}")
     has_accelerator = has_cuda or torch.backends.mps.is_available()
     if mixed_precision == "fp16" and (on_cpu or not has_accelerator):
         raise RecipeError("--mixed_precision fp16 needs a GPU: use bf16 or no on the CPU")
     check_tracker(recipe.report_to)
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=recipe.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -89,7 +103,15 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=recipe.output_dir, logging_dir=str(Path(recipe.output_dir) / recipe.logging_dir)
         ),
+        # While the first process validates the others wait, longer than NCCL's ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise RecipeError(
+            f"{accelerator.distributed_type.value} is not supported yet: use one process a GPU, as in "
+            "accelerate_configs/multi_gpu.yaml"
+        )
+    return accelerator
 
 
 def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
@@ -98,8 +120,14 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     check_output_dir(output_dir)
     seed = _agree_on_seed(recipe.seed)
     recipe.seed = seed
+    recipe.mixed_precision = accelerator.mixed_precision  # accelerate's own configuration may have set it
 
+    if recipe.resume_from_checkpoint:
+        find_checkpoint(output_dir, recipe.resume_from_checkpoint)  # before a model is loaded
     rows = load_rows(recipe, cache_dir=recipe.cache_dir, seed=seed)
+    held_out_rows = None
+    if recipe.validation_split:
+        held_out_rows = load_rows(recipe, split=recipe.validation_split, cache_dir=recipe.cache_dir)
     global_batch_size = recipe.train_batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
     if global_batch_size > len(rows):
         raise RecipeError(
@@ -176,7 +204,7 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
             num_workers=recipe.dataloader_num_workers,
             pin_memory=device.type == "cuda",
         ),
-        validator=_build_validator(recipe, components, latents),
+        validator=_build_validator(recipe, components, held_out_rows, latents),
         tracker=Tracker(accelerator, recipe),
         weight_dtype=weight_dtype,
         max_train_steps=max_train_steps,
@@ -200,12 +228,13 @@ def _agree_on_seed(seed: int | None) -> int:
     return broadcast_object_list([drawn])[0]
 
 
-def _build_validator(recipe: Recipe, components: Components, latents: dict[str, Any]) -> Validator:
+def _build_validator(
+    recipe: Recipe, components: Components, rows: datasets.Dataset | None, latents: dict[str, Any]
+) -> Validator:
     held_out = None
-    if recipe.validation_split:
-        rows = load_rows(recipe, split=recipe.validation_split, cache_dir=recipe.cache_dir)
+    if rows is not None:
         config = recipe.model_copy(update={"center_crop": True, "random_flip": False, "caption_dropout": 0.0})
-        held_out = BatchBuilder(rows, components.tokenizer, config, seed=0, **latents)
+        held_out = BatchBuilder(rows, components.tokenizer, config, seed=HELD_OUT_SEED, **latents)
     score = None
     if recipe.validation_clip_model:
         score = ImageTextScore(recipe.validation_clip_model, recipe.cache_dir)

@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+# Settings whose change makes a resumed run differ from the uninterrupted one, and is told.
+REMEMBERED = (
+    "seed", "prediction_type", "snr_gamma", "noise_offset", "input_perturbation", "dream_training", "resolution",
+    "center_crop", "random_flip", "caption_dropout", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "sgd_momentum",
+    "max_grad_norm", "use_ema", "ema_decay",
+)  # fmt: skip
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -76,20 +83,20 @@ def save_checkpoint(training: Training, progress: Progress, output_dir: Path) ->
             "diffusers": diffusers.__version__,
         },
         "progress": asdict(progress),
-        "seed": training.seed,
+        "num_rows": training.order.num_rows,
         "optimizer": {
             "name": training.recipe.optimizer,
             "values": values,
-            "param_groups": optimizer_state["param_groups"],
         },
-        "schedule": {key: value for key, value in training.schedule.state_dict().items() if key != "lr_lambdas"},
+        "schedule_step": training.schedule.last_epoch,
+        "settings": {name: getattr(training.recipe, name) for name in REMEMBERED},
         "scaler": scaler.state_dict() if scaler else None,
         "ema_step": training.ema.model.optimization_step if training.ema else None,
     }
     (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    _prune(output_dir, training.recipe.checkpoints_total_limit)
+    _prune(final, training.recipe.checkpoints_total_limit)
     return final
 
 
@@ -139,11 +146,21 @@ def load_checkpoint(training: Training, path: Path) -> Progress:
         words = " ".join(str(error).split())[:200]
         raise RecipeError(f"--resume_from_checkpoint {path}: is of another UNet: {words}") from None
 
-    optimizer = state["optimizer"]
+    # The state is the checkpoint's; learning rate, decay and the like are the recipe's, which may have changed.
     training.optimizer.load_state_dict(
-        {"state": _unflatten({**optimizer_tensors, **optimizer["values"]}), "param_groups": optimizer["param_groups"]}
+        {
+            "state": _unflatten({**optimizer_tensors, **state["optimizer"]["values"]}),
+            "param_groups": training.optimizer.state_dict()["param_groups"],
+        }
     )
-    training.schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None]})
+    schedule = training.schedule
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": state["schedule_step"]})
+    rates = [
+        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    schedule.load_state_dict({**schedule.state_dict(), "_last_lr": rates})
+    for group, rate in zip(training.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
     if training.accelerator.scaler and state["scaler"]:
         training.accelerator.scaler.load_state_dict(state["scaler"])
     if training.ema:
@@ -161,18 +178,23 @@ def _check_same_run(training: Training, state: dict[str, Any], path: Path) -> No
             f"--optimizer {training.recipe.optimizer}: {path} was written with {state['optimizer']['name']}, whose "
             f"state does not carry over; use --optimizer {state['optimizer']['name']}, or start anew"
         )
-    if state["seed"] != training.seed:
+    for name, saved in state["settings"].items():
+        now = getattr(training.recipe, name)
+        if now != saved:
+            logger.warning("--%s is %s and was %s in %s: the run goes on with the new value.", name, now, saved, path)
+    if state["num_rows"] != training.order.num_rows:
         logger.warning(
-            "--seed %s: the checkpoint was written with seed %s; the order of the rows and the draws change from here.",
-            training.seed,
-            state["seed"],
+            "The data set has %d rows and had %d: the order of the rows is another from here on.",
+            training.order.num_rows,
+            state["num_rows"],
         )
 
 
-def _prune(output_dir: Path, limit: int | None) -> None:
+def _prune(newest: Path, limit: int | None) -> None:
     """Remove the oldest beyond `limit`: after the new one stands, so that a crash leaves at least one."""
     if limit is not None:
-        for path in list_checkpoints(output_dir)[:-limit]:
+        others = [path for path in list_checkpoints(newest.parent) if path != newest]
+        for path in others[: max(0, len(others) + 1 - limit)]:
             logger.info("Removing %s (--checkpoints_total_limit %d)", path, limit)
             shutil.rmtree(path)
 

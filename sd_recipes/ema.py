@@ -15,7 +15,7 @@ from sd_recipes.recipe import OptimConfig
 class AveragedWeights:
     """EMA of a UNet's parameters, updated once an optimizer step with foreach operations.
 
-    The decay of step n is min(ema_decay, (1 + n) / (10 + n)), as in diffusers.
+    The decay of update n is that of diffusers: 0 for the first, then min(ema_decay, n / (9 + n)).
     """
 
     def __init__(self, unet: UNet2DConditionModel, config: OptimConfig) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from sd_recipes.assets import ASSETS
 from sd_recipes.recipe import Recipe, RecipeError, RunError
 
 logger = logging.getLogger(__name__)
@@ -59,11 +61,20 @@ def publish(output_dir: Path, repo_id: str, recipe: Recipe) -> str:
     return f"{api.endpoint}/{repo_id}"
 
 
+def _hub_id(name: str | None) -> str | None:
+    """The name, if it is of a repository; a folder's or an asset's would make the card's metadata invalid."""
+    if name is None or name in ASSETS or Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return None
+    return name
+
+
 def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe) -> None:
     """README.md of the model: what it was made from, with what settings, and how to use it."""
+    base = _hub_id(recipe.pretrained_model_name_or_path)
+    data_set = _hub_id(recipe.dataset_name)
     data = ModelCardData(
-        base_model=recipe.pretrained_model_name_or_path if not recipe.train_from_scratch else None,
-        datasets=[recipe.dataset_name] if recipe.dataset_name and recipe.dataset_name.count("/") <= 1 else None,
+        base_model=base if not recipe.train_from_scratch else None,
+        datasets=[data_set] if data_set else None,
         tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"],
         library_name="diffusers",
         pipeline_tag="text-to-image",

@@ -93,6 +93,7 @@ def fit(training: Training) -> Progress:
 
         # Checkpoint, then validate: what can fail comes after what must not be lost
         if progress.global_step % recipe.checkpointing_steps == 0:
+            window.check_finite(training, progress)
             if accelerator.is_main_process:
                 save_checkpoint(training, progress, output_dir)
             accelerator.wait_for_everyone()
@@ -119,14 +120,19 @@ class LossWindow:
     def add(self, loss: torch.Tensor) -> None:
         self.loss += loss.detach()
 
+    def check_finite(self, training: Training, progress: Progress) -> float:
+        """Sum of the window's losses over all processes. Raises TrainingDiverged, so that no checkpoint holds NaN."""
+        total = training.accelerator.reduce(self.loss, "sum").item()
+        if not math.isfinite(total):
+            raise TrainingDiverged(
+                f"the loss is {total} by step {progress.global_step}: lower --learning_rate, or use --mixed_precision "
+                f"bf16 or no, and continue with --resume_from_checkpoint latest if {training.recipe.output_dir} has one"
+            )
+        return total
+
     def close(self, training: Training, progress: Progress) -> dict[str, float]:
         """Mean loss of the window's steps over all processes, learning rate and images a second."""
-        loss = training.accelerator.reduce(self.loss, "sum").item() / (progress.global_step - self.steps_from)
-        if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"the loss is {loss} at step {progress.global_step}: lower --learning_rate, use --mixed_precision bf16 "
-                f"or no, and continue from the last checkpoint in {training.recipe.output_dir}"
-            )
+        loss = self.check_finite(training, progress) / (progress.global_step - self.steps_from)
         elapsed = time.perf_counter() - self.started
         figures = {
             "train_loss": loss,

@@ -44,6 +44,11 @@ def _number_from_text(value: Any) -> Any:
     return value
 
 
+def _no_from_false(value: Any) -> Any:
+    """YAML 1.1 reads a bare `no` as false."""
+    return "no" if value is False else value
+
+
 Number = Annotated[float, BeforeValidator(_number_from_text)]
 
 
@@ -60,7 +65,7 @@ class RunConfig(Section):
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Seed of every random draw; drawn and recorded if not given."
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, BeforeValidator(_no_from_false)] = Field(
         None, description="Autocast type. If not given, accelerate's configuration decides."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -90,7 +95,7 @@ class DataConfig(Section):
     """Data."""
 
     dataset_name: str | None = Field(
-        None, description="A Hub data set, a folder, a .parquet/.arrow/.csv/.jsonl file, or sd-recipes/emoji."
+        None, description="A Hub data set, a folder, a .parquet or .arrow file, or sd-recipes/emoji."
     )
     dataset_config_name: str | None = Field(None, description="Configuration of the data set, if it has several.")
     train_data_dir: str | None = Field(
@@ -306,9 +311,15 @@ def read_recipe_file(name: str) -> dict[str, Any]:
     return settings
 
 
+# What a file of the resolved recipe leaves out: how this call was made, and what a repetition must not do again.
+NOT_OF_THE_RUN = {
+    "config", "dry_run", "hub_token", "local_rank", "use_8bit_adam", "resume_from_checkpoint", "push_to_hub",
+}  # fmt: skip
+
+
 def recipe_text(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `--config` with a file of it gives the same run again."""
-    settings = recipe.model_dump(exclude={"config", "dry_run", "hub_token", "local_rank", "use_8bit_adam"})
+    settings = recipe.model_dump(exclude=NOT_OF_THE_RUN)
     lines = ["# Resolved recipe. Run it again with --config and this file.\n"]
     for section in SECTIONS:
         names = [name for name in section.model_fields if name in settings]
@@ -352,6 +363,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _flag_kind(annotation: Any) -> tuple[type, list[str] | None, bool]:
     """Python type, choices and whether several values are taken, of a field's annotation."""
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
     if typing.get_origin(annotation) is Annotated:

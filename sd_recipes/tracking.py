@@ -32,7 +32,7 @@ class Tracker:
         self.path = Path(recipe.output_dir) / "metrics.jsonl"
 
     def start_at(self, step: int) -> None:
-        """Open the trackers, save the resolved recipe, and drop the metrics after `step`, which will come again."""
+        """Open the trackers, save the resolved recipe, and drop what an earlier run logged and drew after `step`."""
         recipe = self.recipe
         settings = {
             key: value for key, value in recipe.model_dump().items() if value is not None and key != "hub_token"
@@ -41,6 +41,9 @@ class Tracker:
         self.accelerator.init_trackers(recipe.tracker_project_name, settings)
         if self.accelerator.is_main_process:
             (self.path.parent / "recipe.yaml").write_text(recipe_text(recipe))
+            for picture in (self.path.parent / "samples").glob("step-*.png"):
+                if step == 0 or int(picture.stem.removeprefix("step-")) > step:
+                    picture.unlink()
             kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
@@ -62,4 +65,6 @@ class Tracker:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, oldest first; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines() if path.is_file() else []
+    # A run that was killed may have left half a last line.
+    return [json.loads(line) for line in lines if line.endswith("}")]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from datasets import load_dataset
 from diffusers import StableDiffusionPipeline
 
 ASSETS = Path(__file__).parent.parent / "sd_recipes" / "assets"
@@ -53,7 +54,7 @@ def main() -> None:
         vae=json.loads(args.vae_figures.read_text()),
         clip=clip,
         clip_top1=100 * clip["top1_of_all_names"],
-        rows=1554,
+        rows=len(load_dataset(str(ASSETS / "emoji"), split="train")),
         steps=trained[-1]["step"],
         batch=recipe["train_batch_size"],
         unet_minutes=f"{seconds / 60:.0f} min",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -67,7 +68,9 @@ class BatchBuilder(torch.utils.data.Dataset):
         input_perturbation: float = 0.0,
     ) -> None:
         self.rows = rows
-        self.tokenizer = tokenizer
+        # Its own: a fast tokenizer keeps padding and truncation as state, and this one is used from another thread
+        # than the pipeline's, which would meet "Already borrowed" (huggingface/transformers#47085).
+        self.tokenizer = copy.deepcopy(tokenizer)
         self.config = config
         self.seed = seed
         self.latent_shape = latent_shape

@@ -10,7 +10,7 @@ import datasets
 from sd_recipes import assets
 from sd_recipes.recipe import DataConfig, RecipeError
 
-FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 
 
 def load_rows(
@@ -36,6 +36,12 @@ def load_rows(
         raise RecipeError(
             f"--image_column {config.image_column} of {_source(config)} holds {image}, not images: "
             f"choose another of {rows.column_names}"
+        )
+    caption = rows.features[config.caption_column]
+    if not _can_hold_captions(caption):
+        raise RecipeError(
+            f"--caption_column {config.caption_column} of {_source(config)} holds {caption}, neither strings nor lists "
+            f"of strings: choose another of {rows.column_names}"
         )
     rows = rows.select_columns([config.image_column, config.caption_column])
     rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
@@ -86,6 +92,13 @@ def _check_column(flag: str, column: str, rows: datasets.Dataset, config: DataCo
             '; captions come from a metadata.jsonl in that folder, with lines {"file_name": "a.png", "text": "…"}'
         )
     raise RecipeError(f"{flag} {column}: {_source(config)} has the columns {rows.column_names}{hint}{metadata}")
+
+
+def _can_hold_captions(feature: object) -> bool:
+    """Whether it is of strings or of lists of strings; one that is all null is found row by row."""
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature = feature.feature
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
 
 
 def _can_hold_images(feature: object) -> bool:

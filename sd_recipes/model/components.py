@@ -36,7 +36,7 @@ SAMPLERS: dict[str, type[SchedulerMixin]] = {
 
 @dataclass
 class Components:
-    """Everything that a StableDiffusionPipeline is made of, in float32."""
+    """Everything that a StableDiffusionPipeline is made of."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -57,12 +57,15 @@ class Components:
 
     def set_prediction_type(self, prediction_type: str) -> None:
         """The exported pipeline must sample with the prediction type that was trained."""
+        if prediction_type == "sample" and isinstance(self.sampler, PNDMScheduler):
+            logger.warning("PNDM cannot sample from a prediction of x_0: the pipeline gets DDIM.")
+            self.sampler = DDIMScheduler.from_config(self.sampler.config)
         for scheduler in (self.scheduler, self.sampler):
             scheduler.register_to_config(prediction_type=prediction_type)
 
 
 def load_components(config: ModelConfig) -> Components:
-    """Load every part, the VAE and the text encoder frozen. Raises RecipeError naming what is missing."""
+    """Load every part in float32, the VAE and the text encoder frozen. Raises RecipeError naming what is missing."""
     name = assets.resolve(config.pretrained_model_name_or_path or "")
     source = _Source(name, config)
     scheduler = source.load(DDPMScheduler, "scheduler")
@@ -70,7 +73,7 @@ def load_components(config: ModelConfig) -> Components:
     text_encoder = source.load_model(CLIPTextModel, "text_encoder", dtype=torch.float32)
     vae = source.load_model(AutoencoderKL, "vae", torch_dtype=torch.float32)
     if config.train_from_scratch:
-        unet = UNet2DConditionModel.from_config(_read_unet_config(config, source))
+        unet = _new_unet(config, source)
     else:
         unet = source.load_model(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
     components = Components(unet, vae, text_encoder, tokenizer, scheduler, _load_sampler(source, scheduler))
@@ -131,6 +134,17 @@ class _Source:
         return self.load(part, subfolder, **options)
 
 
+def _new_unet(config: ModelConfig, source: _Source) -> UNet2DConditionModel:
+    unet_config = _read_unet_config(config, source)
+    try:
+        return UNet2DConditionModel.from_config(unet_config)
+    # diffusers checks a configuration by whatever its blocks raise.
+    except Exception as error:
+        words = " ".join(str(error).split())[:300]
+        place = f"--unet_config {config.unet_config}" if config.unet_config else "the model's unet/config.json"
+        raise RecipeError(f"{place} does not describe a UNet2DConditionModel: {words}") from error
+
+
 def _read_unet_config(config: ModelConfig, source: _Source) -> dict[str, Any]:
     if config.unet_config is None:
         try:
@@ -146,9 +160,12 @@ def _read_unet_config(config: ModelConfig, source: _Source) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"--unet_config {path}: no such file")
     try:
-        return json.loads(path.read_text())
+        unet_config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RecipeError(f"--unet_config {path}: not a JSON file: {error}") from None
+    if not isinstance(unet_config, dict):
+        raise RecipeError(f"--unet_config {path}: not a JSON object of settings")
+    return unet_config
 
 
 def _load_sampler(source: _Source, scheduler: DDPMScheduler) -> SchedulerMixin:
@@ -164,9 +181,10 @@ def _load_sampler(source: _Source, scheduler: DDPMScheduler) -> SchedulerMixin:
 
 def _check_fit(components: Components) -> None:
     unet, vae, text_encoder = components.unet.config, components.vae.config, components.text_encoder.config
-    if unet.in_channels != vae.latent_channels:
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
         raise RecipeError(
-            f"the UNet takes {unet.in_channels} channels, the VAE's latents have {vae.latent_channels}: "
+            f"the UNet takes {unet.in_channels} and gives {unet.out_channels} channels, the VAE's latents have "
+            f"{vae.latent_channels}: "
             "set in_channels and out_channels in the UNet's configuration"
         )
     if unet.cross_attention_dim != text_encoder.hidden_size:

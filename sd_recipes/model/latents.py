@@ -29,4 +29,4 @@ def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, posterior_noise: t
     """
     mean, logvar = moments.chunk(2, dim=1)
     latents = mean + torch.exp(0.5 * logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)) * posterior_noise
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return latents * vae.config.scaling_factor
