@@ -52,7 +52,7 @@ class Training:
     objective: DenoisingLoss
     held_out_objective: DenoisingLoss
     optimizer: Any  # accelerate's wrapper
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: torch.optim.lr_scheduler.LambdaLR
     ema: AveragedWeights | None
     order: Order
     batches: TrainingBatches

@@ -84,6 +84,7 @@ def save_checkpoint(training: Training, progress: Progress, output_dir: Path) ->
         },
         "progress": asdict(progress),
         "num_rows": training.order.num_rows,
+        "channels_last": _is_channels_last(unet),
         "optimizer": {
             "name": training.recipe.optimizer,
             "values": values,
@@ -147,9 +148,11 @@ def load_checkpoint(training: Training, path: Path) -> Progress:
         raise RecipeError(f"--resume_from_checkpoint {path}: is of another UNet: {words}") from None
 
     # The state is the checkpoint's; learning rate, decay and the like are the recipe's, which may have changed.
+    optimizer_state = _unflatten({**optimizer_tensors, **state["optimizer"]["values"]})
+    parameters = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
     training.optimizer.load_state_dict(
         {
-            "state": _unflatten({**optimizer_tensors, **state["optimizer"]["values"]}),
+            "state": {number: _laid_out_as(parameters[number], values) for number, values in optimizer_state.items()},
             "param_groups": training.optimizer.state_dict()["param_groups"],
         }
     )
@@ -177,6 +180,12 @@ def _check_same_run(training: Training, state: dict[str, Any], path: Path) -> No
         raise RecipeError(
             f"--optimizer {training.recipe.optimizer}: {path} was written with {state['optimizer']['name']}, whose "
             f"state does not carry over; use --optimizer {state['optimizer']['name']}, or start anew"
+        )
+    channels_last = _is_channels_last(training.components.unet)
+    if training.recipe.optimizer == "adamw8bit" and state["channels_last"] != channels_last:
+        raise RecipeError(
+            f"{path}: AdamW8bit's blocks follow the memory format, which was {'' if state['channels_last'] else 'not '}"
+            f"channels last; use --channels_last {'always' if state['channels_last'] else 'never'}"
         )
     for name, saved in state["settings"].items():
         now = getattr(training.recipe, name)
@@ -208,6 +217,22 @@ def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         copies[name] = copy.clone() if copy.data_ptr() in seen else copy
         seen.add(copy.data_ptr())
     return copies
+
+
+def _laid_out_as(parameter: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """Give tensors of the parameter's shape its memory format: fused and 8-bit optimizers walk the raw memory of both."""
+    return {
+        key: _laid_out_as(parameter, value)
+        if isinstance(value, dict)
+        else torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        else value
+        for key, value in state.items()
+    }
+
+
+def _is_channels_last(unet: UNet2DConditionModel) -> bool:
+    return unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _flatten(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

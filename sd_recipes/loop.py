@@ -40,67 +40,65 @@ def fit(training: Training) -> Progress:
     if recipe.validate_before_training and progress.global_step == 0:
         validate(training, progress.global_step)
     window = LossWindow(accelerator.device, progress)
-    bar = tqdm(
+    with tqdm(
         total=training.max_train_steps,
         initial=progress.global_step,
         desc="Steps",
         disable=not accelerator.is_local_main_process,
-    )
+    ) as bar:
+        for batch in training.batches(progress.samples_seen, training.max_train_steps - progress.global_step):
+            plan = batch.plan
+            batch = batch.to(accelerator.device)
 
-    for batch in training.batches(progress.samples_seen, training.max_train_steps - progress.global_step):
-        plan = batch.plan
-        batch = batch.to(accelerator.device)
+            # Latents and conditioning
+            moments = encode_pixels(components.vae, to_pixel_values(batch.pixel_values, training.weight_dtype))
+            latents = sample_latents(components.vae, moments, batch.posterior_noise)
+            encoder_hidden_states = encode_text(components.text_encoder, batch.input_ids)
 
-        # Latents and conditioning
-        moments = encode_pixels(components.vae, to_pixel_values(batch.pixel_values, training.weight_dtype))
-        latents = sample_latents(components.vae, moments, batch.posterior_noise)
-        encoder_hidden_states = encode_text(components.text_encoder, batch.input_ids)
+            # Loss and backward. accelerate divides by the accumulation steps and averages over processes;
+            # multiplied by both and divided by the global batch's size, the gradient is the mean over its
+            # samples, also for an epoch's last one, whose micro-batches are fewer and uneven.
+            accelerator.sync_gradients = plan.is_last
+            with nullcontext() if plan.is_last else accelerator.no_sync(training.unet):
+                losses = training.objective(
+                    training.unet, latents, encoder_hidden_states, batch.timesteps, batch.noise, batch.input_noise
+                )
+                share = plan.weight * losses.sum() / plan.global_batch_size
+                accelerator.backward(share * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+            window.add(share)
+            if not plan.is_last:
+                continue
 
-        # Loss and backward. accelerate divides by the accumulation steps and averages over processes;
-        # multiplied by both and divided by the global batch's size, the gradient is the mean over its
-        # samples, also for an epoch's last one, whose micro-batches are fewer and uneven.
-        accelerator.sync_gradients = plan.is_last
-        with nullcontext() if plan.is_last else accelerator.no_sync(training.unet):
-            losses = training.objective(
-                training.unet, latents, encoder_hidden_states, batch.timesteps, batch.noise, batch.input_noise
-            )
-            share = plan.weight * losses.sum() / plan.global_batch_size
-            accelerator.backward(share * accelerator.gradient_accumulation_steps * accelerator.num_processes)
-        window.add(share)
-        if not plan.is_last:
-            continue
+            # Clip, step, schedule, average. A step that the fp16 loss scaler skipped advances neither of the last two.
+            accelerator.clip_grad_norm_(training.unet.parameters(), recipe.max_grad_norm)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+            if not accelerator.optimizer_step_was_skipped:
+                training.schedule.step()
+                if training.ema:
+                    training.ema.step()
+            progress.global_step += 1
+            progress.samples_seen = plan.samples_seen
+            bar.update(1)
+            is_done = progress.global_step == training.max_train_steps
 
-        # Clip, step, schedule, average. A step that the fp16 loss scaler skipped advances neither of the last two.
-        accelerator.clip_grad_norm_(training.unet.parameters(), recipe.max_grad_norm)
-        training.optimizer.step()
-        training.optimizer.zero_grad()
-        if not accelerator.optimizer_step_was_skipped:
-            training.schedule.step()
-            if training.ema:
-                training.ema.step()
-        progress.global_step += 1
-        progress.samples_seen = plan.samples_seen
-        bar.update(1)
-        is_done = progress.global_step == training.max_train_steps
+            # Log. Only here does the host wait for the device.
+            if progress.global_step % recipe.logging_steps == 0 or progress.global_step == 1 or is_done:
+                figures = window.close(training, progress)
+                training.tracker.log(figures, progress.global_step)
+                bar.set_postfix_str(
+                    f"loss {figures['train_loss']:.4f}, lr {figures['lr']:.2e}, {figures['images_per_second']:.1f} images/s"
+                )
 
-        # Log. Only here does the host wait for the device.
-        if progress.global_step % recipe.logging_steps == 0 or progress.global_step == 1 or is_done:
-            figures = window.close(training, progress)
-            training.tracker.log(figures, progress.global_step)
-            bar.set_postfix_str(
-                f"loss {figures['train_loss']:.4f}, lr {figures['lr']:.2e}, {figures['images_per_second']:.1f} images/s"
-            )
-
-        # Checkpoint, then validate: what can fail comes after what must not be lost
-        if progress.global_step % recipe.checkpointing_steps == 0:
-            window.check_finite(training, progress)
-            if accelerator.is_main_process:
-                save_checkpoint(training, progress, output_dir)
-            accelerator.wait_for_everyone()
-        if is_done or (plan.ends_epoch and is_validation_epoch(recipe, progress, training.order.num_rows)):
-            validate(training, progress.global_step)
-            window.restart(progress)
-    bar.close()
+            # Checkpoint, then validate: what can fail comes after what must not be lost
+            if progress.global_step % recipe.checkpointing_steps == 0:
+                window.check_finite(training, progress)
+                if accelerator.is_main_process:
+                    save_checkpoint(training, progress, output_dir)
+                accelerator.wait_for_everyone()
+            if is_done or (plan.ends_epoch and is_validation_epoch(recipe, progress, training.order.num_rows)):
+                validate(training, progress.global_step)
+                window.restart(progress)
     return progress
 
 
@@ -136,7 +134,7 @@ class LossWindow:
         elapsed = time.perf_counter() - self.started
         figures = {
             "train_loss": loss,
-            "lr": training.schedule.get_last_lr()[0],
+            "lr": float(training.schedule.get_last_lr()[0]),
             "epoch": progress.samples_seen / training.order.num_rows,
             "images_per_second": (progress.samples_seen - self.samples_from) / elapsed,
         }

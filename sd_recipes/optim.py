@@ -44,7 +44,7 @@ def build_optimizer(
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: OptimConfig, max_train_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+) -> torch.optim.lr_scheduler.LambdaLR:
     """diffusers' schedule of that name, counted in optimizer steps on any number of processes."""
     return get_scheduler(
         config.lr_scheduler,

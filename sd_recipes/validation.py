@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -119,7 +120,8 @@ def picture_grid(
     columns = columns or min(len(pictures), max(4, math.ceil(math.sqrt(len(pictures)))))
     width = cell or max(128, pictures[0].width)
     font_size = max(11, width // 12)
-    font = ImageFont.load_default(size=font_size)
+    # matplotlib's own font has letters that Pillow's lacks.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", font_size)
     line = font_size + 3
     height = width * pictures[0].height // pictures[0].width + 2 * line + 6
     rows = math.ceil(len(pictures) / columns)
@@ -134,7 +136,7 @@ def picture_grid(
     return grid
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -23,7 +23,7 @@ from sd_recipes.recipe import DataConfig, load_recipe
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
     loaded = StableDiffusionPipeline.from_pretrained(
-        assets.resolve("sd-recipes/tiny-emoji"), torch_dtype=torch.float32, safety_checker=None
+        assets.resolve("sd-recipes/tiny-emoji"), dtype=torch.float32, safety_checker=None
     )
     loaded.set_progress_bar_config(disable=True)
     return loaded

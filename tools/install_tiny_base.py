@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
 
     base = ASSETS / "tiny-emoji"
-    pipeline = StableDiffusionPipeline.from_pretrained(args.run, torch_dtype=torch.float16, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(args.run, dtype=torch.float16, safety_checker=None)
     pipeline.save_pretrained(base)
     shutil.copy(args.run / "samples.png", base / "samples.png")
     shutil.copytree(args.clip, ASSETS / "tiny-clip", dirs_exist_ok=True)

@@ -45,8 +45,11 @@ class Batch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        mapped: dict[str, Any] = {
+            name: function(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()
+        }
+        return Batch(**mapped)
 
 
 class BatchBuilder(torch.utils.data.Dataset):
