@@ -220,7 +220,7 @@ def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _laid_out_as(parameter: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """Give tensors of the parameter's shape its memory format: fused and 8-bit optimizers walk the raw memory of both."""
+    """Give tensors of the parameter's shape its memory format: fused and 8-bit optimizers walk the raw memory."""
     return {
         key: _laid_out_as(parameter, value)
         if isinstance(value, dict)

@@ -69,7 +69,7 @@ def fit(training: Training) -> Progress:
             if not plan.is_last:
                 continue
 
-            # Clip, step, schedule, average. A step that the fp16 loss scaler skipped advances neither of the last two.
+            # Clip, step, schedule, average. A step that the loss scaler skipped advances neither of the last.
             accelerator.clip_grad_norm_(training.unet.parameters(), recipe.max_grad_norm)
             training.optimizer.step()
             training.optimizer.zero_grad()

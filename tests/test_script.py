@@ -34,15 +34,20 @@ def environment(**extra: str) -> dict[str, str]:
 
 def launch(*flags: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
     # On CPUs `accelerate launch` starts several processes through MPI only; torchrun does without.
-    several = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
+    several = [*torchrun, "--nproc_per_node", processes]
     launcher = several if processes > 1 else [ACCELERATE, "launch", "--quiet"]
     command = [*launcher, ROOT / "train_text_to_image.py", "--device", "cpu", *flags]
-    return subprocess.run([str(part) for part in command], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [str(part) for part in command], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
 
 
 def run_script(*flags: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "train_text_to_image.py", *flags]
-    return subprocess.run([str(part) for part in command], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [str(part) for part in command], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture
