@@ -86,9 +86,8 @@ def fit(training: Training) -> Progress:
             if progress.global_step % recipe.logging_steps == 0 or progress.global_step == 1 or is_done:
                 figures = window.close(training, progress)
                 training.tracker.log(figures, progress.global_step)
-                bar.set_postfix_str(
-                    f"loss {figures['train_loss']:.4f}, lr {figures['lr']:.2e}, {figures['images_per_second']:.1f} images/s"
-                )
+                speed = f"{figures['images_per_second']:.1f} images/s"
+                bar.set_postfix_str(f"loss {figures['train_loss']:.4f}, lr {figures['lr']:.2e}, {speed}")
 
             # Checkpoint, then validate: what can fail comes after what must not be lost
             if progress.global_step % recipe.checkpointing_steps == 0:
