@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sd_recipes.tracking import read_metrics
@@ -45,10 +46,9 @@ def write_report(output_dir: Path) -> list[str]:
 def draw_loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
     """Training loss by step, with its running mean, and the held-out loss where it was measured."""
     steps, losses = zip(*((line["step"], line["train_loss"]) for line in lines if "train_loss" in line), strict=True)
-    smooth, mean = [], losses[0]
-    for loss in losses:
-        mean += 0.1 * (loss - mean)
-        smooth.append(mean)
+    # Centred, over a twentieth of the run: an average over the past alone would lag behind where the loss falls fast.
+    reach = max(1, len(losses) // 40)
+    smooth = [float(np.mean(losses[max(0, n - reach) : n + reach + 1])) for n in range(len(losses))]
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss")
     axes.plot(steps, smooth, color="tab:blue", label="training loss, running mean")
