@@ -158,7 +158,8 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     device = accelerator.device
     weight_dtype = DTYPES[accelerator.mixed_precision]
     torch.backends.cuda.matmul.allow_tf32 = recipe.allow_tf32
-    place(components, recipe, device, weight_dtype)
+    # bitsandbytes makes parameters contiguous at their first step, after its state took their layout.
+    place(components, recipe, device, weight_dtype, contiguous_unet=recipe.optimizer == "adamw8bit")
     unet = components.unet
     unet.train()
     learning_rate = recipe.learning_rate * (global_batch_size if recipe.scale_lr else 1)

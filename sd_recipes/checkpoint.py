@@ -84,7 +84,6 @@ def save_checkpoint(training: Training, progress: Progress, output_dir: Path) ->
         },
         "progress": asdict(progress),
         "num_rows": training.order.num_rows,
-        "channels_last": _is_channels_last(unet),
         "optimizer": {
             "name": training.recipe.optimizer,
             "values": values,
@@ -181,12 +180,6 @@ def _check_same_run(training: Training, state: dict[str, Any], path: Path) -> No
             f"--optimizer {training.recipe.optimizer}: {path} was written with {state['optimizer']['name']}, whose "
             f"state does not carry over; use --optimizer {state['optimizer']['name']}, or start anew"
         )
-    channels_last = _is_channels_last(training.components.unet)
-    if training.recipe.optimizer == "adamw8bit" and state["channels_last"] != channels_last:
-        raise RecipeError(
-            f"{path}: AdamW8bit's blocks follow the memory format, which was {'' if state['channels_last'] else 'not '}"
-            f"channels last; use --channels_last {'always' if state['channels_last'] else 'never'}"
-        )
     for name, saved in state["settings"].items():
         now = getattr(training.recipe, name)
         if now != saved:
@@ -220,7 +213,7 @@ def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _laid_out_as(parameter: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """Give tensors of the parameter's shape its memory format: fused and 8-bit optimizers walk the raw memory."""
+    """Give tensors of the parameter's shape its memory format: fused optimizers walk the raw memory."""
     return {
         key: _laid_out_as(parameter, value)
         if isinstance(value, dict)
@@ -229,10 +222,6 @@ def _laid_out_as(parameter: torch.Tensor, state: dict[str, Any]) -> dict[str, An
         else value
         for key, value in state.items()
     }
-
-
-def _is_channels_last(unet: UNet2DConditionModel) -> bool:
-    return unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _flatten(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

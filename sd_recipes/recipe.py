@@ -260,6 +260,8 @@ class Recipe(
             raise ValueError(f"--report_to {self.report_to!r} is not one of: {', '.join(sorted(trackers))}")
         if self.use_8bit_adam:
             self.optimizer = "adamw8bit"
+        if self.optimizer == "adamw8bit" and self.channels_last == "always":
+            raise ValueError("--channels_last always contradicts AdamW8bit, which makes weights contiguous: use auto")
         return self
 
 

@@ -15,14 +15,20 @@ logger = logging.getLogger(__name__)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def place(components: Components, config: MemoryConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Move the frozen models to `device` in `dtype` and the UNet in float32, arranged as configured."""
+def place(
+    components: Components, config: MemoryConfig, device: torch.device, dtype: torch.dtype, *, contiguous_unet: bool
+) -> None:
+    """Move the frozen models to `device` in `dtype` and the UNet in float32, arranged as configured.
+
+    `contiguous_unet` keeps the UNet out of channels last, for an optimizer that would undo it.
+    """
     components.vae.to(device, dtype=dtype)
     components.text_encoder.to(device, dtype=dtype)
     unet = components.unet.to(device)
     wins = device.type == "cpu" or dtype != torch.float32
     if config.channels_last == "always" or (config.channels_last == "auto" and wins):
-        unet.to(memory_format=torch.channels_last)
+        if not contiguous_unet:
+            unet.to(memory_format=torch.channels_last)
         components.vae.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
