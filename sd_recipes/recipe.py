@@ -13,6 +13,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -91,30 +92,139 @@ class ModelConfig(Section):
     )
 
 
+class DataSource(Section):
+    """One of several sources of rows, mixed by weight; fields as the flags of the same names."""
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    dataset_revision: str | None = None
+    train_data_dir: str | None = None
+    train_split: str = "train"
+    weight: Number = Field(1.0, gt=0)
+
+    @property
+    def flag(self) -> str:
+        """How a message names the source."""
+        if self.dataset_name is not None:
+            return f"--dataset_name {self.dataset_name}"
+        return f"--train_data_dir {self.train_data_dir}"
+
+
 class DataConfig(Section):
     """Data."""
 
     dataset_name: str | None = Field(
-        None, description="A Hub data set, a folder, a .parquet or .arrow file, or sd-recipes/emoji."
-    )
+        None, description="A Hub data set, a folder, a .parquet, .arrow or .tar file (globs and URLs too), "
+        "or sd-recipes/emoji."
+    )  # fmt: skip
     dataset_config_name: str | None = Field(None, description="Configuration of the data set, if it has several.")
+    dataset_revision: str | None = Field(None, description="Branch, tag or commit of the Hub data set.")
     train_data_dir: str | None = Field(
-        None, description="Folder of images with a metadata.jsonl, whose `text` holds the captions."
+        None, description="Folder of images with a metadata.jsonl or .csv, whose `text` holds the captions."
     )
     train_split: str = Field("train", description="Split of the data set to train on.")
+    data_sources: list[DataSource] | None = Field(
+        None, description="Several sources mixed by weight, instead of --dataset_name; in a recipe file only."
+    )
     image_column: str = Field("image", description="Column with the image.")
-    caption_column: str = Field("text", description="Column with the caption, or with a list of captions.")
     max_train_samples: int | None = Field(None, ge=1, description="Train on this many rows, drawn by the seed.")
+    streaming: bool = Field(False, description="Read rows as they come, from the Hub, local files or a URL.")
+    shuffle_block: int = Field(1000, ge=1, description="Rows of a stream that are shuffled together, per process.")
+    stream_outage_minutes: Number = Field(
+        10.0, ge=0, description="How long a stream may fail on end before the run gives up."
+    )
+    check_data: Literal["full", "sample", "off"] = Field(
+        "sample", description="Check rows before a model is loaded: all, a sample, or none."
+    )
+    max_bad_rows: int | None = Field(
+        None, ge=0, description="Stop when more rows than this could not be used; otherwise at 1 % of the rows."
+    )
+    dataloader_num_workers: int = Field(0, ge=0, description="Loader processes; 0 reads ahead in a thread.")
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """The sources to mix; one, where they are given by flags."""
+        if self.data_sources:
+            return self.data_sources
+        return [
+            DataSource(
+                dataset_name=self.dataset_name,
+                dataset_config_name=self.dataset_config_name,
+                dataset_revision=self.dataset_revision,
+                train_data_dir=self.train_data_dir,
+                train_split=self.train_split,
+            )
+        ]
+
+
+class ImageConfig(Section):
+    """Images."""
+
     resolution: int = Field(512, ge=8, description="Width and height of the training images, in pixels.")
-    center_crop: bool = Field(False, description="Crop the middle; otherwise crop at random.")
+    center_crop: bool = Field(False, description="Crop the middle; otherwise crop at random. Same as --crop center.")
+    crop: Literal["random", "center", "none"] | None = Field(
+        None, description="Where to crop; `none` fits the whole image in, changing its shape."
+    )
     random_flip: bool = Field(False, description="Mirror images left to right at random.")
     image_interpolation_mode: Literal[
         "nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
     ] = Field("lanczos", description="Filter for resizing.")
+    max_image_megapixels: Number = Field(
+        100.0, gt=0, description="Larger images are bad rows: a small file can unfold to more memory than there is."
+    )
+    aspect_ratio_buckets: bool = Field(
+        False, description="Train on several shapes of about --resolution² pixels, each image on the nearest."
+    )
+    bucket_step: int = Field(64, ge=8, description="Sides of the buckets are multiples of this many pixels.")
+    max_upscale: Number = Field(
+        2.0, ge=1, description="With buckets, enlarge no image more than this; smaller ones get smaller buckets."
+    )
+
+    @property
+    def cropping(self) -> str:
+        """`random`, `center` or `none`."""
+        return self.crop or ("center" if self.center_crop else "random")
+
+
+class CaptionConfig(Section):
+    """Captions."""
+
+    caption_column: str = Field("text", description="Column with the caption, or with a list of captions.")
+    caption_columns: list[str] | None = Field(
+        None, description="Several columns of captions instead, of which a sample draws one."
+    )
+    caption_template: str | None = Field(
+        None, description='Caption made of columns, such as "a photo of {name}", instead of a caption column.'
+    )
+    shuffle_tags: bool = Field(False, description="Shuffle the parts of a caption between --tag_separator.")
+    keep_tags: int = Field(0, ge=0, description="With --shuffle_tags, leave this many leading parts in place.")
+    tag_separator: str = Field(",", min_length=1, description="What separates the tags of a caption.")
     caption_dropout: Number = Field(
         0.0, ge=0, le=1, description="Share of captions replaced by the empty one, for classifier-free guidance."
     )
-    dataloader_num_workers: int = Field(0, ge=0, description="Loader processes; 0 reads ahead in a thread.")
+    blank_captions: Literal["skip", "empty", "error"] = Field(
+        "skip",
+        description="Rows whose caption is missing or blank: skip them as bad, train on the empty caption, or stop.",
+    )
+    long_captions: Literal["error", "truncate", "chunk"] = Field(
+        "truncate", description="Captions over the tokenizer's limit: stop, cut, or encode in several chunks."
+    )
+    caption_chunks: int = Field(
+        3, ge=1, description="With --long_captions chunk, the number of chunks of every caption; longer ones are cut."
+    )
+
+
+class CacheConfig(Section):
+    """Caches."""
+
+    cache_latents: Literal["disk", "memory", "off"] = Field(
+        "off", description="Keep the VAE's moments, so that later epochs skip decoding and VAE; needs a fixed crop."
+    )
+    latent_cache_dir: str | None = Field(
+        None, description="Where moments are kept, shared between runs; otherwise in the output folder."
+    )
+    latent_cache_dtype: Literal["fp16", "bf16"] = Field("fp16", description="Precision of the kept moments.")
+    cache_text: bool = Field(False, description="Keep the text states of captions; for few and fixed ones.")
 
 
 class ObjectiveConfig(Section):
@@ -207,15 +317,16 @@ class HubConfig(Section):
     )
 
 
-SECTIONS = (
-    RunConfig, ModelConfig, DataConfig, ObjectiveConfig, OptimConfig, MemoryConfig, CheckpointConfig,
-    ValidationConfig, HubConfig,
+ONLY_IN_FILES = {"data_sources"}  # what a flag cannot say
+SECTIONS: tuple[type[Section], ...] = (
+    RunConfig, ModelConfig, DataConfig, ImageConfig, CaptionConfig, CacheConfig, ObjectiveConfig, OptimConfig,
+    MemoryConfig, CheckpointConfig, ValidationConfig, HubConfig,
 )  # fmt: skip
 
 
 class Recipe(
-    RunConfig, ModelConfig, DataConfig, ObjectiveConfig, OptimConfig, MemoryConfig, CheckpointConfig,
-    ValidationConfig, HubConfig,
+    RunConfig, ModelConfig, DataConfig, ImageConfig, CaptionConfig, CacheConfig, ObjectiveConfig, OptimConfig,
+    MemoryConfig, CheckpointConfig, ValidationConfig, HubConfig,
 ):  # fmt: skip
     """All settings of a run. Raises pydantic's ValidationError, which `load_recipe` turns into RecipeError."""
 
@@ -225,8 +336,7 @@ class Recipe(
             raise ValueError(
                 "--pretrained_model_name_or_path is missing: give a pipeline folder, a Hub id, or sd-recipes/tiny-emoji"
             )
-        if self.dataset_name is None and self.train_data_dir is None:
-            raise ValueError("no data: give --train_data_dir FOLDER or --dataset_name NAME")
+        check_data_settings(self)
         if self.hub_token is not None:
             raise ValueError(
                 "--hub_token is refused, because flags are written to logs: log in with `hf auth login`, "
@@ -263,6 +373,27 @@ class Recipe(
         if self.optimizer == "adamw8bit" and self.channels_last == "always":
             raise ValueError("--channels_last always contradicts AdamW8bit, which makes weights contiguous: use auto")
         return self
+
+
+def check_data_settings(config: Any) -> None:
+    """What the data, image, caption and cache sections may not ask for together. Raises ValueError."""
+    if config.data_sources is not None:
+        if config.dataset_name or config.train_data_dir:
+            raise ValueError("data_sources of the recipe file contradict --dataset_name and --train_data_dir: drop one")
+        if not config.data_sources:
+            raise ValueError("data_sources of the recipe file is empty: name a dataset_name or a train_data_dir")
+    if any(source.dataset_name is None and source.train_data_dir is None for source in config.sources):
+        raise ValueError("no data: give --train_data_dir FOLDER or --dataset_name NAME")
+    if config.center_crop and config.crop not in (None, "center"):
+        raise ValueError(f"--center_crop contradicts --crop {config.crop}: drop one")
+    if config.caption_columns and config.caption_template:
+        raise ValueError("--caption_columns and --caption_template both say what the caption is: drop one")
+    if config.keep_tags and not config.shuffle_tags:
+        raise ValueError("--keep_tags needs --shuffle_tags: add it, or drop --keep_tags")
+    if config.cache_latents != "off" and config.cropping == "random":
+        raise ValueError(
+            "--cache_latents keeps one crop of an image, and the crop is random: add --center_crop or --crop none"
+        )
 
 
 def load_recipe(argv: list[str] | None = None) -> Recipe:
@@ -322,6 +453,8 @@ NOT_OF_THE_RUN = {
 def recipe_text(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `--config` with a file of it gives the same run again."""
     settings = recipe.model_dump(exclude=NOT_OF_THE_RUN)
+    if not recipe.data_sources:
+        settings.pop("data_sources")
     lines = ["# Resolved recipe. Run it again with --config and this file.\n"]
     for section in SECTIONS:
         names = [name for name in section.model_fields if name in settings]
@@ -335,17 +468,18 @@ class _Parser(argparse.ArgumentParser):
         raise RecipeError(message)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(
+    sections: Sequence[type[Section]] = SECTIONS,
+    prog: str = "train_text_to_image.py",
+    description: str = "Fine-tune, or train from scratch, a Stable Diffusion text-to-image model.",
+) -> argparse.ArgumentParser:
     """One flag a field, grouped by section, with the field's help and default."""
-    parser = _Parser(
-        prog="train_text_to_image.py",
-        description="Fine-tune, or train from scratch, a Stable Diffusion text-to-image model.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    for section in SECTIONS:
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for section in sections:
         group = parser.add_argument_group((section.__doc__ or "").rstrip("."))
         for name, field in section.model_fields.items():
+            if name in ONLY_IN_FILES:
+                continue
             default = "" if field.default is None else f" [{field.default}]"
             options: dict[str, Any] = {"help": f"{field.description}{default}".replace("%", "%%")}
             kind, choices, is_list = _flag_kind(field.annotation)
@@ -378,12 +512,13 @@ def _flag_kind(annotation: Any) -> tuple[type, list[str] | None, bool]:
     return annotation, None, False
 
 
-def parse_flags(argv: list[str]) -> dict[str, Any]:
+def parse_flags(argv: list[str], parser: argparse.ArgumentParser | None = None) -> dict[str, Any]:
     """The flags that were given, by name. Raises RecipeError, with the nearest name of an unknown flag."""
-    flags, unknown = build_parser().parse_known_args(argv)
+    parser = parser or build_parser()
+    flags, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        names = [f"--{field}" for field in Recipe.model_fields]
+        names = [option for action in parser._actions for option in action.option_strings]
         raise RecipeError(f"unknown flag {name}{_nearest(name, names)}; --help lists all")
     return vars(flags)
 

@@ -5,7 +5,7 @@ python tools/write_docs.py
 
 from pathlib import Path
 
-from sd_recipes.recipe import SECTIONS, SHIPPED_RECIPES, recipe_schema
+from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, SHIPPED_RECIPES, recipe_schema
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,8 @@ def flags_page() -> str:
         lines += ["", f"## {(section.__doc__ or '').rstrip('.')}", "", "| flag | default | |", "|---|---|---|"]
         for name, field in section.model_fields.items():
             default = "" if field.default is None else f"`{field.default}`"
-            lines.append(f"| `--{name}` | {default} | {(field.description or '').replace('|', chr(92) + '|')} |")
+            flag = name if name in ONLY_IN_FILES else f"--{name}"
+            lines.append(f"| `{flag}` | {default} | {(field.description or '').replace('|', chr(92) + '|')} |")
     return "\n".join(lines) + "\n"
 
 
