@@ -77,11 +77,13 @@ def test_accumulation_is_one_big_batch(settings: dict[str, Any], tmp_path: Path)
             torch.testing.assert_close(value, weights(other)[name], rtol=1e-4, atol=1e-6)
 
 
-def test_the_loop_equals_a_float64_run_of_the_algorithm(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_loop_equals_a_float64_run_of_the_algorithm(settings: dict[str, Any], prediction_type: str) -> None:
     """Two SGD steps written out in float64 from the rows, with draws as the only thing shared."""
     settings |= {
         "optimizer": "sgd", "sgd_momentum": 0.0, "adam_weight_decay": 0.0, "learning_rate": 1e-2, "max_train_steps": 2,
         "max_grad_norm": 1e9, "train_batch_size": 2, "gradient_accumulation_steps": 3,
+        "prediction_type": prediction_type,
     }  # fmt: skip
     training = train(settings)
     components = build_training(Recipe(**settings), training.accelerator).components  # fresh weights
@@ -102,9 +104,12 @@ def test_the_loop_equals_a_float64_run_of_the_algorithm(settings: dict[str, Any]
             ) * components.vae.config.scaling_factor
             states = encode_text(components.text_encoder, batch.input_ids)
             t = a[batch.timesteps][:, None, None, None]
-            noisy = t.sqrt() * latents + (1 - t).sqrt() * batch.noise.double()
+            noise = batch.noise.double()
+            noisy = t.sqrt() * latents + (1 - t).sqrt() * noise
+            velocity = t.sqrt() * noise - (1 - t).sqrt() * latents
+            target = {"epsilon": noise, "v_prediction": velocity, "sample": latents}[prediction_type]
             prediction = components.unet(noisy, batch.timesteps, states).sample
-            window_losses += list((prediction - batch.noise.double()).square().mean(dim=(1, 2, 3)))
+            window_losses += list((prediction - target).square().mean(dim=(1, 2, 3)))
         mean_loss = torch.stack(window_losses).mean()
         mean_loss.backward()
         expected_losses.append(mean_loss.item())
