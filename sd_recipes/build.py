@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from accelerate.utils import (
 )
 
 from sd_recipes.checkpoint import find_checkpoint
+from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
-from sd_recipes.data.order import Order
-from sd_recipes.data.rows import load_rows
+from sd_recipes.data.cache import LatentCache, check_made_by, made_by, memory_folder
+from sd_recipes.data.training_data import load_training_data, plans
 from sd_recipes.ema import AveragedWeights
 from sd_recipes.metrics import ImageTextScore
-from sd_recipes.model.components import Components, load_components
+from sd_recipes.model.components import Components, latent_shape_of, load_components
+from sd_recipes.model.conditioning import CachedText, encode_text
 from sd_recipes.model.placement import DTYPES, place
 from sd_recipes.objective import DenoisingLoss
 from sd_recipes.optim import build_optimizer, build_schedule
@@ -54,8 +57,12 @@ class Training:
     optimizer: Any  # accelerate's wrapper
     schedule: torch.optim.lr_scheduler.LambdaLR
     ema: AveragedWeights | None
-    order: Order
     batches: TrainingBatches
+    num_rows: int | None  # unknown of a stream
+    steps_per_epoch: int | None
+    bad_rows: BadRows
+    cache: LatentCache | None
+    encode_text: Callable[[torch.Tensor], torch.Tensor]  # input_ids in the host's memory to states on the device
     validator: Validator
     tracker: Tracker
     weight_dtype: torch.dtype  # of the frozen models
@@ -124,23 +131,16 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
 
     if recipe.resume_from_checkpoint:
         find_checkpoint(output_dir, recipe.resume_from_checkpoint)  # before a model is loaded
-    rows = load_rows(recipe, cache_dir=recipe.cache_dir, seed=seed)
-    held_out_rows = None
-    if recipe.validation_split:
-        held_out_rows = load_rows(recipe, split=recipe.validation_split, cache_dir=recipe.cache_dir)
-    global_batch_size = recipe.train_batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
-    if global_batch_size > len(rows):
-        raise RecipeError(
-            f"the global batch is {global_batch_size} (--train_batch_size {recipe.train_batch_size} x "
-            f"--gradient_accumulation_steps {recipe.gradient_accumulation_steps} x {accelerator.num_processes} "
-            f"processes) and the data set has {len(rows)} rows: lower one of them"
-        )
-    order = Order(len(rows), global_batch_size, seed)
-    max_train_steps = recipe.max_train_steps or recipe.num_train_epochs * order.steps_per_epoch
+    batch_size = recipe.train_batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
+    data = load_training_data(recipe, seed=seed, global_batch_size=batch_size, rank=accelerator.process_index)
+    max_train_steps = recipe.max_train_steps or data.num_steps(recipe.num_train_epochs)
 
     torch.manual_seed(seed)  # initial weights of a UNet from scratch, and its dropout
     components = load_components(recipe)
-    if recipe.resolution % components.vae_scale_factor:
+    factor = components.vae_scale_factor
+    if recipe.aspect_ratio_buckets and recipe.bucket_step % factor:
+        raise RecipeError(f"--bucket_step {recipe.bucket_step} is not a multiple of the VAE's factor {factor}")
+    if recipe.resolution % components.vae_scale_factor and not recipe.aspect_ratio_buckets:
         lower = recipe.resolution - recipe.resolution % components.vae_scale_factor
         raise RecipeError(
             f"--resolution {recipe.resolution} is not a multiple of the VAE's factor {components.vae_scale_factor}: "
@@ -162,26 +162,31 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     place(components, recipe, device, weight_dtype, contiguous_unet=recipe.optimizer == "adamw8bit")
     unet = components.unet
     unet.train()
-    learning_rate = recipe.learning_rate * (global_batch_size if recipe.scale_lr else 1)
+    learning_rate = recipe.learning_rate * (batch_size if recipe.scale_lr else 1)
     fused = accelerator.mixed_precision != "fp16"
     optimizer = build_optimizer(unet.parameters(), recipe, learning_rate=learning_rate, fused=fused)
     schedule = build_schedule(optimizer, recipe, max_train_steps)
     ema = AveragedWeights(unet, recipe) if recipe.use_ema else None
     prepared_unet, prepared_optimizer = accelerator.prepare(unet, optimizer)
 
-    latents = {
-        "latent_shape": components.latent_shape(recipe.resolution),
+    if data.made_by is not None:
+        check_made_by(data.made_by, made_by(recipe, components.vae, weight_dtype))
+    cache = open_cache(recipe, components, accelerator, weight_dtype)
+    builder_settings = {
+        "latent_shape": latent_shape_of(components.vae),
         "num_train_timesteps": components.scheduler.config.num_train_timesteps,
     }
     builder = BatchBuilder(
-        rows,
+        data.rows,
         components.tokenizer,
         recipe,
         seed=seed,
         noise_offset=recipe.noise_offset,
         input_perturbation=recipe.input_perturbation,
-        **latents,
+        cache=cache,
+        **builder_settings,
     )
+    encode = CachedText(components.text_encoder) if recipe.cache_text else partial(encode_text, components.text_encoder)
     return Training(
         recipe=recipe,
         accelerator=accelerator,
@@ -195,17 +200,18 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
         optimizer=prepared_optimizer,
         schedule=schedule,
         ema=ema,
-        order=order,
         batches=TrainingBatches(
             builder,
-            order,
-            micro_batch_size=recipe.train_batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+            plans(data, recipe, accelerator, seed=seed, global_batch_size=batch_size),
             num_workers=recipe.dataloader_num_workers,
             pin_memory=device.type == "cuda",
         ),
-        validator=_build_validator(recipe, components, held_out_rows, latents),
+        num_rows=data.num_rows,
+        steps_per_epoch=None if data.order is None else data.order.num_steps(1),
+        bad_rows=data.bad_rows,
+        cache=cache,
+        encode_text=encode,
+        validator=_build_validator(recipe, components, data.held_out_rows, builder_settings),
         tracker=Tracker(accelerator, recipe),
         weight_dtype=weight_dtype,
         max_train_steps=max_train_steps,
@@ -230,12 +236,13 @@ def _agree_on_seed(seed: int | None) -> int:
 
 
 def _build_validator(
-    recipe: Recipe, components: Components, rows: datasets.Dataset | None, latents: dict[str, Any]
+    recipe: Recipe, components: Components, rows: datasets.Dataset | None, settings: dict[str, Any]
 ) -> Validator:
     held_out = None
     if rows is not None:
-        config = recipe.model_copy(update={"center_crop": True, "random_flip": False, "caption_dropout": 0.0})
-        held_out = BatchBuilder(rows, components.tokenizer, config, seed=HELD_OUT_SEED, **latents)
+        plain = {"center_crop": True, "crop": None, "random_flip": False, "caption_dropout": 0.0, "shuffle_tags": False}
+        config = recipe.model_copy(update=plain)
+        held_out = BatchBuilder(rows, components.tokenizer, config, seed=HELD_OUT_SEED, **settings)
     score = None
     if recipe.validation_clip_model:
         score = ImageTextScore(recipe.validation_clip_model, recipe.cache_dir)
@@ -244,17 +251,33 @@ def _build_validator(
 
 def describe(training: Training) -> str:
     """The run in a few lines: data, steps, batch, parameters."""
-    recipe, order, accelerator = training.recipe, training.order, training.accelerator
+    recipe, accelerator = training.recipe, training.accelerator
     trainable = sum(parameter.numel() for parameter in training.components.unet.parameters() if parameter.requires_grad)
-    epochs = training.max_train_steps / order.steps_per_epoch
+    steps = f"{training.max_train_steps:,}"
+    if training.steps_per_epoch:
+        epochs = training.max_train_steps / training.steps_per_epoch
+        steps += f" ({training.steps_per_epoch:,} an epoch, {epochs:.4g} epochs)"
+    batch_size = recipe.train_batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
     lines = {
-        "rows": f"{order.num_rows:,}",
-        "global batch": f"{order.global_batch_size} = {recipe.train_batch_size} a device x "
+        "rows": "a stream" if training.num_rows is None else f"{training.num_rows:,}",
+        "global batch": f"{batch_size} = {recipe.train_batch_size} a device x "
         f"{recipe.gradient_accumulation_steps} accumulated x {accelerator.num_processes} processes",
-        "optimizer steps": f"{training.max_train_steps:,} ({order.steps_per_epoch:,} an epoch, {epochs:.4g} epochs)",
+        "optimizer steps": steps,
         "trainable parameters": f"{trainable:,} (UNet)",
         "predicts": training.objective.prediction_type,
         "device": f"{accelerator.device}, {accelerator.mixed_precision} mixed precision",
         "seed": training.seed,
     }
     return "\n".join(f"  {name:<21}{value}" for name, value in lines.items())
+
+
+def open_cache(
+    recipe: Recipe, components: Components, accelerator: Accelerator, weight_dtype: torch.dtype
+) -> LatentCache | None:
+    """The latent cache of a recipe, if it asks for one. Raises RecipeError if there is no room for it in memory."""
+    if recipe.cache_latents == "off":
+        return None
+    folder = Path(recipe.latent_cache_dir or Path(recipe.output_dir) / "latents")
+    if recipe.cache_latents == "memory":
+        folder = memory_folder(recipe.output_dir)
+    return LatentCache(folder, made_by(recipe, components.vae, weight_dtype), accelerator.process_index)

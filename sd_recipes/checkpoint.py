@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +36,10 @@ FORMAT = 1
 # Settings whose change makes a resumed run differ from the uninterrupted one, and is told.
 REMEMBERED = (
     "seed", "prediction_type", "snr_gamma", "noise_offset", "input_perturbation", "dream_training", "resolution",
-    "center_crop", "random_flip", "caption_dropout", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "sgd_momentum",
-    "max_grad_norm", "use_ema", "ema_decay",
+    "center_crop", "crop", "random_flip", "aspect_ratio_buckets", "bucket_step", "max_upscale", "caption_dropout",
+    "caption_template", "shuffle_tags", "long_captions", "shuffle_block", "train_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2",
+    "adam_weight_decay", "adam_epsilon", "sgd_momentum", "max_grad_norm", "use_ema", "ema_decay",
 )  # fmt: skip
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -49,6 +50,7 @@ class Progress:
 
     global_step: int = 0  # global batches done
     samples_seen: int = 0
+    stream_state: dict[str, Any] | None = None  # where this process's stream stands, if there is one
 
 
 def save_unet(unet: UNet2DConditionModel, tensors: dict[str, torch.Tensor], folder: Path) -> None:
@@ -57,8 +59,13 @@ def save_unet(unet: UNet2DConditionModel, tensors: dict[str, torch.Tensor], fold
     save_file(_on_cpu(tensors), folder / UNET_WEIGHTS, metadata={"format": "pt"})
 
 
-def save_checkpoint(training: Training, progress: Progress, output_dir: Path) -> Path:
-    """Write checkpoint-N beside its final place, rename it, then remove those beyond the limit."""
+def save_checkpoint(
+    training: Training, progress: Progress, output_dir: Path, streams: list[dict[str, Any] | None]
+) -> Path:
+    """Write checkpoint-N beside its final place, rename it, then remove those beyond the limit.
+
+    `streams` are the positions of all processes' streams.
+    """
     final = output_dir / f"checkpoint-{progress.global_step}"
     temporary = output_dir / f".{final.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -82,8 +89,9 @@ def save_checkpoint(training: Training, progress: Progress, output_dir: Path) ->
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
         },
-        "progress": asdict(progress),
-        "num_rows": training.order.num_rows,
+        "progress": {"global_step": progress.global_step, "samples_seen": progress.samples_seen},
+        "streams": streams,
+        "num_rows": training.num_rows,
         "optimizer": {
             "name": training.recipe.optimizer,
             "values": values,
@@ -169,7 +177,13 @@ def load_checkpoint(training: Training, path: Path) -> Progress:
         if ema_tensors is None:
             raise RecipeError(f"--use_ema: {path} has no averaged weights; drop the flag, or start anew")
         training.ema.load(ema_tensors, state["ema_step"])
-    return Progress(**state["progress"])
+    streams = state.get("streams", [None])
+    if training.recipe.streaming and len(streams) != training.accelerator.num_processes:
+        raise RecipeError(
+            f"{path}: the stream was read by {len(streams)} processes and its position is theirs; continue with as many"
+        )
+    stream_state = streams[training.accelerator.process_index] if training.recipe.streaming else None
+    return Progress(**state["progress"], stream_state=stream_state)
 
 
 def _check_same_run(training: Training, state: dict[str, Any], path: Path) -> None:
@@ -184,10 +198,10 @@ def _check_same_run(training: Training, state: dict[str, Any], path: Path) -> No
         now = getattr(training.recipe, name)
         if now != saved:
             logger.warning("--%s is %s and was %s in %s: the run goes on with the new value.", name, now, saved, path)
-    if state["num_rows"] != training.order.num_rows:
+    if state["num_rows"] != training.num_rows:
         logger.warning(
-            "The data set has %d rows and had %d: the order of the rows is another from here on.",
-            training.order.num_rows,
+            "The data set has %s rows and had %s: the order of the rows is another from here on.",
+            training.num_rows,
             state["num_rows"],
         )
 

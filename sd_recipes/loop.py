@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from sd_recipes.build import Training
 from sd_recipes.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
-from sd_recipes.model.conditioning import encode_text
-from sd_recipes.model.latents import encode_pixels, sample_latents, to_pixel_values
+from sd_recipes.data.batches import Batch
+from sd_recipes.data.order import MicroBatch
+from sd_recipes.model.latents import batch_moments, sample_latents
 from sd_recipes.recipe import Recipe, RunError
 
 logger = logging.getLogger(__name__)
+
+MUCH_WAITING = 0.1  # share of the time that is spent waiting for data
 
 
 class TrainingDiverged(RunError):
@@ -39,21 +45,23 @@ def fit(training: Training) -> Progress:
         logger.info("Nothing left to train: %d of %d steps are done.", progress.global_step, training.max_train_steps)
     if recipe.validate_before_training and progress.global_step == 0:
         validate(training, progress.global_step)
-    window = LossWindow(accelerator.device, progress)
+    window = Window(accelerator.device, progress)
     with tqdm(
         total=training.max_train_steps,
         initial=progress.global_step,
         desc="Steps",
         disable=not accelerator.is_local_main_process,
     ) as bar:
-        for batch in training.batches(progress.samples_seen, training.max_train_steps - progress.global_step):
+        steps_left = training.max_train_steps - progress.global_step
+        for batch in window.waits(training.batches(progress.samples_seen, steps_left, progress.stream_state)):
             plan = batch.plan
-            batch = batch.to(accelerator.device)
+            training.bad_rows.add(batch.bad, progress.samples_seen)
 
             # Latents and conditioning
-            moments = encode_pixels(components.vae, to_pixel_values(batch.pixel_values, training.weight_dtype))
+            encoder_hidden_states = training.encode_text(batch.input_ids)
+            batch = batch.to(accelerator.device)
+            moments = batch_moments(components.vae, batch, training.weight_dtype, training.cache)
             latents = sample_latents(components.vae, moments, batch.posterior_noise)
-            encoder_hidden_states = encode_text(components.text_encoder, batch.input_ids)
 
             # Loss and backward. accelerate divides by the accumulation steps and averages over processes;
             # multiplied by both and divided by the global batch's size, the gradient is the mean over its
@@ -63,7 +71,7 @@ def fit(training: Training) -> Progress:
                 losses = training.objective(
                     training.unet, latents, encoder_hidden_states, batch.timesteps, batch.noise, batch.input_noise
                 )
-                share = plan.weight * losses.sum() / plan.global_batch_size
+                share = (batch.weights * losses).sum() / plan.global_batch_size
                 accelerator.backward(share * accelerator.gradient_accumulation_steps * accelerator.num_processes)
             window.add(share)
             if not plan.is_last:
@@ -79,6 +87,7 @@ def fit(training: Training) -> Progress:
                     training.ema.step()
             progress.global_step += 1
             progress.samples_seen = plan.samples_seen
+            progress.stream_state = plan.stream_state
             bar.update(1)
             is_done = progress.global_step == training.max_train_steps
 
@@ -92,27 +101,39 @@ def fit(training: Training) -> Progress:
             # Checkpoint, then validate: what can fail comes after what must not be lost
             if progress.global_step % recipe.checkpointing_steps == 0:
                 window.check_finite(training, progress)
-                if accelerator.is_main_process:
-                    save_checkpoint(training, progress, output_dir)
-                accelerator.wait_for_everyone()
-            if is_done or (plan.ends_epoch and is_validation_epoch(recipe, progress, training.order.num_rows)):
+                save(training, progress, output_dir)
+            if training.cache and plan.ends_epoch:
+                finish_cached_epoch(training, plan.epoch)
+            if is_done or is_validation_step(recipe, progress, plan):
                 validate(training, progress.global_step)
                 window.restart(progress)
     return progress
 
 
-class LossWindow:
-    """Mean loss and speed since the last log; the loss stays on the device until then."""
+class Window:
+    """Mean loss, speed and waiting since the last log; the loss stays on the device until then."""
 
     def __init__(self, device: torch.device, progress: Progress) -> None:
         self.loss = torch.zeros((), device=device)
         self.steps_from = progress.global_step
+        self.told_of_waiting = False
         self.restart(progress)
 
     def restart(self, progress: Progress) -> None:
         """Begin timing here: validation and pictures do not count as training time."""
         self.samples_from = progress.samples_seen
+        self.waited = 0.0
         self.started = time.perf_counter()
+
+    def waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time for which the loop waits for them."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
     def add(self, loss: torch.Tensor) -> None:
         self.loss += loss.detach()
@@ -128,19 +149,41 @@ class LossWindow:
         return total
 
     def close(self, training: Training, progress: Progress) -> dict[str, float]:
-        """Mean loss of the window's steps over all processes, learning rate and images a second."""
+        """Mean loss of the window's steps over all processes, learning rate, images a second, share of waiting."""
         loss = self.check_finite(training, progress) / (progress.global_step - self.steps_from)
         elapsed = time.perf_counter() - self.started
         figures = {
             "train_loss": loss,
             "lr": float(training.schedule.get_last_lr()[0]),
-            "epoch": progress.samples_seen / training.order.num_rows,
             "images_per_second": (progress.samples_seen - self.samples_from) / elapsed,
+            "data_wait": self.waited / elapsed,
         }
+        if training.num_rows:
+            figures["epoch"] = progress.samples_seen / training.num_rows
+        if len(training.bad_rows):
+            figures["bad_rows"] = len(training.bad_rows)
+        if self.steps_from and figures["data_wait"] > MUCH_WAITING and not self.told_of_waiting:
+            self.told_of_waiting = True
+            logger.warning(
+                "%.0f %% of the time goes into waiting for data: %s", 100 * figures["data_wait"], remedy(training)
+            )
         self.loss.zero_()
         self.steps_from = progress.global_step
         self.restart(progress)
         return figures
+
+
+def remedy(training: Training) -> str:
+    """What to do about a loader that is slower than the model."""
+    recipe = training.recipe
+    remedies = []
+    workers = max(1, (os.cpu_count() or 1) // training.accelerator.num_processes)
+    if recipe.dataloader_num_workers < workers:
+        remedies.append(f"--dataloader_num_workers {workers}")
+    if recipe.cache_latents == "off" and not recipe.streaming:
+        fixed = "" if recipe.cropping != "random" else " --center_crop"
+        remedies.append(f"--cache_latents disk{fixed}")
+    return " or ".join(remedies) or "smaller image files, or a faster disk or network"
 
 
 def resume(training: Training, output_dir: Path) -> Progress:
@@ -157,13 +200,38 @@ def resume(training: Training, output_dir: Path) -> Progress:
     return progress
 
 
-def is_validation_epoch(recipe: Recipe, progress: Progress, num_rows: int) -> bool:
-    """As in diffusers' script: after the first epoch, and then after every `validation_epochs`-th."""
-    return (progress.samples_seen // num_rows - 1) % recipe.validation_epochs == 0
+def save(training: Training, progress: Progress, output_dir: Path) -> None:
+    """Write a checkpoint, with the position of every process's stream and after the latent cache."""
+    if training.cache:
+        training.cache.flush()
+    streams = gather_object([progress.stream_state])
+    if training.accelerator.is_main_process:
+        save_checkpoint(training, progress, output_dir, streams)
+    training.accelerator.wait_for_everyone()
+
+
+def finish_cached_epoch(training: Training, epoch: int) -> None:
+    """What was met in an epoch is in the cache for the next one, on all processes; the VAE makes room."""
+    assert training.cache is not None
+    training.cache.flush()
+    training.accelerator.wait_for_everyone()
+    training.cache.seal(epoch + 1)
+    training.components.vae.to("cpu")
+
+
+def is_validation_step(recipe: Recipe, progress: Progress, plan: MicroBatch) -> bool:
+    """Every so many steps; or, as in diffusers' script, after the first epoch and then every so many."""
+    if recipe.validation_steps:
+        return progress.global_step % recipe.validation_steps == 0
+    return plan.ends_epoch and plan.epoch % recipe.validation_epochs == 0
 
 
 def validate(training: Training, step: int) -> None:
     """Validate on the main process while the others wait."""
     if training.accelerator.is_main_process:
+        vae = training.components.vae
+        was_on = vae.device
+        vae.to(training.accelerator.device)
         training.validator(training, step)
+        vae.to(was_on)
     training.accelerator.wait_for_everyone()

@@ -293,6 +293,7 @@ class ValidationConfig(Section):
 
     validation_prompts: list[str] | None = Field(None, description="Prompts to draw at every validation.")
     validation_epochs: int = Field(5, ge=1, description="Validate after every so many epochs.")
+    validation_steps: int | None = Field(None, ge=1, description="Validate every so many steps, not by epochs.")
     validation_split: str | None = Field(None, description="Split for the held-out loss.")
     validate_before_training: bool = Field(False, description="Validate at step 0 too, and write before_after.png.")
     validation_inference_steps: int = Field(20, ge=1, description="Denoising steps of a validation picture.")
@@ -337,6 +338,8 @@ class Recipe(
                 "--pretrained_model_name_or_path is missing: give a pipeline folder, a Hub id, or sd-recipes/tiny-emoji"
             )
         check_data_settings(self)
+        if self.streaming and self.max_train_steps is None:
+            raise ValueError("--streaming knows no number of rows: give --max_train_steps")
         if self.hub_token is not None:
             raise ValueError(
                 "--hub_token is refused, because flags are written to logs: log in with `hf auth login`, "
@@ -390,6 +393,10 @@ def check_data_settings(config: Any) -> None:
         raise ValueError("--caption_columns and --caption_template both say what the caption is: drop one")
     if config.keep_tags and not config.shuffle_tags:
         raise ValueError("--keep_tags needs --shuffle_tags: add it, or drop --keep_tags")
+    if config.streaming and config.max_train_samples is not None:
+        raise ValueError(
+            "--max_train_samples draws from all rows, which a stream does not know: drop it, or drop --streaming"
+        )
     if config.cache_latents != "off" and config.cropping == "random":
         raise ValueError(
             "--cache_latents keeps one crop of an image, and the crop is random: add --center_crop or --crop none"

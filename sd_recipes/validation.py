@@ -17,7 +17,7 @@ from sd_recipes.data.batches import BatchBuilder
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.metrics import ImageTextScore
 from sd_recipes.model.conditioning import encode_text
-from sd_recipes.model.latents import encode_pixels, sample_latents, to_pixel_values
+from sd_recipes.model.latents import batch_moments, sample_latents
 from sd_recipes.pipeline import build_pipeline
 
 if TYPE_CHECKING:
@@ -40,11 +40,12 @@ class Validator:
     def held_out_loss(self, training: Training) -> float:
         """Mean loss over the held-out rows, timesteps stratified over all samples; the UNet as it is."""
         assert self.held_out is not None
+        assert self.held_out.rows is not None
         num_rows, size = len(self.held_out.rows), training.recipe.train_batch_size
         num_samples = num_rows * math.ceil(MIN_HELD_OUT_SAMPLES / num_rows)
         # Strided, so that every row meets early and late timesteps.
         strata = np.arange(num_samples).reshape(num_rows, -1).T.reshape(-1)
-        total = torch.zeros((), device=training.accelerator.device)
+        total = torch.zeros(2, device=training.accelerator.device)
         for start in tqdm(range(0, num_samples, size), desc="Held-out loss", leave=False):
             chosen = np.arange(start, min(start + size, num_samples))
             plan = MicroBatch(
@@ -56,16 +57,19 @@ class Validator:
                 is_last=True,
                 samples_seen=0,
                 ends_epoch=False,
+                epoch=0,
+                size=(training.recipe.resolution, training.recipe.resolution),
             )
             batch = self.held_out[plan].to(training.accelerator.device)
-            pixel_values = to_pixel_values(batch.pixel_values, training.weight_dtype)
             components = training.components
-            latents = sample_latents(components.vae, encode_pixels(components.vae, pixel_values), batch.posterior_noise)
+            moments = batch_moments(components.vae, batch, training.weight_dtype)
+            latents = sample_latents(components.vae, moments, batch.posterior_noise)
             states = encode_text(components.text_encoder, batch.input_ids)
             with training.accelerator.autocast():
                 losses = training.held_out_objective(components.unet, latents, states, batch.timesteps, batch.noise)
-            total += losses.sum()
-        return total.item() / num_samples
+            total += torch.stack([(batch.weights * losses).sum(), batch.weights.sum()])
+        loss, weight = total.tolist()
+        return loss / weight
 
     def pictures(self, training: Training) -> list[Image.Image]:
         """A picture of each prompt: the same noise for the same seed and prompt, at every step."""

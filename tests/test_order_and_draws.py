@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sd_recipes.data.draws import draw
-from sd_recipes.data.order import Order, share
+from sd_recipes.data.order import Order, apportion, share
 
 
 def take(order: Order, samples_seen: int, number: int) -> list:
@@ -11,8 +11,8 @@ def take(order: Order, samples_seen: int, number: int) -> list:
 
 
 def test_every_row_comes_once_an_epoch_and_the_last_batch_is_smaller() -> None:
-    order = Order(num_rows=10, global_batch_size=4, seed=7)
-    batches = take(order, 0, 2 * order.steps_per_epoch)
+    order = Order((10,), global_batch_size=4, seed=7)
+    batches = take(order, 0, order.num_steps(2))
     assert [len(batch.rows) for batch in batches] == [4, 4, 2] * 2
     epochs = [np.concatenate([batch.rows for batch in batches[start : start + 3]]) for start in (0, 3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
@@ -22,7 +22,7 @@ def test_every_row_comes_once_an_epoch_and_the_last_batch_is_smaller() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
 def test_position_is_one_number(steps: int) -> None:
-    order = Order(num_rows=10, global_batch_size=4, seed=7)
+    order = Order((10,), global_batch_size=4, seed=7)
     whole = take(order, 0, 8)
     seen = sum(len(batch.rows) for batch in whole[:steps])
     for expected, batch in zip(whole[steps:], take(order, seen, 8 - steps), strict=True):
@@ -33,7 +33,7 @@ def test_position_is_one_number(steps: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 def test_the_processes_share_a_global_batch_exactly(world_size: int, micro_batch_size: int) -> None:
-    for batch in take(Order(num_rows=11, global_batch_size=6, seed=1), 0, 4):
+    for batch in take(Order((11,), global_batch_size=6, seed=1), 0, 4):
         shares = [
             share(batch, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
             for rank in range(world_size)
@@ -44,6 +44,51 @@ def test_the_processes_share_a_global_batch_exactly(world_size: int, micro_batch
         positions = np.concatenate([plan.positions for plan in plans])
         assert sorted(positions) == list(range(batch.position, batch.position + len(batch.rows)))
         assert all(len(plan.rows) <= micro_batch_size for plan in plans)
+
+
+def bucketed() -> Order:
+    sizes = ((64, 64), (32, 128), (128, 32))
+    buckets = np.array([0] * 9 + [1] * 5 + [2] * 1)
+    return Order((15,), global_batch_size=4, seed=3, sizes=sizes, buckets=buckets)
+
+
+def test_a_global_batch_is_of_one_bucket_and_leftovers_are_batched() -> None:
+    order = bucketed()
+    batches = take(order, 0, order.num_steps(2))
+    for batch in batches:
+        assert {order.sizes[order.buckets[row]] for row in batch.rows} == {batch.size}
+    first = [batch for batch in batches if batch.epoch == 0]
+    assert sorted(np.concatenate([batch.rows for batch in first])) == list(range(15))
+    assert sorted(len(batch.rows) for batch in first) == [1, 1, 1, 4, 4, 4]
+    assert [batch.ends_epoch for batch in first] == [False] * 5 + [True]
+    sizes = [batch.size for batch in batches]
+    assert sizes[:6] != sorted(sizes[:6]), "buckets come mixed"
+    assert sizes[:6] != sizes[6:], "in another order every epoch"
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6, 9])
+def test_the_position_among_buckets_is_one_number(steps: int) -> None:
+    whole = take(bucketed(), 0, 12)
+    seen = sum(len(batch.rows) for batch in whole[:steps])
+    for expected, batch in zip(whole[steps:], take(bucketed(), seen, 12 - steps), strict=True):
+        assert (batch.position, batch.size, batch.epoch) == (expected.position, expected.size, expected.epoch)
+        np.testing.assert_array_equal(batch.rows, expected.rows)
+
+
+def test_sources_are_mixed_by_weight_and_each_goes_through_its_rows() -> None:
+    """Of 10 + 30 rows with weights 3 to 1, an epoch has 30 of the first, three times over, and 10 of the second."""
+    order = Order((10, 30), global_batch_size=8, seed=5, source_weights=(3.0, 1.0))
+    epochs = [np.concatenate([batch.rows for batch in take(order, 40 * number, 5)]) for number in range(3)]
+    for rows in epochs:
+        assert np.bincount(rows[rows < 10]).tolist() == [3] * 10
+        assert (rows >= 10).sum() == 10
+    assert sorted(np.concatenate([rows[rows >= 10] for rows in epochs])) == list(range(10, 40)), "none comes twice"
+
+
+def test_parts_are_whole_and_proportional() -> None:
+    assert apportion(10, [1, 1, 1]) == [4, 3, 3]
+    assert apportion(7, [0.1, 0.9]) == [1, 6]
+    assert sum(apportion(1001, [0.2, 0.3, 0.7])) == 1001
 
 
 SETTINGS = {"latent_shape": (4, 8, 8), "num_train_timesteps": 1000}

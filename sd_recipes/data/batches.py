@@ -14,27 +14,42 @@ import numpy as np
 import torch
 from transformers import CLIPTokenizer
 
-from sd_recipes.data.captions import CaptionError, choose_caption, tokenize
+from sd_recipes.data.bad_rows import row_name
+from sd_recipes.data.cache import LatentCache, moments_of, row_key
+from sd_recipes.data.captions import CaptionError, caption_columns, make_caption, tokenize
 from sd_recipes.data.draws import Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_image
-from sd_recipes.data.order import MicroBatch, Order, share
-from sd_recipes.recipe import DataConfig, RecipeError
+from sd_recipes.data.order import MicroBatch
+from sd_recipes.recipe import Recipe, RecipeError
 
 RECIPE_ERROR = f"{RecipeError.__module__}.{RecipeError.__qualname__}"
 READ_AHEAD = 2  # micro-batches, of the reading thread and of each worker process
+END = 2**62  # an epoch that is never reached
+
+Row = dict[str, Any]
+Plans = Callable[[int, dict[str, Any] | None], Iterator[MicroBatch]]  # from (samples seen, state of the stream) on
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch with everything the training step needs: the step is a function of it and the weights."""
+    """A micro-batch with everything the training step needs: the step is a function of it and the weights.
 
-    pixel_values: torch.Tensor  # (B, 3, H, W) uint8
+    Of each image it has the pixels or, where these were found in a cache, the moments.
+    """
+
+    pixel_values: torch.Tensor  # (U, 3, H, W) uint8, of the rows in `live`
+    live: torch.Tensor  # (U,) int64: the places in the batch whose moments are still to be made
+    moments: torch.Tensor | None  # (B, 2C, h, w) float32 of the other rows; None if there are none
+    flip: torch.Tensor  # (B,) bool: still to be mirrored, where the cache keeps both
     input_ids: torch.Tensor  # (B, L) int64
     timesteps: torch.Tensor  # (B,) int64
     noise: torch.Tensor  # (B, C, h, w) float32, the noise offset included
     input_noise: torch.Tensor  # (B, C, h, w) float32: the noise, with the input perturbation on top
     posterior_noise: torch.Tensor  # (B, C, h, w) float32
+    weights: torch.Tensor  # (B,) float32: 0 for a row that cannot be used
     plan: MicroBatch
+    bad: tuple[tuple[str, str], ...]  # (name, reason) of the rows that cannot be used
+    records: list[Row]  # of the rows in `live`: what the cache keeps beside their moments
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, copied without waiting for it."""
@@ -55,53 +70,69 @@ class Batch:
 class BatchBuilder(torch.utils.data.Dataset):
     """Builds the batch of a MicroBatch; runs in the loader's workers.
 
-    latent_shape is (C, h, w). Raises RecipeError naming the row whose image or caption is unusable.
+    `latent_shape` gives (C, h, w) for an image size (height, width). `rows` is None for a stream, whose
+    rows come with the MicroBatch. A row whose image or caption is unusable gets weight 0 and is named;
+    settings that say so raise RecipeError for it.
     """
 
     def __init__(
         self,
-        rows: datasets.Dataset,
+        rows: datasets.Dataset | None,
         tokenizer: CLIPTokenizer,
-        config: DataConfig,
+        config: Recipe,
         *,
         seed: int,
-        latent_shape: tuple[int, int, int],
+        latent_shape: Callable[[tuple[int, int]], tuple[int, int, int]],
         num_train_timesteps: int,
         noise_offset: float = 0.0,
         input_perturbation: float = 0.0,
+        cache: LatentCache | None = None,
     ) -> None:
         self.rows = rows
         # Its own: a fast tokenizer keeps padding and truncation as state, and this one is used from another thread
         # than the pipeline's, which would meet "Already borrowed" (huggingface/transformers#47085).
         self.tokenizer = copy.deepcopy(tokenizer)
         self.config = config
+        self.captions = caption_columns(config)
         self.seed = seed
         self.latent_shape = latent_shape
         self.num_train_timesteps = num_train_timesteps
         self.noise_offset = noise_offset
         self.input_perturbation = input_perturbation
+        self.cache = cache
 
     def __getitem__(self, plan: MicroBatch) -> Batch:
+        if self.cache is not None:
+            self.cache.begin_epoch(plan.epoch)
+        latent_shape = self.latent_shape(plan.size)
         drawn = [
             draw(
                 self.seed,
                 int(position),
                 stratum=int(stratum),
                 global_batch_size=plan.global_batch_size,
-                latent_shape=self.latent_shape,
+                latent_shape=latent_shape,
                 num_train_timesteps=self.num_train_timesteps,
                 perturbed=bool(self.input_perturbation),
             )
             for position, stratum in zip(plan.positions, plan.strata, strict=True)
         ]
-        columns = self.rows[plan.rows.tolist()]
-        pixels, captions = [], []
-        for number, row in enumerate(plan.rows):
+        images = _Images(plan.size, latent_shape, len(drawn))
+        captions: list[str] = []
+        weights = torch.full((len(drawn),), plan.weight)
+        bad = []
+        for place, (number, row) in enumerate(zip(plan.rows.tolist(), self._rows(plan), strict=True)):
+            name = row_name(number, row.get(self.config.image_column))
             try:
-                pixels.append(self._pixels(columns[self.config.image_column][number], drawn[number]))
-                captions.append(self._caption(columns[self.config.caption_column][number], drawn[number]))
+                caption = self._caption(row, drawn[place], name)
+                self._add_image(images, place, row, drawn[place])
             except (ImageError, CaptionError) as error:
-                raise RecipeError(f"row {row} of the data set: {error}") from error
+                bad.append((name, str(error)))
+                weights[place] = 0
+                caption = ""
+                if self.cache is None:
+                    images.add_pixels(place, np.zeros((3, *plan.size), dtype=np.uint8), {})
+            captions.append(caption)
         noise = np.stack([sample.noise for sample in drawn])  # (B, C, h, w)
         if self.noise_offset:
             noise += self.noise_offset * np.stack([sample.offset_noise for sample in drawn])
@@ -109,63 +140,127 @@ class BatchBuilder(torch.utils.data.Dataset):
         if self.input_perturbation:
             perturbation = [s.perturbation_noise for s in drawn if s.perturbation_noise is not None]
             input_noise = noise + self.input_perturbation * np.stack(perturbation)
+        keeps_both = self.cache is not None and self.config.random_flip
         return Batch(
-            pixel_values=torch.from_numpy(np.stack(pixels)),
-            input_ids=tokenize(self.tokenizer, captions),
+            pixel_values=torch.from_numpy(images.stacked()),
+            live=torch.tensor(images.live, dtype=torch.int64),
+            moments=images.moments,
+            flip=torch.tensor([keeps_both and self._flips(sample) for sample in drawn]),
+            input_ids=self._input_ids(captions),
             timesteps=torch.tensor([sample.timestep for sample in drawn]),
             noise=torch.from_numpy(noise),
             input_noise=torch.from_numpy(input_noise),
             posterior_noise=torch.from_numpy(np.stack([sample.posterior_noise for sample in drawn])),
+            weights=weights,
             plan=plan,
+            bad=tuple(bad),
+            records=images.records,
         )
 
-    def _pixels(self, encoded: dict[str, Any], drawn: Draws) -> np.ndarray:
-        config = self.config
-        return fit_image(
-            open_image(encoded, at_least=config.resolution),
-            config.resolution,
+    def _rows(self, plan: MicroBatch) -> list[Row]:
+        if plan.examples is not None:
+            return list(plan.examples)
+        assert self.rows is not None
+        columns = self.rows[plan.rows.tolist()]
+        return [{name: values[number] for name, values in columns.items()} for number in range(len(plan.rows))]
+
+    def _flips(self, drawn: Draws) -> bool:
+        return self.config.random_flip and drawn.flip_u < 0.5
+
+    def _caption(self, row: Row, drawn: Draws, name: str) -> str:
+        try:
+            return make_caption(row, self.config, drawn)
+        except CaptionError as error:
+            if self.config.blank_captions == "error":
+                raise RecipeError(f"{name}: {error} (--blank_captions error)") from error
+            raise
+
+    def _input_ids(self, captions: list[str]) -> torch.Tensor:
+        try:
+            return tokenize(self.tokenizer, captions, self.config)
+        except CaptionError as error:  # --long_captions error
+            raise RecipeError(str(error)) from error
+
+    def _add_image(self, images: _Images, place: int, row: Row, drawn: Draws) -> None:
+        """The row's moments where they are known, otherwise its pixels. Raises ImageError."""
+        if "moments" in row:
+            images.add_moments(place, moments_of(row, flip=self._flips(drawn), latent_shape=images.latent_shape))
+            return
+        encoded, config = row[self.config.image_column], self.config
+        if isinstance(encoded, bytes):
+            encoded = {"bytes": encoded, "path": None}
+        record: Row = {}
+        if self.cache is not None:
+            try:
+                key = row_key(encoded)
+            except (OSError, TypeError) as error:
+                raise ImageError(f"no image: {error}") from error
+            kept = self.cache.find(key)
+            if kept is not None:
+                images.add_moments(place, moments_of(kept, flip=self._flips(drawn), latent_shape=images.latent_shape))
+                return
+            record = {
+                "key": key,
+                "height": images.size[0],
+                "width": images.size[1],
+                **{name: row[name] for name in self.captions},
+            }
+        crop_u = {"random": drawn.crop_u, "center": (0.5, 0.5), "none": None}[config.cropping]
+        height, width = images.size
+        pixels = fit_image(
+            open_image(encoded, at_least=(width, height), max_megapixels=config.max_image_megapixels),
+            images.size,
             interpolation=config.image_interpolation_mode,
-            crop_u=(0.5, 0.5) if config.center_crop else drawn.crop_u,
-            flip=config.random_flip and drawn.flip_u < 0.5,
+            crop_u=crop_u,
+            flip=self._flips(drawn) and self.cache is None,
         )
+        images.add_pixels(place, pixels, record)
 
-    def _caption(self, value: Any, drawn: Draws) -> str:
-        caption = choose_caption(value, drawn.caption_u)
-        return "" if drawn.dropout_u < self.config.caption_dropout else caption
+
+class _Images:
+    """The pixels or moments of a micro-batch, while they are gathered."""
+
+    def __init__(self, size: tuple[int, int], latent_shape: tuple[int, int, int], number: int) -> None:
+        self.size = size
+        self.latent_shape = latent_shape
+        self.number = number
+        self.live: list[int] = []
+        self.records: list[Row] = []
+        self.moments: torch.Tensor | None = None
+        self._pixels: list[np.ndarray] = []
+
+    def add_pixels(self, place: int, pixels: np.ndarray, record: Row) -> None:
+        self.live.append(place)
+        self._pixels.append(pixels)
+        self.records.append(record)
+
+    def add_moments(self, place: int, moments: torch.Tensor) -> None:
+        if self.moments is None:
+            channels, height, width = self.latent_shape
+            self.moments = torch.zeros(self.number, 2 * channels, height, width)
+        self.moments[place] = moments
+
+    def stacked(self) -> np.ndarray:
+        return np.stack(self._pixels) if self._pixels else np.zeros((0, 3, *self.size), dtype=np.uint8)
 
 
 class TrainingBatches:
     """This process's micro-batches from a position on, built ahead by workers or, without any, by a thread.
 
-    Not sharded again by accelerate: the share of each process is part of the order.
+    Not sharded again by accelerate: the share of each process is part of the plans.
     """
 
-    def __init__(
-        self,
-        builder: BatchBuilder,
-        order: Order,
-        *,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        num_workers: int,
-        pin_memory: bool,
-    ) -> None:
+    def __init__(self, builder: BatchBuilder, plans: Plans, *, num_workers: int, pin_memory: bool) -> None:
         self.builder = builder
-        self.order = order
-        self.micro_batch_size = micro_batch_size
-        self.rank = rank
-        self.world_size = world_size
+        self.plans = plans
         self.num_workers = num_workers
         self.pin_memory = pin_memory
 
-    def plans_from(self, samples_seen: int) -> Iterator[MicroBatch]:
-        for batch in self.order.batches_from(samples_seen):
-            yield from share(batch, rank=self.rank, world_size=self.world_size, micro_batch_size=self.micro_batch_size)
-
-    def __call__(self, samples_seen: int, num_steps: int) -> Iterator[Batch]:
+    def __call__(
+        self, samples_seen: int, num_steps: int, stream_state: dict[str, Any] | None = None
+    ) -> Iterator[Batch]:
         """The batches of the next `num_steps` global batches."""
-        plans = self._plans_of_steps(samples_seen, num_steps)
+        plans = self._plans_of_steps(self.plans(samples_seen, stream_state), num_steps)
         if self.num_workers == 0:
             yield from self._read_ahead(plans)
             return
@@ -182,21 +277,31 @@ class TrainingBatches:
         except RecipeError as error:
             # The loader puts a worker's traceback into the message; its last line is ours.
             raise RecipeError(str(error).rstrip().splitlines()[-1].removeprefix(f"{RECIPE_ERROR}: ")) from None
+        finally:
+            self._release()
 
-    def _plans_of_steps(self, samples_seen: int, num_steps: int) -> Iterator[MicroBatch]:
-        for plan in self.plans_from(samples_seen):
-            if num_steps <= 0:
-                return
+    @staticmethod
+    def _plans_of_steps(plans: Iterator[MicroBatch], num_steps: int) -> Iterator[MicroBatch]:
+        while num_steps > 0:
+            plan = next(plans)
             yield plan
             num_steps -= plan.is_last
 
     def _read_ahead(self, plans: Iterator[MicroBatch]) -> Iterator[Batch]:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as reader:
-            waiting: list[Future[Batch]] = [reader.submit(self._build, plan) for plan in islice(plans, READ_AHEAD)]
-            while waiting:
-                batch = waiting.pop(0).result()
-                waiting += [reader.submit(self._build, plan) for plan in islice(plans, 1)]
-                yield batch
+            try:
+                waiting: list[Future[Batch]] = [reader.submit(self._build, plan) for plan in islice(plans, READ_AHEAD)]
+                while waiting:
+                    batch = waiting.pop(0).result()
+                    waiting += [reader.submit(self._build, plan) for plan in islice(plans, 1)]
+                    yield batch
+            finally:
+                self._release()
+
+    def _release(self) -> None:
+        """Let readers end that wait for an epoch to be written."""
+        if self.builder.cache is not None:
+            self.builder.cache.seal(END)
 
     def _build(self, plan: MicroBatch) -> Batch:
         batch = self.builder[plan]

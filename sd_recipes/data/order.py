@@ -1,18 +1,37 @@
 """Which rows form which global batch: a function of the seed and of the number of samples seen.
 
-The position of a run is that one number. Every row comes once an epoch; an epoch's last global
-batch is smaller where the rows do not divide. A process takes every world-size-th sample of a
-global batch, so the shares of a small one differ by at most one sample.
+The position of a run is that one number. Every row comes once an epoch; a global batch is smaller
+where the rows of an epoch, or of a bucket, do not divide. A process takes every world-size-th sample
+of a global batch, so the shares of a small one differ by at most one sample.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-ORDER_PURPOSE = 0xE70C  # keeps the permutation's key apart from those of the samples' draws
+# They keep the keys of these permutations apart from those of the samples' draws and from each other.
+ORDER_PURPOSE, SOURCE_PURPOSE, BATCHES_PURPOSE = 0xE70C, 0xE70D, 0xE70E
+
+
+def generator(seed: int, number: int, purpose: int, part: int = 0) -> np.random.Generator:
+    """A generator that depends on its arguments only (Philox, Salmon et al. 2011)."""
+    key = np.array([seed, number], dtype=np.uint64)
+    counter = np.array([0, 0, part, purpose], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` in whole parts proportional to `weights`, by largest remainder."""
+    exact = total * np.asarray(weights, dtype=np.float64) / sum(weights)
+    parts = np.floor(exact).astype(int)
+    parts[np.argsort(parts - exact, kind="stable")[: total - parts.sum()]] += 1
+    return parts.tolist()
 
 
 @dataclass(frozen=True)
@@ -22,6 +41,8 @@ class GlobalBatch:
     rows: np.ndarray  # (M,) indices into the data set
     position: int  # of the first sample in the run
     ends_epoch: bool
+    epoch: int
+    size: tuple[int, int]  # (height, width) of its images, in pixels
 
 
 @dataclass(frozen=True)
@@ -36,36 +57,86 @@ class MicroBatch:
     is_last: bool  # the optimizer steps after it
     samples_seen: int  # by the run, when the global batch is done
     ends_epoch: bool
+    epoch: int
+    size: tuple[int, int]  # (height, width) of the images, in pixels
+    # Of a stream: the rows themselves, and where this process's stream stands when the global batch is done.
+    examples: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
+    stream_state: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Order:
-    """Epochs, permutations and global batches of `num_rows` rows."""
+    """Epochs, permutations and global batches of the rows of one or several sources.
 
-    num_rows: int
+    `source_lengths` are those of the sources that the data set is a concatenation of; an epoch has as
+    many samples as there are rows, shared out by `source_weights` (default: by length, each row once).
+    With `buckets`, (num_rows,) indices into `sizes`, every global batch has the rows of one bucket.
+    """
+
+    source_lengths: tuple[int, ...]
     global_batch_size: int
     seed: int
+    source_weights: tuple[float, ...] | None = None
+    sizes: tuple[tuple[int, int], ...] = ((512, 512),)
+    buckets: np.ndarray | None = None
 
     @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_rows / self.global_batch_size)
+    def num_rows(self) -> int:
+        return sum(self.source_lengths)
 
-    def permutation(self, epoch: int) -> np.ndarray:
-        """(num_rows,) order of the rows in an epoch."""
-        key = np.array([self.seed, epoch], dtype=np.uint64)
-        counter = np.array([0, 0, 0, ORDER_PURPOSE], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=counter)).permutation(self.num_rows)
+    def num_steps(self, num_epochs: int) -> int:
+        """Optimizer steps of the first `num_epochs` epochs."""
+        if self.buckets is None:
+            return num_epochs * math.ceil(self.num_rows / self.global_batch_size)
+        return sum(len(self._epoch_batches(epoch)[1]) for epoch in range(num_epochs))
 
-    def batches_from(self, samples_seen: int):
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """(num_rows,) rows of an epoch in their order."""
+        if self.source_weights is None:
+            return generator(self.seed, epoch, ORDER_PURPOSE).permutation(self.num_rows)
+        chosen, first_row = [], 0
+        shares = apportion(self.num_rows, self.source_weights)
+        for source, (length, share) in enumerate(zip(self.source_lengths, shares, strict=True)):
+            # A source goes through its own permutations, one after the other, whatever the run's epoch.
+            uses = np.arange(epoch * share, (epoch + 1) * share)
+            for pass_number in np.unique(uses // length):
+                order = generator(self.seed, int(pass_number), SOURCE_PURPOSE, part=source).permutation(length)
+                chosen.append(first_row + order[uses[uses // length == pass_number] % length])
+            first_row += length
+        return generator(self.seed, epoch, ORDER_PURPOSE).permutation(np.concatenate(chosen))
+
+    def _epoch_batches(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of an epoch in the order of its batches, and the (num_batches,) offsets at which these end."""
+        rows, step = self.epoch_rows(epoch), self.global_batch_size
+        if self.buckets is None:
+            return rows, np.append(np.arange(step, self.num_rows, step), self.num_rows)
+        batches = []
+        buckets = self.buckets[rows]
+        for bucket in np.unique(buckets):
+            of_bucket = rows[buckets == bucket]
+            batches += [of_bucket[start : start + step] for start in range(0, len(of_bucket), step)]
+        order = generator(self.seed, epoch, BATCHES_PURPOSE).permutation(len(batches))
+        batches = [batches[number] for number in order]
+        return np.concatenate(batches), np.cumsum([len(batch) for batch in batches])
+
+    def batches_from(self, samples_seen: int) -> Iterator[GlobalBatch]:
         """Yield the global batches that follow, without end."""
-        while True:
-            epoch, start = divmod(samples_seen, self.num_rows)
-            permutation = self.permutation(epoch)
-            for first in range(start, self.num_rows, self.global_batch_size):
-                rows = permutation[first : first + self.global_batch_size]
-                ends_epoch = first + len(rows) == self.num_rows
-                yield GlobalBatch(rows=rows, position=epoch * self.num_rows + first, ends_epoch=ends_epoch)
-            samples_seen = (epoch + 1) * self.num_rows
+        for epoch in itertools.count(samples_seen // self.num_rows):
+            first = max(0, samples_seen - epoch * self.num_rows)
+            rows, ends = self._epoch_batches(epoch)
+            if self.buckets is None:  # from the position on, whatever the batch size was before it
+                ends = np.append(
+                    np.arange(first + self.global_batch_size, self.num_rows, self.global_batch_size), self.num_rows
+                )
+            for end in ends[ends > first].tolist():
+                yield GlobalBatch(
+                    rows=rows[first:end],
+                    position=epoch * self.num_rows + first,
+                    ends_epoch=end == self.num_rows,
+                    epoch=epoch,
+                    size=self.sizes[0 if self.buckets is None else self.buckets[rows[first]]],
+                )
+                first = end
 
 
 def share(batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_size: int) -> list[MicroBatch]:
@@ -85,7 +156,23 @@ def share(batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_size: i
             is_last=start == starts[-1],
             samples_seen=batch.position + len(batch.rows),
             ends_epoch=batch.ends_epoch,
+            epoch=batch.epoch,
+            size=batch.size,
         )
         for start in starts
         for chosen in [strata[start : start + micro_batch_size]]
     ]
+
+
+def plans_of_order(
+    order: Order,
+    samples_seen: int,
+    stream_state: dict[str, Any] | None = None,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+) -> Iterator[MicroBatch]:
+    """One process's micro-batches from a position on, without end; `stream_state` is for streams only."""
+    for batch in order.batches_from(samples_seen):
+        yield from share(batch, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)

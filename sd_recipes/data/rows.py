@@ -1,97 +1,173 @@
-"""Where rows come from: a folder of images, a data file, or the Hub. Columns are checked here."""
+"""Where rows come from: folders of images, data files, shards, the Hub. Columns are checked here."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 from pathlib import Path
+from typing import Any
 
 import datasets
 
 from sd_recipes import assets
-from sd_recipes.recipe import DataConfig, RecipeError
+from sd_recipes.data.captions import caption_columns
+from sd_recipes.data.folder import read_folder
+from sd_recipes.recipe import DataSource, Recipe, RecipeError
 
-FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+MAX_HELD_OUT_STREAM_ROWS = 1000  # a held-out split of a stream is kept in memory
+# A row of a latent cache holds these instead of an image (see cache.py).
+MOMENTS_COLUMNS = ("moments", "moments_flipped", "height", "width", "made_by")
 
 
 def load_rows(
-    config: DataConfig, *, split: str | None = None, cache_dir: str | None = None, seed: int | None = None
+    config: Any, *, split: str | None = None, cache_dir: str | None = None, seed: int | None = None
 ) -> datasets.Dataset:
-    """Rows of `split` (default: `config.train_split`) with the image and caption columns checked.
+    """Rows of all sources one after the other, with the image and caption columns checked.
 
-    Images stay encoded: a row is {image_column: {"bytes", "path"}, caption_column: str or list of str}.
-    `config.max_train_samples` is applied to the training split only, drawn by `seed`.
-    Raises RecipeError if the data cannot be read, is empty, or lacks a column.
+    Images stay encoded: a row is {image_column: {"bytes", "path"}, caption columns: str or list of str}.
+    `split` replaces the sources' own. `config.max_train_samples` is applied to the training split only,
+    drawn by `seed`. Raises RecipeError if the data cannot be read, is empty, or lacks a column.
     """
-    wanted = split or config.train_split
-    found = _load(config, cache_dir)
-    if wanted not in found:
-        raise RecipeError(f"{_source(config)} has no split {wanted!r}: it has {sorted(map(str, found))}")
-    rows = found[wanted]
-    if len(rows) == 0:
-        raise RecipeError(f"{_source(config)} has no rows in split {wanted!r}: put images and captions there")
-    for flag, column in (("--image_column", config.image_column), ("--caption_column", config.caption_column)):
-        _check_column(flag, column, rows, config)
-    image = rows.features[config.image_column]
-    if not isinstance(image, datasets.Image) and not _can_hold_images(image):
-        raise RecipeError(
-            f"--image_column {config.image_column} of {_source(config)} holds {image}, not images: "
-            f"choose another of {rows.column_names}"
-        )
-    caption = rows.features[config.caption_column]
-    if not _can_hold_captions(caption):
-        raise RecipeError(
-            f"--caption_column {config.caption_column} of {_source(config)} holds {caption}, neither strings nor lists "
-            f"of strings: choose another of {rows.column_names}"
-        )
-    rows = rows.select_columns([config.image_column, config.caption_column])
-    rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
+    parts = load_sources(config, split=split, cache_dir=cache_dir)
+    rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if split is None and config.max_train_samples is not None and config.max_train_samples < len(rows):
         rows = rows.shuffle(seed=seed).select(range(config.max_train_samples))
     return rows
 
 
-def _source(config: DataConfig) -> str:
-    return (
-        f"--dataset_name {config.dataset_name}" if config.dataset_name else f"--train_data_dir {config.train_data_dir}"
-    )
+def load_sources(config: Any, *, split: str | None = None, cache_dir: str | None = None) -> list[datasets.Dataset]:
+    """The rows of each source, with the same columns in all. Raises RecipeError as `load_rows`."""
+    parts = []
+    for source in config.sources:
+        found = _load(source, config, cache_dir, streaming=False)
+        rows = found[_split(found, source, split)]
+        if len(rows) == 0:
+            raise RecipeError(f"{source.flag} has no rows in split {split or source.train_split!r}")
+        parts.append(_checked(rows, rows.features, source, config))
+    for number, source in enumerate(config.sources[1:], start=1):
+        try:
+            parts[number] = parts[number].cast(parts[0].features)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{source.flag} has other columns than {config.sources[0].flag}: {error}") from None
+    return parts
 
 
-def _load(config: DataConfig, cache_dir: str | None) -> datasets.DatasetDict:
+def load_streams(config: Any, *, cache_dir: str | None = None) -> list[datasets.IterableDataset]:
+    """The stream of each source, images undecoded, columns checked. Raises RecipeError as `load_rows`."""
+    streams = []
+    for source in config.sources:
+        found = _load(source, config, cache_dir, streaming=True)
+        stream = found[_split(found, source, None)]
+        features = _guarded(source, lambda stream=stream: stream.features or stream._resolve_features().features)
+        if features is None:
+            raise RecipeError(f"{source.flag} has no rows in split {source.train_split!r}")
+        streams.append(_checked(stream, features, source, config))
+    return streams
+
+
+def load_held_out_rows(config: Recipe, split: str, cache_dir: str | None) -> datasets.Dataset:
+    """Rows of the first source's split `split`; of a stream the first 1,000, in memory. Raises RecipeError."""
+    config = config.model_copy(update={"data_sources": [config.sources[0].model_copy(update={"train_split": split})]})
+    if not config.streaming:
+        return load_rows(config, split=split, cache_dir=cache_dir)
+    stream = load_streams(config, cache_dir=cache_dir)[0]
+    rows = _guarded(config.sources[0], lambda: list(itertools.islice(stream, MAX_HELD_OUT_STREAM_ROWS)))
+    return datasets.Dataset.from_list(rows, features=stream.features)
+
+
+def _split(found: Any, source: DataSource, split: str | None) -> str:
+    wanted = split or source.train_split
+    if wanted not in found:
+        raise RecipeError(f"{source.flag} has no split {wanted!r}: it has {sorted(map(str, found))}")
+    return wanted
+
+
+def _guarded(source: DataSource, read: Any) -> Any:
+    """What `read` returns, its errors as RecipeError about the source."""
     try:
-        if config.dataset_name is not None:
-            name = assets.resolve(config.dataset_name)
-            builder = FILE_BUILDERS.get(Path(name).suffix)
-            if builder and Path(name).is_file():
-                return datasets.load_dataset(builder, data_files={"train": name}, cache_dir=cache_dir)
-            return datasets.load_dataset(
-                name, config.dataset_config_name, data_dir=config.train_data_dir, cache_dir=cache_dir
-            )
-        folder = Path(config.train_data_dir or "")
-        if not folder.is_dir():
-            raise RecipeError(f"--train_data_dir {folder}: no such folder")
-        if not any(path.is_file() for path in folder.rglob("*")):
-            raise RecipeError(f"--train_data_dir {folder} is empty: put images and a metadata.jsonl there")
-        return datasets.load_dataset("imagefolder", data_files={"train": f"{folder}/**"}, cache_dir=cache_dir)
+        return read()
     except RecipeError:
         raise
     # Whatever `datasets` raises while it reads a person's files is about those files. It has no
     # common base class, so the error is passed on in one line with its own words.
     except Exception as error:
         words = " ".join(str(error).split())[:500]
-        raise RecipeError(f"{_source(config)} cannot be read: {words or type(error).__name__}") from error
+        raise RecipeError(f"{source.flag} cannot be read: {words or type(error).__name__}") from error
 
 
-def _check_column(flag: str, column: str, rows: datasets.Dataset, config: DataConfig) -> None:
-    if column in rows.column_names:
+def _load(source: DataSource, config: Any, cache_dir: str | None, *, streaming: bool) -> Any:
+    options: dict[str, Any] = {"cache_dir": cache_dir, "streaming": streaming}
+    if source.dataset_name is not None:
+        name = assets.resolve(source.dataset_name)
+        builder = FILE_BUILDERS.get(Path(name).suffix)
+        if builder and ("://" in name or "*" in name or Path(name).is_file()):
+            # For training, whatever the file's name: one called test.parquet would otherwise be a split `test`.
+            return _guarded(source, lambda: datasets.load_dataset(builder, data_files={"train": name}, **options))
+        return _guarded(
+            source,
+            lambda: datasets.load_dataset(
+                name,
+                source.dataset_config_name,
+                data_dir=source.train_data_dir,
+                revision=source.dataset_revision,
+                **options,
+            ),
+        )
+    folder = Path(source.train_data_dir or "")
+    if not folder.is_dir():
+        raise RecipeError(f"--train_data_dir {folder}: no such folder")
+    if not any(path.is_file() for path in folder.rglob("*")):
+        raise RecipeError(f"--train_data_dir {folder} is empty: put images and a metadata.jsonl there")
+    if not streaming:
+        rows = read_folder(folder, config.image_column)
+        if rows is not None:
+            return {"train": rows}
+    return _guarded(
+        source, lambda: datasets.load_dataset("imagefolder", data_files={"train": f"{folder}/**"}, **options)
+    )
+
+
+def _checked(rows: Any, features: datasets.Features, source: DataSource, config: Any) -> Any:
+    """The rows with the needed columns only and images undecoded; a Dataset or an IterableDataset."""
+    captions = caption_columns(config)
+    images = [config.image_column]
+    if config.image_column not in features and "moments" in features:
+        images = [name for name in MOMENTS_COLUMNS if name in features]
+    template = config.caption_template is not None
+    flag = "--caption_template" if template else "--caption_columns" if config.caption_columns else "--caption_column"
+    for owner, column in [*(("--image_column", name) for name in images), *((flag, name) for name in captions)]:
+        _check_column(owner, column, list(features), source, config)
+    if images == [config.image_column]:
+        image = features[config.image_column]
+        if not isinstance(image, datasets.Image) and not _can_hold_images(image):
+            raise RecipeError(
+                f"--image_column {config.image_column} of {source.flag} holds {image}, not images: "
+                f"choose another of {list(features)}"
+            )
+    for column in captions:
+        if not template and not _can_hold_captions(features[column]):
+            raise RecipeError(
+                f"{flag} {column} of {source.flag} holds {features[column]}, neither strings nor lists of strings: "
+                f"choose another of {list(features)}"
+            )
+    rows = rows.select_columns([*images, *(name for name in captions if name not in images)])
+    if images == [config.image_column]:
+        rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
+    return rows
+
+
+def _check_column(flag: str, column: str, columns: list[str], source: DataSource, config: Any) -> None:
+    if column in columns:
         return
-    near = difflib.get_close_matches(column, rows.column_names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
     hint = f"; nearest: {near[0]}" if near else ""
     metadata = ""
-    if config.dataset_name is None and flag == "--caption_column" and rows.column_names == [config.image_column]:
+    if source.dataset_name is None and flag == "--caption_column" and set(columns) <= {config.image_column, "label"}:
         metadata = (
             '; captions come from a metadata.jsonl in that folder, with lines {"file_name": "a.png", "text": "…"}'
         )
-    raise RecipeError(f"{flag} {column}: {_source(config)} has the columns {rows.column_names}{hint}{metadata}")
+    raise RecipeError(f"{flag} {column}: {source.flag} has the columns {columns}{hint}{metadata}")
 
 
 def _can_hold_captions(feature: object) -> bool:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +50,7 @@ class Components:
     @property
     def vae_scale_factor(self) -> int:
         """Pixels a side that one latent stands for."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a square image."""
-        side = resolution // self.vae_scale_factor
-        return self.vae.config.latent_channels, side, side
+        return _scale_factor(self.vae)
 
     def set_prediction_type(self, prediction_type: str) -> None:
         """The exported pipeline must sample with the prediction type that was trained."""
@@ -64,24 +61,48 @@ class Components:
             scheduler.register_to_config(prediction_type=prediction_type)
 
 
+def _scale_factor(vae: AutoencoderKL) -> int:
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latent_shape_of(vae: AutoencoderKL) -> Callable[[tuple[int, int]], tuple[int, int, int]]:
+    """The function from an image's (height, width) to its latents' (C, h, w); it holds no model."""
+    return partial(_latent_shape, vae.config.latent_channels, _scale_factor(vae))
+
+
+def _latent_shape(channels: int, factor: int, size: tuple[int, int]) -> tuple[int, int, int]:
+    height, width = size
+    return channels, height // factor, width // factor
+
+
 def load_components(config: ModelConfig) -> Components:
     """Load every part in float32, the VAE and the text encoder frozen. Raises RecipeError naming what is missing."""
-    name = assets.resolve(config.pretrained_model_name_or_path or "")
-    source = _Source(name, config)
+    source = _source(config)
     scheduler = source.load(DDPMScheduler, "scheduler")
-    tokenizer = source.load(CLIPTokenizer, "tokenizer")
+    tokenizer = load_tokenizer(config)
     text_encoder = source.load_model(CLIPTextModel, "text_encoder", dtype=torch.float32)
-    vae = source.load_model(AutoencoderKL, "vae", torch_dtype=torch.float32)
+    vae = load_vae(config)
     if config.train_from_scratch:
         unet = _new_unet(config, source)
     else:
         unet = source.load_model(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
     components = Components(unet, vae, text_encoder, tokenizer, scheduler, _load_sampler(source, scheduler))
     _check_fit(components)
-    for frozen in (vae, text_encoder):
-        frozen.requires_grad_(False)
-        frozen.eval()
+    text_encoder.requires_grad_(False)
+    text_encoder.eval()
     return components
+
+
+def load_vae(config: ModelConfig) -> AutoencoderKL:
+    """The VAE in float32, frozen. Raises RecipeError."""
+    vae = _source(config).load_model(AutoencoderKL, "vae", torch_dtype=torch.float32)
+    vae.requires_grad_(False)
+    return vae.eval()
+
+
+def load_tokenizer(config: ModelConfig) -> CLIPTokenizer:
+    """Raises RecipeError."""
+    return _source(config).load(CLIPTokenizer, "tokenizer")
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
@@ -132,6 +153,10 @@ class _Source:
             revision = self.config.non_ema_revision
         options = {"variant": self.config.variant, "use_safetensors": True, **options, "revision": revision}
         return self.load(part, subfolder, **options)
+
+
+def _source(config: ModelConfig) -> _Source:
+    return _Source(assets.resolve(config.pretrained_model_name_or_path or ""), config)
 
 
 def _new_unet(config: ModelConfig, source: _Source) -> UNet2DConditionModel:

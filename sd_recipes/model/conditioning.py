@@ -8,5 +8,25 @@ from transformers import CLIPTextModel
 
 @torch.no_grad()
 def encode_text(text_encoder: CLIPTextModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """(B, L) int64 to the text model's last hidden states (B, L, D)."""
-    return text_encoder(input_ids, return_dict=False)[0]
+    """(B, n * L) int64 to the text model's last hidden states (B, n * L, D), each chunk of L encoded alone."""
+    length = min(input_ids.shape[1], text_encoder.config.max_position_embeddings)
+    states = text_encoder(input_ids.reshape(-1, length), return_dict=False)[0]
+    return states.reshape(len(input_ids), -1, states.shape[-1])
+
+
+class CachedText:
+    """Text states of captions that were met before; for captions that are few and do not change."""
+
+    def __init__(self, text_encoder: CLIPTextModel) -> None:
+        self.text_encoder = text_encoder
+        self.states: dict[bytes, torch.Tensor] = {}
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, n * L) int64 in the host's memory to states (B, n * L, D) on the text encoder's device."""
+        assert input_ids.device.type == "cpu", "looking captions up must not wait for the device"
+        keys = [row.numpy().tobytes() for row in input_ids]
+        new = [place for place, key in enumerate(keys) if key not in self.states]
+        if new:
+            encoded = encode_text(self.text_encoder, input_ids[new].to(self.text_encoder.device))
+            self.states.update(zip((keys[place] for place in new), encoded, strict=True))
+        return torch.stack([self.states[key] for key in keys])

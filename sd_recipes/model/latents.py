@@ -5,8 +5,14 @@ Split into a deterministic half, which can be kept for later epochs, and a half 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from diffusers import AutoencoderKL
+
+if TYPE_CHECKING:
+    from sd_recipes.data.batches import Batch
+    from sd_recipes.data.cache import LatentCache
 
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # bounds of diffusers' DiagonalGaussianDistribution
 
@@ -30,3 +36,29 @@ def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, posterior_noise: t
     mean, logvar = moments.chunk(2, dim=1)
     latents = mean + torch.exp(0.5 * logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)) * posterior_noise
     return latents * vae.config.scaling_factor
+
+
+def batch_moments(
+    vae: AutoencoderKL, batch: Batch, dtype: torch.dtype, cache: LatentCache | None = None
+) -> torch.Tensor:
+    """Moments (B, 2C, h, w) of a batch: those that came with it, and those of its pixels, which the cache keeps."""
+    if len(batch.live) == len(batch.weights) and cache is None:
+        return encode_pixels(vae, to_pixel_values(batch.pixel_values, dtype))
+    batch_size, channels, height, width = batch.noise.shape
+    moments = batch.moments
+    if moments is None:
+        moments = torch.zeros(batch_size, 2 * channels, height, width, device=batch.noise.device)
+    if len(batch.live) == 0:
+        return moments
+    if vae.device != batch.noise.device:  # it was set free when the cache was full
+        vae.to(batch.noise.device)
+    pixel_values = to_pixel_values(batch.pixel_values, dtype)
+    made = encode_pixels(vae, pixel_values)
+    if cache is not None:
+        made = cache.round(made)
+        mirrored = cache.round(encode_pixels(vae, pixel_values.flip(-1))) if cache.keeps_flips else None
+        cache.put(batch.records, made, mirrored)
+        if mirrored is not None:
+            made = torch.where(batch.flip[batch.live][:, None, None, None], mirrored, made)
+    moments[batch.live] = made
+    return moments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from typing import Any
 
 import torch
 
@@ -25,11 +26,9 @@ def place(
     components.vae.to(device, dtype=dtype)
     components.text_encoder.to(device, dtype=dtype)
     unet = components.unet.to(device)
-    wins = device.type == "cpu" or dtype != torch.float32
-    if config.channels_last == "always" or (config.channels_last == "auto" and wins):
-        if not contiguous_unet:
-            unet.to(memory_format=torch.channels_last)
-        components.vae.to(memory_format=torch.channels_last)
+    if not contiguous_unet:
+        arrange(unet, config, device, dtype)
+    arrange(components.vae, config, device, dtype)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
@@ -39,3 +38,10 @@ def place(
             logger.warning("xFormers is not installed: PyTorch's own memory-efficient attention is used.")
     if config.compile_unet:
         unet.compile()
+
+
+def arrange(model: Any, config: MemoryConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Put a convolutional model into channels last where that was asked for, or wins."""
+    wins = device.type == "cpu" or dtype != torch.float32
+    if config.channels_last == "always" or (config.channels_last == "auto" and wins):
+        model.to(memory_format=torch.channels_last)

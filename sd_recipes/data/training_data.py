@@ -1,0 +1,123 @@
+"""A recipe's data, read, checked and put in order: rows or streams, and the plans of what is trained when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+
+from sd_recipes.data.bad_rows import BadRows
+from sd_recipes.data.batches import Plans
+from sd_recipes.data.checks import check_rows, check_stream
+from sd_recipes.data.order import Order, plans_of_order
+from sd_recipes.data.rows import load_held_out_rows, load_sources, load_streams
+from sd_recipes.data.sizes import assign_buckets, has_buckets, size_of_row
+from sd_recipes.data.stream import Shards, Stream
+from sd_recipes.recipe import Recipe, RecipeError
+
+
+@dataclass
+class TrainingData:
+    """Rows with their order, or streams; and the rows of the held-out split."""
+
+    rows: datasets.Dataset | None
+    order: Order | None
+    streams: list[datasets.IterableDataset]
+    held_out_rows: datasets.Dataset | None
+    bad_rows: BadRows
+
+    @property
+    def num_rows(self) -> int | None:
+        return None if self.rows is None else len(self.rows)
+
+    def num_steps(self, num_epochs: int) -> int:
+        assert self.order is not None, "the recipe's check asks a stream for --max_train_steps"
+        return self.order.num_steps(num_epochs)
+
+    @property
+    def made_by(self) -> str | None:
+        """What made the moments, if the rows have moments instead of images."""
+        data = self.streams[0] if self.rows is None else self.rows
+        if "made_by" not in (data.column_names or ()):
+            return None
+        return next(iter(data))["made_by"]
+
+
+def load_training_data(recipe: Recipe, *, seed: int, global_batch_size: int, rank: int) -> TrainingData:
+    """Read and check everything that a recipe says about data. Raises RecipeError and TooManyBadRows."""
+    held_out = None
+    if recipe.validation_split:
+        held_out = load_held_out_rows(recipe, recipe.validation_split, recipe.cache_dir)
+    output_dir = Path(recipe.output_dir)
+    if recipe.streaming:
+        streams = load_streams(recipe, cache_dir=recipe.cache_dir)
+        if recipe.check_data != "off" and rank == 0:
+            for stream in streams:
+                check_stream(stream, recipe)
+        return TrainingData(None, None, streams, held_out, BadRows(output_dir, recipe.max_bad_rows, None, rank))
+
+    parts = load_sources(recipe, cache_dir=recipe.cache_dir)
+    rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    lengths, weights = tuple(map(len, parts)), None
+    if len(parts) > 1:
+        weights = tuple(source.weight for source in recipe.sources)
+    if recipe.max_train_samples is not None and recipe.max_train_samples < len(rows):
+        if weights:
+            raise RecipeError("--max_train_samples and data_sources contradict each other: drop one")
+        rows = rows.shuffle(seed=seed).select(range(recipe.max_train_samples))
+        lengths = (len(rows),)
+    if global_batch_size > len(rows):
+        raise RecipeError(
+            f"the global batch is {global_batch_size} (--train_batch_size {recipe.train_batch_size} x "
+            f"--gradient_accumulation_steps {recipe.gradient_accumulation_steps} x the number of processes) and the "
+            f"data set has {len(rows)} rows: lower one of them"
+        )
+    bad_rows = BadRows(output_dir, recipe.max_bad_rows, len(rows), rank)
+    if recipe.check_data != "off" and rank == 0:
+        check_rows(rows, recipe, seed, bad_rows)
+    order = Order(lengths, global_batch_size, seed, weights, ((recipe.resolution, recipe.resolution),))
+    if has_buckets(rows, recipe):
+        sizes, buckets = assign_buckets(rows, recipe)
+        order = replace(order, sizes=sizes, buckets=buckets)
+    return TrainingData(rows, order, [], held_out, bad_rows)
+
+
+def plans(data: TrainingData, recipe: Recipe, accelerator: Accelerator, *, seed: int, global_batch_size: int) -> Plans:
+    """What this process trains on, from any position on."""
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    if data.order is not None:
+        return partial(plans_of_order, data.order, micro_batch_size=recipe.train_batch_size, **place)
+    outage_seconds = 60 * recipe.stream_outage_minutes
+    shards = [
+        Shards(stream, source.flag, outage_seconds) for stream, source in zip(data.streams, recipe.sources, strict=True)
+    ]
+    return Stream(
+        shards,
+        weights=[source.weight for source in recipe.sources],
+        seed=seed,
+        global_batch_size=global_batch_size,
+        shuffle_block=recipe.shuffle_block,
+        micro_batch_size=recipe.train_batch_size,
+        size_of=size_of_row(recipe),
+        agree=_agreement(accelerator),
+        **place,
+    ).micro_batches
+
+
+def _agreement(accelerator: Accelerator) -> Any:
+    """A function that gives every process's value; over the host's network, so that it never waits for the device."""
+    if accelerator.num_processes == 1:
+        return lambda value: [value]
+    group = torch.distributed.new_group(backend="gloo")
+
+    def agree(value: Any) -> list[Any]:
+        values: list[Any] = [None] * accelerator.num_processes
+        torch.distributed.all_gather_object(values, value, group=group)
+        return values
+
+    return agree

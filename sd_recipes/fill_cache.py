@@ -1,0 +1,136 @@
+"""`sd-recipes cache`: fill the latent cache before training, on any number of processes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import HfApi
+from tqdm.auto import tqdm
+
+from sd_recipes.build import check_output_dir, start_accelerator
+from sd_recipes.console import hide_library_bars
+from sd_recipes.data.batches import BatchBuilder, TrainingBatches
+from sd_recipes.data.cache import LatentCache, made_by
+from sd_recipes.data.order import MicroBatch, Order
+from sd_recipes.data.training_data import load_training_data
+from sd_recipes.hub import PushError
+from sd_recipes.model.components import latent_shape_of, load_tokenizer, load_vae
+from sd_recipes.model.latents import batch_moments
+from sd_recipes.model.placement import DTYPES, arrange
+from sd_recipes.recipe import Recipe, RecipeError
+
+logger = logging.getLogger(__name__)
+
+
+def fill_cache(recipe: Recipe) -> Path:
+    """Encode all rows that the cache lacks; its folder, which is a data set of moments and captions.
+
+    Killed and started again, it goes on where its files end. Raises RecipeError, TooManyBadRows and, once
+    all is written, PushError.
+    """
+    hide_library_bars()
+    if recipe.streaming:
+        raise RecipeError("`sd-recipes cache` goes through all rows, and a stream has no end: drop --streaming")
+    if recipe.cache_latents == "memory":
+        raise RecipeError("`sd-recipes cache` fills a cache on disk: drop --cache_latents memory")
+    accelerator = start_accelerator(recipe)
+    output_dir = Path(recipe.output_dir)
+    check_output_dir(output_dir)
+    data = load_training_data(recipe, seed=recipe.seed or 0, global_batch_size=1, rank=accelerator.process_index)
+    assert data.rows is not None
+    assert data.order is not None
+    if "moments" in data.rows.column_names:
+        raise RecipeError("this data set is a latent cache already: train on it")
+
+    dtype = DTYPES[accelerator.mixed_precision]
+    vae = load_vae(recipe)
+    vae.to(accelerator.device, dtype=dtype)
+    arrange(vae, recipe, accelerator.device, dtype)
+    folder = Path(recipe.latent_cache_dir or output_dir / "latents")
+    cache = LatentCache(folder, made_by(recipe, vae, dtype), accelerator.process_index)
+    builder = BatchBuilder(
+        data.rows,
+        load_tokenizer(recipe),
+        recipe,
+        seed=0,
+        latent_shape=latent_shape_of(vae),
+        num_train_timesteps=1,
+        cache=cache,
+    )
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    plans = list(_plans(data.order, recipe.train_batch_size, **place))
+    batches = TrainingBatches(
+        builder,
+        lambda *_: iter(plans),
+        num_workers=recipe.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    with tqdm(total=len(data.rows), desc="Latents", unit="row", disable=not accelerator.is_local_main_process) as bar:
+        for batch in batches(0, len(plans)):
+            data.bad_rows.add(batch.bad, 0)
+            batch_moments(vae, batch.to(accelerator.device), dtype, cache)
+            bar.update(min(len(batch.weights) * accelerator.num_processes, len(data.rows) - bar.n))
+    cache.flush()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files = list(cache.folder.glob("*.arrow"))
+        size = sum(path.stat().st_size for path in files)
+        print(f"latent cache    {cache.folder}: {len(files)} files, {size / 2**20:.1f} MiB", flush=True)
+        print(f"train on it     --cache_latents disk --latent_cache_dir {folder}, with the same data and settings")
+        if recipe.push_to_hub:
+            print(f"pushed          {push_cache(cache.folder, recipe)}", flush=True)
+    accelerator.end_training()
+    return cache.folder
+
+
+def _plans(order: Order, batch_size: int, *, rank: int, world_size: int) -> Iterator[MicroBatch]:
+    """Every row once, in batches of one size, every process its share; in the order of the data set."""
+    buckets = np.zeros(order.num_rows, dtype=int) if order.buckets is None else order.buckets
+    done = 0
+    for bucket, size in enumerate(order.sizes):
+        rows = np.flatnonzero(buckets == bucket)[rank::world_size]
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            done += len(chosen)
+            yield MicroBatch(
+                rows=chosen,
+                positions=chosen,
+                strata=np.zeros(len(chosen), dtype=int),
+                global_batch_size=1,
+                weight=1.0,
+                is_last=True,
+                samples_seen=done,
+                ends_epoch=False,
+                epoch=0,
+                size=size,
+            )
+
+
+def push_cache(folder: Path, recipe: Recipe) -> str:
+    """Upload a cache as a data set repository; its address. Raises PushError."""
+    api = HfApi()
+    name: Any = recipe.hub_model_id or Path(recipe.output_dir).resolve().name
+    (folder / "README.md").write_text(
+        f"---\ntags:\n- latents\n---\n\n# VAE moments\n\nMade by `sd-recipes cache` with the VAE of "
+        f"`{recipe.pretrained_model_name_or_path}`; `made_by.json` says with what settings. Train on it with "
+        f"`--dataset_name {name}`, and `--streaming` if it is large.\n"
+    )
+    try:
+        repo_id = api.create_repo(name, repo_type="dataset", exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=["*.arrow", "made_by.json", "README.md"],
+            commit_message="VAE moments",
+        )
+    except Exception as error:  # as in hub.publish: all of them are about the repository that the person named
+        raise PushError(
+            f"the cache is complete in {folder} but not pushed ({' '.join(str(error).split())[:200]}). Push it with: "
+            f"hf upload {name} {folder} . --repo-type dataset --exclude '*.partial'"
+        ) from error
+    return f"{api.endpoint}/datasets/{repo_id}"

@@ -1,0 +1,210 @@
+"""Streams: every row once, exact positions, several processes, and failures of the source."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from sd_recipes.data.order import MicroBatch
+from sd_recipes.data.stream import Shards, Stream, StreamLost
+
+
+def parquet_shards(folder: Path, lengths: list[int], first: int = 0) -> Path:
+    """Parquet files with rows {"id", "text"}, numbered through."""
+    folder.mkdir()
+    for shard, length in enumerate(lengths):
+        ids = list(range(first, first + length))
+        datasets.Dataset.from_dict({"id": ids, "text": [f"row {number}" for number in ids]}).to_parquet(
+            folder / f"{shard:03d}.parquet"
+        )
+        first += length
+    return folder
+
+
+def opened(folder: Path, outage_seconds: float = 0.0) -> Shards:
+    stream = datasets.load_dataset(
+        "parquet", data_files={"train": str(folder / "*.parquet")}, split="train", streaming=True
+    )
+    return Shards(stream, "--dataset_name test", outage_seconds)
+
+
+def size_of(row: dict[str, Any]) -> tuple[int, int]:
+    return 64, 64
+
+
+def stream_of(*sources: Shards, rank: int = 0, world_size: int = 1, **changes: Any) -> Stream:
+    settings: dict[str, Any] = {
+        "weights": [1.0] * len(sources), "seed": 7, "global_batch_size": 6, "shuffle_block": 12, "rank": rank,
+        "world_size": world_size, "micro_batch_size": 2, "size_of": size_of, "agree": lambda value: [value],
+    }  # fmt: skip
+    return Stream(list(sources), **{**settings, **changes})
+
+
+def ids(plans: list[MicroBatch]) -> list[int]:
+    return [row["id"] for plan in plans if plan.weight for row in plan.examples or ()]
+
+
+def one_epoch(plans: Iterator[MicroBatch]) -> list[MicroBatch]:
+    taken = []
+    for plan in plans:
+        taken.append(plan)
+        if plan.ends_epoch and plan.is_last:
+            return taken
+    raise AssertionError("no end of the epoch")
+
+
+LENGTHS = [5, 17, 9, 1, 8, 10]  # 50 rows
+
+
+def test_every_row_comes_once_an_epoch_in_another_order_each(tmp_path: Path) -> None:
+    plans = stream_of(opened(parquet_shards(tmp_path / "rows", LENGTHS))).micro_batches(0, None)
+    first, second = one_epoch(plans), one_epoch(plans)
+    assert sorted(ids(first)) == sorted(ids(second)) == list(range(50))
+    assert ids(first) != ids(second)
+    assert ids(first) != list(range(50))
+    assert {plan.epoch for plan in first} == {0}
+    assert {plan.epoch for plan in second} == {1}
+    sizes = [plan.global_batch_size for plan in first if plan.is_last]
+    assert sizes == [6] * 8 + [2], "only the last global batch is smaller"
+    assert [plan.positions.tolist() for plan in first[:3]] == [[0, 1], [2, 3], [4, 5]]
+    assert second[0].positions[0] == 50
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 8, 9, 13])
+def test_a_stream_continues_exactly_where_it_stood(tmp_path: Path, steps: int) -> None:
+    shards = opened(parquet_shards(tmp_path / "rows", LENGTHS))
+    whole = list(islice(stream_of(shards).micro_batches(0, None), 60))
+    ends = [number for number, plan in enumerate(whole) if plan.is_last]
+    last = whole[ends[steps - 1]]
+    resumed = list(islice(stream_of(shards).micro_batches(last.samples_seen, last.stream_state), 20))
+    expected = whole[ends[steps - 1] + 1 :][:20]
+    assert ids(resumed) == ids(expected)
+    for one, other in zip(resumed, expected, strict=True):
+        np.testing.assert_array_equal(one.positions, other.positions)
+        assert one.stream_state == other.stream_state
+
+
+def in_processes(shards: Shards, world_size: int, **changes: Any) -> list[list[MicroBatch]]:
+    """The first epoch of every process of a group, each in a thread with a real exchange between them."""
+    barrier = threading.Barrier(world_size)
+    values: list[Any] = [None] * world_size
+    results: list[list[MicroBatch]] = [[] for _ in range(world_size)]
+
+    def work(rank: int) -> None:
+        def agree(value: Any) -> list[Any]:
+            values[rank] = value
+            barrier.wait(timeout=30)
+            agreed = list(values)
+            barrier.wait(timeout=30)
+            return agreed
+
+        stream = stream_of(shards, rank=rank, world_size=world_size, agree=agree, **changes)
+        results[rank] = one_epoch(stream.micro_batches(0, None))
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    return results
+
+
+@pytest.mark.parametrize(("world_size", "lengths"), [(2, LENGTHS), (3, LENGTHS), (3, [40, 7]), (2, [1, 30])])
+def test_processes_share_the_rows_exactly(tmp_path: Path, world_size: int, lengths: list[int]) -> None:
+    results = in_processes(opened(parquet_shards(tmp_path / "rows", lengths)), world_size)
+    assert Counter(number for plans in results for number in ids(plans)) == Counter(range(sum(lengths)))
+    steps = [[plan for plan in plans if plan.is_last] for plans in results]
+    assert len({len(each) for each in steps}) == 1, "all processes take the same steps"
+    for each in zip(*steps, strict=True):
+        assert len({plan.samples_seen for plan in each}) == 1
+        assert len({plan.global_batch_size for plan in each}) == 1
+    positions = Counter(int(p) for plans in results for plan in plans if plan.weight for p in plan.positions)
+    assert positions == Counter(range(sum(lengths))), "every sample has its own draws"
+
+
+def test_buckets_of_a_stream_are_batched_on_all_processes_alike(tmp_path: Path) -> None:
+    shards = opened(parquet_shards(tmp_path / "rows", LENGTHS))
+    results = in_processes(shards, 2, size_of=lambda row: (64, 64) if row["id"] % 3 else (32, 128))
+    assert sorted(number for plans in results for number in ids(plans)) == list(range(50))
+    for plans in results:
+        for plan in plans:
+            if plan.weight:
+                assert {(64, 64) if row["id"] % 3 else (32, 128) for row in plan.examples or ()} == {plan.size}
+    assert [plan.size for plan in results[0] if plan.is_last] == [plan.size for plan in results[1] if plan.is_last]
+
+
+def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
+    small = opened(parquet_shards(tmp_path / "small", [4, 2]))
+    large = opened(parquet_shards(tmp_path / "large", [40, 60], first=1000))
+    plans = list(islice(stream_of(small, large, weights=[1.0, 3.0]).micro_batches(0, None), 48))
+    taken = ids(plans)
+    assert len(taken) == 96
+    assert sum(number < 1000 for number in taken) == 24
+    assert Counter(number for number in taken if number < 1000) == Counter(dict.fromkeys(range(6), 4))
+    assert max(Counter(number for number in taken if number >= 1000).values()) == 1
+
+
+class Unreliable:
+    """A stream that fails at given (shard, row) as often as it is told."""
+
+    def __init__(self, inner: datasets.IterableDataset, failures: Counter, error: Exception) -> None:
+        self.inner, self.failures, self.error = inner, failures, error
+        self.num_shards = inner.num_shards
+
+    def shard(self, num_shards: int, index: int) -> _UnreliableShard:
+        return _UnreliableShard(self, index, self.inner.shard(num_shards=num_shards, index=index), 0)
+
+
+class _UnreliableShard:
+    def __init__(self, owner: Unreliable, index: int, inner: datasets.IterableDataset, start: int) -> None:
+        self.owner, self.index, self.inner, self.start = owner, index, inner, start
+
+    def skip(self, start: int) -> _UnreliableShard:
+        return _UnreliableShard(self.owner, self.index, self.inner.skip(start), start)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row, example in enumerate(self.inner, start=self.start):
+            if self.owner.failures[self.index, row] > 0:
+                self.owner.failures[self.index, row] -= 1
+                raise self.owner.error
+            yield example
+
+
+@pytest.fixture
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+@pytest.mark.usefixtures("_no_pauses")
+def test_failures_lose_and_repeat_no_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shards = opened(parquet_shards(tmp_path / "rows", LENGTHS))
+    quiet = ids(one_epoch(stream_of(shards).micro_batches(0, None)))
+    failures = Counter({(0, 0): 2, (1, 16): 3, (4, 3): 1, (5, 9): 1})
+    unreliable = Shards(Unreliable(shards.stream, failures, ConnectionError("reset")), "a stream", 60.0)
+    with caplog.at_level(logging.WARNING):
+        assert ids(one_epoch(stream_of(unreliable).micro_batches(0, None))) == quiet
+    assert sum(failures.values()) == 0
+    assert "a stream: shard 1 at row 16: reset: trying again" in caplog.text
+
+
+@pytest.mark.usefixtures("_no_pauses")
+def test_a_stream_that_stays_away_ends_the_run_in_words(tmp_path: Path) -> None:
+    shards = opened(parquet_shards(tmp_path / "rows", LENGTHS))
+    for error, words in (
+        (ConnectionError("reset"), "raise --stream_outage_minutes"),
+        (FileNotFoundError("404"), "the file is gone or forbidden"),
+    ):
+        away = Shards(Unreliable(shards.stream, Counter({(1, 4): 10**6}), error), "a stream", 0.0)
+        with pytest.raises(StreamLost, match="a stream: shard 1 at row 4") as caught:
+            one_epoch(stream_of(away).micro_batches(0, None))
+        assert words in str(caught.value)
