@@ -2,31 +2,140 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import reprlib
+import string
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import CLIPTokenizer
 
+from sd_recipes.data.draws import Draws
+from sd_recipes.recipe import CaptionConfig, RecipeError
+
 
 class CaptionError(ValueError):
-    """A caption that is neither a string nor a list of strings."""
+    """A caption that cannot be used: missing or blank, not text, or too long; the message says which."""
 
 
-def choose_caption(value: Any, choice_u: float) -> str:
-    """The caption itself, or of a list the one at `choice_u` in [0, 1). Raises CaptionError."""
-    if isinstance(value, list) and value:
-        value = value[int(choice_u * len(value))]
-    if not isinstance(value, str):
-        raise CaptionError(f"a caption must be a string or a list of strings, not {value!r}")
-    return value
+def caption_columns(config: CaptionConfig) -> list[str]:
+    """The columns that captions are made of. Raises RecipeError for a template that cannot be filled."""
+    if config.caption_template is not None:
+        return list(dict.fromkeys(field for _, field in _parts(config.caption_template) if field is not None))
+    return config.caption_columns or [config.caption_column]
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Captions to input_ids (B, tokenizer.model_max_length), int64; longer ones are cut."""
-    return tokenizer(
-        captions,
-        max_length=tokenizer.model_max_length,
-        padding="max_length",
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
+def make_caption(row: dict[str, Any], config: CaptionConfig, drawn: Draws) -> str:
+    """The caption of a row, by the sample's draws: column, choice in a list, order of the tags, dropout.
+
+    Blank columns, and blank members of a list, are not drawn while others are usable. In a template, lists of one
+    length are read at one place. Raises CaptionError for what is not text, and, unless blank captions are to be
+    empty, for a row without a caption; never dependent on the draws.
+    """
+    columns = caption_columns(config)
+    usable = {column: _texts(row.get(column), column, numbers=bool(config.caption_template)) for column in columns}
+    missing = [column for column in columns if not usable[column]]
+    if missing and (config.caption_template or missing == columns):
+        if config.blank_captions == "empty":
+            return ""
+        raise CaptionError(
+            f"no caption: blank or missing in {', '.join(missing)} (--blank_captions empty would train without one)"
+        )
+    if drawn.dropout_u < config.caption_dropout:
+        return ""
+    if config.caption_template is not None:
+        caption = "".join(
+            literal if field is None else literal + _pick(usable[field], drawn.caption_u)[0]
+            for literal, field in _parts(config.caption_template)
+        )
+    else:
+        texts, rest_u = _pick([usable[column] for column in columns if usable[column]], drawn.caption_u)
+        caption, _ = _pick(texts, rest_u)
+    return _shuffled(caption, config, drawn) if config.shuffle_tags else caption
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str], config: CaptionConfig) -> torch.Tensor:
+    """Captions to input_ids (B, L), int64, where L is tokenizer.model_max_length; with chunks, (B, caption_chunks · L).
+
+    Each chunk holds up to L - 2 tokens in their order, between the tokens of beginning and end, then padding; a
+    caption that is over before the last chunk goes on with empty ones, and what is left after it is cut.
+    Raises CaptionError for a caption over the limit where that is an error.
+    """
+    length = tokenizer.model_max_length
+    room = length - 2
+    num_chunks = config.caption_chunks if config.long_captions == "chunk" else 1
+    input_ids = np.full((len(captions), num_chunks, length), tokenizer.pad_token_id, dtype=np.int64)
+    input_ids[:, :, 0] = tokenizer.bos_token_id
+    for chunks, tokens, caption in zip(input_ids, _tokens(tokenizer, captions), captions, strict=True):
+        if len(tokens) > room and config.long_captions == "error":
+            raise CaptionError(
+                f"a caption of {len(tokens)} tokens where {room} fit, which --long_captions truncate would cut "
+                f"and chunk would keep: {reprlib.repr(caption)}"
+            )
+        for number, chunk in enumerate(chunks):
+            piece = tokens[number * room : (number + 1) * room]
+            chunk[1 : 1 + len(piece)] = piece
+            chunk[1 + len(piece)] = tokenizer.eos_token_id
+    return torch.from_numpy(input_ids.reshape(len(captions), num_chunks * length))
+
+
+def count_tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> list[int]:
+    """The number of each caption's tokens, without those of beginning and end."""
+    return [len(tokens) for tokens in _tokens(tokenizer, captions)]
+
+
+def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> list[list[int]]:
+    if not captions:
+        return []
+    # Not verbose: it would warn of captions over the model's limit, which are dealt with here.
+    return tokenizer(captions, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+
+
+@functools.lru_cache
+def _parts(template: str) -> list[tuple[str, str | None]]:
+    """Literal texts, each with the column that follows it, or None. Raises RecipeError."""
+    flag = f"--caption_template {template!r}"
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise RecipeError(f"{flag}: {str(error).lower()}; write a brace of the text itself twice") from None
+    for _, field, form, conversion in parts:
+        if field is not None and (not field.strip() or form or conversion):
+            raise RecipeError(f"{flag}: between braces stands the name of a column, and nothing else")
+    if all(field is None for _, field, _, _ in parts):
+        raise RecipeError(f'{flag} names no column: put one between braces, as in "a photo of {{name}}"')
+    return [(literal, field) for literal, field, _, _ in parts]
+
+
+def _texts(value: Any, column: str, *, numbers: bool) -> list[str]:
+    """What can be drawn of a column's value: the texts that are not blank. Raises CaptionError."""
+    texts = []
+    for text in value if isinstance(value, list | tuple) else [value]:
+        if numbers and isinstance(text, int | float):
+            text = str(text)
+        if text is not None and not isinstance(text, str):
+            raise CaptionError(
+                f"column {column} holds {reprlib.repr(value)}, where a caption is a string or a list of strings"
+            )
+        if text and text.strip():
+            texts.append(text)
+    return texts
+
+
+def _pick(options: list[Any], u: float) -> tuple[Any, float]:
+    """The option at `u` in [0, 1), and what is left of `u`, again uniform in [0, 1)."""
+    place = u * len(options)
+    number = min(int(place), len(options) - 1)
+    return options[number], place - number
+
+
+def _shuffled(caption: str, config: CaptionConfig, drawn: Draws) -> str:
+    """The caption with its tags in the drawn order, but for the leading ones to keep; separators stay in place."""
+    parts = re.split(rf"(\s*{re.escape(config.tag_separator)}\s*)", caption.strip())
+    places = [place for place in range(0, len(parts), 2) if parts[place]][config.keep_tags :]
+    tags = [parts[place] for place in places]
+    for place, number in zip(places, np.argsort(drawn.tag_keys(len(tags))), strict=True):
+        parts[place] = tags[number]
+    return "".join(parts)

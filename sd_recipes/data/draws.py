@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 # One counter a purpose: a setting that needs one more draw leaves all others alone.
-CHOICES, NOISE, POSTERIOR, OFFSET, PERTURBATION = range(1, 6)
+CHOICES, NOISE, POSTERIOR, OFFSET, PERTURBATION, TAGS = range(1, 7)
 
 
 @dataclass(frozen=True)
 class Draws:
     """The random draws of one sample; noises are standard normal, float32."""
 
+    seed: int
+    position: int
     timestep: int
     flip_u: float
     crop_u: tuple[float, float]
@@ -28,6 +30,10 @@ class Draws:
     posterior_noise: np.ndarray  # (C, h, w): which latent of the VAE's posterior
     offset_noise: np.ndarray  # (C, 1, 1)
     perturbation_noise: np.ndarray | None  # (C, h, w), drawn only where it is asked for
+
+    def tag_keys(self, num_tags: int) -> np.ndarray:
+        """One key in [0, 1) a tag, (num_tags,), by which they are sorted; drawn here, for most captions need none."""
+        return _generator(self.seed, self.position, TAGS).random(num_tags)
 
 
 def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:
@@ -58,6 +64,8 @@ def draw(
         return _generator(seed, position, purpose).standard_normal(shape, dtype=np.float32)
 
     return Draws(
+        seed=seed,
+        position=position,
         timestep=min(int((stratum + u[0]) / global_batch_size * num_train_timesteps), num_train_timesteps - 1),
         flip_u=u[1],
         crop_u=(u[2], u[3]),
