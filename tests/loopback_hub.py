@@ -318,8 +318,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         cut = self.failure if isinstance(self.failure, Cut) and self.failure.after < len(content) else None
         sent = content[: cut.after] if cut else content
-        self.wfile.write(sent)
-        self.asked.sent = len(sent)
+        self.asked.sent = len(sent)  # before the client has it, who may look at once
+        try:
+            self.wfile.write(sent)
+        except ConnectionError:  # a stream that was closed early
+            self.close_connection = True
+            return
         if cut:
             self.close_connection = True
             if cut.reset:
