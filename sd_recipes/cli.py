@@ -17,12 +17,20 @@ def main() -> None:
     commands.add_parser(
         "train", add_help=False, help="train by flags or a recipe; `sd-recipes train --help` lists them"
     )
+    commands.add_parser(
+        "inspect", add_help=False, help="look at a data set before training on it; `sd-recipes inspect --help`"
+    )
     commands.add_parser("schema", help="print the JSON schema of a recipe file, for editors")
     arguments, rest = parser.parse_known_args()
     if arguments.command == "schema":
         from sd_recipes.recipe import recipe_schema
 
         sys.stdout.write(recipe_schema())
+        return
+    if arguments.command == "inspect":
+        from sd_recipes.inspection.command import main as inspect
+
+        inspect(rest)
         return
     from train_text_to_image import main as train
 

@@ -1,0 +1,117 @@
+"""What captions tell: whether they are there, how long they are, which words they use."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from array import array
+from typing import Any
+
+import numpy as np
+
+from sd_recipes.data.captions import CaptionError, caption_columns, count_tokens, make_caption
+from sd_recipes.data.draws import draw
+from sd_recipes.inspection.findings import BoundedCounter, Finding
+
+MAX_WORDS = 50_000  # different words that are counted
+LONGEST = 512  # words or tokens of a caption; longer ones are counted as this long
+FIRST = draw(0, 0, stratum=0, global_batch_size=1, latent_shape=(1, 1, 1), num_train_timesteps=1)
+WORD = re.compile(r"\w+(?:['’-]\w+)*")
+
+
+class CaptionSummary:
+    """Of the captions of some rows: their lengths, words, and eight bytes of digest each."""
+
+    def __init__(self, config: Any, tokenizer: Any | None) -> None:
+        self.config = config
+        self.columns = caption_columns(config)
+        self._undisturbed = config.model_copy(
+            update={"caption_dropout": 0.0, "shuffle_tags": False, "blank_captions": "skip"}
+        )
+        self.tokenizer = tokenizer
+        self.num_captions = 0
+        self.word_counts = np.zeros(LONGEST + 1, np.int64)  # captions by their number of words
+        self.token_counts = np.zeros(LONGEST + 1, np.int64)
+        self.tokens_lost = 0
+        self.words = BoundedCounter(MAX_WORDS)
+        self._rows = array("q")
+        self._digests = array("Q")
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 (n,), the row of every caption."""
+        return np.array(self._rows, np.int64)
+
+    @property
+    def digests(self) -> np.ndarray:
+        """uint64 (n,), a digest of every caption."""
+        return np.array(self._digests, np.uint64)
+
+    def update(self, rows: list[tuple[int, str, dict[str, Any]]]) -> list[Finding]:
+        """Add rows of (number, name, columns); what is wrong with them."""
+        findings: list[Finding] = []
+        captions: list[str] = []
+        owners: list[tuple[int, str]] = []
+        for row, name, values in rows:
+            found, wrong = self._check(row, name, values)
+            findings += wrong
+            captions += found
+            owners += [(row, name)] * len(found)
+        for (row, _), caption in zip(owners, captions, strict=True):
+            words = WORD.findall(caption.lower())
+            self.words.update(words)
+            self.word_counts[min(len(words), LONGEST)] += 1
+            self._rows.append(row)
+            self._digests.append(
+                int.from_bytes(hashlib.blake2b(caption.strip().encode(errors="surrogatepass"), digest_size=8).digest())
+            )
+        self.num_captions += len(captions)
+        return findings + self._count_tokens(owners, captions)
+
+    def captions_of(self, values: dict[str, Any]) -> list[str]:
+        """All captions that training may draw of a row; of a template, the first. Raises CaptionError if none."""
+        made = make_caption(values, self._undisturbed, FIRST)
+        if self.config.caption_template is not None:
+            return [made]
+        texts = (values[column] for column in self.columns)
+        every = itertools.chain.from_iterable(text if isinstance(text, list) else [text] for text in texts)
+        return [text for text in every if text and text.strip()]
+
+    def _check(self, row: int, name: str, values: dict[str, Any]) -> tuple[list[str], list[Finding]]:
+        """The row's captions, and what is wrong with them."""
+        texts = [values[column] for column in self.columns]
+        members = [text for value in texts for text in (value if isinstance(value, list) else [value])]
+        try:
+            captions = self.captions_of(values)
+        except CaptionError as error:
+            if not str(error).startswith("no caption"):
+                return [], [Finding("caption_not_text", row, name, str(error))]
+            if any(member is not None for member in members):
+                return [], [Finding("blank_caption", row, name, " ".join(map(repr, members))[:200])]
+            return [], [Finding("missing_caption", row, name, "null")]
+        num_blank = sum(not str(member or "").strip() for member in members)
+        if num_blank:
+            return captions, [Finding("blank_choice", row, name, f"{num_blank} of {len(members)}")]
+        return captions, []
+
+    def _count_tokens(self, owners: list[tuple[int, str]], captions: list[str]) -> list[Finding]:
+        """Adds to the counts of tokens; the captions that are over the limit."""
+        if self.tokenizer is None or not captions:
+            return []
+        findings = []
+        for (row, name), caption, number in zip(owners, captions, count_tokens(self.tokenizer, captions), strict=True):
+            self.token_counts[min(number, LONGEST)] += 1
+            lost = number - self.max_tokens
+            if lost > 0:
+                self.tokens_lost += lost
+                start = caption if len(caption) <= 80 else caption[:79] + "…"
+                findings.append(Finding("long_caption", row, name, f"{number} tokens, {lost} over: {start}"))
+        return findings
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a caption that reach the model, without the two that mark start and end."""
+        assert self.tokenizer is not None
+        room = self.tokenizer.model_max_length - 2
+        return room * (self.config.caption_chunks if self.config.long_captions == "chunk" else 1)

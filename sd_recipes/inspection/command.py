@@ -1,0 +1,195 @@
+"""`sd-recipes inspect`: look at a data set before training on it.
+
+    sd-recipes inspect --train_data_dir my_pictures --output_dir inspection
+    sd-recipes inspect --dataset_name sd-recipes/emoji --resolution 64 \
+        --pretrained_model_name_or_path sd-recipes/tiny-emoji
+
+Exit status: 0 clean, 1 problems, 2 unusable, or a mistake in the flags.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from sd_recipes.console import set_up_console
+from sd_recipes.recipe import (
+    CacheConfig,
+    CaptionConfig,
+    DataConfig,
+    ImageConfig,
+    ModelConfig,
+    RecipeError,
+    RunError,
+    Section,
+    build_parser,
+    check_data_settings,
+    parse_flags,
+)
+
+if TYPE_CHECKING:
+    from sd_recipes.inspection.summary import Inspected
+
+NAMED = 3  # rows of each kind that the console names
+
+
+class InspectConfig(Section):
+    """Inspection."""
+
+    output_dir: str = Field("inspection", description="Where inspection.json and inspection.html are written.")
+    max_rows: int | None = Field(
+        None, ge=1, description="Inspect this many rows, drawn at random; of a stream the first ones."
+    )
+    num_workers: int | None = Field(
+        None, ge=0, description="Processes that decode images; otherwise one a core. 0 decodes in this process."
+    )
+    train_batch_size: int = Field(16, ge=1, description="Batch size against which the buckets' fill is shown.")
+    num_samples: int = Field(
+        64, ge=1, description="Images, drawn at random, that are shown or go through the model's VAE."
+    )
+
+
+SECTIONS = (InspectConfig, DataConfig, ImageConfig, CaptionConfig, ModelConfig, CacheConfig)
+
+
+class Inspection(InspectConfig, DataConfig, ImageConfig, CaptionConfig, ModelConfig, CacheConfig):
+    """All settings of an inspection; those of the data as in a training run."""
+
+    @model_validator(mode="after")
+    def check(self) -> Inspection:
+        check_data_settings(self)
+        if self.num_workers is None:
+            self.num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return self
+
+
+def read_settings(argv: list[str]) -> Inspection:
+    """The settings in `argv`. Raises RecipeError."""
+    parser = build_parser(
+        SECTIONS,
+        prog="sd-recipes inspect",
+        description="Look at a data set before training on it: broken rows, duplicates, sizes, captions, and its "
+        "pixels and latents as a distribution. Exit status: 0 clean, 1 problems, 2 unusable.",
+    )
+    try:
+        return Inspection(**parse_flags(argv, parser))
+    except ValidationError as error:
+        raise RecipeError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _explain(problem: Any) -> str:
+    if not problem["loc"]:
+        return problem["msg"].removeprefix("Value error, ")
+    return f"--{problem['loc'][0]}: {problem['msg'][0].lower()}{problem['msg'][1:]} (it is {problem['input']!r})"
+
+
+def main(argv: list[str]) -> None:
+    """Inspect by the flags in `argv`, and leave with the exit status. A mistake leaves one line on stderr."""
+    try:
+        config = read_settings(argv)
+        set_up_console()
+        status = run(config)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)  # also what is another status in training: here 1 means that a report was written
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
+    sys.exit(status)
+
+
+def run(config: Inspection) -> int:
+    """Inspect, write the JSON file and the page, and print a summary; the exit status. Raises RecipeError."""
+    # Imported here, because it takes seconds: a mistake on the command line is answered before.
+    from sd_recipes.inspection.page import write_page
+    from sd_recipes.inspection.summary import as_json
+
+    output_dir = Path(config.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"--output_dir {output_dir} cannot be made: {error.strerror}") from None
+    inspected = inspect(config)
+    content = as_json(inspected)
+    (output_dir / "inspection.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_page(inspected, content, output_dir / "inspection.html")
+    print(_summary(content, output_dir))
+    return inspected.status
+
+
+def inspect(config: Inspection) -> Inspected:
+    """Everything that is found in one pass over the rows. Raises RecipeError."""
+    from sd_recipes.console import hide_library_bars
+    from sd_recipes.data.images import fit_image, open_image
+    from sd_recipes.inspection.folder import NamedFiles, files_without_row
+    from sd_recipes.inspection.scan import Rows, scan
+    from sd_recipes.inspection.summary import Inspected, find_duplicates
+
+    began = time.perf_counter()
+    rows = Rows(config)
+    model = None
+    if config.pretrained_model_name_or_path is not None:
+        from sd_recipes.inspection.latents import latent_distribution, load_model
+
+        hide_library_bars()
+        model = load_model(config)
+    result = scan(rows, config, model and model.tokenizer, config.num_samples)
+    folder = config.sources[0].train_data_dir
+    if folder is not None and config.sources[0].dataset_name is None and not config.streaming:
+        result.findings.add(files_without_row(Path(folder), NamedFiles(rows.paths())))
+    pictures = []
+    for _, name, row in result.samples:
+        size = (config.resolution, config.resolution)
+        image = open_image(row[config.image_column], at_least=size, max_megapixels=config.max_image_megapixels)
+        crop_u = None if config.cropping == "none" else (0.5, 0.5)
+        fitted = fit_image(image, size, interpolation=config.image_interpolation_mode, crop_u=crop_u, flip=False)
+        pictures.append((name, fitted))
+    latents = None
+    if model is not None and pictures:
+        latents = latent_distribution(model.vae, [pixels for _, pixels in pictures])
+    return Inspected(
+        config=config,
+        rows=rows,
+        scan=result,
+        duplicates=find_duplicates(result),
+        pictures=pictures,
+        model=model,
+        latents=latents,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _summary(content: dict[str, Any], output_dir: Path) -> str:
+    rows = content["rows"]
+    sampled = "" if rows["available"] in (None, rows["inspected"]) else f" of {rows['available']:,}, drawn at random"
+    lines = [
+        f"{rows['inspected']:,} rows inspected{sampled}, {rows['usable']:,} usable, in {content['seconds']:.0f} s "
+        f"({rows['inspected'] / content['seconds']:.0f} a second)"
+    ]
+    for finding in content["findings"].values():
+        named = [found["name"] for found in finding["listed"][:NAMED]]
+        rest = ", …" if finding["count"] > NAMED else ""
+        lines.append(f"  {finding['severity']:<8} {finding['count']:>7,}  {finding['title']}: {', '.join(named)}{rest}")
+    for name, title in (
+        ("images", "image files that occur more than once"),
+        ("near_images", "different files that look alike"),
+        ("captions", "captions that occur more than once"),
+    ):
+        groups = content["duplicates"][name]
+        if groups["rows"]:
+            example = ", ".join(groups["largest"][0]["names"][:NAMED])
+            lines.append(f"  {'note':<8} {groups['rows']:>7,}  {title} ({groups['groups']:,} different): {example}, …")
+    if "latents" in content:
+        latents = content["latents"]
+        lines.append(
+            f"scaling factor: {latents['scaling_factor']:.5g} in use, this data would give "
+            f"{latents['scaling_factor_of_this_data']:.5g}"
+        )
+    lines += [f"{content['status']}: {output_dir / 'inspection.html'} and {output_dir / 'inspection.json'}"]
+    return "\n".join(lines)

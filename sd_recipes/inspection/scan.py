@@ -1,0 +1,198 @@
+"""The pass over all rows: read here, images checked in worker processes, results gathered in the rows' order."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from tqdm import tqdm
+
+from sd_recipes.data.buckets import Buckets
+from sd_recipes.data.rows import load_rows, load_streams
+from sd_recipes.inspection.caption_checks import CaptionSummary
+from sd_recipes.inspection.findings import Findings, kinds
+from sd_recipes.inspection.image_checks import ImageSettings, ImageSummary, InspectedImages, inspect_images, row_name
+from sd_recipes.recipe import RecipeError
+
+CHUNK_ROWS = 32
+CHUNK_BYTES = 16 * 2**20
+CHUNKS_AHEAD = 3  # a worker's, so that it never waits for the next
+
+Row = dict[str, Any]
+
+
+class Rows:
+    """The rows to inspect, as (number, row): all of them, or `max_rows` drawn at random; of a stream the first ones.
+
+    `total` is None where it is not known. Raises RecipeError for data that cannot be read.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.image_column = config.image_column
+        self.max_rows = config.max_rows
+        self._rows: datasets.Dataset | None = None
+        self.total: int | None
+        self.available: int | None = None
+        if config.streaming:
+            self._streams = load_streams(config, cache_dir=config.cache_dir)
+            self.total = self.max_rows
+            return
+        self._rows = load_rows(config, cache_dir=config.cache_dir, seed=0)
+        if self.image_column not in self._rows.column_names:
+            raise RecipeError(f"{config.sources[0].flag} is a cache of latents: inspect the images it was made from")
+        self.available = len(self._rows)
+        self.total = min(self.available, self.max_rows or self.available)
+
+    def __iter__(self) -> Iterator[tuple[int, Row]]:
+        if self._rows is None:
+            yield from enumerate(itertools.islice(itertools.chain(*self._streams), self.max_rows))
+            return
+        numbers = np.arange(len(self._rows))
+        if self.max_rows is not None and self.max_rows < len(numbers):
+            numbers = np.sort(np.random.default_rng(0).choice(numbers, self.max_rows, replace=False))
+        for start in range(0, len(numbers), CHUNK_ROWS):
+            some = numbers[start : start + CHUNK_ROWS].tolist()
+            columns = self._rows[some]
+            for place, number in enumerate(some):
+                yield number, {name: values[place] for name, values in columns.items()}
+
+    def read(self, number: int) -> Row | None:
+        """The row of this number; None if it went by in a stream."""
+        return self._rows[number] if self._rows is not None else None
+
+    def paths(self) -> Iterator[str]:
+        """The image paths of all rows, sampled or not; not for a stream."""
+        assert self._rows is not None
+        images = self._rows.select_columns([self.image_column])
+        for start in range(0, len(images), 1000):
+            for encoded in images[start : start + 1000][self.image_column]:
+                if encoded and encoded["path"]:
+                    yield encoded["path"]
+
+
+@dataclass
+class Scan:
+    """All that one pass gives; eight bytes a row and list are the only part that grows with the rows."""
+
+    captions: CaptionSummary
+    images: ImageSummary = field(default_factory=ImageSummary)
+    findings: Findings = field(default_factory=Findings)
+    num_rows: int = 0
+    num_bad: int = 0  # rows that cannot be trained on
+    samples: list[tuple[int, str, Row]] = field(default_factory=list)  # (number, name, row), drawn at random
+    rows: array[int] = field(default_factory=lambda: array("q"))  # that decoded
+    contents: array[int] = field(default_factory=lambda: array("Q"))  # digests of their files
+    looks: array[int] = field(default_factory=lambda: array("Q"))  # their perceptual hashes
+
+
+def scan(rows: Rows, config: Any, tokenizer: Any | None, num_samples: int) -> Scan:
+    """Inspect all of `rows` in `config.num_workers` processes. Raises RecipeError if one of them dies."""
+    result = Scan(CaptionSummary(config, tokenizer))
+    buckets = None
+    if config.aspect_ratio_buckets or config.bucket_step <= config.resolution:
+        buckets = Buckets(config.resolution, config.bucket_step, config.max_upscale)
+    settings = ImageSettings(
+        resolution=config.resolution,
+        buckets=buckets,
+        uses_buckets=config.aspect_ratio_buckets,
+        max_upscale=config.max_upscale,
+        max_image_megapixels=config.max_image_megapixels,
+        root=config.train_data_dir and str(Path(config.train_data_dir)),
+    )
+    bad_kinds = {name for name, kind in kinds(config).items() if kind.severity == "bad"}
+    good = _Reservoir(result.samples, num_samples)
+    with tqdm(total=rows.total, desc="inspecting", unit="row", mininterval=0.5) as bar:
+        for chunk, images in _inspected(_chunks(rows, config.image_column), settings, config):
+            named = [(number, row_name(row[config.image_column], number, settings.root), row) for number, row in chunk]
+            findings = images.findings + result.captions.update(named)
+            bad = {finding.row for finding in findings if finding.kind in bad_kinds}
+            result.images.merge(images.summary)
+            result.findings.add(sorted(findings, key=lambda finding: finding.row or 0))
+            result.num_rows += len(chunk)
+            result.num_bad += len(bad)
+            for numbers, found in (
+                (result.rows, images.rows),
+                (result.contents, images.contents),
+                (result.looks, images.looks),
+            ):
+                numbers.frombytes(found.tobytes())
+            good.offer(entry for entry in named if entry[0] not in bad)
+            bar.update(len(chunk))
+    result.samples.sort(key=lambda sample: sample[0])
+    return result
+
+
+def _chunks(rows: Iterable[tuple[int, Row]], image_column: str) -> Iterator[list[tuple[int, Row]]]:
+    """Up to CHUNK_ROWS rows and about CHUNK_BYTES bytes at a time."""
+    chunk: list[tuple[int, Row]] = []
+    size = 0
+    for number, row in rows:
+        if isinstance(row[image_column], bytes):
+            row = {**row, image_column: {"bytes": row[image_column], "path": None}}
+        chunk.append((number, row))
+        size += len((row[image_column] or {}).get("bytes") or b"")
+        if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _inspected(
+    chunks: Iterator[list[tuple[int, Row]]], settings: ImageSettings, config: Any
+) -> Iterator[tuple[list[tuple[int, Row]], InspectedImages]]:
+    """Each chunk with what `inspect_images` says of it, in order, a bounded number of them under way."""
+
+    def images_of(chunk: list[tuple[int, Row]]) -> list[tuple[int, Any]]:
+        return [(number, row[config.image_column]) for number, row in chunk]
+
+    if config.num_workers == 0:
+        for chunk in chunks:
+            yield chunk, inspect_images(images_of(chunk), settings)
+        return
+    # Fresh processes: a fork would take over the locks of torch's and the tokenizer's threads.
+    context = multiprocessing.get_context("spawn")
+    waiting: deque[tuple[list[tuple[int, Row]], Future[InspectedImages]]] = deque()
+    pool = ProcessPoolExecutor(config.num_workers, mp_context=context)
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(inspect_images, images_of(chunk), settings)))
+            if len(waiting) > CHUNKS_AHEAD * config.num_workers:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
+    except BrokenProcessPool:
+        raise RecipeError(
+            f"--num_workers {config.num_workers}: a worker process was killed, probably for want of memory: use fewer, "
+            "or lower --max_image_megapixels"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Reservoir:
+    """A random sample of fixed size from rows whose number is not known (Vitter 1985, algorithm R)."""
+
+    def __init__(self, kept: list[tuple[int, str, Row]], size: int) -> None:
+        self.kept, self.size = kept, size
+        self._seen = 0
+        self._rng = np.random.default_rng(0)
+
+    def offer(self, rows: Iterable[tuple[int, str, Row]]) -> None:
+        for row in rows:
+            self._seen += 1
+            if len(self.kept) < self.size:
+                self.kept.append(row)
+            elif (place := int(self._rng.integers(self._seen))) < self.size:
+                self.kept[place] = row
