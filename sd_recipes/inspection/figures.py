@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
+import operator
 from typing import Any
 
 import matplotlib
@@ -26,6 +28,7 @@ STYLE: Any = {
 }
 CHANNELS = ("red", "green", "blue")
 COLOURS = ("#c0392b", "#2e8b57", "#2c5fb3")
+DOTS = 1500
 BARS, LINE = "#8fa9c9", "#333333"
 
 
@@ -35,11 +38,8 @@ def _uri(figure: Figure) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def picture_uri(picture: Image.Image, *, enlarge_to: int | None = None) -> str:
-    """A picture as a data URI: small ones as PNG, exact, others as JPEG."""
-    if enlarge_to and max(picture.size) < enlarge_to:
-        factor = enlarge_to // max(picture.size)
-        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+def picture_uri(picture: Image.Image) -> str:
+    """A picture as a data URI, in JPEG."""
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -83,6 +83,7 @@ def draw_captions(captions: CaptionSummary) -> str:
         if has_tokens:
             _draw_lengths(axes[1], captions.token_counts, "tokens of a caption")
             limit = captions.max_tokens
+            axes[1].set_xlim(right=max(limit + 2, axes[1].get_xlim()[1]))
             axes[1].axvline(limit, color=LINE, linestyle="--", linewidth=1, label=f"limit: {limit}")
             axes[1].legend()
         return _uri(figure)
@@ -91,7 +92,8 @@ def draw_captions(captions: CaptionSummary) -> str:
 def _draw_lengths(axes: matplotlib.axes.Axes, counts: np.ndarray, label: str) -> None:
     longest = int(np.flatnonzero(counts)[-1])
     axes.bar(np.arange(longest + 1), counts[: longest + 1], width=1, color=BARS)
-    axes.set(xlabel=label, ylabel="captions")
+    axes.set(xlabel=label, ylabel="captions", xlim=(-0.6, longest + 0.6))
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
 
 
 def draw_channels(pixels: PixelDistribution) -> str:
@@ -140,37 +142,46 @@ def draw_green_blue(pixels: PixelDistribution) -> str:
         angle = np.degrees(np.arctan2(directions[1, 1], directions[0, 1]))
         for deviations in (1, 2, 3):
             across, along = 2 * deviations * np.sqrt(variances.clip(0))
-            axes.add_patch(Ellipse((mean[0], mean[1]), along, across, angle=angle, fill=False, color="#c0392b", linewidth=1.3))
+            axes.add_patch(
+                Ellipse((mean[0], mean[1]), along, across, angle=angle, fill=False, color="#c0392b", linewidth=1.3)
+            )
         axes.plot(*mean, "+", color="#c0392b", markersize=9)
         axes.set(xlabel="blue value v", ylabel="green value v", xlim=(low, high), ylim=(low, high))
         return _uri(figure)
 
 
 def draw_colour_space(pixels: PixelDistribution) -> str:
-    """The occupied part of the RGB cube in its own colours, with the 3-D Gaussian's surface at 1 and 2 deviations."""
+    """Cells of the RGB cube in their own colours, with the 3-D Gaussian's surface at 1 and 2 deviations.
+
+    Up to DOTS cells are drawn by chance, a cell the likelier the more pixels it has.
+    """
     with matplotlib.rc_context(STYLE):
         figure = _figure(9, 4.6)
         bins = len(pixels.joint)
         filled = np.argwhere(pixels.joint)
-        counts = pixels.joint[tuple(filled.T)]
-        places = pixels.start + (filled + 0.5) * pixels.bin_width(bins)
+        shares = pixels.joint[tuple(filled.T)] / pixels.joint.sum()
+        chosen = np.random.default_rng(0).choice(len(filled), min(DOTS, len(filled)), replace=False, p=shares)
+        places = pixels.start + (filled[chosen] + 0.5) * pixels.bin_width(bins)
         mean, covariance = pixels.moments.mean, pixels.moments.covariance
         variances, directions = np.linalg.eigh(covariance)
         u, v = np.meshgrid(np.linspace(0, 2 * np.pi, 25), np.linspace(0, np.pi, 13))
         ball = np.stack([np.cos(u) * np.sin(v), np.sin(u) * np.sin(v), np.cos(v)], axis=-1)
         surface = (ball * np.sqrt(variances.clip(0))) @ directions.T
+        reach = (min(0.0, (mean + 2 * surface).min()), max(1.0, (mean + 2 * surface).max()))
         for number, (elevation, azimuth) in enumerate(((18, -60), (18, 30)), start=1):
             axes = figure.add_subplot(1, 2, number, projection="3d")
-            # Area by the logarithm of the count: a bin with one pixel must be seen beside one with millions.
-            sizes = 2 + 26 * np.log1p(counts) / np.log1p(counts.max())
-            axes.scatter(*places.T, s=sizes, c=places.clip(0, 1), alpha=0.35, linewidths=0, depthshade=False)
-            for deviations, alpha in ((1, 0.8), (2, 0.4)):
+            axes.computed_zorder = False  # the surfaces over the dots, which would hide them
+            axes.scatter(*places.T, s=7, c=places.clip(0, 1), alpha=0.6, linewidths=0, depthshade=False, zorder=1)
+            for deviations, alpha in ((1, 0.9), (2, 0.45)):
                 x, y, z = np.moveaxis(mean + deviations * surface, -1, 0)
-                axes.plot_wireframe(x, y, z, color=LINE, linewidth=0.5, alpha=alpha)
+                axes.plot_wireframe(x, y, z, color="black", linewidth=0.6, alpha=alpha, zorder=2)
             for variance, direction in zip(variances, directions.T, strict=True):
                 axis = mean + 2 * np.sqrt(max(variance, 0)) * np.outer([-1, 1], direction)
-                axes.plot(*axis.T, color="#c0392b", linewidth=1.4)
-            axes.set(xlabel="red", ylabel="green", zlabel="blue", xlim=(0, 1), ylim=(0, 1), zlim=(0, 1))
+                axes.plot(*axis.T, color="#c0392b", linewidth=1.8, zorder=3)
+            for corner, other in itertools.combinations(itertools.product((0, 1), repeat=3), 2):
+                if sum(map(operator.ne, corner, other)) == 1:
+                    axes.plot(*zip(corner, other, strict=True), color="#999999", linewidth=0.8, zorder=1)
+            axes.set(xlabel="red", ylabel="green", zlabel="blue", xlim=reach, ylim=reach, zlim=reach)
             axes.set_box_aspect((1, 1, 1), zoom=0.85)
             axes.view_init(elevation, azimuth)
         return _uri(figure)

@@ -25,7 +25,7 @@ from sd_recipes.inspection.distribution import PixelDistribution
 from sd_recipes.inspection.findings import BoundedCounter, Finding
 
 SAMPLED_SIDE = 64  # a picture gives 64² pixels to the statistics
-HASHED_SIDE = 128  # pixels a side, at least, of what is hashed
+HASHED_SIDE = 256  # pixels a side, at least, of what is hashed
 SIDE_EDGES = 2.0 ** np.arange(2, 15.25, 0.25)  # pixels, four bins an octave
 ASPECT_EDGES = 2.0 ** np.arange(-3, 3.0625, 0.125)  # width / height
 CUT_OFF = re.compile(r"truncated|unexpected end|premature|broken data stream|not enough image data", re.IGNORECASE)

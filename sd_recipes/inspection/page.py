@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sd_recipes.data.captions import CaptionError
 from sd_recipes.data.images import ImageError, open_image
 from sd_recipes.inspection import figures
 from sd_recipes.inspection.distribution import diffuse, forward_kl
@@ -29,11 +30,13 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1040px; mar
 h1 { font-size: 1.7em; margin-bottom: .2em; }
 h2 { font-size: 1.25em; margin: 2.2em 0 .4em; border-bottom: 1px solid #ddd; }
 h3 { font-size: 1.05em; margin: 1.4em 0 .3em; }
-p { max-width: 46em; margin: .5em 0; } .formula { font-family: Georgia, serif; font-style: italic; }
+p { max-width: 46em; margin: .5em 0; } p.wide { max-width: none; }
+p.formula { font: italic 17px/1.6 Georgia, serif; margin-left: 2em; } sub, sup { font-size: .7em; line-height: 0; }
 table { border-collapse: collapse; margin: .6em 0; font-size: 13.5px; } caption { text-align: left; color: #666; }
 th, td { padding: .25em .8em .25em 0; text-align: left; vertical-align: top; border-bottom: 1px solid #eee;
-  overflow-wrap: anywhere; }
-th { color: #666; font-weight: 600; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+  overflow-wrap: break-word; max-width: 44em; }
+th { color: #666; font-weight: 600; white-space: nowrap; } td > span { white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; } img.thumbnail { max-height: 96px; margin: 2px; vertical-align: top; background: #eee; }
 .verdict { padding: .7em 1em; border-radius: 6px; margin: 1em 0; }
 .clean { background: #e7f4ea; } .problems { background: #fdf3dc; } .unusable { background: #fbe4e1; }
@@ -90,7 +93,7 @@ def _head(inspected: Inspected, content: dict[str, Any]) -> Iterator[str]:
         f"<p>Inspected: {scope}; {rows['usable']:,} can be trained on, {rows['bad']:,} cannot. The full lists are in "
         "inspection.json beside this page.</p>"
     )
-    yield "<p>" + "".join(
+    yield '<p class="wide">' + "".join(
         f'<img class="thumbnail" alt="{escape(name)}" title="{escape(name)}" src="{_thumbnail(pixels)}">'
         for name, pixels in inspected.pictures[:: max(1, len(inspected.pictures) // 9)][:9]
     ) + "</p>"  # fmt: skip
@@ -120,7 +123,11 @@ def _findings(inspected: Inspected, content: dict[str, Any]) -> Iterator[str]:
             uri for listed in inspected.scan.findings.listed[kind][:8] if (uri := _row_thumbnail(inspected, listed.row))
         ]
         if thumbnails:
-            yield "<p>" + "".join(f'<img class="thumbnail" alt="" src="{uri}">' for uri in thumbnails) + "</p>"
+            yield (
+                '<p class="wide">'
+                + "".join(f'<img class="thumbnail" alt="" src="{uri}">' for uri in thumbnails)
+                + "</p>"
+            )
         listed = found["listed"][:SHOWN]
         yield _table(
             ("#row", "name", "what is wrong"),
@@ -136,7 +143,8 @@ def _duplicates(inspected: Inspected, content: dict[str, Any]) -> Iterator[str]:
     yield (
         "<p>A picture that occurs often is learned by heart. <b>Same file</b>: equal bytes. <b>Looks alike</b>: "
         "different files whose perceptual hash (the signs of the 64 lowest frequencies of the picture in gray, "
-        "ImageHash’s phash) differs in at most 3 of its 64 bits; linked pairs make a group, so look before deleting. "
+        "ImageHash’s phash) differs in at most 3 of its 64 bits; it sees no difference that is "
+        "one of colour alone. Linked pairs make a group, so look before deleting. "
         "<b>Same caption</b>: equal but for space around it. All are notes.</p>"
     )
     names = {"images": "same file", "near_images": "looks alike", "captions": "same caption"}
@@ -201,9 +209,10 @@ def _sizes(inspected: Inspected, content: dict[str, Any]) -> Iterator[str]:
     )
     if buckets:
         names = [(f"{bucket['width']} × {bucket['height']}", bucket["images"]) for bucket in buckets[:SHOWN_BUCKETS]]
-        yield _image(figures.draw_buckets(names, config.train_batch_size), "images of each bucket")
+        if len(buckets) > 1:
+            yield _image(figures.draw_buckets(names, config.train_batch_size), "images of each bucket")
         yield _table(
-            ("#width", "#height", "#images", "#batches an epoch", "#images of the last"),
+            ("#width", "#height", "#images", "#batches an epoch", "#images in the last"),
             (tuple(f"{value:,}" for value in bucket.values()) for bucket in buckets[:SHOWN_BUCKETS]),
         )
 
@@ -238,37 +247,39 @@ def _pixels(inspected: Inspected, content: dict[str, Any]) -> Iterator[str]:
         f"<p>Values 0…255 are scaled to v in [0, 1]. From every image that decodes, {SAMPLED_SIDE} × {SAMPLED_SIDE} of "
         "its own pixels are taken, on an even lattice at a random place, so that large images count no more than "
         f"small ones: {found['number']:,} pixels. None is averaged with its neighbours, since averages vary "
-        "less than pixels. (A JPEG of more than twice the resolution is decoded at a reduced size, as in training.)</p>"
+        "less than pixels. (JPEGs far over the resolution are decoded at a reduced size, as in training.)</p>"
     )
     yield "<h3>One channel: the 1-D Gaussian</h3>"
+    yield _formula("N(v; μ, σ²) = exp[−(v − μ)² / 2σ²] / √(2πσ²)")
     yield (
-        '<p>The line is the Gaussian <span class="formula">N(v; μ, σ²)</span> with the mean μ and the standard '
-        "deviation σ of the pixels, the one that makes them most likely. Peaks at 0 and 1, from black, white and "
-        "clipped light, are what no Gaussian can follow.</p>"
+        "<p>The line is the Gaussian with the mean μ and the standard deviation σ of the pixels, the one that makes "
+        "them most likely. Peaks at 0 and 1, from black, white and clipped light, are what no Gaussian can follow.</p>"
     )
     yield _image(figures.draw_channels(pixels), "histograms of red, green and blue with their Gaussians")
     yield "<h3>Two channels: blue and green</h3>"
+    yield _formula("N(v; μ, Σ) = exp[−½ (v − μ)ᵀ Σ⁻¹ (v − μ)] / √det(2πΣ)")
     yield (
-        '<p>The 2-D Gaussian <span class="formula">N(v; μ, Σ)</span> has a covariance matrix Σ, whose off-diagonal '
-        "entry says how blue and green rise together. Its lines of equal density are ellipses, here at 1, 2 and 3 "
-        "deviations: inside them lie 39 %, 86 % and 99 % of a true Gaussian.</p>"
+        "<p>The 2-D Gaussian has a mean μ of two numbers and a covariance matrix Σ: the variances of blue and green on "
+        "its diagonal, and beside it how the two rise together. Its lines of equal density are ellipses, here at 1, "
+        "2 and 3 deviations: inside them lie 39 %, 86 % and 99 % of a true Gaussian.</p>"
     )
     yield _image(figures.draw_green_blue(pixels), "density of blue and green with the ellipses of the Gaussian")
     yield _gaussian_table([2, 1], found)
     yield "<h3>Three channels: colour space</h3>"
     yield (
-        "<p>Every dot is an occupied cell of the RGB cube, in its own colour and larger the more pixels it has. The "
-        "wire surfaces are the 3-D Gaussian’s at 1 and 2 deviations; the red lines, the directions in which Σ "
-        "stretches (its eigenvectors): usually one long axis from dark to bright and two short ones of hue.</p>"
+        "<p>The same formula with three channels. The dots are cells of the RGB cube in their own colours, drawn by "
+        "chance, the likelier the more pixels they have. The wire surfaces are the 3-D Gaussian’s at 1 and 2 "
+        "deviations, which know nothing of the cube’s walls; the red lines are the directions in which Σ stretches "
+        "(its eigenvectors): usually one long axis from dark to bright and two short ones of hue.</p>"
     )
     yield _image(figures.draw_colour_space(pixels), "pixels in colour space with the ellipsoids of the Gaussian")
     yield _gaussian_table([0, 1, 2], found)
     yield "<h3>How far from Gaussian?</h3>"
+    yield _formula("KL(p ‖ N) = ∫ p(v) log [p(v) / N(v; μ, Σ)] dv = ½ log det(2πe Σ) − h(p)")
     yield (
-        '<p>The Kullback–Leibler divergence <span class="formula">KL(p ‖ N) = ∫ p(v) log [p(v) / N(v; μ, Σ)] dv</span> '
-        "is 0 when the pixels’ density p is that Gaussian, and otherwise the nats (1 nat = 1.44 bits) that a code made "
-        "for the Gaussian wastes on each pixel. p is the histogram’s density, and the Gaussian has its mean and "
-        "covariance.</p>"
+        "<p>The Kullback–Leibler divergence is 0 if the pixels’ density p is its Gaussian. Otherwise it is what a code "
+        "made for the Gaussian wastes on each pixel, in nats (1 nat = 1.44 bits). Here p is constant within each bin "
+        "of the histogram, h(p) = −∫ p log p dv its entropy, and the Gaussian has p’s mean and covariance.</p>"
     )
     yield _table(
         ("", "#KL (nats)", "bins"),
@@ -325,14 +336,13 @@ def _forward(inspected: Inspected, content: dict[str, Any]) -> Iterator[str]:
     alphas_cumprod = inspected.schedule()
     whose = "the model’s" if inspected.model is not None else "Stable Diffusion’s"
     yield "<h2>The forward process</h2>"
+    yield f"<p>Diffusion mixes an image x₀ with noise ε ~ N(0, I), by {whose} schedule ᾱ (Ho et al. 2020, eq. 4):</p>"
+    yield _formula("x_t = √ᾱ_t x₀ + √(1 − ᾱ_t) ε,   so   q(x_t | x₀) = N(√ᾱ_t x₀, (1 − ᾱ_t) I)")
+    yield "<p>Under each picture stands how far that is from pure noise, in nats a dimension:</p>"
+    yield _formula("KL(q(x_t | x₀) ‖ N(0, I)) = ½ [ᾱ_t x₀² − ᾱ_t − log(1 − ᾱ_t)]")
     yield (
-        f"<p>Diffusion mixes an image x₀ with noise ε ~ N(0, I), by {whose} schedule: "
-        '<span class="formula">x_t = √ᾱ_t x₀ + √(1 − ᾱ_t) ε</span>, so '
-        '<span class="formula">q(x_t | x₀) = N(√ᾱ_t x₀, (1 − ᾱ_t) I)</span> (Ho et al. 2020, eq. 4). Under each '
-        "picture stands how far that is from pure noise, in nats a dimension: "
-        '<span class="formula">KL(q(x_t | x₀) ‖ N(0, I)) = ½ [ᾱ_t x₀² − ᾱ_t − log(1 − ᾱ_t)]</span>, with x₀² averaged '
-        "over the picture and x₀ in [−1, 1]. At t = T it is the prior term of the variational bound "
-        "(Sohl-Dickstein et al. 2015), which should be near 0: sampling begins from pure noise.</p>"
+        "<p>with x₀ in [−1, 1] and x₀² averaged over the picture. At t = T it is the prior term of the variational "
+        "bound (Sohl-Dickstein et al. 2015), which should be near 0, since sampling begins from pure noise.</p>"
     )
     curves = {"pixels in [−1, 1], whole data set": (inspected.scan.images.pixels.mean_square, alphas_cumprod)}
     if inspected.latents is not None:
@@ -381,6 +391,11 @@ def _diffused_table(steps: list[int], alphas_cumprod: np.ndarray, pictures: Iter
     return f'<table class="diffused">{"".join(lines)}</table>'
 
 
+def _formula(text: str) -> str:
+    """A formula on its own line, with `_t` as a subscript."""
+    return f'<p class="formula">{escape(text).replace("_t", "<sub>t</sub>")}</p>'
+
+
 class _raw(str):
     """HTML already, which is not escaped."""
 
@@ -397,7 +412,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _image(uri: str, alt: str) -> str:
-    return f'<p style="max-width: none"><img alt="{escape(alt)}" src="{uri}"></p>'
+    return f'<p class="wide"><img alt="{escape(alt)}" src="{uri}"></p>'
 
 
 def _thumbnail(pixels: np.ndarray) -> str:
@@ -434,4 +449,7 @@ def _caption(inspected: Inspected, row: int) -> str:
         found = next((values for number, _, values in inspected.scan.samples if number == row), None)
     if found is None:
         return f"of row {row}"
-    return " | ".join(inspected.scan.captions.captions_of(found))
+    try:
+        return " | ".join(inspected.scan.captions.captions_of(found))
+    except CaptionError:  # told among the findings
+        return ""

@@ -74,7 +74,7 @@ def find_duplicates(scan: Scan) -> Duplicates:
     """Of all rows that decoded, and of all captions."""
     rows, contents = np.array(scan.rows, np.int64), np.array(scan.contents, np.uint64)
     looks = np.array(scan.looks, np.uint64)
-    _, first = np.unique(contents, return_index=True)  # one row of those with the same file
+    first = np.sort(np.unique(contents, return_index=True)[1])  # one row of those with the same file
     return Duplicates(
         images=_of_rows(equal_groups(contents, GROUPS), rows),
         near_images=_of_rows(near_groups(looks[first], GROUPS), rows[first]),
