@@ -17,7 +17,10 @@ failed=0
 
 "$PYTHON" - <<'PY' || exit 2
 import sys
-import torch
+try:
+    import torch
+except ImportError:
+    sys.exit(f"error: {sys.executable} has no torch: set PYTHON to the interpreter of an environment that has it")
 if not torch.cuda.is_available():
     sys.exit("error: torch sees no CUDA device; this check needs one (make test needs none)")
 print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")

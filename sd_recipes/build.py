@@ -113,6 +113,12 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         # While the first process validates the others wait, longer than NCCL's ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and accelerator.num_processes == 1:
+        raise RecipeError(
+            f"{started} processes were started for GPUs and torch sees none: train on the CPU with --config_file "
+            "accelerate_configs/cpu.yaml"
+        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise RecipeError(
             f"{accelerator.distributed_type.value} is not supported yet: use one process a GPU, as in "
@@ -280,4 +286,9 @@ def open_cache(
     folder = Path(recipe.latent_cache_dir or Path(recipe.output_dir) / "latents")
     if recipe.cache_latents == "memory":
         folder = memory_folder(recipe.output_dir)
-    return LatentCache(folder, made_by(recipe, components.vae, weight_dtype), accelerator.process_index)
+    return LatentCache(
+        folder,
+        made_by(recipe, components.vae, weight_dtype),
+        accelerator.process_index,
+        temporary=recipe.cache_latents == "memory",
+    )

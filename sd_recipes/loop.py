@@ -24,6 +24,7 @@ from sd_recipes.recipe import Recipe, RunError
 logger = logging.getLogger(__name__)
 
 MUCH_WAITING = 0.1  # share of the time that is spent waiting for data
+SECONDS_TO_JUDGE = 30  # of training: the first batch always takes long
 
 
 class TrainingDiverged(RunError):
@@ -107,6 +108,10 @@ def fit(training: Training) -> Progress:
             if is_done or is_validation_step(recipe, progress, plan):
                 validate(training, progress.global_step)
                 window.restart(progress)
+    if training.cache:
+        training.cache.flush()
+        accelerator.wait_for_everyone()
+        training.cache.close()
     return progress
 
 
@@ -116,6 +121,7 @@ class Window:
     def __init__(self, device: torch.device, progress: Progress) -> None:
         self.loss = torch.zeros((), device=device)
         self.steps_from = progress.global_step
+        self.waited_in_all = self.elapsed_in_all = 0.0
         self.told_of_waiting = False
         self.restart(progress)
 
@@ -162,11 +168,12 @@ class Window:
             figures["epoch"] = progress.samples_seen / training.num_rows
         if len(training.bad_rows):
             figures["bad_rows"] = len(training.bad_rows)
-        if self.steps_from and figures["data_wait"] > MUCH_WAITING and not self.told_of_waiting:
+        self.waited_in_all += self.waited
+        self.elapsed_in_all += elapsed
+        share = self.waited_in_all / self.elapsed_in_all
+        if share > MUCH_WAITING and self.elapsed_in_all > SECONDS_TO_JUDGE and not self.told_of_waiting:
             self.told_of_waiting = True
-            logger.warning(
-                "%.0f %% of the time goes into waiting for data: %s", 100 * figures["data_wait"], remedy(training)
-            )
+            logger.warning("%.0f %% of the time goes into waiting for data: try %s", 100 * share, remedy(training))
         self.loss.zero_()
         self.steps_from = progress.global_step
         self.restart(progress)

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,3 +23,21 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.fixture
+def settings(tiny_pipeline: Path, image_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "pretrained_model_name_or_path": str(tiny_pipeline),
+        "train_data_dir": str(image_folder),
+        "output_dir": str(tmp_path / "run"),
+        "resolution": 32,
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 0,
+        "device": "cpu",
+        "seed": 5,
+        "logging_steps": 1,
+        "report_to": "none",
+    }

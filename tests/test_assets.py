@@ -17,7 +17,7 @@ from sd_recipes.data.images import fit_image, open_image
 from sd_recipes.data.rows import load_rows
 from sd_recipes.metrics import ImageTextScore
 from sd_recipes.model.latents import encode_pixels, to_pixel_values
-from sd_recipes.recipe import DataConfig, load_recipe
+from sd_recipes.recipe import Recipe, load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def pipeline() -> StableDiffusionPipeline:
 
 
 def rows_of(split: str, number: int) -> list[dict]:
-    rows = load_rows(DataConfig(dataset_name="sd-recipes/emoji", train_split=split))
+    rows = load_rows(Recipe(pretrained_model_name_or_path="-", dataset_name="sd-recipes/emoji", train_split=split))
     return [rows[index] for index in np.linspace(0, len(rows) - 1, number).astype(int).tolist()]
 
 
@@ -50,7 +50,7 @@ def test_the_base_fits_in_25_megabytes_and_has_its_licence_and_card() -> None:
 @pytest.mark.parametrize("split", ["train", "flags"])
 def test_the_vae_reconstructs_cleanly(pipeline: StableDiffusionPipeline, split: str) -> None:
     pixels = np.stack([
-        fit_image(picture, 64, interpolation="lanczos", crop_u=(0.5, 0.5), flip=False)
+        fit_image(picture, (64, 64), interpolation="lanczos", crop_u=(0.5, 0.5), flip=False)
         for picture in pictures(rows_of(split, 32))
     ])  # fmt: skip
     pixel_values = to_pixel_values(torch.from_numpy(pixels), torch.float32)

@@ -9,57 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_models import build_image_folder, training_scheduler
+from training import assert_equal, losses, train, weights
 
-from sd_recipes.build import Training, build_training, start_accelerator
+from sd_recipes.build import build_training, start_accelerator
 from sd_recipes.checkpoint import UNET_WEIGHTS
 from sd_recipes.loop import fit
 from sd_recipes.model.conditioning import encode_text
 from sd_recipes.model.latents import encode_pixels
 from sd_recipes.recipe import Recipe
-
-
-@pytest.fixture
-def settings(tiny_pipeline: Path, image_folder: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "pretrained_model_name_or_path": str(tiny_pipeline),
-        "train_data_dir": str(image_folder),
-        "output_dir": str(tmp_path / "run"),
-        "resolution": 32,
-        "train_batch_size": 4,
-        "max_train_steps": 4,
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 0,
-        "device": "cpu",
-        "seed": 5,
-        "logging_steps": 1,
-        "report_to": "none",
-    }
-
-
-def train(settings: dict[str, Any], **changes: Any) -> Training:
-    recipe = Recipe(**{**settings, **changes})
-    AcceleratorState._reset_state(reset_partial_state=True)  # the last run's precision
-    training = build_training(recipe, start_accelerator(recipe))
-    fit(training)
-    return training
-
-
-def weights(training: Training) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in training.components.unet.state_dict().items()}
-
-
-def losses(training: Training) -> list[float]:
-    lines = (Path(training.recipe.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["train_loss"] for line in lines if "train_loss" in line]
-
-
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert different == []
 
 
 def test_accumulation_is_one_big_batch(settings: dict[str, Any], tmp_path: Path) -> None:

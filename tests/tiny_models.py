@@ -34,9 +34,11 @@ def tiny_tokenizer(max_length: int = 16) -> CLIPTokenizer:
     )
 
 
-def build_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", unet_config: dict | None = None) -> Path:
+def build_tiny_pipeline(
+    folder: Path, prediction_type: str = "epsilon", unet_config: dict | None = None, seed: int = 0
+) -> Path:
     """A StableDiffusionPipeline folder with a factor-4 VAE: 32 pixels a side are 8 latents."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     vae = AutoencoderKL(
         block_out_channels=[16, 16, 32],

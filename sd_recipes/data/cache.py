@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import queue
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -116,7 +117,8 @@ class LatentCache:
     not depend on timing.
     """
 
-    def __init__(self, folder: Path, made_by: dict[str, Any], rank: int) -> None:
+    def __init__(self, folder: Path, made_by: dict[str, Any], rank: int, *, temporary: bool = False) -> None:
+        self.temporary = temporary
         words = json.dumps(made_by, sort_keys=True)
         self.made_by = words
         self.dtype = STORED[made_by["dtype"]]
@@ -137,7 +139,9 @@ class LatentCache:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_writer": None, "_tables": {}}
 
-    def __len__(self) -> int:
+    @property
+    def num_rows(self) -> int:
+        """Rows that readers see."""
         return len(self._keys)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -199,6 +203,12 @@ class LatentCache:
         if self._writer is not None:
             self._writer.flush()
 
+    def close(self) -> None:
+        """Write what is left; a temporary cache is removed, by whichever process comes first."""
+        self.flush()
+        if self.temporary:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
 
 class _Writer:
     """Writes rows to files in a thread. A full disk is told once, and ends the writing, not the run."""
@@ -208,6 +218,7 @@ class _Writer:
         self.prefix = f"{rank:05d}-{time.time_ns():x}"
         self.number = 0
         self.failed = False
+        self.error: Exception | None = None
         self._rows: list[dict[str, Any]] = []
         self._size = 0
         self._queue: queue.Queue[Any] = queue.Queue(64)
@@ -221,6 +232,8 @@ class _Writer:
         done = threading.Event()
         self._queue.put(done)
         done.wait()
+        if self.error is not None:
+            raise self.error
 
     def _run(self) -> None:
         while True:
@@ -234,6 +247,8 @@ class _Writer:
                 self.failed = True
                 self._rows, self._size = [], 0
                 logger.warning("The latent cache cannot be written (%s): training goes on without new entries.", error)
+            except Exception as error:  # ours: raised where the training would otherwise wait for this thread
+                self.failed, self.error = True, error
             finally:
                 if isinstance(item, threading.Event):
                     item.set()

@@ -15,6 +15,7 @@ from sd_recipes.data.bad_rows import NAMED, BadRows, row_name
 from sd_recipes.data.captions import CaptionError, make_caption
 from sd_recipes.data.draws import draw
 from sd_recipes.data.images import ImageError, open_image
+from sd_recipes.data.stream import with_bytes
 from sd_recipes.recipe import Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def check_rows(rows: datasets.Dataset, config: Recipe, seed: int, bad_rows: BadR
 
 def check_stream(stream: datasets.IterableDataset, config: Recipe) -> None:
     """As `check_rows`, of the first rows of a stream."""
-    rows = list(itertools.islice(stream, SAMPLED_STREAM_ROWS))
+    rows = [with_bytes(row) for row in itertools.islice(stream, SAMPLED_STREAM_ROWS)]
     _tell(_examine(list(enumerate(rows)), config), len(rows), "first rows")
 
 

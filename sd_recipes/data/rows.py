@@ -12,6 +12,7 @@ import datasets
 from sd_recipes import assets
 from sd_recipes.data.captions import caption_columns
 from sd_recipes.data.folder import read_folder
+from sd_recipes.data.stream import with_bytes
 from sd_recipes.recipe import DataSource, Recipe, RecipeError
 
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
@@ -72,7 +73,9 @@ def load_held_out_rows(config: Recipe, split: str, cache_dir: str | None) -> dat
     if not config.streaming:
         return load_rows(config, split=split, cache_dir=cache_dir)
     stream = load_streams(config, cache_dir=cache_dir)[0]
-    rows = _guarded(config.sources[0], lambda: list(itertools.islice(stream, MAX_HELD_OUT_STREAM_ROWS)))
+    rows = _guarded(
+        config.sources[0], lambda: [with_bytes(row) for row in itertools.islice(stream, MAX_HELD_OUT_STREAM_ROWS)]
+    )
     return datasets.Dataset.from_list(rows, features=stream.features)
 
 

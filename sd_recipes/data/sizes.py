@@ -21,12 +21,14 @@ CHUNK = 256
 def size_of_row(config: Any) -> Callable[[dict[str, Any]], Size]:
     """The function from a row to its size. A row whose image cannot be read gets the square: it is met as bad later."""
     square = (config.resolution, config.resolution)
-    buckets = Buckets(config.resolution, config.bucket_step, config.max_upscale)
+    buckets = None
+    if config.aspect_ratio_buckets:
+        buckets = Buckets(config.resolution, config.bucket_step, config.max_upscale)
 
     def size_of(row: dict[str, Any]) -> Size:
         if "moments" in row:
             return row["height"], row["width"]
-        if not config.aspect_ratio_buckets:
+        if buckets is None:
             return square
         try:
             return buckets.size_for(*read_size(row[config.image_column], max_megapixels=config.max_image_megapixels))

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 
 from sd_recipes.data.order import MicroBatch, apportion, generator
@@ -68,7 +69,7 @@ class Shards:
             try:
                 part = self.stream.shard(num_shards=self.number, index=shard)
                 for example in part.skip(row) if row else part:
-                    yield example
+                    yield with_bytes(example)
                     row, pause, failing_since = row + 1, 1.0, None
                 return
             # datasets, fsspec, pyarrow, tarfile, huggingface_hub and HTTP clients fail in their own ways.
@@ -133,6 +134,15 @@ class ReadAhead:
 
     def close(self) -> None:
         self._stop.set()
+
+
+def with_bytes(example: dict[str, Any]) -> dict[str, Any]:
+    """The row with the bytes of its image, where it only names a file elsewhere, as streamed folders do."""
+    for name, value in example.items():
+        if isinstance(value, dict) and value.get("bytes", b"") is None and "://" in (value.get("path") or ""):
+            with fsspec.open(value["path"], "rb") as file:
+                return {**example, name: {**value, "bytes": file.read()}}
+    return example
 
 
 @dataclass

@@ -5,6 +5,8 @@ No class is taken from the repository's own say, and no code of a repository is 
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -87,7 +89,7 @@ def load_components(config: ModelConfig) -> Components:
     else:
         unet = source.load_model(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
     components = Components(unet, vae, text_encoder, tokenizer, scheduler, _load_sampler(source, scheduler))
-    _check_fit(components)
+    _check_fit(components, config)
     text_encoder.requires_grad_(False)
     text_encoder.eval()
     return components
@@ -190,6 +192,12 @@ def _read_unet_config(config: ModelConfig, source: _Source) -> dict[str, Any]:
         raise RecipeError(f"--unet_config {path}: not a JSON file: {error}") from None
     if not isinstance(unet_config, dict):
         raise RecipeError(f"--unet_config {path}: not a JSON object of settings")
+    known = inspect.signature(UNet2DConditionModel.__init__).parameters
+    for key in unet_config:
+        if key not in known and not key.startswith("_"):  # such as _class_name and _diffusers_version
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" (nearest: {near[0]})" if near else ""
+            raise RecipeError(f"--unet_config {path}: unknown key {key!r}{hint}")
     return unet_config
 
 
@@ -204,16 +212,19 @@ def _load_sampler(source: _Source, scheduler: DDPMScheduler) -> SchedulerMixin:
     return SAMPLERS.get(name, DDIMScheduler).from_config(saved)
 
 
-def _check_fit(components: Components) -> None:
+def _check_fit(components: Components, config: ModelConfig) -> None:
     unet, vae, text_encoder = components.unet.config, components.vae.config, components.text_encoder.config
+    place = "the model's unet/config.json" if config.unet_config is None else f"--unet_config {config.unet_config}"
     if not unet.in_channels == unet.out_channels == vae.latent_channels:
         raise RecipeError(
-            f"the UNet takes {unet.in_channels} and gives {unet.out_channels} channels, the VAE's latents have "
-            f"{vae.latent_channels}: "
-            "set in_channels and out_channels in the UNet's configuration"
+            f"{place}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels, the VAE's latents have "
+            f"{vae.latent_channels}: set in_channels and out_channels to {vae.latent_channels}"
         )
     if unet.cross_attention_dim != text_encoder.hidden_size:
         raise RecipeError(
-            f"the UNet's cross_attention_dim is {unet.cross_attention_dim}, the text encoder's states have "
-            f"{text_encoder.hidden_size} values: set cross_attention_dim in the UNet's configuration"
+            f"{place}: cross_attention_dim is {unet.cross_attention_dim}, the text encoder's states have "
+            f"{text_encoder.hidden_size} values: set cross_attention_dim to {text_encoder.hidden_size}"
         )
+    for name in ("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim"):
+        if unet.get(name) is not None:
+            raise RecipeError(f"{place}: {name} asks for a condition beside the caption, and there is none: drop it")

@@ -1,0 +1,37 @@
+"""Training runs inside a test's process, through the real build and the real loop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+
+from sd_recipes.build import Training, build_training, start_accelerator
+from sd_recipes.loop import fit
+from sd_recipes.recipe import Recipe
+
+
+def train(settings: dict[str, Any], **changes: Any) -> Training:
+    recipe = Recipe(**{**settings, **changes})
+    AcceleratorState._reset_state(reset_partial_state=True)  # the last run's precision
+    training = build_training(recipe, start_accelerator(recipe))
+    fit(training)
+    return training
+
+
+def weights(training: Training) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in training.components.unet.state_dict().items()}
+
+
+def losses(training: Training) -> list[float]:
+    lines = (Path(training.recipe.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train_loss"] for line in lines if "train_loss" in line]
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert different == []
