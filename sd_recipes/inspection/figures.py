@@ -182,6 +182,7 @@ def draw_colour_space(pixels: PixelDistribution) -> str:
                 if sum(map(operator.ne, corner, other)) == 1:
                     axes.plot(*zip(corner, other, strict=True), color="#999999", linewidth=0.8, zorder=1)
             axes.set(xlabel="red", ylabel="green", zlabel="blue", xlim=reach, ylim=reach, zlim=reach)
+            axes.set(xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), zticks=(0, 0.5, 1))
             axes.set_box_aspect((1, 1, 1), zoom=0.85)
             axes.view_init(elevation, azimuth)
         return _uri(figure)
