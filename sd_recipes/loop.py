@@ -101,7 +101,7 @@ def fit(training: Training) -> Progress:
 
             # Checkpoint, then validate: what can fail comes after what must not be lost
             if progress.global_step % recipe.checkpointing_steps == 0:
-                window.check_finite(training, progress)
+                window.sum_up(training, progress)
                 save(training, progress, output_dir)
             if training.cache and plan.ends_epoch:
                 finish_cached_epoch(training, plan.epoch)
@@ -144,30 +144,35 @@ class Window:
     def add(self, loss: torch.Tensor) -> None:
         self.loss += loss.detach()
 
-    def check_finite(self, training: Training, progress: Progress) -> float:
-        """Sum of the window's losses over all processes. Raises TrainingDiverged, so that no checkpoint holds NaN."""
-        total = training.accelerator.reduce(self.loss, "sum").item()
-        if not math.isfinite(total):
+    def sum_up(self, training: Training, progress: Progress) -> tuple[float, int]:
+        """Sum of the window's losses and number of bad rows so far, over all processes.
+
+        Raises TrainingDiverged, so that no checkpoint holds NaN, and TooManyBadRows.
+        """
+        sums = torch.stack([self.loss, torch.full_like(self.loss, len(training.bad_rows))])
+        loss, bad = training.accelerator.reduce(sums, "sum").tolist()
+        if not math.isfinite(loss):
             raise TrainingDiverged(
-                f"the loss is {total} by step {progress.global_step}: lower --learning_rate, or use --mixed_precision "
+                f"the loss is {loss} by step {progress.global_step}: lower --learning_rate, or use --mixed_precision "
                 f"bf16 or no, and continue with --resume_from_checkpoint latest if {training.recipe.output_dir} has one"
             )
-        return total
+        training.bad_rows.check(int(bad), progress.samples_seen)
+        return loss, int(bad)
 
     def close(self, training: Training, progress: Progress) -> dict[str, float]:
         """Mean loss of the window's steps over all processes, learning rate, images a second, share of waiting."""
-        loss = self.check_finite(training, progress) / (progress.global_step - self.steps_from)
+        loss, bad_rows = self.sum_up(training, progress)
         elapsed = time.perf_counter() - self.started
         figures = {
-            "train_loss": loss,
+            "train_loss": loss / (progress.global_step - self.steps_from),
             "lr": float(training.schedule.get_last_lr()[0]),
             "images_per_second": (progress.samples_seen - self.samples_from) / elapsed,
             "data_wait": self.waited / elapsed,
         }
         if training.num_rows:
             figures["epoch"] = progress.samples_seen / training.num_rows
-        if len(training.bad_rows):
-            figures["bad_rows"] = len(training.bad_rows)
+        if bad_rows:
+            figures["bad_rows"] = bad_rows
         self.waited_in_all += self.waited
         self.elapsed_in_all += elapsed
         share = self.waited_in_all / self.elapsed_in_all

@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from sd_recipes.build import Training, build_training, start_accelerator
-from sd_recipes.loop import LossWindow, fit
+from sd_recipes.loop import Window, fit
 from sd_recipes.recipe import Recipe
 from sd_recipes.tracking import read_metrics
 
@@ -33,9 +33,9 @@ def test_a_step_that_does_not_log_never_waits_for_the_device(
     tiny_pipeline: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed_precision: str
 ) -> None:
     training = build(tiny_pipeline, image_folder, tmp_path, mixed_precision=mixed_precision)
-    close = LossWindow.close
+    close = Window.close
 
-    def close_with_waiting(window: LossWindow, *arguments: Any) -> dict[str, float]:
+    def close_with_waiting(window: Window, *arguments: Any) -> dict[str, float]:
         torch.cuda.set_sync_debug_mode("default")
         try:
             return close(window, *arguments)
@@ -43,7 +43,7 @@ def test_a_step_that_does_not_log_never_waits_for_the_device(
             # The first step may wait: kernels are chosen and loaded in it. From here on a wait is an error.
             torch.cuda.set_sync_debug_mode("error")
 
-    monkeypatch.setattr(LossWindow, "close", close_with_waiting)
+    monkeypatch.setattr(Window, "close", close_with_waiting)
     try:
         fit(training)
     finally:

@@ -253,14 +253,42 @@ def test_eight_bit_adam_without_bitsandbytes(command_of_diffusers: list[object],
     assert_one_line_error(done, "error: --use_8bit_adam needs bitsandbytes: pip install")
 
 
+def broken_folder(image_folder: Path, folder: Path, number: int) -> Path:
+    shutil.copytree(image_folder, folder)
+    for name in range(number):
+        (folder / f"{name}.png").write_bytes(b"\x89PNG garbage")
+    return folder
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_picture_is_named(
+def test_bad_rows_are_skipped_counted_and_named(
     command_of_diffusers: list[object], image_folder: Path, tmp_path: Path, num_workers: int
 ) -> None:
-    shutil.copytree(image_folder, tmp_path / "broken")
-    (tmp_path / "broken" / "3.png").write_bytes(b"\x89PNG garbage")
-    flags = ["--train_data_dir", tmp_path / "broken", "--max_train_steps", 20, "--dataloader_num_workers", num_workers]
-    assert_one_line_error(run_script(*command_of_diffusers, *flags), "3.png")
+    folder = broken_folder(image_folder, tmp_path / "broken", 2)
+    flags = ["--train_data_dir", folder, "--max_train_steps", 20, "--dataloader_num_workers", num_workers]
+    done = run_script(*command_of_diffusers, *flags, "--max_bad_rows", 2, "--check_data", "off")
+    assert done.returncode == 0, done.stderr
+    named = [json.loads(line)["row"] for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
+    assert sorted(named) == [f"row {number} ({folder}/{number}.png)" for number in (0, 1)]
+    assert done.stderr.count("Skipped row 0") == 1
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["bad_rows"] == 2
+
+
+@pytest.mark.parametrize(("check", "processes"), [("off", 1), ("off", 2), ("sample", 1)])
+def test_too_many_bad_rows_end_the_run_by_name(
+    command_of_diffusers: list[object], image_folder: Path, tmp_path: Path, check: str, processes: int
+) -> None:
+    folder = broken_folder(image_folder, tmp_path / "broken", 2)
+    flags = ["--train_data_dir", folder, "--max_train_steps", 20, "--check_data", check, "--logging_steps", 1]
+    done = launch(*command_of_diffusers, *flags, processes=processes)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "2 rows cannot be used, more than the 1 that may be skipped (--max_bad_rows)" in errors[0]
+    assert f"{folder}/0.png" in errors[0]
+    if processes == 1:
+        assert_one_line_error(done, "1.png")
+        assert (tmp_path / "out" / "metrics.jsonl").exists() == (check == "off"), "the check comes before training"
 
 
 def test_an_empty_data_set_is_named(command_of_diffusers: list[object], tmp_path: Path) -> None:

@@ -30,28 +30,29 @@ IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".ppm", ".pgm",
     ".pbm", ".pnm",
 }  # fmt: skip
+IMAGE_COLUMN = "image"  # as imagefolder calls it
 NAMED = 5  # file names that a message lists
 
 
-def read_folder(folder: Path, image_column: str) -> datasets.Dataset | None:
-    """Rows of all metadata files under `folder`: {image_column: {"bytes": None, "path"}, the other columns}.
+def read_folder(folder: Path) -> datasets.Dataset | None:
+    """Rows of all metadata files under `folder`: {"image": {"bytes": None, "path"}, the other columns}.
 
     None if there is no metadata file with a `file_name` column. Rows whose file is absent stay, to be
     counted as bad when they are read. Raises RecipeError for a metadata file that cannot be read or
     that names a file outside of the folder.
     """
     files, metadata = _list_files(folder)
-    tables = [table for path in metadata if (table := _read_metadata(path, folder, image_column)) is not None]
+    tables = [table for path in metadata if (table := _read_metadata(path, folder)) is not None]
     if not tables:
         return None
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowInvalid as error:
         raise RecipeError(f"--train_data_dir {folder}: the metadata files do not agree: {error}") from None
-    named = set(table.column(image_column).to_pylist())
+    named = set(table.column(IMAGE_COLUMN).to_pylist())
     _tell("images have no row in a metadata file and are not used", sorted(files - named))
     _tell("rows of the metadata files have no image", sorted(named - files))
-    paths = table.column(image_column).cast(pa.string())
+    paths = table.column(IMAGE_COLUMN).cast(pa.string())
     images = pa.chunked_array(
         [
             pa.StructArray.from_arrays([pa.nulls(len(part), pa.binary()), part], ["bytes", "path"])
@@ -59,9 +60,9 @@ def read_folder(folder: Path, image_column: str) -> datasets.Dataset | None:
         ],
         type=pa.struct({"bytes": pa.binary(), "path": pa.string()}),
     )
-    table = table.set_column(table.schema.get_field_index(image_column), image_column, images)
-    features = datasets.Features.from_arrow_schema(table.drop_columns([image_column]).schema)
-    features[image_column] = datasets.Image(decode=False)
+    table = table.set_column(table.schema.get_field_index(IMAGE_COLUMN), IMAGE_COLUMN, images)
+    features = datasets.Features.from_arrow_schema(table.drop_columns([IMAGE_COLUMN]).schema)
+    features[IMAGE_COLUMN] = datasets.Image(decode=False)
     features = datasets.Features({name: features[name] for name in table.column_names})
     # A fingerprint of its own spares hashing the table; nothing is cached under it.
     return datasets.Dataset(
@@ -84,7 +85,7 @@ def _list_files(folder: Path) -> tuple[set[str], list[Path]]:
     return images, sorted(metadata)
 
 
-def _read_metadata(path: Path, folder: Path, image_column: str) -> pa.Table | None:
+def _read_metadata(path: Path, folder: Path) -> pa.Table | None:
     try:
         table = METADATA_READERS[path.name](path)
     except (pa.ArrowException, OSError) as error:
@@ -103,10 +104,10 @@ def _read_metadata(path: Path, folder: Path, image_column: str) -> pa.Table | No
                 f"{path}: row {number} names {name!r}, outside of {folder}: images must lie in the folder"
             )
     place = str(path.parent)
-    if image_column in table.column_names:
-        table = table.drop_columns([image_column])
+    if IMAGE_COLUMN in table.column_names:
+        table = table.drop_columns([IMAGE_COLUMN])
     paths = pa.array([os.path.join(place, name) for name in names], pa.string())
-    return table.set_column(table.schema.get_field_index("file_name"), image_column, paths)
+    return table.set_column(table.schema.get_field_index("file_name"), IMAGE_COLUMN, paths)
 
 
 def _tell(what: str, names: list[str]) -> None:

@@ -123,7 +123,7 @@ def _load(source: DataSource, config: Any, cache_dir: str | None, *, streaming: 
     if not any(path.is_file() for path in folder.rglob("*")):
         raise RecipeError(f"--train_data_dir {folder} is empty: put images and a metadata.jsonl there")
     if not streaming:
-        rows = read_folder(folder, config.image_column)
+        rows = read_folder(folder)
         if rows is not None:
             return {"train": rows}
     return _guarded(

@@ -217,8 +217,8 @@ def _check_fit(components: Components, config: ModelConfig) -> None:
     place = "the model's unet/config.json" if config.unet_config is None else f"--unet_config {config.unet_config}"
     if not unet.in_channels == unet.out_channels == vae.latent_channels:
         raise RecipeError(
-            f"{place}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels, the VAE's latents have "
-            f"{vae.latent_channels}: set in_channels and out_channels to {vae.latent_channels}"
+            f"{place}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels, the VAE's latents "
+            f"have {vae.latent_channels}: set in_channels and out_channels to {vae.latent_channels}"
         )
     if unet.cross_attention_dim != text_encoder.hidden_size:
         raise RecipeError(
