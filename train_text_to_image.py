@@ -14,31 +14,19 @@ On your own pictures, on a GPU:
 `--help` lists every setting, `--dry_run` shows what a run would do.
 """
 
-import sys
-
-from sd_recipes.console import set_up_console
-from sd_recipes.recipe import RunError, load_recipe
+from sd_recipes.console import mistakes_in_one_line, set_up_console
+from sd_recipes.recipe import load_recipe
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train by the flags in `argv`. A mistake leaves one line on stderr, and status 2."""
-    try:
+    with mistakes_in_one_line():
         recipe = load_recipe(argv)
         # Imported here, because it takes seconds: a mistake on the command line is answered before.
         set_up_console()
         from sd_recipes.run import run
 
         run(recipe)
-    except RunError as error:
-        _leave(f"error: {error}", status=error.status)
-    except KeyboardInterrupt:
-        _leave("stopped", status=130)
-
-
-def _leave(words: str, *, status: int) -> None:
-    # On every process: a broken row is met by one of them only. One that all make is told once by each.
-    print(words, file=sys.stderr, flush=True)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

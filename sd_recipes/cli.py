@@ -20,6 +20,9 @@ def main() -> None:
     commands.add_parser(
         "inspect", add_help=False, help="look at a data set before training on it; `sd-recipes inspect --help`"
     )
+    commands.add_parser(
+        "cache", add_help=False, help="fill the latent cache before training, with the flags of `train`"
+    )
     commands.add_parser("schema", help="print the JSON schema of a recipe file, for editors")
     arguments, rest = parser.parse_known_args()
     if arguments.command == "schema":
@@ -31,6 +34,17 @@ def main() -> None:
         from sd_recipes.inspection.command import main as inspect
 
         inspect(rest)
+        return
+    if arguments.command == "cache":
+        from sd_recipes.console import mistakes_in_one_line, set_up_console
+        from sd_recipes.recipe import load_recipe
+
+        with mistakes_in_one_line():
+            recipe = load_recipe(rest)
+            set_up_console()
+            from sd_recipes.fill_cache import fill_cache
+
+            fill_cache(recipe)
         return
     from train_text_to_image import main as train
 

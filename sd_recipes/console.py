@@ -5,6 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sd_recipes.recipe import RunError
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """Tell a RunError in one line, on every process: a broken row is met by one only. Leave with its status."""
+    try:
+        yield
+    except RunError as error:
+        words, status = f"error: {error}", error.status
+    except KeyboardInterrupt:
+        words, status = "stopped", 130
+    else:
+        return
+    print(words, file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def set_up_console() -> None:

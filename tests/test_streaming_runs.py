@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_a_stream_resumes_where_it_stood(flags: list[object], local: Path, tmp_p
 
 
 def test_two_processes_stream_every_row_once(flags: list[object], local: Path, tmp_path: Path) -> None:
-    """With one row a process and step, an epoch of 8 rows is 4 steps, and the bad row of each epoch is named once."""
+    """With one row a process and step, an epoch of 8 rows is 4 steps, and the bad row of two epochs is named once."""
     content = datasets.load_dataset("parquet", data_files=str(local), split="train")
     content = content.cast_column("image", datasets.Image(decode=False))
     broken = [
@@ -123,9 +124,13 @@ def test_two_processes_stream_every_row_once(flags: list[object], local: Path, t
         "--logging_steps", 1, "--output_dir", tmp_path / "out", processes=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    named = [line for path in (tmp_path / "out").glob("bad_rows*.jsonl") for line in path.read_text().splitlines()]
-    assert len(named) == 2, "once in each of the two epochs"
-    assert all("3.png" in line for line in named)
+    named = [
+        json.loads(line)["row"]
+        for path in (tmp_path / "out").glob("bad_rows*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    assert set(named) == {"3.png"}
+    assert len(named) <= 2, "once by each process, however often it is met"
 
 
 def test_a_stream_needs_a_number_of_steps(flags: list[object], local: Path) -> None:

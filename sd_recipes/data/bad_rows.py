@@ -72,7 +72,9 @@ class BadRows:
         return math.ceil(self.num_rows / 100)
 
 
-def row_name(number: Any, encoded: Any) -> str:
-    """How a row is named: its number, and its image's path where it has one."""
+def row_name(number: int, encoded: Any, *, streamed: bool = False) -> str:
+    """How a row is named: by its number and its image's path. Of a stream only the path is the same in every epoch."""
     path = encoded.get("path") if isinstance(encoded, dict) else None
+    if streamed:
+        return path or f"sample {number} of the stream"
     return f"row {number} ({path})" if path else f"row {number}"

@@ -122,7 +122,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         weights = torch.full((len(drawn),), plan.weight)
         bad = []
         for place, (number, row) in enumerate(zip(plan.rows.tolist(), self._rows(plan), strict=True)):
-            name = row_name(number, row.get(self.config.image_column))
+            name = row_name(number, row.get(self.config.image_column), streamed=plan.examples is not None)
             try:
                 caption = self._caption(row, drawn[place], name)
                 self._add_image(images, place, row, drawn[place])

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from sd_recipes import assets
 from sd_recipes.inspection.distribution import LatentDistribution
-from sd_recipes.model.components import _Source
+from sd_recipes.model.components import load_scheduler, load_tokenizer, load_vae
 from sd_recipes.model.latents import encode_pixels, sample_latents, to_pixel_values
 
 
@@ -28,11 +27,8 @@ class Model:
 
 def load_model(config: Any) -> Model:
     """The VAE, on the GPU if there is one, the tokenizer and the schedule. Raises RecipeError."""
-    source = _Source(assets.resolve(config.pretrained_model_name_or_path), config)
-    vae = source.load_model(AutoencoderKL, "vae", torch_dtype=torch.float32)
-    vae.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    scheduler = source.load(DDPMScheduler, "scheduler")
-    return Model(vae, source.load(CLIPTokenizer, "tokenizer"), scheduler.alphas_cumprod.double().numpy())
+    vae = load_vae(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    return Model(vae, load_tokenizer(config), load_scheduler(config).alphas_cumprod.double().numpy())
 
 
 def encode_picture(vae: AutoencoderKL, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

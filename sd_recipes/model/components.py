@@ -80,7 +80,7 @@ def _latent_shape(channels: int, factor: int, size: tuple[int, int]) -> tuple[in
 def load_components(config: ModelConfig) -> Components:
     """Load every part in float32, the VAE and the text encoder frozen. Raises RecipeError naming what is missing."""
     source = _source(config)
-    scheduler = source.load(DDPMScheduler, "scheduler")
+    scheduler = load_scheduler(config)
     tokenizer = load_tokenizer(config)
     text_encoder = source.load_model(CLIPTextModel, "text_encoder", dtype=torch.float32)
     vae = load_vae(config)
@@ -105,6 +105,11 @@ def load_vae(config: ModelConfig) -> AutoencoderKL:
 def load_tokenizer(config: ModelConfig) -> CLIPTokenizer:
     """Raises RecipeError."""
     return _source(config).load(CLIPTokenizer, "tokenizer")
+
+
+def load_scheduler(config: ModelConfig) -> DDPMScheduler:
+    """The scheduler of training. Raises RecipeError."""
+    return _source(config).load(DDPMScheduler, "scheduler")
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
