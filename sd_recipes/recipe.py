@@ -62,7 +62,11 @@ class RunConfig(Section):
 
     config: str | None = Field(None, description="A YAML recipe: a path, or the name of a shipped one (quickstart).")
     dry_run: bool = Field(False, description="Print the resolved recipe with its derived numbers, and leave.")
-    output_dir: str = Field("sd-model-finetuned", description="Where checkpoints, logs and the pipeline are written.")
+    output_dir: str = Field(
+        "sd-model-finetuned",
+        description="Where checkpoints, logs and the pipeline are written; a run that is there is continued.",
+    )
+    overwrite: bool = Field(False, description="Remove the run that is in --output_dir, and start anew.")
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Seed of every random draw; drawn and recorded if not given."
     )
@@ -284,8 +288,13 @@ class CheckpointConfig(Section):
     """Checkpoints."""
 
     checkpointing_steps: int = Field(500, ge=1, description="Save the state every so many optimizer steps.")
+    checkpointing_minutes: Number | None = Field(
+        None, gt=0, description="Save it also when the last time is so many minutes ago."
+    )
     checkpoints_total_limit: int | None = Field(None, ge=1, description="Keep this many of the newest checkpoints.")
-    resume_from_checkpoint: str | None = Field(None, description="`latest`, or the path of a checkpoint.")
+    resume_from_checkpoint: str | None = Field(
+        None, description="`latest`, which is the default where --output_dir holds a run, or the path of a checkpoint."
+    )
 
 
 class ValidationConfig(Section):
@@ -359,6 +368,8 @@ class Recipe(
             )
         if self.dream_training and self.input_perturbation:
             raise ValueError("--dream_training and --input_perturbation both change the UNet's input: drop one")
+        if self.overwrite and self.resume_from_checkpoint:
+            raise ValueError("--overwrite starts anew, which --resume_from_checkpoint contradicts: drop one")
         if not self.use_ema and self.offload_ema:
             raise ValueError("--offload_ema needs --use_ema: add it, or drop --offload_ema")
         if self.validation_clip_model and not self.validation_prompts:
@@ -453,7 +464,8 @@ def read_recipe_file(name: str) -> dict[str, Any]:
 
 # What a file of the resolved recipe leaves out: how this call was made, and what a repetition must not do again.
 NOT_OF_THE_RUN = {
-    "config", "dry_run", "hub_token", "local_rank", "use_8bit_adam", "resume_from_checkpoint", "push_to_hub",
+    "config", "dry_run", "hub_token", "local_rank", "use_8bit_adam", "resume_from_checkpoint", "overwrite",
+    "push_to_hub",
 }  # fmt: skip
 
 
