@@ -288,7 +288,8 @@ class TrainingBatches:
             num_steps -= plan.is_last
 
     def _read_ahead(self, plans: Iterator[MicroBatch]) -> Iterator[Batch]:
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as reader:
+        # One thread of torch's for scaling images: the others are the model's.
+        with ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,)) as reader:
             try:
                 waiting: list[Future[Batch]] = [reader.submit(self._build, plan) for plan in islice(plans, READ_AHEAD)]
                 while waiting:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
-import torch
 from accelerate import Accelerator
 
+from sd_recipes.agreement import exchange
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Plans
 from sd_recipes.data.checks import check_rows, check_stream
@@ -104,20 +103,6 @@ def plans(data: TrainingData, recipe: Recipe, accelerator: Accelerator, *, seed:
         shuffle_block=recipe.shuffle_block,
         micro_batch_size=recipe.train_batch_size,
         size_of=size_of_row(recipe),
-        agree=_agreement(accelerator),
+        agree=exchange(accelerator.num_processes),
         **place,
     ).micro_batches
-
-
-def _agreement(accelerator: Accelerator) -> Any:
-    """A function that gives every process's value; over the host's network, so that it never waits for the device."""
-    if accelerator.num_processes == 1:
-        return lambda value: [value]
-    group = torch.distributed.new_group(backend="gloo")
-
-    def agree(value: Any) -> list[Any]:
-        values: list[Any] = [None] * accelerator.num_processes
-        torch.distributed.all_gather_object(values, value, group=group)
-        return values
-
-    return agree
