@@ -16,12 +16,14 @@ On your own pictures, on a GPU:
 
 from sd_recipes.console import mistakes_in_one_line, set_up_console
 from sd_recipes.recipe import load_recipe
+from sd_recipes.signals import stop_request
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train by the flags in `argv`. A mistake leaves one line on stderr, and status 2."""
     with mistakes_in_one_line():
         recipe = load_recipe(argv)
+        stop_request.listen()
         # Imported here, because it takes seconds: a mistake on the command line is answered before.
         set_up_console()
         from sd_recipes.run import run

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
+from sd_recipes.agreement import LONGEST_WAIT, StopAgreement
 from sd_recipes.checkpoint import find_checkpoint
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
@@ -38,10 +38,13 @@ from sd_recipes.model.placement import DTYPES, place
 from sd_recipes.objective import DenoisingLoss
 from sd_recipes.optim import build_optimizer, build_schedule
 from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError
+from sd_recipes.signals import stop_request
 from sd_recipes.tracking import Tracker, check_tracker
 from sd_recipes.validation import HELD_OUT_SEED, Validator
 
 logger = logging.getLogger(__name__)
+
+NOT_BEGUN = "while it was loading, before a step was made"
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Training:
     encode_text: Callable[[torch.Tensor], torch.Tensor]  # input_ids in the host's memory to states on the device
     validator: Validator
     tracker: Tracker
+    stop_agreed: StopAgreement
     weight_dtype: torch.dtype  # of the frozen models
     max_train_steps: int
     seed: int
@@ -110,8 +114,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=recipe.output_dir, logging_dir=str(Path(recipe.output_dir) / recipe.logging_dir)
         ),
-        # While the first process validates the others wait, longer than NCCL's ten minutes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and accelerator.num_processes == 1:
@@ -141,8 +144,10 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     data = load_training_data(recipe, seed=seed, global_batch_size=batch_size, rank=accelerator.process_index)
     max_train_steps = recipe.max_train_steps or data.num_steps(recipe.num_train_epochs)
 
+    stop_request.check(NOT_BEGUN)
     torch.manual_seed(seed)  # initial weights of a UNet from scratch, and its dropout
     components = load_components(recipe)
+    stop_request.check(NOT_BEGUN)
     factor = components.vae_scale_factor
     if recipe.aspect_ratio_buckets and recipe.bucket_step % factor:
         raise RecipeError(f"--bucket_step {recipe.bucket_step} is not a multiple of the VAE's factor {factor}")
@@ -217,8 +222,11 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
         bad_rows=data.bad_rows,
         cache=cache,
         encode_text=encode,
-        validator=_build_validator(recipe, components, data.held_out_rows, builder_settings),
+        validator=_build_validator(
+            recipe, components, data.held_out_rows, builder_settings, scores=accelerator.is_main_process
+        ),
         tracker=Tracker(accelerator, recipe),
+        stop_agreed=StopAgreement(accelerator.num_processes),
         weight_dtype=weight_dtype,
         max_train_steps=max_train_steps,
         seed=seed,
@@ -242,7 +250,12 @@ def _agree_on_seed(seed: int | None) -> int:
 
 
 def _build_validator(
-    recipe: Recipe, components: Components, rows: datasets.Dataset | None, settings: dict[str, Any]
+    recipe: Recipe,
+    components: Components,
+    rows: datasets.Dataset | None,
+    settings: dict[str, Any],
+    *,
+    scores: bool,
 ) -> Validator:
     held_out = None
     if rows is not None:
@@ -250,7 +263,7 @@ def _build_validator(
         config = recipe.model_copy(update=plain)
         held_out = BatchBuilder(rows, components.tokenizer, config, seed=HELD_OUT_SEED, **settings)
     score = None
-    if recipe.validation_clip_model:
+    if recipe.validation_clip_model and scores:
         score = ImageTextScore(recipe.validation_clip_model, recipe.cache_dir)
     return Validator(held_out, score)
 

@@ -38,9 +38,11 @@ def main() -> None:
     if arguments.command == "cache":
         from sd_recipes.console import mistakes_in_one_line, set_up_console
         from sd_recipes.recipe import load_recipe
+        from sd_recipes.signals import stop_request
 
         with mistakes_in_one_line():
             recipe = load_recipe(rest)
+            stop_request.listen()
             set_up_console()
             from sd_recipes.fill_cache import fill_cache
 

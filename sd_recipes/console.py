@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sd_recipes.recipe import RunError
+from sd_recipes.signals import Stopped
 
 
 @contextmanager
@@ -16,14 +17,22 @@ def mistakes_in_one_line() -> Iterator[None]:
     """Tell a RunError in one line, on every process: a broken row is met by one only. Leave with its status."""
     try:
         yield
+    except Stopped as stop:
+        words, status = str(stop) if is_main_process() else "", stop.status
     except RunError as error:
         words, status = f"error: {error}", error.status
     except KeyboardInterrupt:
         words, status = "stopped", 130
     else:
         return
-    print(words, file=sys.stderr, flush=True)
+    if words:
+        print(words, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def is_main_process() -> bool:
+    """By the environment that the launcher gave, so before torch is imported."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def set_up_console() -> None:
@@ -36,7 +45,7 @@ def set_up_console() -> None:
     # Tokenizers are used in the loader's threads and forked workers, where their own threads would only warn.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    is_main = int(os.environ.get("RANK", 0)) == 0
+    is_main = is_main_process()
     logging.basicConfig(
         format="%(levelname)s %(name)s: %(message)s",
         level=logging.WARNING if is_main else logging.ERROR,

@@ -22,6 +22,7 @@ from sd_recipes.model.components import latent_shape_of, load_tokenizer, load_va
 from sd_recipes.model.latents import batch_moments
 from sd_recipes.model.placement import DTYPES, arrange
 from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.signals import stop_request
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ logger = logging.getLogger(__name__)
 def fill_cache(recipe: Recipe) -> Path:
     """Encode all rows that the cache lacks; its folder, which is a data set of moments and captions.
 
-    Killed and started again, it goes on where its files end. Raises RecipeError, TooManyBadRows and, once
-    all is written, PushError.
+    Killed and started again, it goes on where its files end. Raises RecipeError, TooManyBadRows, Stopped and,
+    once all is written, PushError.
     """
     hide_library_bars()
     if recipe.streaming:
@@ -74,6 +75,9 @@ def fill_cache(recipe: Recipe) -> Path:
             data.bad_rows.add(batch.bad, 0)
             batch_moments(vae, batch.to(accelerator.device), dtype, cache)
             bar.update(min(len(batch.weights) * accelerator.num_processes, len(data.rows) - bar.n))
+            if stop_request.reason:
+                cache.flush()
+                raise stop_request.stopped(f"{bar.n} of {len(data.rows)} rows are in the cache")
     cache.flush()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

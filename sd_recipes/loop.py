@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from sd_recipes.data.batches import Batch
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.model.latents import batch_moments, sample_latents
 from sd_recipes.recipe import Recipe, RunError
+from sd_recipes.signals import Stopped, stop_request
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ class TrainingDiverged(RunError):
 def fit(training: Training) -> Progress:
     """Train to the last step, from a checkpoint if one was asked for (Ho et al. 2020, algorithm 1).
 
-    Raises TrainingDiverged if the loss becomes NaN or infinite.
+    Raises TrainingDiverged if the loss becomes NaN or infinite, and Stopped, with all saved, if any process was
+    asked to end.
     """
     recipe, accelerator, components = training.recipe, training.accelerator, training.components
     output_dir = Path(recipe.output_dir)
@@ -46,6 +48,8 @@ def fit(training: Training) -> Progress:
         logger.info("Nothing left to train: %d of %d steps are done.", progress.global_step, training.max_train_steps)
     if recipe.validate_before_training and progress.global_step == 0:
         validate(training, progress.global_step)
+    if training.stop_agreed(wait=True):
+        raise stop_request.stopped(f"at step {progress.global_step}, before another was made")
     window = Window(accelerator.device, progress)
     with tqdm(
         total=training.max_train_steps,
@@ -100,14 +104,21 @@ def fit(training: Training) -> Progress:
                 bar.set_postfix_str(f"loss {figures['train_loss']:.4f}, lr {figures['lr']:.2e}, {speed}")
 
             # Checkpoint, then validate: what can fail comes after what must not be lost
-            if progress.global_step % recipe.checkpointing_steps == 0:
+            is_saved = progress.global_step % recipe.checkpointing_steps == 0
+            if is_saved:
                 window.sum_up(training, progress)
                 save(training, progress, output_dir)
             if training.cache and plan.ends_epoch:
                 finish_cached_epoch(training, plan.epoch)
-            if is_done or is_validation_step(recipe, progress, plan):
+            validates = is_done or is_validation_step(recipe, progress, plan)
+            if validates:
                 validate(training, progress.global_step)
                 window.restart(progress)
+            if training.stop_agreed(wait=validates):
+                if not is_saved:
+                    window.sum_up(training, progress)
+                    save(training, progress, output_dir)
+                raise stop_request.stopped(f"saved at step {progress.global_step}")
     if training.cache:
         training.cache.flush()
         accelerator.wait_for_everyone()
@@ -239,11 +250,12 @@ def is_validation_step(recipe: Recipe, progress: Progress, plan: MicroBatch) -> 
 
 
 def validate(training: Training, step: int) -> None:
-    """Validate on the main process while the others wait."""
+    """Validate on the main process while the others wait; broken off, if it is asked to end."""
     if training.accelerator.is_main_process:
         vae = training.components.vae
         was_on = vae.device
         vae.to(training.accelerator.device)
-        training.validator(training, step)
+        with suppress(Stopped):  # the processes then stop together, at the step's end
+            training.validator(training, step)
         vae.to(was_on)
     training.accelerator.wait_for_everyone()

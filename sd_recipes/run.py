@@ -12,12 +12,13 @@ from sd_recipes.loop import fit
 from sd_recipes.pipeline import export_pipeline
 from sd_recipes.recipe import Recipe, recipe_text
 from sd_recipes.report import write_report
+from sd_recipes.signals import Stopped
 
 
 def run(recipe: Recipe) -> None:
     """Train by a recipe, and leave a pipeline with its pictures and figures in the output folder.
 
-    Raises RecipeError for what a person can mend, TrainingDiverged, and PushError once the model is saved.
+    Raises RecipeError for what a person can mend, TrainingDiverged, Stopped, and PushError once the model is saved.
     """
     hide_library_bars()
     accelerator = start_accelerator(recipe)
@@ -33,7 +34,11 @@ def run(recipe: Recipe) -> None:
         accelerator.end_training()
         return
 
-    fit(training)
+    try:
+        fit(training)
+    except Stopped:
+        accelerator.end_training()  # trackers write what they hold
+        raise
     if accelerator.is_main_process:
         with training.evaluated_weights():
             export_pipeline(training.components, output_dir)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
@@ -19,6 +20,7 @@ from sd_recipes.metrics import ImageTextScore
 from sd_recipes.model.conditioning import encode_text
 from sd_recipes.model.latents import batch_moments, sample_latents
 from sd_recipes.pipeline import build_pipeline
+from sd_recipes.signals import stop_request
 
 if TYPE_CHECKING:
     from sd_recipes.build import Training
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 HELD_OUT_SEED = 0
 # Below this many (row, timestep, noise) samples the loss of a small split says more about its noise.
 MIN_HELD_OUT_SAMPLES = 256
+BROKEN_OFF = "in the middle of a validation, which is broken off"
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Validator:
         strata = np.arange(num_samples).reshape(num_rows, -1).T.reshape(-1)
         total = torch.zeros(2, device=training.accelerator.device)
         for start in tqdm(range(0, num_samples, size), desc="Held-out loss", leave=False):
+            stop_request.check(BROKEN_OFF)
             chosen = np.arange(start, min(start + size, num_samples))
             plan = MicroBatch(
                 rows=chosen % num_rows,
@@ -93,28 +97,42 @@ class Validator:
                     num_inference_steps=recipe.validation_inference_steps,
                     guidance_scale=recipe.validation_guidance_scale,
                     generator=generators,
+                    callback_on_step_end=check_for_stop,
                 ).images
         return pictures
 
     def __call__(self, training: Training, step: int) -> None:
-        """Validate with the averaged weights where there are any; log, and write the grid of pictures."""
+        """Validate with the averaged weights where there are any; log, and write the grid of pictures.
+
+        Raises Stopped, with the UNet as it was, as soon as the process is asked to end.
+        """
         unet, recipe = training.components.unet, training.recipe
         figures: dict[str, float] = {}
         unet.eval()
-        with training.evaluated_weights():
-            if self.held_out is not None:
-                figures["validation_loss"] = self.held_out_loss(training)
-            if recipe.validation_prompts:
-                pictures = self.pictures(training)
-                path = Path(recipe.output_dir) / "samples" / f"step-{step:06d}.png"
-                path.parent.mkdir(exist_ok=True)
-                picture_grid(pictures, recipe.validation_prompts).save(path)
-                training.tracker.log_pictures(pictures, step)
-                if self.score:
-                    figures["image_text_score"] = self.score(pictures, recipe.validation_prompts)
-        unet.train()
+        try:
+            with training.evaluated_weights():
+                if self.held_out is not None:
+                    figures["validation_loss"] = self.held_out_loss(training)
+                if recipe.validation_prompts:
+                    pictures = self.pictures(training)
+                    path = Path(recipe.output_dir) / "samples" / f"step-{step:06d}.png"
+                    path.parent.mkdir(exist_ok=True)
+                    picture_grid(pictures, recipe.validation_prompts).save(path)
+                    training.tracker.log_pictures(pictures, step)
+                    if self.score:
+                        figures["image_text_score"] = self.score(pictures, recipe.validation_prompts)
+        finally:
+            unet.train()
         if figures:
             training.tracker.log(figures, step)
+
+
+def check_for_stop(
+    pipeline: DiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
+) -> dict[str, Any]:
+    """What diffusers calls after every denoising step. Raises Stopped."""
+    stop_request.check(BROKEN_OFF)
+    return tensors
 
 
 def picture_grid(

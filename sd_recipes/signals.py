@@ -1,0 +1,82 @@
+"""Signals that ask a run to end: noted when they come, answered where everything can be saved.
+
+A launcher may die of the signal and leave its processes behind, as `accelerate launch` does with one
+process, and torchrun of SIGUSR1. So the end of the launcher is taken for such a request as well.
+This module imports no torch: signals are noted from the first moment on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+from sd_recipes.recipe import RunError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Set by `accelerate launch` and by torchrun for the processes that they start.
+LAUNCHERS_VARIABLES = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
+WATCH_SECONDS = 0.5
+# A terminal sends Ctrl-C to all its processes, and a launcher may pass it on: within this time it is one.
+SAME_INTERRUPT_SECONDS = 0.5
+
+
+class Stopped(RunError):
+    """The run was asked to end, and did so where it can be continued."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry later"
+
+
+class StopRequest:
+    """Whether this process was asked to end, and by what."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._interrupted: float | None = None
+
+    def listen(self) -> None:
+        """Note SIGTERM, SIGINT, SIGUSR1 and the end of the launcher; a second SIGINT ends the process at once.
+
+        A signal that this process was started to ignore, such as SIGINT in a shell's background, stays ignored.
+        """
+        process = os.getpid()
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != process:  # a forked worker of the loader: it ends with its process
+                return
+            now = time.monotonic()
+            if number == signal.SIGINT and self._interrupted and now > self._interrupted + SAME_INTERRUPT_SECONDS:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(process, signal.SIGINT)
+            if number == signal.SIGINT and self._interrupted is None:
+                self._interrupted = now
+                if os.environ.get("RANK", "0") == "0":  # not by print(), which may be interrupted in mid-line
+                    os.write(2, b"\nStopping where all can be saved; Ctrl-C again to leave at once.\n")
+            self.reason = self.reason or signal.Signals(number).name
+
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, note)
+        if any(variable in os.environ for variable in LAUNCHERS_VARIABLES):
+            threading.Thread(target=self._watch, args=(os.getppid(),), name="launcher", daemon=True).start()
+
+    def _watch(self, launcher: int) -> None:
+        while os.getppid() == launcher:
+            time.sleep(WATCH_SECONDS)
+        self.reason = self.reason or "the end of its launcher"
+
+    def check(self, where: str) -> None:
+        """Raise Stopped if this process was asked to end."""
+        if self.reason:
+            raise self.stopped(where)
+
+    def stopped(self, where: str) -> Stopped:
+        """The exception that says why the run ends, where it stands, and how it goes on."""
+        reason = self.reason or "a signal to another process"
+        return Stopped(f"stopped by {reason}: {where}; the same command goes on from there")
+
+
+# Signals are the process's: there is one.
+stop_request = StopRequest()
