@@ -37,7 +37,9 @@ class Tracker:
         settings = {
             key: value for key, value in recipe.model_dump().items() if value is not None and key != "hub_token"
         }
-        settings = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in settings.items()}
+        settings = {
+            key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in settings.items()
+        }
         self.accelerator.init_trackers(recipe.tracker_project_name, settings)
         if self.accelerator.is_main_process:
             (self.path.parent / "recipe.yaml").write_text(recipe_text(recipe))
