@@ -36,6 +36,10 @@ def fill_cache(recipe: Recipe) -> Path:
     hide_library_bars()
     if recipe.streaming:
         raise RecipeError("`sd-recipes cache` goes through all rows, and a stream has no end: drop --streaming")
+    if recipe.cropping == "random":
+        raise RecipeError(
+            "`sd-recipes cache` keeps one crop of an image, and the crop would be random: add --center_crop"
+        )
     if recipe.cache_latents == "memory":
         raise RecipeError("`sd-recipes cache` fills a cache on disk: drop --cache_latents memory")
     accelerator = start_accelerator(recipe)
