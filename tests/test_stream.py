@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 
 from sd_recipes.data.order import MicroBatch
-from sd_recipes.data.stream import Shards, Stream, StreamLost
+from sd_recipes.data.shards import Shards, StreamLost
+from sd_recipes.data.stream import Stream, joined_states
 
 
 def parquet_shards(folder: Path, lengths: list[int], first: int = 0) -> Path:
@@ -62,6 +64,21 @@ def one_epoch(plans: Iterator[MicroBatch]) -> list[MicroBatch]:
     raise AssertionError("no end of the epoch")
 
 
+Take = Callable[[Iterator[MicroBatch]], list[MicroBatch]]
+
+
+def steps(number: int) -> Take:
+    """The micro-batches of so many global batches."""
+
+    def take(plans: Iterator[MicroBatch]) -> list[MicroBatch]:
+        taken: list[MicroBatch] = []
+        while sum(plan.is_last for plan in taken) < number:
+            taken.append(next(plans))
+        return taken
+
+    return take
+
+
 LENGTHS = [5, 17, 9, 1, 8, 10]  # 50 rows
 
 
@@ -93,8 +110,10 @@ def test_a_stream_continues_exactly_where_it_stood(tmp_path: Path, steps: int) -
         assert one.stream_state == other.stream_state
 
 
-def in_processes(shards: Shards, world_size: int, **changes: Any) -> list[list[MicroBatch]]:
-    """The first epoch of every process of a group, each in a thread with a real exchange between them."""
+def in_processes(
+    shards: Shards, world_size: int, take: Take = one_epoch, samples_seen: int = 0, state: Any = None, **changes: Any
+) -> list[list[MicroBatch]]:
+    """What every process of a group takes, each in a thread with a real exchange between them."""
     barrier = threading.Barrier(world_size)
     values: list[Any] = [None] * world_size
     results: list[list[MicroBatch]] = [[] for _ in range(world_size)]
@@ -108,7 +127,7 @@ def in_processes(shards: Shards, world_size: int, **changes: Any) -> list[list[M
             return agreed
 
         stream = stream_of(shards, rank=rank, world_size=world_size, agree=agree, **changes)
-        results[rank] = one_epoch(stream.micro_batches(0, None))
+        results[rank] = take(stream.micro_batches(samples_seen, state))
 
     threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(world_size)]
     for thread in threads:
@@ -130,6 +149,62 @@ def test_processes_share_the_rows_exactly(tmp_path: Path, world_size: int, lengt
         assert len({plan.global_batch_size for plan in each}) == 1
     positions = Counter(int(p) for plans in results for plan in plans if plan.weight for p in plan.positions)
     assert positions == Counter(range(sum(lengths))), "every sample has its own draws"
+
+
+def trained(results: list[list[MicroBatch]]) -> list[tuple[int, int, int, tuple[int, int]]]:
+    """(position, id, size of the global batch, size of the image) of every sample, of all processes, in order."""
+    return sorted(
+        (int(position), row["id"], plan.global_batch_size, plan.size)
+        for plans in results
+        for plan in plans
+        if plan.weight
+        for position, row in zip(plan.positions, plan.examples or (), strict=True)
+    )
+
+
+# (processes, global batches) one after the other; of 50 rows in batches of 6, an epoch has 9 or 10.
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [(2, 4), (1, 7), (3, 9)],
+        [(3, 5), (2, 6), (1, 1), (3, 8)],
+        [(1, 3), (3, 9), (2, 8)],
+        [(2, 9), (5, 3), (4, 8)],
+        [(4, 1), (3, 1), (4, 17)],
+    ],
+    ids=lambda stages: "-".join(str(processes) for processes, _ in stages),
+)
+def test_other_numbers_of_processes_train_the_same_samples(tmp_path: Path, stages: list[tuple[int, int]]) -> None:
+    """Through epochs' ends, sizes of images, and states that went through a file."""
+    shards = opened(parquet_shards(tmp_path / "rows", LENGTHS))
+    changes = {"size_of": lambda row: (64, 64) if row["id"] % 3 else (32, 128), "shuffle_block": 8}
+    in_all = steps(sum(number for _, number in stages))
+    expected = trained(in_processes(shards, stages[0][0], in_all, **changes))
+    seen, state, results = 0, None, []
+    for processes, number in stages:
+        some = in_processes(shards, processes, steps(number), seen, state, **changes)
+        results += some
+        assert len({plans[-1].samples_seen for plans in some}) == 1
+        seen = some[0][-1].samples_seen
+        state = joined_states(json.loads(json.dumps([plans[-1].stream_state for plans in some])))
+    assert trained(results) == expected
+    assert [position for position, *_ in expected] == list(range(seen))
+    assert max(Counter(number for _, number, *_ in expected[:50]).values()) == 1
+
+
+def test_another_batch_size_repeats_rows_of_a_block_and_says_how_many(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = opened(parquet_shards(tmp_path / "rows", LENGTHS))
+    before = steps(3)(stream_of(shards).micro_batches(0, None))  # the second block's first batch
+    with caplog.at_level(logging.WARNING):
+        after = one_epoch(
+            stream_of(shards, global_batch_size=4).micro_batches(before[-1].samples_seen, before[-1].stream_state)
+        )
+    assert "6 rows of it are met once more" in caplog.text
+    met = Counter(ids(before) + ids(after))
+    assert sorted(met) == list(range(50))
+    assert Counter(met.values()) == {1: 44, 2: 6}
 
 
 def test_buckets_of_a_stream_are_batched_on_all_processes_alike(tmp_path: Path) -> None:

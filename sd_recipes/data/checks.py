@@ -15,7 +15,7 @@ from sd_recipes.data.bad_rows import NAMED, BadRows, row_name
 from sd_recipes.data.captions import CaptionError, make_caption
 from sd_recipes.data.draws import draw
 from sd_recipes.data.images import ImageError, open_image
-from sd_recipes.data.stream import with_bytes
+from sd_recipes.data.shards import with_bytes
 from sd_recipes.recipe import Recipe, RecipeError
 
 logger = logging.getLogger(__name__)

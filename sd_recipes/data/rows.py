@@ -12,7 +12,7 @@ import datasets
 from sd_recipes import assets
 from sd_recipes.data.captions import caption_columns
 from sd_recipes.data.folder import read_folder
-from sd_recipes.data.stream import with_bytes
+from sd_recipes.data.shards import with_bytes
 from sd_recipes.recipe import DataSource, Recipe, RecipeError
 
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}

@@ -15,8 +15,9 @@ from sd_recipes.data.batches import Plans
 from sd_recipes.data.checks import check_rows, check_stream
 from sd_recipes.data.order import Order, plans_of_order
 from sd_recipes.data.rows import load_held_out_rows, load_sources, load_streams
+from sd_recipes.data.shards import Shards
 from sd_recipes.data.sizes import assign_buckets, has_buckets, size_of_row
-from sd_recipes.data.stream import Shards, Stream
+from sd_recipes.data.stream import Stream
 from sd_recipes.recipe import Recipe, RecipeError
 
 
