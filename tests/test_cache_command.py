@@ -18,6 +18,9 @@ from test_hub import run_against
 from test_script import environment
 from tiny_models import build_image_folder
 
+from sd_recipes.fill_cache import fill_cache
+from sd_recipes.recipe import RecipeError, load_recipe
+
 
 def command(*flags: object, processes: int = 1) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
@@ -88,18 +91,16 @@ def test_it_is_pushed_to_the_hub_and_trained_on_from_there(
             assert json.loads((tmp_path / streaming / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
 
 
-@pytest.mark.parametrize(
-    ("extra", "words"),
-    [
-        (["--streaming", "--max_train_steps", 1], "drop --streaming"),
-        (["--crop", "random", "--no-center_crop"], "the crop would be random: add --center_crop"),
-        (["--train_data_dir", "absent"], "no such folder"),
-    ],
-)
-def test_its_mistakes_are_one_line(
-    tiny_pipeline: Path, image_folder: Path, tmp_path: Path, extra: list[object], words: str
-) -> None:
-    done = fill(*flags_for(tiny_pipeline, image_folder, tmp_path / "out"), *extra)
+def test_its_mistakes_are_one_line(tiny_pipeline: Path, image_folder: Path, tmp_path: Path) -> None:
+    flags = flags_for(tiny_pipeline, image_folder, tmp_path / "out")
+    done = fill(*flags, "--train_data_dir", "absent")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert words in done.stderr.splitlines()[-1]
+    assert "no such folder" in done.stderr.splitlines()[-1]
+    for extra, words in (
+        (["--streaming", "--max_train_steps", 1], "drop --streaming"),
+        (["--no-center_crop"], "the crop would be random: add --center_crop"),
+        (["--cache_latents", "memory"], "drop --cache_latents memory"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            fill_cache(load_recipe([str(flag) for flag in [*flags, *extra]]))
