@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -70,6 +71,7 @@ class Training:
     tracker: Tracker
     stop_agreed: StopAgreement
     weight_dtype: torch.dtype  # of the frozen models
+    global_batch_size: int  # images of an optimizer step, over all processes
     max_train_steps: int
     seed: int
 
@@ -228,6 +230,7 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
         tracker=Tracker(accelerator, recipe),
         stop_agreed=StopAgreement(accelerator.num_processes),
         weight_dtype=weight_dtype,
+        global_batch_size=batch_size,
         max_train_steps=max_train_steps,
         seed=seed,
     )
@@ -276,11 +279,9 @@ def describe(training: Training) -> str:
     if training.steps_per_epoch:
         epochs = training.max_train_steps / training.steps_per_epoch
         steps += f" ({training.steps_per_epoch:,} an epoch, {epochs:.4g} epochs)"
-    batch_size = recipe.train_batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
     lines = {
         "rows": "a stream" if training.num_rows is None else f"{training.num_rows:,}",
-        "global batch": f"{batch_size} = {recipe.train_batch_size} a device x "
-        f"{recipe.gradient_accumulation_steps} accumulated x {accelerator.num_processes} processes",
+        "global batch": _batch_in_words(recipe, training.global_batch_size, accelerator.num_processes),
         "optimizer steps": steps,
         "trainable parameters": f"{trainable:,} (UNet)",
         "predicts": training.objective.prediction_type,
@@ -288,6 +289,14 @@ def describe(training: Training) -> str:
         "seed": training.seed,
     }
     return "\n".join(f"  {name:<21}{value}" for name, value in lines.items())
+
+
+def _batch_in_words(recipe: Recipe, global_batch_size: int, num_processes: int) -> str:
+    size, accumulated = recipe.train_batch_size, recipe.gradient_accumulation_steps
+    if size * accumulated * num_processes != global_batch_size:  # of a run that began on other processes
+        accumulated = math.ceil(math.ceil(global_batch_size / num_processes) / size)
+        return f"{global_batch_size}, kept, on {num_processes} processes: {accumulated} micro-batches of at most {size}"
+    return f"{global_batch_size} = {size} a device x {accumulated} accumulated x {num_processes} processes"
 
 
 def open_cache(
