@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ def test_pictures_too_small_for_their_bucket_get_a_smaller_one(settings: dict[st
     assert batch.pixel_values.shape[2:] == (24, 24)
 
 
-def test_long_captions_are_cut_encoded_in_chunks_or_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_long_captions_are_cut_encoded_in_chunks_or_refused(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = build_image_folder(tmp_path / "pictures")
     path = folder / "metadata.jsonl"
     path.write_text(path.read_text().replace("disc number 3", "disc number 3 and very much more than sixteen tokens"))
@@ -91,8 +94,10 @@ def test_long_captions_are_cut_encoded_in_chunks_or_refused(settings: dict[str, 
     (batch,) = in_chunks.batches(0, 1)
     assert batch.input_ids.shape == (8, 32)
     assert in_chunks.encode_text(batch.input_ids).shape == (8, 32, 32)
-    with pytest.raises(RecipeError, match=r"tokens.*--long_captions"):
-        train(settings, long_captions="error")
+    for check_data in ("sample", "off"):
+        with pytest.raises(RecipeError, match=r"tokens.*--long_captions"):
+            train(settings, long_captions="error", check_data=check_data)
+    assert "the captions of 1 of 8 rows are longer than 14 tokens and are cut" in caplog.text
 
 
 def test_cached_text_is_the_text(settings: dict[str, Any]) -> None:
@@ -149,3 +154,16 @@ def test_a_hostile_folder_trains_with_the_bad_rows_skipped_and_named(settings: d
         with pytest.raises(TooManyBadRows, match=r"\(--max_bad_rows\).*hostile/"):
             train(settings, max_bad_rows=len(bad) - 1, check_data=check_data, output_dir=str(output_dir))
         assert (output_dir / "metrics.jsonl").exists() == (check_data == "off")
+
+
+def test_a_stream_gives_the_batch_of_its_rows(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The same rows at the same positions, once by number and once as they come."""
+    by_number = train(settings, random_flip=True, max_train_steps=1)
+    (batch,) = by_number.batches(0, 1)
+    plan = batch.plan
+    examples = tuple(by_number.batches.builder.rows[int(row)] for row in plan.rows)
+    as_they_come = by_number.batches.builder[replace(plan, examples=examples)]
+    for field in fields(batch):
+        one, other = getattr(batch, field.name), getattr(as_they_come, field.name)
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one, other), field.name

@@ -197,3 +197,11 @@ def test_held_out_rows_of_a_stream_are_kept(tmp_path: Path) -> None:
     rows = load_held_out_rows(recipe(**settings), "flags_heldout", None)
     plain = load_held_out_rows(recipe(dataset_name="sd-recipes/emoji"), "flags_heldout", None)
     assert rows["text"][:] == plain["text"][:]
+
+
+def test_a_stream_comes_from_a_url(tmp_path: Path, image_folder: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    datasets.load_dataset("imagefolder", data_dir=str(image_folder))["train"].to_parquet(path)
+    rows = list(load_streams(recipe(dataset_name=f"file://{path}", streaming=True, max_train_steps=1))[0])
+    assert [row["text"] for row in rows] == [f"disc number {number}" for number in range(8)]
+    assert open_image(rows[0]["image"]).size == (40, 32)

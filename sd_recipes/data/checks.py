@@ -10,9 +10,10 @@ from typing import Any
 import datasets
 import numpy as np
 from tqdm.auto import tqdm
+from transformers import CLIPTokenizer
 
 from sd_recipes.data.bad_rows import NAMED, BadRows, row_name
-from sd_recipes.data.captions import CaptionError, make_caption
+from sd_recipes.data.captions import CaptionError, count_tokens, make_caption
 from sd_recipes.data.draws import draw
 from sd_recipes.data.images import ImageError, open_image
 from sd_recipes.data.shards import with_bytes
@@ -26,7 +27,9 @@ FEWEST_TO_PROJECT = 3
 CHUNK = 64
 
 
-def check_rows(rows: datasets.Dataset, config: Recipe, seed: int, bad_rows: BadRows) -> None:
+def check_rows(
+    rows: datasets.Dataset, config: Recipe, tokenizer: CLIPTokenizer, *, seed: int, bad_rows: BadRows
+) -> None:
     """Decode the images and make the captions of all rows, or of a sample, and tell of those that fail.
 
     Raises RecipeError if none of them can be used, and TooManyBadRows if more fail than may be skipped, or,
@@ -36,15 +39,16 @@ def check_rows(rows: datasets.Dataset, config: Recipe, seed: int, bad_rows: BadR
     numbers = np.arange(len(rows))
     if not everything:
         numbers = np.sort(np.random.default_rng(seed).choice(len(rows), SAMPLED_ROWS, replace=False))
-    found: list[tuple[str, str]] = []
+    examined = _Examined(config, tokenizer)
     with tqdm(
         total=len(numbers), desc="Checking rows", unit="row", leave=False, disable=len(numbers) <= SAMPLED_ROWS
     ) as bar:
         for start in range(0, len(numbers), CHUNK):
             chunk = numbers[start : start + CHUNK].tolist()
-            found += _examine([(number, rows[number]) for number in chunk], config)
+            examined.add([(number, rows[number]) for number in chunk])
             bar.update(len(chunk))
-    _tell(found, len(numbers), "rows" if everything else "sampled rows")
+    found = examined.bad
+    examined.tell("rows" if everything else "sampled rows")
     if everything:
         bad_rows.add(tuple(found), 0)
     elif len(found) >= FEWEST_TO_PROJECT:
@@ -52,39 +56,66 @@ def check_rows(rows: datasets.Dataset, config: Recipe, seed: int, bad_rows: BadR
         bad_rows.check(len(found) * len(rows) // len(numbers) // 2, 0, found)
 
 
-def check_stream(stream: datasets.IterableDataset, config: Recipe) -> None:
+def check_stream(stream: datasets.IterableDataset, config: Recipe, tokenizer: CLIPTokenizer) -> None:
     """As `check_rows`, of the first rows of a stream."""
     rows = [with_bytes(row) for row in itertools.islice(stream, SAMPLED_STREAM_ROWS)]
-    _tell(_examine(list(enumerate(rows)), config), len(rows), "first rows")
+    examined = _Examined(config, tokenizer)
+    examined.add(list(enumerate(rows)))
+    examined.tell("first rows")
 
 
-def _examine(rows: list[tuple[int, dict[str, Any]]], config: Recipe) -> list[tuple[str, str]]:
-    """(name, reason) of each of the numbered rows that cannot be used."""
-    draws = draw(0, 0, stratum=0, global_batch_size=1, latent_shape=(1, 1, 1), num_train_timesteps=1)
-    size = (config.resolution, config.resolution)
+class _Examined:
+    """What was found in the rows that were looked at."""
 
-    def examine(item: tuple[int, dict[str, Any]]) -> tuple[str, str] | None:
+    def __init__(self, config: Recipe, tokenizer: CLIPTokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.number = 0
+        self.bad: list[tuple[str, str]] = []  # (name, reason)
+        self.long_captions = 0
+        self.draws = draw(0, 0, stratum=0, global_batch_size=1, latent_shape=(1, 1, 1), num_train_timesteps=1)
+
+    def add(self, rows: list[tuple[int, dict[str, Any]]]) -> None:
+        """Look at numbered rows. Raises RecipeError for what the settings do not let pass."""
+        with ThreadPoolExecutor() as readers:
+            results = list(readers.map(self._examine, rows))
+        self.number += len(rows)
+        self.bad += [found for _, found in results if found is not None]
+        captions = [caption for caption, _ in results if caption is not None]
+        limit = self.tokenizer.model_max_length - 2  # the marks of start and end
+        if self.config.long_captions == "chunk":
+            limit *= self.config.caption_chunks
+        self.long_captions += sum(tokens > limit for tokens in count_tokens(self.tokenizer, captions))
+
+    def _examine(self, item: tuple[int, dict[str, Any]]) -> tuple[str | None, tuple[str, str] | None]:
+        """The row's caption, and its (name, reason) if it cannot be used."""
         number, row = item
+        config, side = self.config, self.config.resolution
         try:
-            make_caption(row, config, draws)
+            caption = make_caption(row, config, self.draws)
             if "moments" not in row:
                 encoded = row[config.image_column]
                 encoded = {"bytes": encoded, "path": None} if isinstance(encoded, bytes) else encoded
-                open_image(encoded, at_least=size, max_megapixels=config.max_image_megapixels)
+                open_image(encoded, at_least=(side, side), max_megapixels=config.max_image_megapixels)
         except (ImageError, CaptionError) as error:
             if isinstance(error, CaptionError) and config.blank_captions == "error":
                 raise RecipeError(f"row {number}: {error} (--blank_captions error)") from error
-            return row_name(number, row.get(config.image_column)), str(error)
-        return None
+            return None, (row_name(number, row.get(config.image_column)), str(error))
+        return caption, None
 
-    with ThreadPoolExecutor() as readers:
-        return [found for found in readers.map(examine, rows) if found is not None]
-
-
-def _tell(found: list[tuple[str, str]], checked: int, what: str) -> None:
-    if not found:
-        return
-    named = "; ".join(f"{name}: {reason}" for name, reason in found[:NAMED])
-    if len(found) == checked:
-        raise RecipeError(f"none of {checked} {what} can be used; look at all with `sd-recipes inspect`. {named}")
-    logger.warning("%d of %d %s cannot be used and will be skipped: %s", len(found), checked, what, named)
+    def tell(self, what: str) -> None:
+        """Say what was found in the rows, `what` they are. Raises RecipeError if no row can be used."""
+        named = "; ".join(f"{name}: {reason}" for name, reason in self.bad[:NAMED])
+        if self.bad and len(self.bad) == self.number:
+            raise RecipeError(f"none of {self.number} {what} can be used: see `sd-recipes inspect`. {named}")
+        if self.bad:
+            logger.warning(
+                "%d of %d %s cannot be used and will be skipped: %s", len(self.bad), self.number, what, named
+            )
+        if self.long_captions:
+            limit, setting = self.tokenizer.model_max_length - 2, self.config.long_captions
+            words = f"the captions of {self.long_captions} of {self.number} {what} are longer than {limit} tokens"
+            if setting == "error":
+                raise RecipeError(f"{words}: shorten them, or use --long_captions truncate or chunk")
+            remedy = "raise --caption_chunks" if setting == "chunk" else "--long_captions chunk keeps all"
+            logger.warning("%s and are cut; %s", words, remedy)

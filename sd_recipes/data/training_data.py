@@ -18,6 +18,7 @@ from sd_recipes.data.rows import load_held_out_rows, load_sources, load_streams
 from sd_recipes.data.shards import Shards
 from sd_recipes.data.sizes import assign_buckets, has_buckets, size_of_row
 from sd_recipes.data.stream import Stream
+from sd_recipes.model.components import load_tokenizer
 from sd_recipes.recipe import Recipe, RecipeError
 
 
@@ -58,7 +59,7 @@ def load_training_data(recipe: Recipe, *, seed: int, global_batch_size: int, ran
         streams = load_streams(recipe, cache_dir=recipe.cache_dir)
         if recipe.check_data != "off" and rank == 0:
             for stream in streams:
-                check_stream(stream, recipe)
+                check_stream(stream, recipe, load_tokenizer(recipe))
         return TrainingData(None, None, streams, held_out, BadRows(output_dir, recipe.max_bad_rows, None, rank))
 
     parts = load_sources(recipe, cache_dir=recipe.cache_dir)
@@ -79,7 +80,7 @@ def load_training_data(recipe: Recipe, *, seed: int, global_batch_size: int, ran
         )
     bad_rows = BadRows(output_dir, recipe.max_bad_rows, len(rows), rank)
     if recipe.check_data != "off" and rank == 0:
-        check_rows(rows, recipe, seed, bad_rows)
+        check_rows(rows, recipe, load_tokenizer(recipe), seed=seed, bad_rows=bad_rows)
     order = Order(lengths, global_batch_size, seed, weights, ((recipe.resolution, recipe.resolution),))
     if has_buckets(rows, recipe):
         sizes, buckets = assign_buckets(rows, recipe)
