@@ -26,7 +26,7 @@ from accelerate.utils import (
 )
 
 from sd_recipes.agreement import LONGEST_WAIT, StopAgreement
-from sd_recipes.checkpoint import find_checkpoint
+from sd_recipes.checkpoint import Manifest
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
 from sd_recipes.data.cache import LatentCache, check_made_by, made_by, memory_folder
@@ -39,6 +39,7 @@ from sd_recipes.model.placement import DTYPES, place
 from sd_recipes.objective import DenoisingLoss
 from sd_recipes.optim import build_optimizer, build_schedule
 from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError
+from sd_recipes.resume import choose_checkpoint, global_batch_size
 from sd_recipes.signals import stop_request
 from sd_recipes.tracking import Tracker, check_tracker
 from sd_recipes.validation import HELD_OUT_SEED, Validator
@@ -70,6 +71,7 @@ class Training:
     validator: Validator
     tracker: Tracker
     stop_agreed: StopAgreement
+    checkpoint: tuple[Path, Manifest] | None  # from which it goes on
     weight_dtype: torch.dtype  # of the frozen models
     global_batch_size: int  # images of an optimizer step, over all processes
     max_train_steps: int
@@ -136,13 +138,12 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     """Load data and models and put the run together. Raises RecipeError for what a person can mend."""
     output_dir = Path(recipe.output_dir)
     check_output_dir(output_dir)
+    recipe.mixed_precision = accelerator.mixed_precision  # accelerate's own configuration may have set it
+    checkpoint = choose_checkpoint(recipe, accelerator.is_main_process)
     seed = _agree_on_seed(recipe.seed)
     recipe.seed = seed
-    recipe.mixed_precision = accelerator.mixed_precision  # accelerate's own configuration may have set it
 
-    if recipe.resume_from_checkpoint:
-        find_checkpoint(output_dir, recipe.resume_from_checkpoint)  # before a model is loaded
-    batch_size = recipe.train_batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
+    batch_size = global_batch_size(recipe, accelerator.num_processes, checkpoint[1] if checkpoint else None)
     data = load_training_data(recipe, seed=seed, global_batch_size=batch_size, rank=accelerator.process_index)
     max_train_steps = recipe.max_train_steps or data.num_steps(recipe.num_train_epochs)
 
@@ -229,6 +230,7 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
         ),
         tracker=Tracker(accelerator, recipe),
         stop_agreed=StopAgreement(accelerator.num_processes),
+        checkpoint=checkpoint,
         weight_dtype=weight_dtype,
         global_batch_size=batch_size,
         max_train_steps=max_train_steps,

@@ -4,44 +4,72 @@ checkpoint-500/
   unet/                  loads as a UNet2DConditionModel
   unet_ema/              the averaged weights, likewise, with --use_ema
   optimizer.safetensors  the optimizer's tensors, named PARAMETER/KEY
-  state.json             position, schedule, loss scaler, versions and the optimizer's other values
+  state.json             position, schedule, loss scaler and the optimizer's other values
+  manifest.json          what run this is of, and size and SHA-256 of every other file; written last
+
+A checkpoint is written beside its place, synced, and renamed. One that stands under its name is whole, and
+`verify_checkpoint` shows whether it still is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-import diffusers
 import torch
-from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import save_file
 
-import sd_recipes
 from sd_recipes.recipe import RecipeError
-
-if TYPE_CHECKING:
-    from sd_recipes.build import Training
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-# Settings whose change makes a resumed run differ from the uninterrupted one, and is told.
-REMEMBERED = (
-    "seed", "prediction_type", "snr_gamma", "noise_offset", "input_perturbation", "dream_training", "resolution",
-    "center_crop", "crop", "random_flip", "aspect_ratio_buckets", "bucket_step", "max_upscale", "caption_dropout",
-    "caption_template", "shuffle_tags", "long_captions", "shuffle_block", "train_batch_size",
-    "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2",
-    "adam_weight_decay", "adam_epsilon", "sgd_momentum", "max_grad_norm", "use_ema", "ema_decay",
-)  # fmt: skip
-UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
+FORMAT = 2
+MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
+CONFIG, UNET_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+FILES = {STATE, OPTIMIZER, *(f"{part}/{name}" for part in ("unet", "unet_ema") for name in (CONFIG, UNET_WEIGHTS))}
+MAX_JSON_BYTES = 64 * 2**20  # of a manifest, state or configuration; real ones are far below 1 MiB
+# Folders that a kill may leave, and the next start removes: half written, and on their way out.
+PARTIAL, REMOVED = ".partial", ".removed"
+
+
+class DamagedCheckpoint(ValueError):
+    """What stands there is not a whole checkpoint; the message says what is wrong with it."""
+
+
+class FileEntry(BaseModel):
+    """Of one file of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(BaseModel):
+    """What run a checkpoint is of, and what it consists of."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: int
+    step: int = Field(ge=0)
+    samples_seen: int = Field(ge=0)
+    world_size: int = Field(ge=1)
+    versions: dict[str, str]
+    settings: dict[str, Any]  # the resolved recipe
+    identity: dict[str, Any]  # of data, model and batch, as far as the recipe's words do not tell
+    files: dict[str, FileEntry] = {}
+
+    def text(self) -> str:
+        """The file's content, which ends with a digest of the rest."""
+        content = self.model_dump()
+        return json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n"
 
 
 @dataclass
@@ -50,209 +78,257 @@ class Progress:
 
     global_step: int = 0  # global batches done
     samples_seen: int = 0
+    loss_sum: float = 0.0  # of the steps that were not logged yet
+    logged_step: int = 0
+    awaits_validation: bool = False  # of this very step: it comes after the checkpoint
     stream_state: dict[str, Any] | None = None  # where this process's stream stands, if there is one
+    not_saved: str | None = None  # why, at the end of a run none of whose checkpoints could be written
 
 
-def save_unet(unet: UNet2DConditionModel, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write `tensors` with the UNet's configuration, so that the folder loads as a UNet2DConditionModel."""
-    unet.save_config(folder)
-    save_file(_on_cpu(tensors), folder / UNET_WEIGHTS, metadata={"format": "pt"})
+@dataclass
+class Contents:
+    """What a checkpoint is written from: tensors and texts by file, and the manifest without their hashes."""
+
+    manifest: Manifest
+    texts: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk, with something for the headers."""
+        tensors = sum(tensor.nbytes for part in self.tensors.values() for tensor in part.values())
+        return tensors + sum(map(len, self.texts.values())) + 2**20
 
 
-def save_checkpoint(
-    training: Training, progress: Progress, output_dir: Path, streams: list[dict[str, Any] | None]
-) -> Path:
-    """Write checkpoint-N beside its final place, rename it, then remove those beyond the limit.
+# ---------------------------------------------------------------------------------------------- write
 
-    `streams` are the positions of all processes' streams.
+
+def write_checkpoint(contents: Contents, output_dir: Path, limit: int | None) -> Path:
+    """Write checkpoint-N so that a kill at any instant leaves the old ones or it, whole; then keep `limit`.
+
+    Raises OSError, or SafetensorError for the tensors' files, if it cannot be written; what was written of it is
+    removed then.
     """
-    final = output_dir / f"checkpoint-{progress.global_step}"
-    temporary = output_dir / f".{final.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-
-    unet = training.components.unet
-    save_unet(unet, unet.state_dict(), temporary / "unet")
-    if training.ema:
-        save_unet(unet, training.ema.named_tensors(), temporary / "unet_ema")
-    optimizer_state = training.optimizer.state_dict()
-    tensors: dict[str, torch.Tensor] = {}
-    values: dict[str, Any] = {}
-    for name, value in _flatten(optimizer_state["state"]):
-        (tensors if isinstance(value, torch.Tensor) else values)[name] = value
-    save_file(_on_cpu(tensors), temporary / "optimizer.safetensors")
-    scaler = training.accelerator.scaler
-    state = {
-        "format": FORMAT,
-        "versions": {
-            "sd-recipes": sd_recipes.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
-        "progress": {"global_step": progress.global_step, "samples_seen": progress.samples_seen},
-        "streams": streams,
-        "num_rows": training.num_rows,
-        "optimizer": {
-            "name": training.recipe.optimizer,
-            "values": values,
-        },
-        "schedule_step": training.schedule.last_epoch,
-        "settings": {name: getattr(training.recipe, name) for name in REMEMBERED},
-        "scaler": scaler.state_dict() if scaler else None,
-        "ema_step": training.ema.model.optimization_step if training.ema else None,
-    }
-    (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    _prune(final, training.recipe.checkpoints_total_limit)
+    final = output_dir / f"checkpoint-{contents.manifest.step}"
+    temporary = output_dir / f".{final.name}{PARTIAL}"
+    remove_leftovers(output_dir)
+    free = shutil.disk_usage(output_dir).free
+    if free < contents.nbytes:
+        raise OSError(f"it takes {_gigabytes(contents.nbytes)} and {output_dir} has {_gigabytes(free)} free")
+    try:
+        _write_files(contents, temporary)
+        if final.exists():  # of the same run, which went back to an older one
+            os.replace(final, output_dir / f".{final.name}{REMOVED}")
+        os.replace(temporary, final)
+        _sync_folder(output_dir)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    try:
+        verify_checkpoint(final)
+    except DamagedCheckpoint as error:
+        remove(final)
+        raise OSError(f"what was written is not what is read back: {error}") from error
+    _prune(final, limit)
+    remove_leftovers(output_dir)
     return final
 
 
+def _write_files(contents: Contents, folder: Path) -> None:
+    folder.mkdir()
+    for name, text in contents.texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    for name, tensors in contents.tensors.items():
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, {"format": "pt"})
+    names = [*contents.texts, *contents.tensors]
+    for name in names:
+        _sync(folder / name)
+    contents.manifest.files = {name: _entry(folder / name) for name in names}
+    (folder / MANIFEST).write_text(contents.manifest.text())
+    _sync(folder / MANIFEST)
+    for part in {(folder / name).parent for name in names}:
+        _sync_folder(part)
+
+
+def _prune(newest: Path, limit: int | None) -> None:
+    """Remove the oldest beyond `limit`; first by name, so that none that is half removed looks like one."""
+    if limit is None:
+        return
+    others = [path for path in list_checkpoints(newest.parent) if path != newest]
+    for path in others[: max(0, len(others) + 1 - limit)]:
+        logger.info("Removing %s (--checkpoints_total_limit %d)", path, limit)
+        os.replace(path, path.parent / f".{path.name}{REMOVED}")
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a kill left half written or half removed."""
+    for path in output_dir.glob(".checkpoint-*"):
+        if path.suffix in (PARTIAL, REMOVED):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder; of a link only the link."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry(path: Path) -> FileEntry:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileEntry(size=file.tell(), sha256=digest)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _gigabytes(number: int) -> str:
+    return f"{number / 1e9:.3g} GB"
+
+
+# ----------------------------------------------------------------------------------------------- read
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a checkpoint. Raises DamagedCheckpoint."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise DamagedCheckpoint(f"{path.name} is larger than {MAX_JSON_BYTES >> 20} MiB")
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"it has no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, DamagedCheckpoint):
+            raise
+        raise DamagedCheckpoint(f"{path.name} cannot be read: {_short(error)}") from None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint at `path`, itself checked. Raises DamagedCheckpoint."""
+    content = read_json(path / MANIFEST)
+    if not isinstance(content, dict):
+        raise DamagedCheckpoint(f"{MANIFEST} holds no manifest")
+    if content.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"it has format {str(content.get('format'))[:20]} and this version reads {FORMAT}")
+    digest = content.pop("digest", None)
+    if digest != _digest(content):
+        raise DamagedCheckpoint(f"{MANIFEST} is not as it was written")
+    try:
+        return Manifest(**content)
+    except ValidationError as error:
+        raise DamagedCheckpoint(f"{MANIFEST}: {_short(error)}") from None
+
+
+def verify_checkpoint(path: Path) -> Manifest:
+    """Compare all files of a checkpoint with its manifest, which is returned. Raises DamagedCheckpoint.
+
+    It holds the files of a checkpoint and no others, as regular files inside it: none is named by the
+    manifest that a link or a path leads out to.
+    """
+    manifest = read_manifest(path)
+    if strange := sorted(set(manifest.files) - FILES):
+        raise DamagedCheckpoint(f"{MANIFEST} names {strange[0]!r}, which is no file of a checkpoint")
+    for name in (STATE, OPTIMIZER, f"unet/{CONFIG}", f"unet/{UNET_WEIGHTS}"):
+        if name not in manifest.files:
+            raise DamagedCheckpoint(f"{MANIFEST} does not name {name}")
+    try:
+        for folder, folders, files in os.walk(path):
+            for name in [*folders, *files]:
+                found = Path(folder, name)
+                inside = PurePosixPath(found.relative_to(path)).as_posix()
+                if found.is_symlink():
+                    raise DamagedCheckpoint(f"{inside} is a link")
+                # Hidden ones are of file systems and desktops.
+                if name in files and inside != MANIFEST and inside not in manifest.files and name[0] != ".":
+                    raise DamagedCheckpoint(f"it holds {inside!r}, which {MANIFEST} does not name")
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="verify") as pool:
+            for problem in pool.map(lambda item: _compare(path / item[0], item[1]), manifest.files.items()):
+                if problem:
+                    raise DamagedCheckpoint(problem)
+    except OSError as error:
+        raise DamagedCheckpoint(f"it cannot be read: {_short(error)}") from None
+    return manifest
+
+
+def _compare(path: Path, entry: FileEntry) -> str | None:
+    """What is wrong with a file, or None."""
+    if not path.is_file():
+        return f"it has no {path.parent.name}/{path.name}"
+    size = path.stat().st_size
+    if size != entry.size:
+        return f"{path.parent.name}/{path.name} has {size} bytes and had {entry.size}"
+    if _entry(path).sha256 != entry.sha256:
+        return f"{path.parent.name}/{path.name} is not as it was written"
+    return None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints in a folder, oldest first."""
+    """What is named like a checkpoint in a folder, by step, the oldest first; times do not matter."""
     found = {
         int(match[1]): path
         for path in output_dir.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "state.json").is_file()
+        if (match := re.fullmatch(r"checkpoint-(\d{1,18})", path.name)) and path.is_dir()
     }
     return [found[step] for step in sorted(found)]
 
 
-def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
-    """The newest checkpoint for `latest`, or None; otherwise the one at `wanted`, or of that name in the folder.
+def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint that verifies for `latest`, or None; otherwise the one at `wanted`, or so named there.
 
-    Raises RecipeError, listing what there is, if a checkpoint was named that is not one.
+    Says which were skipped and why. Raises RecipeError if none of several verifies, and if the one that was
+    named does not, listing those that do.
     """
     checkpoints = list_checkpoints(output_dir)
     if wanted == "latest":
-        return checkpoints[-1] if checkpoints else None
+        for path in reversed(checkpoints):
+            try:
+                return path, verify_checkpoint(path)
+            except DamagedCheckpoint as error:
+                logger.warning("Skipped %s: %s.", path, error)
+        if checkpoints:
+            raise RecipeError(
+                f"--resume_from_checkpoint latest: none of {[path.name for path in checkpoints]} in {output_dir} is "
+                "whole (see above): start anew with --overwrite, or choose another --output_dir"
+            )
+        return None
+    problem = "no checkpoint there"
     for path in (Path(wanted), output_dir / wanted):
-        if (path / "state.json").is_file():
-            return path
+        if path.is_dir():
+            try:
+                return path, verify_checkpoint(path)
+            except DamagedCheckpoint as error:
+                problem = str(error)
+                break
     raise RecipeError(
-        f"--resume_from_checkpoint {wanted}: no checkpoint there; {output_dir} has "
-        f"{[path.name for path in checkpoints] or 'none'}"
+        f"--resume_from_checkpoint {wanted}: {problem}; {output_dir} has "
+        f"{[path.name for path in checkpoints if _is_whole(path)] or 'none'}"
     )
 
 
-def load_checkpoint(training: Training, path: Path) -> Progress:
-    """Restore weights, average, optimizer, schedule and scaler. Raises RecipeError if they do not fit."""
+def _is_whole(path: Path) -> bool:
     try:
-        state = json.loads((path / "state.json").read_text())
-        unet_tensors = load_file(path / "unet" / UNET_WEIGHTS)
-        optimizer_tensors = load_file(path / "optimizer.safetensors")
-        ema_tensors = (
-            load_file(path / "unet_ema" / UNET_WEIGHTS) if training.ema and state["ema_step"] is not None else None
-        )
-    # SafetensorError is no subclass of OSError.
-    except Exception as error:
-        raise RecipeError(f"--resume_from_checkpoint {path}: cannot be read: {error}") from error
-    _check_same_run(training, state, path)
-    try:
-        training.components.unet.load_state_dict(unet_tensors)
-    except RuntimeError as error:
-        words = " ".join(str(error).split())[:200]
-        raise RecipeError(f"--resume_from_checkpoint {path}: is of another UNet: {words}") from None
-
-    # The state is the checkpoint's; learning rate, decay and the like are the recipe's, which may have changed.
-    optimizer_state = _unflatten({**optimizer_tensors, **state["optimizer"]["values"]})
-    parameters = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
-    training.optimizer.load_state_dict(
-        {
-            "state": {number: _laid_out_as(parameters[number], values) for number, values in optimizer_state.items()},
-            "param_groups": training.optimizer.state_dict()["param_groups"],
-        }
-    )
-    schedule = training.schedule
-    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": state["schedule_step"]})
-    rates = [
-        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    schedule.load_state_dict({**schedule.state_dict(), "_last_lr": rates})
-    for group, rate in zip(training.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    if training.accelerator.scaler and state["scaler"]:
-        training.accelerator.scaler.load_state_dict(state["scaler"])
-    if training.ema:
-        if ema_tensors is None:
-            raise RecipeError(f"--use_ema: {path} has no averaged weights; drop the flag, or start anew")
-        training.ema.load(ema_tensors, state["ema_step"])
-    streams = state.get("streams", [None])
-    if training.recipe.streaming and len(streams) != training.accelerator.num_processes:
-        raise RecipeError(
-            f"{path}: the stream was read by {len(streams)} processes and its position is theirs; continue with as many"
-        )
-    stream_state = streams[training.accelerator.process_index] if training.recipe.streaming else None
-    return Progress(**state["progress"], stream_state=stream_state)
-
-
-def _check_same_run(training: Training, state: dict[str, Any], path: Path) -> None:
-    if state["format"] != FORMAT:
-        raise RecipeError(f"{path} has checkpoint format {state['format']}; this version reads {FORMAT}")
-    if state["optimizer"]["name"] != training.recipe.optimizer:
-        raise RecipeError(
-            f"--optimizer {training.recipe.optimizer}: {path} was written with {state['optimizer']['name']}, whose "
-            f"state does not carry over; use --optimizer {state['optimizer']['name']}, or start anew"
-        )
-    for name, saved in state["settings"].items():
-        now = getattr(training.recipe, name)
-        if now != saved:
-            logger.warning("--%s is %s and was %s in %s: the run goes on with the new value.", name, now, saved, path)
-    if state["num_rows"] != training.num_rows:
-        logger.warning(
-            "The data set has %s rows and had %s: the order of the rows is another from here on.",
-            training.num_rows,
-            state["num_rows"],
-        )
-
-
-def _prune(newest: Path, limit: int | None) -> None:
-    """Remove the oldest beyond `limit`: after the new one stands, so that a crash leaves at least one."""
-    if limit is not None:
-        others = [path for path in list_checkpoints(newest.parent) if path != newest]
-        for path in others[: max(0, len(others) + 1 - limit)]:
-            logger.info("Removing %s (--checkpoints_total_limit %d)", path, limit)
-            shutil.rmtree(path)
-
-
-def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What safetensors can write: contiguous, and nothing shared (AdamW8bit shares its tables among parameters)."""
-    copies: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        copy = tensor.detach().cpu().contiguous()
-        copies[name] = copy.clone() if copy.data_ptr() in seen else copy
-        seen.add(copy.data_ptr())
-    return copies
-
-
-def _laid_out_as(parameter: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """Give tensors of the parameter's shape its memory format: fused optimizers walk the raw memory."""
-    return {
-        key: _laid_out_as(parameter, value)
-        if isinstance(value, dict)
-        else torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
-        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
-        else value
-        for key, value in state.items()
-    }
-
-
-def _flatten(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in state.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _unflatten(flat: dict[str, Any]) -> dict[Any, Any]:
-    """The inverse of _flatten; the first level's keys are parameter numbers."""
-    state: dict[Any, Any] = {}
-    for name, value in flat.items():
-        *parents, key = name.split("/")
-        place = state
-        for depth, parent in enumerate(parents):
-            place = place.setdefault(int(parent) if depth == 0 else parent, {})
-        place[key] = value
-    return state
+        verify_checkpoint(path)
+    except DamagedCheckpoint:
+        return False
+    return True

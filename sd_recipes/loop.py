@@ -9,18 +9,23 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from sd_recipes.build import Training
-from sd_recipes.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from sd_recipes.checkpoint import Progress
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.model.latents import batch_moments, sample_latents
 from sd_recipes.recipe import Recipe, RunError
+from sd_recipes.report import FIGURES
+from sd_recipes.resume import identity_of, load_checkpoint
+from sd_recipes.saving import Checkpointer
 from sd_recipes.signals import Stopped, stop_request
+from sd_recipes.tracking import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +47,31 @@ def fit(training: Training) -> Progress:
     """
     recipe, accelerator, components = training.recipe, training.accelerator, training.components
     output_dir = Path(recipe.output_dir)
-    progress = resume(training, output_dir)
+    identity = identity_of(training)
+    progress = resume(training, identity)
     training.tracker.start_at(progress.global_step)
     if progress.global_step >= training.max_train_steps:
-        logger.info("Nothing left to train: %d of %d steps are done.", progress.global_step, training.max_train_steps)
-    if recipe.validate_before_training and progress.global_step == 0:
-        validate(training, progress.global_step)
+        logger.info(
+            "Nothing left to train: %d of %d steps are done. A larger --max_train_steps goes on; --overwrite starts "
+            "anew.",
+            progress.global_step,
+            training.max_train_steps,
+        )
+    begins = recipe.validate_before_training and progress.global_step == 0
+    if begins or (progress.awaits_validation and not was_validated(training, progress.global_step)):
+        validate(training, progress)
     if training.stop_agreed(wait=True):
         raise stop_request.stopped(f"at step {progress.global_step}, before another was made")
     window = Window(accelerator.device, progress)
-    with tqdm(
-        total=training.max_train_steps,
-        initial=progress.global_step,
-        desc="Steps",
-        disable=not accelerator.is_local_main_process,
-    ) as bar:
+    with (
+        Checkpointer(training, output_dir, identity) as checkpointer,
+        tqdm(
+            total=training.max_train_steps,
+            initial=progress.global_step,
+            desc="Steps",
+            disable=not accelerator.is_local_main_process,
+        ) as bar,
+    ):
         steps_left = training.max_train_steps - progress.global_step
         for batch in window.waits(training.batches(progress.samples_seen, steps_left, progress.stream_state)):
             plan = batch.plan
@@ -97,32 +112,38 @@ def fit(training: Training) -> Progress:
             is_done = progress.global_step == training.max_train_steps
 
             # Log. Only here does the host wait for the device.
-            if progress.global_step % recipe.logging_steps == 0 or progress.global_step == 1 or is_done:
+            is_logged = progress.global_step % recipe.logging_steps == 0 or progress.global_step == 1 or is_done
+            if is_logged:
                 figures = window.close(training, progress)
                 training.tracker.log(figures, progress.global_step)
                 speed = f"{figures['images_per_second']:.1f} images/s"
                 bar.set_postfix_str(f"loss {figures['train_loss']:.4f}, lr {figures['lr']:.2e}, {speed}")
 
             # Checkpoint, then validate: what can fail comes after what must not be lost
-            is_saved = progress.global_step % recipe.checkpointing_steps == 0
+            validates = is_done or is_validation_step(recipe, progress, plan)
+            is_saved = is_done or is_checkpoint_step(training, checkpointer, progress, is_logged=is_logged)
+            progress.awaits_validation = validates
             if is_saved:
-                window.sum_up(training, progress)
-                save(training, progress, output_dir)
+                save(training, progress, window, checkpointer)
+            else:
+                checkpointer.make_room()
             if training.cache and plan.ends_epoch:
                 finish_cached_epoch(training, plan.epoch)
-            validates = is_done or is_validation_step(recipe, progress, plan)
             if validates:
-                validate(training, progress.global_step)
+                validate(training, progress)
                 window.restart(progress)
             if training.stop_agreed(wait=validates):
                 if not is_saved:
-                    window.sum_up(training, progress)
-                    save(training, progress, output_dir)
+                    save(training, progress, window, checkpointer)
+                checkpointer.wait()
+                if checkpointer.failure:
+                    raise stop_request.stopped(f"step {progress.global_step} could not be saved")
                 raise stop_request.stopped(f"saved at step {progress.global_step}")
     if training.cache:
         training.cache.flush()
         accelerator.wait_for_everyone()
         training.cache.close()
+    progress.not_saved = checkpointer.not_saved
     return progress
 
 
@@ -130,8 +151,9 @@ class Window:
     """Mean loss, speed and waiting since the last log; the loss stays on the device until then."""
 
     def __init__(self, device: torch.device, progress: Progress) -> None:
-        self.loss = torch.zeros((), device=device)
-        self.steps_from = progress.global_step
+        is_main = int(os.environ.get("RANK", 0)) == 0  # the sum is over all processes
+        self.loss = torch.tensor(progress.loss_sum if is_main else 0.0, device=device)
+        self.steps_from = progress.logged_step
         self.waited_in_all = self.elapsed_in_all = 0.0
         self.told_of_waiting = False
         self.restart(progress)
@@ -209,28 +231,35 @@ def remedy(training: Training) -> str:
     return " or ".join(remedies) or "smaller image files, or a faster disk or network"
 
 
-def resume(training: Training, output_dir: Path) -> Progress:
-    """Restore the checkpoint that was asked for; a run without one begins at step 0, and says so."""
-    wanted = training.recipe.resume_from_checkpoint
-    if wanted is None:
+def resume(training: Training, identity: dict[str, Any]) -> Progress:
+    """Restore the checkpoint from which the run goes on, if there is one."""
+    if training.checkpoint is None:
         return Progress()
-    path = find_checkpoint(output_dir, wanted)
-    if path is None:
-        logger.info("--resume_from_checkpoint latest: %s has no checkpoint yet, so the run starts anew.", output_dir)
-        return Progress()
-    progress = load_checkpoint(training, path)
+    path, manifest = training.checkpoint
+    progress = load_checkpoint(training, path, manifest, identity)
     logger.info("Resuming from %s: step %d, %d samples.", path, progress.global_step, progress.samples_seen)
     return progress
 
 
-def save(training: Training, progress: Progress, output_dir: Path) -> None:
-    """Write a checkpoint, with the position of every process's stream and after the latent cache."""
+def is_checkpoint_step(training: Training, checkpointer: Checkpointer, progress: Progress, *, is_logged: bool) -> bool:
+    """Every so many steps, or minutes: several processes ask for those when they log, as they have to agree."""
+    if progress.global_step % training.recipe.checkpointing_steps == 0:
+        return True
+    if training.recipe.checkpointing_minutes is None:
+        return False
+    if training.accelerator.num_processes == 1:
+        return checkpointer.is_overdue()
+    return is_logged and broadcast_object_list([checkpointer.is_overdue()])[0]
+
+
+def save(training: Training, progress: Progress, window: Window, checkpointer: Checkpointer) -> None:
+    """Write a checkpoint, after what it relies on: finite losses, the latent cache, and the curve up to here."""
+    progress.loss_sum, _ = window.sum_up(training, progress)
+    progress.logged_step = window.steps_from
     if training.cache:
         training.cache.flush()
-    streams = gather_object([progress.stream_state])
-    if training.accelerator.is_main_process:
-        save_checkpoint(training, progress, output_dir, streams)
-    training.accelerator.wait_for_everyone()
+    training.tracker.flush()
+    checkpointer.save(progress)
 
 
 def finish_cached_epoch(training: Training, epoch: int) -> None:
@@ -249,13 +278,24 @@ def is_validation_step(recipe: Recipe, progress: Progress, plan: MicroBatch) -> 
     return plan.ends_epoch and plan.epoch % recipe.validation_epochs == 0
 
 
-def validate(training: Training, step: int) -> None:
+def was_validated(training: Training, step: int) -> bool:
+    """Whether the validation that comes after the checkpoint of this step was finished before the run ended there."""
+    recipe, path = training.recipe, training.tracker.path
+    if recipe.validation_split or recipe.validation_clip_model:
+        done = any(line["step"] == step and FIGURES.keys() & line.keys() for line in read_metrics(path))
+    else:
+        done = not recipe.validation_prompts or (path.parent / "samples" / f"step-{step:06d}.png").is_file()
+    return broadcast_object_list([done])[0]
+
+
+def validate(training: Training, progress: Progress) -> None:
     """Validate on the main process while the others wait; broken off, if it is asked to end."""
     if training.accelerator.is_main_process:
         vae = training.components.vae
         was_on = vae.device
         vae.to(training.accelerator.device)
         with suppress(Stopped):  # the processes then stop together, at the step's end
-            training.validator(training, step)
+            training.validator(training, progress.global_step)
+            progress.awaits_validation = False
         vae.to(was_on)
     training.accelerator.wait_for_everyone()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from sd_recipes.build import build_training, describe, start_accelerator
 from sd_recipes.console import hide_library_bars
 from sd_recipes.hub import create_repository, publish
@@ -12,40 +14,59 @@ from sd_recipes.loop import fit
 from sd_recipes.pipeline import export_pipeline
 from sd_recipes.recipe import Recipe, recipe_text
 from sd_recipes.report import write_report
-from sd_recipes.signals import Stopped
+from sd_recipes.run_folder import owned
+from sd_recipes.saving import FAILURES, NotSaved
 
 
 def run(recipe: Recipe) -> None:
     """Train by a recipe, and leave a pipeline with its pictures and figures in the output folder.
 
-    Raises RecipeError for what a person can mend, TrainingDiverged, Stopped, and PushError once the model is saved.
+    Raises RecipeError for what a person can mend, TrainingDiverged, Stopped, NotSaved, and PushError once the model
+    is saved.
     """
     hide_library_bars()
     accelerator = start_accelerator(recipe)
-    pushes = recipe.push_to_hub and accelerator.is_main_process and not recipe.dry_run
+    if recipe.dry_run:
+        training = build_training(recipe, accelerator)
+        if accelerator.is_main_process:
+            print(f"{describe(training)}\n\n{recipe_text(recipe)}", end="", flush=True)
+        accelerator.end_training()
+        return
+    with owned(recipe, accelerator.is_main_process):
+        _run(recipe, accelerator)
+
+
+def _run(recipe: Recipe, accelerator: Accelerator) -> None:
+    pushes = recipe.push_to_hub and accelerator.is_main_process
     repo_id = create_repository(recipe) if pushes else None
     training = build_training(recipe, accelerator)
     output_dir = Path(recipe.output_dir)
     if accelerator.is_main_process:
         print(describe(training), flush=True)
-    if recipe.dry_run:
-        if accelerator.is_main_process:
-            print(f"\n{recipe_text(recipe)}", end="")
-        accelerator.end_training()
-        return
 
     try:
-        fit(training)
-    except Stopped:
-        accelerator.end_training()  # trackers write what they hold
-        raise
+        progress = fit(training)
+    finally:
+        training.tracker.close()  # trackers write what they hold
     if accelerator.is_main_process:
-        with training.evaluated_weights():
-            export_pipeline(training.components, output_dir)
-        samples = sorted((output_dir / "samples").glob("step-*.png"))
-        if samples:
-            shutil.copy(samples[-1], output_dir / "samples.png")
-        print("\n".join(["", f"pipeline        {output_dir}", *write_report(output_dir)]), flush=True)
+        try:
+            with training.evaluated_weights():
+                export_pipeline(training.components, output_dir)
+            samples = sorted((output_dir / "samples").glob("step-*.png"))
+            if samples:
+                shutil.copy(samples[-1], output_dir / "samples.png")
+            report = write_report(output_dir)
+        except FAILURES as error:
+            words = " ".join(str(error).split())
+            raise NotSaved(
+                f"the pipeline cannot be written to {output_dir} ({words}): make room, and the same command goes on "
+                "from the last checkpoint"
+            ) from error
+        print("\n".join(["", f"pipeline        {output_dir}", *report]), flush=True)
         if repo_id:
             print(f"pushed          {publish(output_dir, repo_id, recipe)}", flush=True)
-    accelerator.end_training()
+        if progress.not_saved:
+            raise NotSaved(
+                f"the pipeline is in {output_dir}, but no checkpoint could be written ({progress.not_saved}), so the "
+                "run cannot be continued: make room, or choose another --output_dir"
+            )

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 from sd_recipes.recipe import Recipe, RecipeError, recipe_text
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
 
@@ -24,12 +30,16 @@ def check_tracker(report_to: str) -> None:
 
 
 class Tracker:
-    """Logs to `--report_to` and to metrics.jsonl: one line a step, {"step": …, name: value, …}."""
+    """Logs to `--report_to` and to metrics.jsonl: one line a step, {"step": …, name: value, …}.
+
+    A disk that is full, or no longer there, is told once and ends the logging, not the run.
+    """
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
         self.accelerator = accelerator
         self.recipe = recipe
         self.path = Path(recipe.output_dir) / "metrics.jsonl"
+        self.failed = False
 
     def start_at(self, step: int) -> None:
         """Open the trackers, save the resolved recipe, and drop what an earlier run logged and drew after `step`."""
@@ -37,23 +47,44 @@ class Tracker:
         settings = {
             key: value for key, value in recipe.model_dump().items() if value is not None and key != "hub_token"
         }
-        settings = {
-            key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in settings.items()
-        }
-        self.accelerator.init_trackers(recipe.tracker_project_name, settings)
+        settings = {key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items()}
+        # TensorBoard then drops, in what it reads, all events from this step on that stand in earlier files.
+        purges = {"tensorboard": {"purge_step": step + 1 if step else 0}}
+        self.accelerator.init_trackers(recipe.tracker_project_name, None if step else settings, init_kwargs=purges)
         if self.accelerator.is_main_process:
-            (self.path.parent / "recipe.yaml").write_text(recipe_text(recipe))
+            _replace(self.path.parent / "recipe.yaml", recipe_text(recipe))
             for picture in (self.path.parent / "samples").glob("step-*.png"):
                 if step == 0 or int(picture.stem.removeprefix("step-")) > step:
                     picture.unlink()
             kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            _replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        self.accelerator.log(values, step=step)
+        with self._tolerating():
+            self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with self._tolerating(), self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def flush(self) -> None:
+        """Hand over what the trackers hold back, so that a kill does not lose it."""
+        with self._tolerating():
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard" and self.accelerator.is_main_process:
+                    tracker.writer.flush()
+
+    def close(self) -> None:
+        with self._tolerating():
+            self.accelerator.end_training()
+
+    @contextmanager
+    def _tolerating(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                self.failed = True
+                logger.warning("The run's figures cannot be written (%s): training goes on.", error)
 
     def log_pictures(self, pictures: list[Image.Image], step: int) -> None:
         """(N, H, W, 3) under the name `validation`, where the tracker takes pictures."""
@@ -63,6 +94,13 @@ class Tracker:
                 tracker.log_images({"validation": array}, step=step, dataformats="NHWC")
             elif hasattr(tracker, "log_images"):
                 tracker.log_images({"validation": pictures}, step=step)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old or the new one."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text)
+    os.replace(beside, path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,52 @@
+"""Whether data are the same as before, told cheaply: by the names and sizes of files, not by their content."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sd_recipes import assets
+
+MAX_HASHED_BYTES = 64 * 2**20  # a metadata.jsonl is read: a changed caption may be as long as the old one
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+def data_fingerprint(config: Any) -> str:
+    """Of the sources of a recipe: local files by name below their folder and by size, others by their address.
+
+    It does not depend on where the files lie, nor on their times, so that data may be moved and copied.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for source in config.sources:
+        digest.update(repr((source.dataset_config_name, source.train_split, source.weight)).encode())
+        for place in (source.dataset_name, source.train_data_dir):
+            if place is None:
+                continue
+            found = list(_files(assets.resolve(place)))
+            if not found:
+                digest.update(repr((place, source.dataset_revision)).encode())
+            for name, path in found:
+                digest.update(repr((name, path.stat().st_size)).encode())
+                if path.name in METADATA and path.stat().st_size <= MAX_HASHED_BYTES:
+                    digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _files(place: str) -> Iterator[tuple[str, Path]]:
+    """Name and path of the local files that `place` stands for, in a fixed order; none of an address elsewhere."""
+    if "://" in place:
+        return
+    for path in sorted(map(Path, glob.glob(place) or [place])):
+        if path.is_file():
+            yield path.name, path
+            continue
+        for folder, folders, files in os.walk(path):
+            folders.sort()
+            for name in sorted(files):
+                file = Path(folder, name)
+                if file.is_file():
+                    yield str(file.relative_to(path)), file

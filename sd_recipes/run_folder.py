@@ -1,0 +1,156 @@
+"""A run's folder: whose it is, one owner at a time, and what of an old run makes way for a new one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from sd_recipes.checkpoint import MANIFEST, list_checkpoints, remove, remove_leftovers
+from sd_recipes.recipe import Recipe, RecipeError
+
+logger = logging.getLogger(__name__)
+
+LOCK, OWNER = ".lock", ".owner.json"
+DYING_SECONDS = 10.0  # for which the children of a killed run may outlive it
+# What may stand in a folder before its first run: the output that a shell wrote there, and a latent cache.
+HARMLESS = re.compile(r"\..*|latents|lost\+found|.*\.(log|out|err)")
+# What a run writes and a new one would mix with its own; not the latent cache, nor the exported pipeline, which is
+# replaced when the new one is done.
+OF_A_RUN = ("metrics.jsonl", "bad_rows*.jsonl", "samples", "samples.png", "loss_curve.png", "before_after.png")
+
+
+def holds_run(output_dir: Path) -> bool:
+    """Whether a run of this program, finished or not, is in the folder."""
+    return (output_dir / "recipe.yaml").is_file() or any(
+        (path / MANIFEST).is_file() for path in list_checkpoints(output_dir)
+    )
+
+
+@contextmanager
+def owned(recipe: Recipe, is_main: bool) -> Iterator[None]:
+    """Own `--output_dir`, on the first process for all; within it no other run can.
+
+    A run that is there is continued (`recipe.resume_from_checkpoint` becomes `latest`), or removed with
+    `--overwrite`. Raises RecipeError if another run owns the folder, or if it holds anything else.
+    """
+    output_dir = Path(recipe.output_dir)
+    lock = None
+    answer: list[str | None] = [None, None]
+    if is_main:
+        try:
+            _check_not_foreign(output_dir)
+            lock = _lock(output_dir)
+            answer = [_prepare(recipe, output_dir), None]
+        except RecipeError as error:
+            answer = [None, str(error)]
+    try:
+        resume, problem = broadcast_object_list(answer)
+        if problem:
+            raise RecipeError(problem)
+        recipe.resume_from_checkpoint = resume
+        yield
+    finally:
+        if lock is not None:
+            (output_dir / OWNER).unlink(missing_ok=True)
+            lock.release()
+
+
+def _prepare(recipe: Recipe, output_dir: Path) -> str | None:
+    """Make the folder ready; from what the run resumes."""
+    remove_leftovers(output_dir)
+    if recipe.overwrite:
+        remove_run(output_dir, recipe.logging_dir)
+    if recipe.resume_from_checkpoint is None and not recipe.overwrite and holds_run(output_dir):
+        return "latest"
+    return recipe.resume_from_checkpoint
+
+
+def remove_run(output_dir: Path, logging_dir: str) -> None:
+    """Remove the files of an earlier run, and nothing that a run did not write."""
+    if not holds_run(output_dir):
+        return
+    logger.info("Removing the run in %s (--overwrite).", output_dir)
+    for path in list_checkpoints(output_dir):
+        remove(path)
+    for pattern in OF_A_RUN:
+        for path in output_dir.glob(pattern):
+            remove(path)
+    for path in (output_dir / logging_dir).rglob("*"):
+        if path.name.startswith("events.out.tfevents") or path.name == "hparams.yml":
+            remove(path)
+    remove(output_dir / "recipe.yaml")  # last: until then it is a run's folder
+
+
+def _check_not_foreign(output_dir: Path) -> None:
+    if not output_dir.is_dir() or holds_run(output_dir) or (output_dir / LOCK).exists():
+        return
+    foreign = sorted(path.name for path in output_dir.iterdir() if not HARMLESS.fullmatch(path.name))
+    if foreign:
+        raise RecipeError(
+            f"--output_dir {output_dir} holds no run of this program, but {', '.join(map(repr, foreign[:3]))}"
+            f"{' and more' if len(foreign) > 3 else ''}: choose a new or an empty folder"
+        )
+
+
+def _lock(output_dir: Path) -> FileLock | None:
+    """The folder's lock, held; None, with a warning, where the file system has no locks."""
+    lock = FileLock(output_dir / LOCK, timeout=0, fallback_to_soft=False)
+    given_up = time.monotonic() + DYING_SECONDS
+    while True:
+        try:
+            lock.acquire()
+            break
+        except Timeout:
+            owner = _owner(output_dir)
+            if not _is_dead(owner) or time.monotonic() > given_up:
+                raise RecipeError(_in_use(output_dir, owner)) from None
+            time.sleep(0.1)
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): make sure yourself that no other run writes to it.", output_dir, error
+            )
+            return None
+    content = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    (output_dir / OWNER).write_text(json.dumps(content) + "\n")
+    return lock
+
+
+def _owner(output_dir: Path) -> dict[str, Any]:
+    try:
+        owner = json.loads((output_dir / OWNER).read_text())
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _is_dead(owner: dict[str, Any]) -> bool:
+    """Whether the owner was a process of this machine that is no more: then the lock goes with its last child."""
+    if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _in_use(output_dir: Path, owner: dict[str, Any]) -> str:
+    if not owner:
+        return f"--output_dir {output_dir} is in use by another run: wait for it, or choose another folder"
+    return (
+        f"--output_dir {output_dir} is in use by process {owner.get('pid')} on {owner.get('host')} since "
+        f"{owner.get('since')}: wait for it, stop it, or choose another folder"
+    )

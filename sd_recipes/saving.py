@@ -1,0 +1,207 @@
+"""Checkpoints without waiting: a snapshot of the run in the host's memory, written by a thread."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+
+import sd_recipes
+from sd_recipes.checkpoint import (
+    CONFIG,
+    FORMAT,
+    OPTIMIZER,
+    STATE,
+    UNET_WEIGHTS,
+    Contents,
+    Manifest,
+    Progress,
+    write_checkpoint,
+)
+from sd_recipes.recipe import NOT_OF_THE_RUN, RunError
+from sd_recipes.resume import flatten
+
+if TYPE_CHECKING:
+    from sd_recipes.build import Training
+
+logger = logging.getLogger(__name__)
+
+# What a full or broken disk raises. Anything else is a bug, and ends the run.
+FAILURES = (OSError, SafetensorError)
+SAVED = ("global_step", "samples_seen", "loss_sum", "logged_step", "awaits_validation")
+
+
+class NotSaved(RunError):
+    """The run is done, and its checkpoints or its pipeline could not be written."""
+
+    status = 7
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the run, and the file and name under which it is saved."""
+
+    file: str
+    name: str
+    tensor: torch.Tensor
+
+
+class Checkpointer:
+    """Saves a run, on its main process; at most one checkpoint is being written at a time.
+
+    A context manager, which does not end before what is being written is. `save` returns when everything is
+    copied into buffers in the host's memory (on a GPU: when the copies are queued before whatever comes next).
+    The buffers are as large as a checkpoint, pinned for a GPU, and kept, because touching fresh memory takes
+    longer than copying into it.
+    """
+
+    def __init__(self, training: Training, output_dir: Path, identity: dict[str, Any]) -> None:
+        self.training = training
+        self.output_dir = output_dir
+        self.num_written = 0
+        self.failure: str | None = None  # of the last one, if it could not be written
+        self._identity = identity
+        self._saved_at = time.monotonic()
+        self._has_room = False
+        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+
+    def is_overdue(self) -> bool:
+        """Whether the last checkpoint is `--checkpointing_minutes` ago."""
+        minutes = self.training.recipe.checkpointing_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._thread.shutdown(wait=True)
+        if error is None:
+            self.wait()
+        elif self._running is not None and (bug := self._running.exception()):
+            logger.error("The last checkpoint was not written either: %r", bug)
+
+    def make_room(self) -> None:
+        """Make the buffers, in the thread and once; when the optimizer has its state, that is after a step."""
+        recipe = self.training.recipe
+        is_far = recipe.checkpointing_steps > self.training.max_train_steps and recipe.checkpointing_minutes is None
+        if self._has_room or is_far or not self.training.accelerator.is_main_process:
+            return
+        self._has_room = True
+        self._running = self._thread.submit(self._make_buffers, self._parts())
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint in the background. Every process has to call it.
+
+        One that is still being written is waited for. What cannot be written is told, and the run goes on.
+        """
+        streams = gather_object([progress.stream_state])
+        if not self.training.accelerator.is_main_process:
+            return
+        self.wait()
+        self._saved_at = time.monotonic()
+        contents = self._contents(progress, streams)
+        parts = self._parts()
+        self._make_buffers(parts)
+        for part in parts:
+            buffer = self._buffers[part.file, part.name]
+            # A copy from the GPU is queued there before the next step's kernels, which change its source.
+            buffer.copy_(part.tensor, non_blocking=True)
+            contents.tensors.setdefault(part.file, {})[part.name] = buffer
+        copied = torch.cuda.Event() if torch.cuda.is_available() else None
+        if copied:
+            copied.record()
+        self._running = self._thread.submit(self._write, contents, copied)
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what was raised there, but for a disk's failures."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    @property
+    def not_saved(self) -> str | None:
+        """Why no checkpoint at all could be written."""
+        return None if self.num_written else self.failure
+
+    def _write(self, contents: Contents, copied: torch.cuda.Event | None) -> None:
+        if copied:
+            copied.synchronize()
+        try:
+            write_checkpoint(contents, self.output_dir, self.training.recipe.checkpoints_total_limit)
+            self.num_written += 1
+            self.failure = None
+        except FAILURES as error:
+            self.failure = " ".join(str(error).split())[:300]
+            logger.warning(
+                "checkpoint-%d cannot be written (%s): training goes on; the checkpoints before it are kept.",
+                contents.manifest.step,
+                self.failure,
+            )
+
+    def _parts(self) -> list[Part]:
+        training = self.training
+        parts = [
+            Part(f"unet/{UNET_WEIGHTS}", name, tensor) for name, tensor in training.components.unet.state_dict().items()
+        ]
+        if training.ema:
+            parts += [
+                Part(f"unet_ema/{UNET_WEIGHTS}", name, tensor) for name, tensor in training.ema.named_tensors().items()
+            ]
+        state = flatten(training.optimizer.state_dict()["state"])
+        parts += [Part(OPTIMIZER, name, value) for name, value in state if isinstance(value, torch.Tensor)]
+        return parts
+
+    def _make_buffers(self, parts: list[Part]) -> None:
+        for part in parts:
+            place = part.file, part.name
+            if place not in self._buffers:
+                # With the tensor's own strides, so that the copy is one of plain memory.
+                self._buffers[place] = torch.zeros_like(
+                    part.tensor, device="cpu", requires_grad=False, pin_memory=part.tensor.is_cuda
+                )
+
+    def _contents(self, progress: Progress, streams: list[dict[str, Any] | None]) -> Contents:
+        """Everything but the tensors."""
+        training, recipe = self.training, self.training.recipe
+        scaler = training.accelerator.scaler
+        state = {
+            "progress": {name: value for name, value in asdict(progress).items() if name in SAVED},
+            "streams": streams,
+            "optimizer_values": {
+                name: value
+                for name, value in flatten(training.optimizer.state_dict()["state"])
+                if not isinstance(value, torch.Tensor)
+            },
+            "schedule_step": training.schedule.last_epoch,
+            "scaler": scaler.state_dict() if scaler else None,
+            "ema_step": training.ema.model.optimization_step if training.ema else None,
+        }
+        config = training.components.unet.to_json_string()
+        texts = {STATE: json.dumps(state, indent=1) + "\n", f"unet/{CONFIG}": config}
+        if training.ema:
+            texts[f"unet_ema/{CONFIG}"] = config
+        manifest = Manifest(
+            format=FORMAT,
+            step=progress.global_step,
+            samples_seen=progress.samples_seen,
+            world_size=training.accelerator.num_processes,
+            versions={
+                "sd-recipes": sd_recipes.__version__,
+                "torch": str(torch.__version__),
+                "diffusers": diffusers.__version__,
+            },
+            settings=recipe.model_dump(mode="json", exclude=NOT_OF_THE_RUN),
+            identity=self._identity,
+        )
+        return Contents(manifest, texts)
