@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
-    DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -46,6 +45,12 @@ from sd_recipes.validation import HELD_OUT_SEED, Validator
 
 logger = logging.getLogger(__name__)
 
+# What `accelerate launch` sets for configurations that divide a model among processes (docs/distributed.md).
+SHARDING = {
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+}
 NOT_BEGUN = "while it was loading, before a step was made"
 
 
@@ -107,6 +112,11 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     has_accelerator = has_cuda or torch.backends.mps.is_available()
     if mixed_precision == "fp16" and (on_cpu or not has_accelerator):
         raise RecipeError("--mixed_precision fp16 needs a GPU: use bf16 or no on the CPU")
+    for name, variable in SHARDING.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise RecipeError(
+                f"{name} is not supported yet: use whole models, one on each GPU, as in accelerate_configs/multi_gpu.yaml"
+            )
     check_tracker(recipe.report_to)
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -125,11 +135,6 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         raise RecipeError(
             f"{started} processes were started for GPUs and torch sees none: train on the CPU with --config_file "
             "accelerate_configs/cpu.yaml"
-        )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise RecipeError(
-            f"{accelerator.distributed_type.value} is not supported yet: use one process a GPU, as in "
-            "accelerate_configs/multi_gpu.yaml"
         )
     return accelerator
 

@@ -136,6 +136,7 @@ def fit(training: Training) -> Progress:
                 if not is_saved:
                     save(training, progress, window, checkpointer)
                 checkpointer.wait()
+                accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
                 if checkpointer.failure:
                     raise stop_request.stopped(f"step {progress.global_step} could not be saved")
                 raise stop_request.stopped(f"saved at step {progress.global_step}")
