@@ -115,7 +115,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     for name, variable in SHARDING.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
             raise RecipeError(
-                f"{name} is not supported yet: use whole models, one on each GPU, as in accelerate_configs/multi_gpu.yaml"
+                f"{name} is not supported yet: use a whole model on each GPU, as in accelerate_configs/multi_gpu.yaml"
             )
     check_tracker(recipe.report_to)
     accelerator = Accelerator(
