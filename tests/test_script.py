@@ -113,24 +113,6 @@ def test_the_total_limit_keeps_the_newest_and_resuming_survives_a_removed_one(
     assert steps == sorted(set(steps)), "no step is logged twice"
 
 
-def test_two_processes_are_one(command_of_diffusers: list[object], tmp_path: Path) -> None:
-    """Loss and weights, over 8 rows in global batches of 6 and 2."""
-    flags = [flag for flag in command_of_diffusers if flag != "--scale_lr"]
-    shared = [*flags, "--optimizer", "sgd", "--learning_rate", 0.01, "--max_train_steps", 4, "--logging_steps", 1]
-    one = launch(*shared, "--train_batch_size", 6, "--output_dir", tmp_path / "one")
-    two = launch(*shared, "--train_batch_size", 3, "--output_dir", tmp_path / "two", processes=2)
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-
-    def losses(folder: str) -> list[float]:
-        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["train_loss"] for line in lines]
-
-    assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
-    weights = [load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("one", "two")]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6)
-
-
 def test_the_saved_recipe_reproduces_the_run(command_of_diffusers: list[object], tmp_path: Path) -> None:
     out = tmp_path / "out"
     # Without a seed: the run draws one and writes it down.

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from launching import ACCELERATE, last_step, start, torchrun, trainers, until
 from test_script import environment
-from training import assert_equal, train, weights
+from training import assert_equal, losses, train, weights
 
 from sd_recipes.checkpoint import list_checkpoints
 from sd_recipes.console import mistakes_in_one_line
@@ -203,7 +203,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     settings |= {
         "train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 6, "use_ema": True,
         "validation_steps": 3, "validation_prompts": ["disc number 1"], "validation_inference_steps": 3,
-        "checkpointing_steps": 100,
+        "checkpointing_steps": 100, "resume_from_checkpoint": "latest",
     }  # fmt: skip
     quiet = train(settings, output_dir=str(tmp_path / "quiet"))
     with monkeypatch.context() as patch:
@@ -221,6 +221,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     resumed = train(settings)
     assert_equal(weights(quiet), weights(resumed))
     assert_equal(quiet.ema.named_tensors(), resumed.ema.named_tensors())
+    assert losses(quiet) == losses(resumed), "the curve goes on"
     assert [path.name for path in sorted((output_dir / "samples").iterdir())] == ["step-000003.png", "step-000006.png"]
 
 
