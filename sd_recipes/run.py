@@ -32,13 +32,13 @@ def run(recipe: Recipe) -> None:
             print(f"{describe(training)}\n\n{recipe_text(recipe)}", end="", flush=True)
         accelerator.end_training()
         return
-    with owned(recipe, accelerator.is_main_process):
-        _run(recipe, accelerator)
-
-
-def _run(recipe: Recipe, accelerator: Accelerator) -> None:
     pushes = recipe.push_to_hub and accelerator.is_main_process
     repo_id = create_repository(recipe) if pushes else None
+    with owned(recipe, accelerator.is_main_process):
+        _run(recipe, accelerator, repo_id)
+
+
+def _run(recipe: Recipe, accelerator: Accelerator, repo_id: str | None) -> None:
     training = build_training(recipe, accelerator)
     output_dir = Path(recipe.output_dir)
     if accelerator.is_main_process:

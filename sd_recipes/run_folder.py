@@ -16,6 +16,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
+from sd_recipes.build import check_output_dir
 from sd_recipes.checkpoint import MANIFEST, list_checkpoints, remove, remove_leftovers
 from sd_recipes.recipe import Recipe, RecipeError
 
@@ -50,6 +51,7 @@ def owned(recipe: Recipe, is_main: bool) -> Iterator[None]:
     if is_main:
         try:
             _check_not_foreign(output_dir)
+            check_output_dir(output_dir)
             lock = _lock(output_dir)
             answer = [_prepare(recipe, output_dir), None]
         except RecipeError as error:

@@ -1,0 +1,365 @@
+"""Checkpoints: whole or not there, found by what they hold, refused when they are not what was written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from training import train, weights
+
+from sd_recipes import checkpoint, saving
+from sd_recipes.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    UNET_WEIGHTS,
+    Contents,
+    DamagedCheckpoint,
+    Manifest,
+    find_checkpoint,
+    list_checkpoints,
+    read_json,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from sd_recipes.recipe import RecipeError
+from sd_recipes.tracking import Tracker
+
+
+def contents(step: int, **changes: Any) -> Contents:
+    manifest = Manifest(
+        format=FORMAT, step=step, samples_seen=4 * step, world_size=1, versions={}, settings={}, identity={}, **changes
+    )
+    return Contents(
+        manifest,
+        {STATE: json.dumps({"step": step}), "unet/config.json": "{}"},
+        {f"unet/{UNET_WEIGHTS}": {"w": torch.full((64,), float(step))}, OPTIMIZER: {"0/m": torch.arange(9.0)}},
+    )
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    for step in (2, 4, 10):
+        write_checkpoint(contents(step), tmp_path, limit=None)
+    return tmp_path
+
+
+def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """As somebody does who knows the format: with a digest that is right."""
+    content = read_json(path / MANIFEST)
+    content.pop("digest")
+    change(content)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (path / MANIFEST).write_text(json.dumps({**content, "digest": digest}))
+
+
+def entry(data: bytes) -> dict[str, Any]:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+# --------------------------------------------------------------------------------------------- a run's
+
+
+def test_a_checkpoint_says_what_it_is_of(settings: dict[str, Any], tmp_path: Path) -> None:
+    training = train(settings, use_ema=True, checkpointing_steps=3)
+    path = tmp_path / "run" / "checkpoint-3"
+    manifest = verify_checkpoint(path)
+    assert (manifest.step, manifest.samples_seen, manifest.world_size) == (3, 12, 1)
+    assert manifest.settings["learning_rate"] == 1e-3
+    assert manifest.identity["num_rows"] == 8
+    assert set(manifest.versions) == {"sd-recipes", "torch", "diffusers"}
+    on_disk = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    on_disk.pop(MANIFEST)
+    assert {name: each.size for name, each in manifest.files.items()} == on_disk
+    assert {Path(name).suffix for name in on_disk} == {".safetensors", ".json"}
+    for part in ("unet", "unet_ema"):
+        UNet2DConditionModel.from_pretrained(path / part)
+    last = tmp_path / "run" / "checkpoint-4"
+    assert verify_checkpoint(last).step == 4, "the last step is saved too"
+    saved = load_file(last / "unet" / UNET_WEIGHTS)
+    assert all(torch.equal(saved[name], value) for name, value in weights(training).items())
+
+
+def test_minutes_save_beside_steps(settings: dict[str, Any], tmp_path: Path) -> None:
+    train(settings, checkpointing_minutes=1e-9)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
+
+
+def test_the_snapshot_is_of_its_step(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on while the writer is held up; what it writes then is what was there before."""
+    third_step = threading.Event()
+    write = saving.write_checkpoint
+
+    def late(snapshot: Contents, *rest: Any) -> Path:
+        assert third_step.wait(timeout=30)
+        return write(snapshot, *rest)
+
+    monkeypatch.setattr(saving, "write_checkpoint", late)
+    monkeypatch.setattr(Tracker, "log", lambda tracker, figures, step: third_step.set() if step == 3 else None)
+    train(settings, checkpointing_steps=2, output_dir=str(tmp_path / "late"))
+    monkeypatch.undo()
+    plain = train(settings, max_train_steps=2)
+    saved = load_file(tmp_path / "late" / "checkpoint-2" / "unet" / UNET_WEIGHTS)
+    assert all(torch.equal(saved[name], value) for name, value in weights(plain).items())
+
+
+# ------------------------------------------------------------------------------------ found and kept
+
+
+def test_the_newest_is_the_highest_step_whatever_the_clock_says(three: Path) -> None:
+    for number, step in enumerate((10, 4, 2)):  # as if the clock had been set back between them
+        for file in (three / f"checkpoint-{step}").rglob("*"):
+            os.utime(file, (10**9 + number, 10**9 + number))
+        os.utime(three / f"checkpoint-{step}", (10**9 + number, 10**9 + number))
+    found = find_checkpoint(three, "latest")
+    assert found is not None
+    assert found[0].name == "checkpoint-10"
+    newest = write_checkpoint(contents(12), three, limit=2)
+    assert list_checkpoints(three) == [three / "checkpoint-10", newest]
+
+
+def flip(path: Path, at: int = -3) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda c: os.truncate(c / OPTIMIZER, 40), "optimizer.safetensors has 40 bytes and had"),
+    "bit-flipped": (lambda c: flip(c / "unet" / UNET_WEIGHTS), f"unet/{UNET_WEIGHTS} is not as it was written"),
+    "removed": (lambda c: (c / STATE).unlink(), "state.json"),
+    "no manifest": (lambda c: (c / MANIFEST).unlink(), "it has no manifest.json"),
+    "half a manifest": (lambda c: os.truncate(c / MANIFEST, 100), "manifest.json cannot be read"),
+    "flipped manifest": (
+        lambda c: (c / MANIFEST).write_text((c / MANIFEST).read_text().replace('"step": 10', '"step": 11')),
+        "manifest.json is not as it was written",
+    ),
+    "an older format": (lambda c: (c / MANIFEST).write_text('{"format": 1}'), "it has format 1"),
+    "empty": (lambda c: [shutil.rmtree(c), c.mkdir()], "it has no manifest.json"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_one_is_skipped_and_named(three: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    damage, words = DAMAGE[name]
+    damage(three / "checkpoint-10")
+    found = find_checkpoint(three, "latest")
+    assert found is not None
+    assert found[0].name == "checkpoint-4"
+    assert f"Skipped {three}/checkpoint-10: " in caplog.text
+    assert words in caplog.text
+    with pytest.raises(RecipeError, match=r"\['checkpoint-2', 'checkpoint-4'\]") as error:
+        find_checkpoint(three, "checkpoint-10")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_when_none_is_whole_the_run_does_not_start_anew_in_silence(three: Path) -> None:
+    for path in list_checkpoints(three):
+        os.truncate(path / OPTIMIZER, 10)
+    with pytest.raises(RecipeError, match=r"none of .* is whole .* --overwrite"):
+        find_checkpoint(three, "latest")
+    assert find_checkpoint(three / "elsewhere", "latest") is None
+
+
+def test_half_written_and_half_removed_ones_are_no_checkpoints(three: Path) -> None:
+    os.rename(three / "checkpoint-10", three / ".checkpoint-10.partial")
+    os.rename(three / "checkpoint-2", three / ".checkpoint-2.removed")
+    assert [path.name for path in list_checkpoints(three)] == ["checkpoint-4"]
+    write_checkpoint(contents(12), three, limit=None)
+    assert sorted(path.name for path in three.iterdir()) == ["checkpoint-12", "checkpoint-4"]
+
+
+def test_pruning_waits_for_the_new_one_to_verify(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(path: Path) -> Manifest:
+        raise DamagedCheckpoint("its disk lies")
+
+    monkeypatch.setattr(checkpoint, "verify_checkpoint", damaged)
+    with pytest.raises(OSError, match="its disk lies"):
+        write_checkpoint(contents(12), three, limit=1)
+    assert [path.name for path in list_checkpoints(three)] == ["checkpoint-2", "checkpoint-4", "checkpoint-10"]
+
+
+# ------------------------------------------------------------------------------------------- the disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 MB in memory."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting needs rights that this user has not")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_is_seen_before_writing(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(OSError, match=r"takes 0.00105 GB and .* has 1e-06 GB free"):
+        write_checkpoint(contents(12), three, limit=1)
+    assert len(list_checkpoints(three)) == 3
+
+
+def test_a_disk_that_fills_up_keeps_the_old_one_and_training_goes_on(
+    settings: dict[str, Any], small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = small_disk / "run"
+    first = train(settings, output_dir=str(out), max_train_steps=1)
+    assert [path.name for path in list_checkpoints(out)] == ["checkpoint-1"]
+    one = sum(file.stat().st_size for file in (out / "checkpoint-1").rglob("*") if file.is_file())
+    left = shutil.disk_usage(out).free
+    (small_disk / "others").write_bytes(bytes(left - one // 2))
+    again = train(
+        settings, output_dir=str(out), max_train_steps=3, checkpointing_steps=1, resume_from_checkpoint="latest"
+    )
+    assert first.recipe.seed == again.recipe.seed
+    assert caplog.text.count("cannot be written (it takes") == 2
+    assert [path.name for path in list_checkpoints(out)] == ["checkpoint-1"]
+    assert verify_checkpoint(out / "checkpoint-1").step == 1
+    assert not list(out.glob(".checkpoint*"))
+
+
+@pytest.mark.parametrize("limit", [100, 5_000, 2**20])
+def test_a_quota_in_mid_file_drops_what_was_written(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int,
+) -> None:
+    """A limit on the size of files strikes in json, in the header or in the middle of the weights, as a quota does."""
+    write, before = saving.write_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*arguments: Any) -> Path:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            return write(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(saving, "write_checkpoint", limited)
+    train(settings, checkpointing_steps=2)
+    assert all(f"checkpoint-{step} cannot be written" in caplog.text for step in (2, 4))
+    assert not [path for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name]
+
+
+def test_a_folder_that_becomes_read_only(settings: dict[str, Any], small_disk: Path) -> None:
+    out = small_disk / "run"
+    train(settings, output_dir=str(out), max_train_steps=1)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(OSError, match="Read-only file system") as error:
+        write_checkpoint(contents(9), out, limit=1)
+    assert error.value.errno == errno.EROFS
+    assert [path.name for path in list_checkpoints(out)] == ["checkpoint-1"]
+    assert verify_checkpoint(out / "checkpoint-1").step == 1
+
+
+def test_a_bug_in_the_writer_is_raised(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(saving, "write_checkpoint", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        train(settings, checkpointing_steps=2)
+
+
+# ------------------------------------------------------------------------------------------- hostile
+
+
+class Marker:
+    """What a pickle runs when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def huge_header(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 2**62) + b"{")
+
+
+def hostile(path: Path, name: str, marker: Path) -> str:
+    """Make a checkpoint hostile; the words with which it is refused."""
+    pickled = pickle.dumps(Marker(marker))
+    if name == "a planted pickle":
+        (path / "random_states_0.pkl").write_bytes(pickled)
+        return "it holds 'random_states_0.pkl'"
+    if name == "a named pickle":
+        (path / "optimizer.bin").write_bytes(pickled)
+        rewrite_manifest(path, lambda m: m["files"].update({"optimizer.bin": entry(pickled)}))
+        return "'optimizer.bin', which is no file of a checkpoint"
+    if name == "pickled tensors":
+        (path / OPTIMIZER).write_bytes(pickled)
+        rewrite_manifest(path, lambda m: m["files"].update({OPTIMIZER: entry(pickled)}))
+        return "does not fit this run (SafetensorError"
+    if name == "a path that leads out":
+        rewrite_manifest(path, lambda m: m["files"].update({"../../secret.json": entry(b"x")}))
+        return "'../../secret.json', which is no file of a checkpoint"
+    if name == "a link that leads out":
+        outside = path.parent.parent / "outside.safetensors"
+        shutil.move(path / OPTIMIZER, outside)
+        (path / OPTIMIZER).symlink_to(outside)
+        return "optimizer.safetensors is a link"
+    if name == "a linked folder":
+        shutil.move(path / "unet", path.parent.parent / "outside")
+        (path / "unet").symlink_to(path.parent.parent / "outside")
+        return "unet is a link"
+    if name == "a huge header":
+        huge_header(path / OPTIMIZER)
+        rewrite_manifest(path, lambda m: m["files"].update({OPTIMIZER: entry((path / OPTIMIZER).read_bytes())}))
+        return "does not fit this run (SafetensorError"
+    if name == "a huge manifest":
+        os.truncate(path / MANIFEST, 2**30)
+        return "manifest.json is larger than 64 MiB"
+    if name == "a deep manifest":
+        (path / MANIFEST).write_text("[" * 10**6)
+        return "manifest.json cannot be read"
+    if name == "other types":
+        rewrite_manifest(path, lambda m: m.update(step="__import__('os')"))
+        return "manifest.json: 1 validation error"
+    assert name == "state of another shape"
+    data = json.dumps({"progress": {}, "streams": [], "optimizer_values": {}}).encode()
+    (path / STATE).write_bytes(data)
+    rewrite_manifest(path, lambda m: m["files"].update({STATE: entry(data)}))
+    return "does not fit this run (ValidationError"
+
+
+@pytest.mark.parametrize("name", [
+    "a planted pickle", "a named pickle", "pickled tensors", "a path that leads out", "a link that leads out",
+    "a linked folder", "a huge header", "a huge manifest", "a deep manifest", "other types", "state of another shape",
+])  # fmt: skip
+def test_a_hostile_checkpoint_is_refused_and_runs_nothing(settings: dict[str, Any], tmp_path: Path, name: str) -> None:
+    train(settings, max_train_steps=1)
+    path, marker = tmp_path / "run" / "checkpoint-1", tmp_path / "marker"
+    words = hostile(path, name, marker)
+    with pytest.raises(RecipeError) as error:
+        train(settings, resume_from_checkpoint=str(path))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not marker.exists()
+
+
+def test_the_marker_can_be_left(tmp_path: Path) -> None:
+    """So that its absence says something."""
+    pickle.loads(pickle.dumps(Marker(tmp_path / "marker")))
+    assert (tmp_path / "marker").exists()
