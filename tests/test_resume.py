@@ -218,8 +218,9 @@ def test_what_changes_the_result_is_told_with_both_values(
     told = [record.getMessage() for record in caplog.records if record.name == "sd_recipes.resume"]
     for words in (
         "--learning_rate is 0.0005 and was 0.001 in", "--resolution is 64 and was 32",
-        "--use_ema is False and was True", "--random_flip is True and was False", "The global batch (--train_batch_size x --gradient_accumulation_steps x "
-        "processes) is 2 and was 4", "others (6 rows", f"{settings['train_data_dir']} (8 rows",
+        "--use_ema is False and was True", "--random_flip is True and was False",
+        "The global batch (--train_batch_size x --gradient_accumulation_steps x processes) is 2 and was 4",
+        "others (6 rows", f"{settings['train_data_dir']} (8 rows",
         f"--pretrained_model_name_or_path is {model} and was {settings['pretrained_model_name_or_path']}",
     ):  # fmt: skip
         assert any(words in line for line in told), words
