@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml train_text_to_image.py
 
-.PHONY: help setup quickstart test test-slow lint format docs base clean
+.PHONY: help setup quickstart test test-slow test-faults lint format docs base clean
 
 help:  ## these lines
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -35,6 +35,9 @@ test: $(READY) lint  ## lint, types and the test suite
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-faults: $(READY)  ## runs killed a hundred times and at every file operation; minutes
+	$(BIN)/python -m pytest -s tests/test_faults.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
