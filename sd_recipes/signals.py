@@ -78,5 +78,20 @@ class StopRequest:
         return Stopped(f"stopped by {reason}: {where}; the same command goes on from there")
 
 
+def outlive_signals(worker: int) -> None:
+    """For a worker of the loader: with its batches the run gets to the end of its step.
+
+    Terminals, schedulers and service managers send signals to all processes of a group. Only a second
+    SIGTERM ends the worker, since that is how torch ends one that hangs.
+    """
+
+    def ignore_once(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, ignore_once)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 # Signals are the process's: there is one.
 stop_request = StopRequest()

@@ -43,8 +43,10 @@ def signalled(launcher: list[str], flags: list[object], number: int, to: str) ->
     mark = str(output_dir)
     try:
         until(lambda: last_step(output_dir) >= 3, "three steps")
-        target = process.pid if to == "launcher" else trainers(mark)[-1]
-        os.kill(target, number)
+        if to == "group":  # as a terminal does, and systemd
+            os.killpg(process.pid, number)
+        else:
+            os.kill(process.pid if to == "launcher" else trainers(mark)[-1], number)
         until(lambda: not trainers(mark), "the processes' end", timeout=10)
         output, _ = process.communicate(timeout=10)
     finally:
@@ -61,6 +63,8 @@ def signalled(launcher: list[str], flags: list[object], number: int, to: str) ->
         (torchrun(2), signal.SIGTERM, "launcher"),
         (torchrun(2), signal.SIGTERM, "trainer"),
         pytest.param(DIRECT, signal.SIGTERM, "trainer", marks=pytest.mark.slow),
+        pytest.param(DIRECT, signal.SIGTERM, "group", marks=pytest.mark.slow),
+        pytest.param(ACCELERATE, signal.SIGINT, "group", marks=pytest.mark.slow),
         pytest.param(DIRECT, signal.SIGINT, "trainer", marks=pytest.mark.slow),
         pytest.param(DIRECT, signal.SIGUSR1, "trainer", marks=pytest.mark.slow),
         pytest.param(ACCELERATE, signal.SIGINT, "launcher", marks=pytest.mark.slow),
@@ -78,6 +82,8 @@ def signalled(launcher: list[str], flags: list[object], number: int, to: str) ->
 def test_a_signal_saves_the_run_within_ten_seconds_and_leaves_nobody(
     flags: list[object], tmp_path: Path, launcher: list[str], number: signal.Signals, to: str
 ) -> None:
+    if to == "group":
+        flags = ["--dataloader_num_workers", 2, *flags]
     process, output = signalled(launcher, flags, number, to)
     step = last_step(tmp_path / "out")
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == [f"checkpoint-{step}"]

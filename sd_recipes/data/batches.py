@@ -21,6 +21,7 @@ from sd_recipes.data.draws import Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_image
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.signals import outlive_signals
 
 RECIPE_ERROR = f"{RecipeError.__module__}.{RecipeError.__qualname__}"
 READ_AHEAD = 2  # micro-batches, of the reading thread and of each worker process
@@ -271,6 +272,7 @@ class TrainingBatches:
             num_workers=self.num_workers,
             prefetch_factor=READ_AHEAD,
             pin_memory=self.pin_memory,
+            worker_init_fn=outlive_signals,
         )
         try:
             yield from loader
