@@ -12,11 +12,11 @@ same `datasets`, DataLoader and collation: what is compared is the way from file
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -267,7 +267,9 @@ def measure_inspect(args: argparse.Namespace) -> None:
             seconds, peak = inspect(["--train_data_dir", folder, "--output_dir", Path(work, f"a-{repeat}")])
             print(f"  2,000 JPEGs of 512²: {2000 / seconds:.0f} images/s in all, {peak / 2**20:.0f} MiB", flush=True)
         for number in args.rows:
-            path = small_rows(Path(work, f"{number}.parquet"), number)
+            path = Path(args.parquet or Path(work, f"{number}.parquet"))
+            if not path.is_file():
+                small_rows(path, number)
             seconds, peak = inspect(["--dataset_name", path, "--output_dir", Path(work, f"b-{number}")])
             print(f"  {number:,} small rows: {number / seconds:.0f} rows/s, peak {peak / 2**20:.0f} MiB", flush=True)
 
@@ -298,14 +300,24 @@ def small_rows(path: Path, number: int) -> Path:
 
 
 def inspect(flags: list[object]) -> tuple[float, int]:
-    """Seconds and peak memory, of all its processes together at most, of one inspection."""
-    command = [sys.executable, "-m", "sd_recipes.cli", "inspect", "--resolution", "512", *flags]
-    started = time.perf_counter()
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    seconds = time.perf_counter() - started
-    if done.returncode not in (0, 1):
-        sys.exit(f"error: inspect failed with {done.returncode}:\n{done.stderr[-3000:]}")
-    return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    """Seconds of one inspection, and the most memory that its processes held together, but for mapped files."""
+    import psutil
+
+    command = [sys.executable, "-m", "sd_recipes.cli", "inspect", "--resolution", "512", *map(str, flags)]
+    started, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=errors, stderr=errors) as process:
+        while process.poll() is None:
+            held = 0
+            with contextlib.suppress(psutil.NoSuchProcess):  # a worker may end while it is looked at
+                for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+                    held += each.memory_info().rss - each.memory_info().shared
+            peak = max(peak, held)
+            time.sleep(0.2)
+        seconds = time.perf_counter() - started
+        errors.seek(0)
+        if process.returncode not in (0, 1):
+            sys.exit(f"error: inspect failed with {process.returncode}:\n{errors.read().decode()[-3000:]}")
+    return seconds, peak
 
 
 def main() -> None:
@@ -320,6 +332,7 @@ def main() -> None:
     commands.choices["loader"].add_argument("--workers", type=int, default=2)
     commands.choices["loader"].add_argument("--resolution", type=int, default=512)
     commands.choices["inspect"].add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
+    commands.choices["inspect"].add_argument("--parquet", help="small rows that an earlier call made")
     args = parser.parse_args()
     args.function(args)
 
