@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from sd_recipes.tracking import read_metrics
 logger = logging.getLogger(__name__)
 
 MUCH_WAITING = 0.1  # share of the time that is spent waiting for data
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 SECONDS_TO_JUDGE = 30  # of training: the first batch always takes long
 
 
@@ -152,8 +154,7 @@ class Window:
     """Mean loss, speed and waiting since the last log; the loss stays on the device until then."""
 
     def __init__(self, device: torch.device, progress: Progress) -> None:
-        is_main = int(os.environ.get("RANK", 0)) == 0  # the sum is over all processes
-        self.loss = torch.tensor(progress.loss_sum if is_main else 0.0, device=device)
+        self.loss = torch.tensor(progress.loss_sum, device=device)
         self.steps_from = progress.logged_step
         self.waited_in_all = self.elapsed_in_all = 0.0
         self.told_of_waiting = False
@@ -238,6 +239,8 @@ def resume(training: Training, identity: dict[str, Any]) -> Progress:
         return Progress()
     path, manifest = training.checkpoint
     progress = load_checkpoint(training, path, manifest, identity)
+    if not training.accelerator.is_main_process:
+        progress.loss_sum = 0.0  # it is over all processes
     logger.info("Resuming from %s: step %d, %d samples.", path, progress.global_step, progress.samples_seen)
     return progress
 
@@ -255,7 +258,8 @@ def is_checkpoint_step(training: Training, checkpointer: Checkpointer, progress:
 
 def save(training: Training, progress: Progress, window: Window, checkpointer: Checkpointer) -> None:
     """Write a checkpoint, after what it relies on: finite losses, the latent cache, and the curve up to here."""
-    progress.loss_sum, _ = window.sum_up(training, progress)
+    was_logged = window.steps_from == progress.global_step  # and summed up there, for which the host waited
+    progress.loss_sum = 0.0 if was_logged else window.sum_up(training, progress)[0]
     progress.logged_step = window.steps_from
     if training.cache:
         training.cache.flush()
@@ -295,8 +299,14 @@ def validate(training: Training, progress: Progress) -> None:
         vae = training.components.vae
         was_on = vae.device
         vae.to(training.accelerator.device)
-        with suppress(Stopped):  # the processes then stop together, at the step's end
+        try:
             training.validator(training, progress.global_step)
             progress.awaits_validation = False
+        except Stopped:
+            pass  # the processes then stop together, at the step's end
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            logger.warning("The validation's pictures cannot be written (%s): training goes on.", error)
         vae.to(was_on)
     training.accelerator.wait_for_everyone()

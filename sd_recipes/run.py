@@ -16,6 +16,7 @@ from sd_recipes.recipe import Recipe, recipe_text
 from sd_recipes.report import write_report
 from sd_recipes.run_folder import owned
 from sd_recipes.saving import FAILURES, NotSaved
+from sd_recipes.signals import Stopped
 
 
 def run(recipe: Recipe) -> None:
@@ -46,8 +47,9 @@ def _run(recipe: Recipe, accelerator: Accelerator, repo_id: str | None) -> None:
 
     try:
         progress = fit(training)
-    finally:
+    except Stopped:
         training.tracker.close()  # trackers write what they hold
+        raise
     if accelerator.is_main_process:
         try:
             with training.evaluated_weights():
@@ -65,8 +67,9 @@ def _run(recipe: Recipe, accelerator: Accelerator, repo_id: str | None) -> None:
         print("\n".join(["", f"pipeline        {output_dir}", *report]), flush=True)
         if repo_id:
             print(f"pushed          {publish(output_dir, repo_id, recipe)}", flush=True)
-        if progress.not_saved:
-            raise NotSaved(
-                f"the pipeline is in {output_dir}, but no checkpoint could be written ({progress.not_saved}), so the "
-                "run cannot be continued: make room, or choose another --output_dir"
-            )
+    training.tracker.close()
+    if progress.not_saved:
+        raise NotSaved(
+            f"the pipeline is in {output_dir}, but no checkpoint could be written ({progress.not_saved}), so the run "
+            "cannot be continued: make room, or choose another --output_dir"
+        )

@@ -118,7 +118,7 @@ class Checkpointer:
             # A copy from the GPU is queued there before the next step's kernels, which change its source.
             buffer.copy_(part.tensor, non_blocking=True)
             contents.tensors.setdefault(part.file, {})[part.name] = buffer
-        copied = torch.cuda.Event() if torch.cuda.is_available() else None
+        copied = torch.cuda.Event() if self.training.accelerator.device.type == "cuda" else None
         if copied:
             copied.record()
         self._running = self._thread.submit(self._write, contents, copied)

@@ -38,7 +38,9 @@ from sd_recipes.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from sd_recipes.recipe import RecipeError
+from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.run import run
+from sd_recipes.saving import NotSaved
 from sd_recipes.tracking import Tracker
 
 
@@ -259,6 +261,28 @@ def test_a_quota_in_mid_file_drops_what_was_written(
     train(settings, checkpointing_steps=2)
     assert all(f"checkpoint-{step} cannot be written" in caplog.text for step in (2, 4))
     assert not [path for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name]
+
+
+def test_a_run_that_could_save_nothing_says_so_at_its_end(settings: dict[str, Any], small_disk: Path) -> None:
+    """First there is room for the pipeline but not for a checkpoint, then for neither."""
+    out = small_disk / "run"
+    (small_disk / "others").write_bytes(bytes(shutil.disk_usage(small_disk).free - 8 * 2**20))
+    settings |= {"output_dir": str(out), "max_train_steps": 2}
+    with pytest.raises(NotSaved, match=r"the pipeline is in .* but no checkpoint could be written") as error:
+        run(Recipe(**settings, use_ema=True))
+    assert error.value.status == 7
+    assert (out / "model_index.json").is_file()
+    (small_disk / "more").write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - 2**16)))
+    shutil.rmtree(out / "unet")
+    (small_disk / "again").write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - 2**16)))
+    settings |= {
+        "overwrite": True,
+        "max_train_steps": 2,
+        "validation_prompts": ["a disc"],
+        "validation_inference_steps": 1,
+    }
+    with pytest.raises(NotSaved, match=r"the pipeline cannot be written to .* make room"):
+        run(Recipe(**settings))
 
 
 def test_a_folder_that_becomes_read_only(settings: dict[str, Any], small_disk: Path) -> None:

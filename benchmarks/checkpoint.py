@@ -1,0 +1,146 @@
+"""What checkpoints cost: the stall of a save in the background against a synchronous one, and the start from one.
+
+    python benchmarks/checkpoint.py stall --shape quarter
+    python benchmarks/checkpoint.py resume --shape quarter
+
+A checkpoint has the UNet, its average and AdamW's two moments, all in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent))
+SCRIPT = HERE.parent / "train_text_to_image.py"
+
+from make_model import SHAPES, build  # noqa: E402
+
+
+def recipe_of(shape: str, work: Path, out: str) -> dict[str, Any]:
+    resolution, batch = SHAPES[shape][4:6]
+    return {
+        "pretrained_model_name_or_path": str(work / "model"), "train_data_dir": str(work / "pictures"),
+        "resolution": resolution, "train_batch_size": batch, "center_crop": True, "use_ema": True, "seed": 0,
+        "learning_rate": 1e-5, "report_to": "none", "logging_steps": 1, "output_dir": str(work / out),
+    }  # fmt: skip
+
+
+def spread(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f}, {len(seconds)} runs)"
+
+
+def measure_stall(shape: str, work: Path, runs: int) -> None:
+    """Time of `save`, for which the loop stands still, and of the same with the wait for the written checkpoint."""
+    from sd_recipes.build import build_training, start_accelerator
+    from sd_recipes.checkpoint import Progress, write_checkpoint
+    from sd_recipes.loop import fit
+    from sd_recipes.recipe import Recipe
+    from sd_recipes.resume import identity_of
+    from sd_recipes.saving import Checkpointer
+
+    settings = recipe_of(shape, work, "run") | {"max_train_steps": 2, "checkpoints_total_limit": 2}
+    recipe = Recipe(**settings)
+    training = build_training(recipe, start_accelerator(recipe))
+    training.checkpoint = None
+    fit(training)  # the optimizer has its state
+    stalls, synchronous = [], []
+    with Checkpointer(training, work / "run", identity_of(training)) as checkpointer:
+        for number in range(runs + 1):
+            started = time.perf_counter()
+            checkpointer.save(Progress(global_step=10 + number, samples_seen=4 * number))
+            stalls.append(time.perf_counter() - started)
+            checkpointer.wait()
+        contents = checkpointer._contents(Progress(global_step=9), [None])
+        size = 0
+        for number in range(runs):
+            # As it would be without a thread: nothing is copied first, where the tensors are in the host's memory.
+            started = time.perf_counter()
+            contents.manifest.step = 1000 + number
+            contents.tensors = {}
+            for part in checkpointer._parts():
+                contents.tensors.setdefault(part.file, {})[part.name] = part.tensor.detach().cpu()
+            path = write_checkpoint(contents, work / "run", 2)
+            synchronous.append(time.perf_counter() - started)
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    first, *stalls = stalls
+    print(f"checkpoint          {size / 1e6:.0f} MB")
+    print(f"synchronous save    {spread(synchronous)}")
+    print(f"stall of the loop   {spread(stalls)}; {first:.3f} s the first time, when the buffers are made")
+    print(f"share               {statistics.median(stalls) / statistics.median(synchronous):.1%}")
+
+
+def seconds_to_first_step(settings: dict[str, Any], step: int) -> float:
+    """From the start of the process to the line of that step in metrics.jsonl; then it is killed."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    metrics = Path(settings["output_dir"]) / "metrics.jsonl"
+    started = time.perf_counter()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *flags], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        while process.poll() is None:
+            if metrics.is_file() and f'"step": {step},' in metrics.read_text():
+                return time.perf_counter() - started
+            time.sleep(0.01)
+        raise RuntimeError(f"the run ended with status {process.returncode} before step {step}")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def measure_resume(shape: str, work: Path, runs: int) -> None:
+    settings = recipe_of(shape, work, "begun") | {"max_train_steps": 1000, "checkpointing_steps": 1}
+    seconds_to_first_step(settings, 2)  # checkpoint-1 stands, since the save of step 2 waited for it
+    begun = work / "begun"
+    fresh, resumed = [], []
+    for number in range(runs):
+        for name in ("fresh", "resumed"):
+            out = work / f"{name}-{number}"
+            step = 1
+            if name == "resumed":
+                out.mkdir()
+                shutil.copytree(begun / "checkpoint-1", out / "checkpoint-1")
+                shutil.copy(begun / "recipe.yaml", out)
+                step = 2
+            # No checkpoint is written before the step is logged.
+            changes = {"output_dir": str(out), "checkpointing_steps": 500}
+            (fresh if name == "fresh" else resumed).append(seconds_to_first_step(settings | changes, step))
+            shutil.rmtree(out)
+    print(f"fresh start to its first step    {spread(fresh)}")
+    print(f"resume to its first step         {spread(resumed)}")
+    print(f"ratio                            {statistics.median(resumed) / statistics.median(fresh):.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["stall", "resume"])
+    parser.add_argument("--shape", choices=list(SHAPES), default="quarter")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--work_dir", help="on the disk that is to be measured; otherwise the temporary folder")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
+        work = Path(folder)
+        build(arguments.shape, work)
+        print(json.dumps({"machine": platform.machine(), "cores": os.cpu_count(), "shape": arguments.shape}))
+        {"stall": measure_stall, "resume": measure_resume}[arguments.what](arguments.shape, work, arguments.runs)
+
+
+if __name__ == "__main__":
+    main()
