@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 LOCK, OWNER = ".lock", ".owner.json"
 DYING_SECONDS = 10.0  # for which the children of a killed run may outlive it
-# What may stand in a folder before its first run: the output that a shell wrote there, and a latent cache.
-HARMLESS = re.compile(r"\..*|latents|lost\+found|.*\.(log|out|err)")
+# What may stand in a folder before its first run: the output that a shell wrote there, and what `sd-recipes cache` did.
+HARMLESS = re.compile(r"\..*|latents|bad_rows.*\.jsonl|lost\+found|.*\.(log|out|err)")
 # What a run writes and a new one would mix with its own; not the latent cache, nor the exported pipeline, which is
 # replaced when the new one is done.
 OF_A_RUN = ("metrics.jsonl", "bad_rows*.jsonl", "samples", "samples.png", "loss_curve.png", "before_after.png")

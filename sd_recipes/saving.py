@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 # What a full or broken disk raises. Anything else is a bug, and ends the run.
 FAILURES = (OSError, SafetensorError)
+LONG_WAIT = 5.0  # seconds
 SAVED = ("global_step", "samples_seen", "loss_sum", "logged_step", "awaits_validation")
 
 
@@ -71,7 +72,7 @@ class Checkpointer:
         self.failure: str | None = None  # of the last one, if it could not be written
         self._identity = identity
         self._saved_at = time.monotonic()
-        self._has_room = False
+        self._has_room = self._told_of_waiting = False
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
@@ -108,8 +109,17 @@ class Checkpointer:
         streams = gather_object([progress.stream_state])
         if not self.training.accelerator.is_main_process:
             return
+        asked = time.monotonic()
         self.wait()
         self._saved_at = time.monotonic()
+        was_writing = self.num_written > 0 or self.failure is not None
+        if was_writing and self._saved_at - asked > LONG_WAIT and not self._told_of_waiting:
+            self._told_of_waiting = True
+            logger.warning(
+                "Training stood still for %.0f s, until the checkpoint before was written: a larger "
+                "--checkpointing_steps, or a faster disk, would spare that.",
+                self._saved_at - asked,
+            )
         contents = self._contents(progress, streams)
         parts = self._parts()
         self._make_buffers(parts)

@@ -94,7 +94,7 @@ def assert_same_run(tmp_path: Path, num_steps: int) -> None:
     assert len(list_checkpoints(killed)) == 2
 
 
-@pytest.mark.parametrize(("kills", "num_steps"), [(4, 24), pytest.param(100, 1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "num_steps"), [(4, 24), pytest.param(100, 300, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_instants_is_the_quiet_run(
     command: list[str], tmp_path: Path, kills: int, num_steps: int
 ) -> None:
