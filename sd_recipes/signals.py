@@ -15,7 +15,7 @@ from types import FrameType
 
 from sd_recipes.recipe import RunError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 # Set by `accelerate launch` and by torchrun for the processes that they start.
 LAUNCHERS_VARIABLES = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
 WATCH_SECONDS = 0.5
@@ -88,9 +88,8 @@ def outlive_signals(worker: int) -> None:
     def ignore_once(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, ignore_once)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, ignore_once if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 # Signals are the process's: there is one.
