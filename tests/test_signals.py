@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from conftest import ROOT
-from launching import ACCELERATE, last_step, start, torchrun, trainers, until
+from launching import ACCELERATE, finish, last_step, start, torchrun, trainers, until
 from test_script import environment
+from tiny_models import build_image_folder
 from training import assert_equal, losses, train, weights
 
 from sd_recipes.checkpoint import list_checkpoints
@@ -273,3 +276,36 @@ def test_filling_a_cache_keeps_what_is_done(
         )
         fill_cache(recipe)
     assert sum(encoded) == 4, "the other four are not encoded again"
+
+
+@pytest.mark.slow
+def test_the_cache_command_keeps_what_is_done_at_a_signal(tiny_pipeline: Path, tmp_path: Path) -> None:
+    pictures = build_image_folder(tmp_path / "pictures", num_images=1000)
+    command = [
+        sys.executable, "-m", "sd_recipes.cli", "cache", "--pretrained_model_name_or_path", tiny_pipeline,
+        "--train_data_dir", pictures, "--resolution", 32, "--center_crop", "--train_batch_size", 1, "--cache_latents",
+        "disk", "--device", "cpu", "--output_dir", tmp_path / "out",
+    ]  # fmt: skip
+
+    def fill() -> subprocess.Popen:
+        return subprocess.Popen(
+            [str(part) for part in command],
+            env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    process = fill()
+    assert process.stdout
+    output = ""
+    while "Latents:" not in output:
+        output += process.stdout.read(1)
+        assert process.poll() is None, output
+    process.send_signal(signal.SIGTERM)
+    output += process.communicate(timeout=10)[0]
+    assert process.returncode == 75, output
+    told = re.search(r"stopped by SIGTERM: (\d+) of 1000 rows are in the cache; the same command goes on", output)
+    assert told, output
+    assert 0 < int(told[1]) < 1000
+    output = finish(fill())
+    assert "latent cache" in output
+    rows = sum(len(datasets.Dataset.from_file(str(path))) for path in tmp_path.glob("out/latents/*/*.arrow"))
+    assert rows == 1000, "none twice"
