@@ -302,7 +302,7 @@ def _batch_in_words(recipe: Recipe, global_batch_size: int, num_processes: int) 
     size, accumulated = recipe.train_batch_size, recipe.gradient_accumulation_steps
     if size * accumulated * num_processes != global_batch_size:  # of a run that began on other processes
         accumulated = math.ceil(math.ceil(global_batch_size / num_processes) / size)
-        return f"{global_batch_size}, kept, on {num_processes} processes: {accumulated} micro-batches of at most {size}"
+        return f"{global_batch_size}, kept, on {num_processes} processes: at most {size} x {accumulated} on each"
     return f"{global_batch_size} = {size} a device x {accumulated} accumulated x {num_processes} processes"
 
 

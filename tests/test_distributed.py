@@ -90,7 +90,7 @@ def test_a_run_moved_between_numbers_of_processes_is_one_run(
         launcher = torchrun(processes) if processes > 1 else [sys.executable]
         output = finish(start(launcher, *flags, "--max_train_steps", step, script="tests/record_samples.py"))
         assert "global batch         4" in output
-    assert "4, kept, on 3 processes: 1 micro-batches of at most 2" in output
+    assert "4, kept, on 3 processes: at most 2 x 1 on each" in output
     assert losses(moved) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert_close(weights(one), saved(moved, 8, "unet"))
     assert_close(one.ema.named_tensors(), saved(moved, 8, "unet_ema"))
