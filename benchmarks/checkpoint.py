@@ -30,11 +30,11 @@ SCRIPT = HERE.parent / "train_text_to_image.py"
 from make_model import SHAPES, build  # noqa: E402
 
 
-def recipe_of(shape: str, work: Path, out: str) -> dict[str, Any]:
-    resolution, batch = SHAPES[shape][4:6]
+def recipe_of(work: Path, out: str) -> dict[str, Any]:
+    """Small pictures, one at a time: what a checkpoint costs does not depend on them."""
     return {
         "pretrained_model_name_or_path": str(work / "model"), "train_data_dir": str(work / "pictures"),
-        "resolution": resolution, "train_batch_size": batch, "center_crop": True, "use_ema": True, "seed": 0,
+        "resolution": 64, "train_batch_size": 1, "center_crop": True, "use_ema": True, "seed": 0,
         "learning_rate": 1e-5, "report_to": "none", "logging_steps": 1, "output_dir": str(work / out),
     }  # fmt: skip
 
@@ -43,7 +43,7 @@ def spread(seconds: list[float]) -> str:
     return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f}, {len(seconds)} runs)"
 
 
-def measure_stall(shape: str, work: Path, runs: int) -> None:
+def measure_stall(work: Path, runs: int) -> None:
     """Time of `save`, for which the loop stands still, and of the same with the wait for the written checkpoint."""
     from sd_recipes.build import build_training, start_accelerator
     from sd_recipes.checkpoint import Progress, write_checkpoint
@@ -52,7 +52,7 @@ def measure_stall(shape: str, work: Path, runs: int) -> None:
     from sd_recipes.resume import identity_of
     from sd_recipes.saving import Checkpointer
 
-    settings = recipe_of(shape, work, "run") | {"max_train_steps": 2, "checkpoints_total_limit": 2}
+    settings = recipe_of(work, "run") | {"max_train_steps": 2, "checkpoints_total_limit": 2}
     recipe = Recipe(**settings)
     training = build_training(recipe, start_accelerator(recipe))
     training.checkpoint = None
@@ -64,19 +64,16 @@ def measure_stall(shape: str, work: Path, runs: int) -> None:
             checkpointer.save(Progress(global_step=10 + number, samples_seen=4 * number))
             stalls.append(time.perf_counter() - started)
             checkpointer.wait()
-        contents = checkpointer._contents(Progress(global_step=9), [None])
-        size = 0
-        for number in range(runs):
             # As it would be without a thread: nothing is copied first, where the tensors are in the host's memory.
             started = time.perf_counter()
-            contents.manifest.step = 1000 + number
-            contents.tensors = {}
+            contents = checkpointer._contents(Progress(global_step=1000 + number), [None])
             for part in checkpointer._parts():
                 contents.tensors.setdefault(part.file, {})[part.name] = part.tensor.detach().cpu()
             path = write_checkpoint(contents, work / "run", 2)
             synchronous.append(time.perf_counter() - started)
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     first, *stalls = stalls
+    synchronous = synchronous[1:]
     print(f"checkpoint          {size / 1e6:.0f} MB")
     print(f"synchronous save    {spread(synchronous)}")
     print(f"stall of the loop   {spread(stalls)}; {first:.3f} s the first time, when the buffers are made")
@@ -105,8 +102,8 @@ def seconds_to_first_step(settings: dict[str, Any], step: int) -> float:
         process.wait()
 
 
-def measure_resume(shape: str, work: Path, runs: int) -> None:
-    settings = recipe_of(shape, work, "begun") | {"max_train_steps": 1000, "checkpointing_steps": 1}
+def measure_resume(work: Path, runs: int) -> None:
+    settings = recipe_of(work, "begun") | {"max_train_steps": 1000, "checkpointing_steps": 1}
     seconds_to_first_step(settings, 2)  # checkpoint-1 stands, since the save of step 2 waited for it
     begun = work / "begun"
     fresh, resumed = [], []
@@ -137,9 +134,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
         work = Path(folder)
-        build(arguments.shape, work)
+        build(arguments.shape, work, resolution=64)
         print(json.dumps({"machine": platform.machine(), "cores": os.cpu_count(), "shape": arguments.shape}))
-        {"stall": measure_stall, "resume": measure_resume}[arguments.what](arguments.shape, work, arguments.runs)
+        {"stall": measure_stall, "resume": measure_resume}[arguments.what](work, arguments.runs)
 
 
 if __name__ == "__main__":
