@@ -47,7 +47,9 @@ class Tracker:
         settings = {
             key: value for key, value in recipe.model_dump().items() if value is not None and key != "hub_token"
         }
-        settings = {key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items()}
+        settings = {
+            key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in settings.items()
+        }
         # TensorBoard then drops, in what it reads, all events from this step on that stand in earlier files.
         purges = {"tensorboard": {"purge_step": step + 1 if step else 0}}
         self.accelerator.init_trackers(recipe.tracker_project_name, None if step else settings, init_kwargs=purges)
