@@ -18,7 +18,7 @@ from sd_recipes.data.rows import load_held_out_rows, load_sources, load_streams
 from sd_recipes.data.shards import Shards
 from sd_recipes.data.sizes import assign_buckets, has_buckets, size_of_row
 from sd_recipes.data.stream import Stream
-from sd_recipes.model.components import load_tokenizer
+from sd_recipes.model.components import load_scheduler, load_tokenizer
 from sd_recipes.recipe import Recipe, RecipeError
 
 
@@ -51,6 +51,9 @@ class TrainingData:
 
 def load_training_data(recipe: Recipe, *, seed: int, global_batch_size: int, rank: int) -> TrainingData:
     """Read and check everything that a recipe says about data. Raises RecipeError and TooManyBadRows."""
+    # The smallest part, so that an absent model is answered first: for the tokenizer, which the checks need,
+    # transformers would ask an unreachable Hub for minutes.
+    load_scheduler(recipe)
     held_out = None
     if recipe.validation_split:
         held_out = load_held_out_rows(recipe, recipe.validation_split, recipe.cache_dir)
