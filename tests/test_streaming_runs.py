@@ -76,7 +76,7 @@ def breaks_now_and_then() -> Callable[[Request], Failure | None]:
 @pytest.mark.parametrize(
     ("failures", "warned"),
     [
-        pytest.param(lambda: outage(503, seconds=40, after=14), True, id="40 seconds of 503"),
+        pytest.param(lambda: outage(503, seconds=40, after=14), True, id="40 seconds of 503", marks=pytest.mark.slow),
         pytest.param(breaks_now_and_then, False, id="dropped and cut short"),
         pytest.param(lambda: outage(502, seconds=120, after=14), True, id="two minutes of 502", marks=pytest.mark.slow),
     ],
@@ -99,6 +99,7 @@ def test_a_stream_with_failures_trains_to_the_same_weights(
     assert_same(tmp_path / "local", tmp_path / "streamed")
 
 
+@pytest.mark.slow
 def test_a_stream_resumes_where_it_stood(flags: list[object], local: Path, tmp_path: Path) -> None:
     flags = [*flags, "--dataset_name", local, "--checkpointing_steps", 5, "--dataloader_num_workers", 1]
     done = launch(*flags, "--output_dir", tmp_path / "quiet")
