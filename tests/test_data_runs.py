@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,16 @@ def test_cached_text_is_the_text(settings: dict[str, Any]) -> None:
         torch.testing.assert_close(cached(batch.input_ids), expected)
     assert len(cached.states) == 4
     np.testing.assert_allclose(losses(train(settings, cache_text=True)), losses(train(settings)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_text_is_encoded_where_its_model_is(settings: dict[str, Any], cached: bool) -> None:
+    """The loop hands over ids in the host's memory; here the model is on another device than the host's."""
+    training = train(settings, max_train_steps=1)
+    (batch,) = training.batches(0, 1)
+    elsewhere = training.components.text_encoder.to("meta")
+    encode = CachedText(elsewhere) if cached else partial(encode_text, elsewhere)
+    assert encode(batch.input_ids).device.type == "meta"
 
 
 def test_captions_come_from_a_template_and_blank_ones_by_the_setting(settings: dict[str, Any], tmp_path: Path) -> None:

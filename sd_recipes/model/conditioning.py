@@ -8,9 +8,13 @@ from transformers import CLIPTextModel
 
 @torch.no_grad()
 def encode_text(text_encoder: CLIPTextModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """(B, n * L) int64 to the text model's last hidden states (B, n * L, D), each chunk of L encoded alone."""
+    """(B, n * L) int64 to the text model's last hidden states (B, n * L, D), each chunk of L encoded alone.
+
+    The ids may be in the host's memory; the states are on the text model's device.
+    """
     length = min(input_ids.shape[1], text_encoder.config.max_position_embeddings)
-    states = text_encoder(input_ids.reshape(-1, length), return_dict=False)[0]
+    chunks = input_ids.reshape(-1, length).to(text_encoder.device, non_blocking=True)
+    states = text_encoder(chunks, return_dict=False)[0]
     return states.reshape(len(input_ids), -1, states.shape[-1])
 
 
@@ -27,6 +31,6 @@ class CachedText:
         keys = [row.numpy().tobytes() for row in input_ids]
         new = [place for place, key in enumerate(keys) if key not in self.states]
         if new:
-            encoded = encode_text(self.text_encoder, input_ids[new].to(self.text_encoder.device))
+            encoded = encode_text(self.text_encoder, input_ids[new])
             self.states.update(zip((keys[place] for place in new), encoded, strict=True))
         return torch.stack([self.states[key] for key in keys])
