@@ -188,8 +188,6 @@ class BatchBuilder(torch.utils.data.Dataset):
             images.add_moments(place, moments_of(row, flip=self._flips(drawn), latent_shape=images.latent_shape))
             return
         encoded, config = row[self.config.image_column], self.config
-        if isinstance(encoded, bytes):
-            encoded = {"bytes": encoded, "path": None}
         record: Row = {}
         if self.cache is not None:
             try:

@@ -94,9 +94,7 @@ class _Examined:
         try:
             caption = make_caption(row, config, self.draws)
             if "moments" not in row:
-                encoded = row[config.image_column]
-                encoded = {"bytes": encoded, "path": None} if isinstance(encoded, bytes) else encoded
-                open_image(encoded, at_least=(side, side), max_megapixels=config.max_image_megapixels)
+                open_image(row[config.image_column], at_least=(side, side), max_megapixels=config.max_image_megapixels)
         except (ImageError, CaptionError) as error:
             if isinstance(error, CaptionError) and config.blank_captions == "error":
                 raise RecipeError(f"row {number}: {error} (--blank_captions error)") from error

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sd_recipes import assets
+from sd_recipes.data.folder import METADATA_READERS
 
 MAX_HASHED_BYTES = 64 * 2**20  # a metadata.jsonl is read: a changed caption may be as long as the old one
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def data_fingerprint(config: Any) -> str:
@@ -31,7 +31,7 @@ def data_fingerprint(config: Any) -> str:
                 digest.update(repr((place, source.dataset_revision)).encode())
             for name, path in found:
                 digest.update(repr((name, path.stat().st_size)).encode())
-                if path.name in METADATA and path.stat().st_size <= MAX_HASHED_BYTES:
+                if path.name in METADATA_READERS and path.stat().st_size <= MAX_HASHED_BYTES:
                     digest.update(path.read_bytes())
     return digest.hexdigest()
 

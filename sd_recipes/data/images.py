@@ -38,7 +38,8 @@ RESAMPLING = {
 # The margin keeps a JPEG from being scaled by the decoder alone, which is as coarse as a box filter. The 32 dB are
 # half a pixel: at half the size, 1155 columns become 578, the last of which is half outside of the picture.
 REDUCING_GAP = 2.0
-# torch has the same filters for uint8 pixels, several times as fast; Lanczos since 2.13 only.
+# torch has the same filters for uint8 pixels, several times as fast (12 megapixels to 512 high after a draft: 2 ms
+# against 7, 50 dB both); Lanczos in recent versions only: 2.13 has it.
 TORCH_FILTERS = {"bilinear", "bicubic"} | ({"lanczos"} if "lanczos" in (F.interpolate.__doc__ or "") else set())
 MOST_CUT_AWAY = 4  # times the crop's area: beyond, only the crop is scaled, by Pillow
 DRAFT_MARGIN = 1.25

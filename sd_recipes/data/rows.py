@@ -31,9 +31,14 @@ def load_rows(
     drawn by `seed`. Raises RecipeError if the data cannot be read, is empty, or lacks a column.
     """
     parts = load_sources(config, split=split, cache_dir=cache_dir)
+    return join_rows(parts, None if split else config.max_train_samples, seed)
+
+
+def join_rows(parts: list[datasets.Dataset], number: int | None, seed: int | None) -> datasets.Dataset:
+    """The rows of all sources one after the other; `number` of them drawn by `seed`, where there are more."""
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    if split is None and config.max_train_samples is not None and config.max_train_samples < len(rows):
-        rows = rows.shuffle(seed=seed).select(range(config.max_train_samples))
+    if number is not None and number < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(number))
     return rows
 
 

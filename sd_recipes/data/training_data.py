@@ -14,7 +14,7 @@ from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Plans
 from sd_recipes.data.checks import check_rows, check_stream
 from sd_recipes.data.order import Order, plans_of_order
-from sd_recipes.data.rows import load_held_out_rows, load_sources, load_streams
+from sd_recipes.data.rows import join_rows, load_held_out_rows, load_sources, load_streams
 from sd_recipes.data.shards import Shards
 from sd_recipes.data.sizes import assign_buckets, has_buckets, size_of_row
 from sd_recipes.data.stream import Stream
@@ -66,14 +66,13 @@ def load_training_data(recipe: Recipe, *, seed: int, global_batch_size: int, ran
         return TrainingData(None, None, streams, held_out, BadRows(output_dir, recipe.max_bad_rows, None, rank))
 
     parts = load_sources(recipe, cache_dir=recipe.cache_dir)
-    rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     lengths, weights = tuple(map(len, parts)), None
     if len(parts) > 1:
         weights = tuple(source.weight for source in recipe.sources)
-    if recipe.max_train_samples is not None and recipe.max_train_samples < len(rows):
+    rows = join_rows(parts, recipe.max_train_samples, seed)
+    if len(rows) < sum(lengths):
         if weights:
             raise RecipeError("--max_train_samples and data_sources contradict each other: drop one")
-        rows = rows.shuffle(seed=seed).select(range(recipe.max_train_samples))
         lengths = (len(rows),)
     if global_batch_size > len(rows):
         raise RecipeError(
