@@ -247,7 +247,8 @@ def test_a_large_jpeg_is_decoded_small_but_covers(turned: bool) -> None:
     assert open_image(source, at_least=(128, 128)).size == (400, 160)
     assert open_image(source, at_least=(640, 128)).size == (800, 320)
     assert open_image(source, at_least=(128, 640)).size == (1600, 640)
-    options = {"interpolation": "lanczos", "crop_u": (0.3, 0.5), "flip": False}
+    # A crop that begins at a whole pixel of both.
+    options = {"interpolation": "lanczos", "crop_u": (0.304, 0.5), "flip": False}
     small = fit_image(open_image(source, at_least=(96, 128)), (128, 96), **options)
     assert psnr(small, fit_image(open_image(source), (128, 96), **options)) > 38
 
@@ -275,13 +276,26 @@ def test_fit_without_a_crop_shows_the_whole_picture_in_another_shape() -> None:
     assert (pixels[2, :, 12:] == 255).all()
 
 
-def test_scaling_only_the_crop_is_scaling_all_and_cropping() -> None:
+def test_only_the_crop_is_scaled_where_scaling_all_and_cropping_would_have_it() -> None:
     image = scene(900, 500)
-    scaled = image.resize((432, 240), Image.Resampling.LANCZOS)
-    for u, left in ((0.0, 0), (0.5, 136), (0.999, 272)):
+    for u, left, right in ((0.0, 0, 333), (0.5, 283, 617), (0.999, 567, 900)):  # pixels of the picture
         pixels = fit_image(image, (240, 160), interpolation="lanczos", crop_u=(u, 0.5), flip=False)
+        part = image.crop((left, 0, right, 500)).resize((160, 240), Image.Resampling.LANCZOS)
+        assert np.abs(pixels.astype(int) - np.asarray(part).transpose(2, 0, 1)).max() <= 2
+    # Enlarged, to parts of a pixel.
+    small = image.resize((90, 50))
+    scaled = small.resize((432, 240), Image.Resampling.LANCZOS)
+    for u, left in ((0.0, 0), (0.5, 136), (0.999, 272)):
+        pixels = fit_image(small, (240, 160), interpolation="lanczos", crop_u=(u, 0.5), flip=False)
         expected = np.asarray(scaled.crop((left, 0, left + 160, 240))).transpose(2, 0, 1)
         assert np.abs(pixels.astype(int) - expected).max() <= 2
+
+
+def test_a_picture_that_pillow_keeps_in_pieces_is_scaled_like_others() -> None:
+    image = scene(2600, 2000)  # 20.8 MB
+    scaled = np.asarray(image.resize((640, 512), Image.Resampling.LANCZOS, box=(0, 0, 2498, 2000))).transpose(2, 0, 1)
+    pixels = fit_image(image, (512, 640), interpolation="lanczos", crop_u=(0.0, 0.0), flip=True)
+    assert psnr(pixels[:, :, ::-1], scaled) > 45
 
 
 def test_the_fast_way_of_shrinking_is_close_to_plain_lanczos() -> None:

@@ -24,6 +24,7 @@ from sd_recipes.recipe import Recipe, RecipeError
 from sd_recipes.signals import outlive_signals
 
 RECIPE_ERROR = f"{RecipeError.__module__}.{RecipeError.__qualname__}"
+SMALL = 2**14  # bytes of a tensor that a worker sends through its pipe: sharing memory takes longer
 READ_AHEAD = 2  # micro-batches, of the reading thread and of each worker process
 END = 2**62  # an epoch that is never reached
 
@@ -45,7 +46,9 @@ class Batch:
     input_ids: torch.Tensor  # (B, L) int64
     timesteps: torch.Tensor  # (B,) int64
     noise: torch.Tensor  # (B, C, h, w) float32, the noise offset included
-    input_noise: torch.Tensor  # (B, C, h, w) float32: the noise, with the input perturbation on top
+    input_noise: (
+        torch.Tensor | None
+    )  # (B, C, h, w) float32: the noise with the input perturbation on top, if there is one
     posterior_noise: torch.Tensor  # (B, C, h, w) float32
     weights: torch.Tensor  # (B,) float32: 0 for a row that cannot be used
     plan: MicroBatch
@@ -60,12 +63,24 @@ class Batch:
         """Called by the loader: copies from pinned memory need not wait."""
         return self._map(torch.Tensor.pin_memory)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From a worker to the loop: torch shares the memory of each tensor, NumPy's arrays are copied."""
+        return _unpacked, tuple(
+            value.numpy() if isinstance(value, torch.Tensor) and value.nbytes <= SMALL else value
+            for value in (getattr(self, field.name) for field in fields(self))
+        )
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         mapped: dict[str, Any] = {
             name: function(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()
         }
         return Batch(**mapped)
+
+
+def _unpacked(*values: Any) -> Batch:
+    tensors: list[Any] = [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in values]
+    return Batch(*tensors)
 
 
 class BatchBuilder(torch.utils.data.Dataset):
@@ -137,20 +152,20 @@ class BatchBuilder(torch.utils.data.Dataset):
         noise = np.stack([sample.noise for sample in drawn])  # (B, C, h, w)
         if self.noise_offset:
             noise += self.noise_offset * np.stack([sample.offset_noise for sample in drawn])
-        input_noise = noise
+        input_noise = None
         if self.input_perturbation:
             perturbation = [s.perturbation_noise for s in drawn if s.perturbation_noise is not None]
-            input_noise = noise + self.input_perturbation * np.stack(perturbation)
+            input_noise = torch.from_numpy(noise + self.input_perturbation * np.stack(perturbation))
         keeps_both = self.cache is not None and self.config.random_flip
         return Batch(
-            pixel_values=torch.from_numpy(images.stacked()),
+            pixel_values=images.pixel_values,
             live=torch.tensor(images.live, dtype=torch.int64),
             moments=images.moments,
             flip=torch.tensor([keeps_both and self._flips(sample) for sample in drawn]),
             input_ids=self._input_ids(captions),
             timesteps=torch.tensor([sample.timestep for sample in drawn]),
             noise=torch.from_numpy(noise),
-            input_noise=torch.from_numpy(input_noise),
+            input_noise=input_noise,
             posterior_noise=torch.from_numpy(np.stack([sample.posterior_noise for sample in drawn])),
             weights=weights,
             plan=plan,
@@ -226,11 +241,15 @@ class _Images:
         self.live: list[int] = []
         self.records: list[Row] = []
         self.moments: torch.Tensor | None = None
-        self._pixels: list[np.ndarray] = []
+        self._pixels: torch.Tensor | None = None
 
     def add_pixels(self, place: int, pixels: np.ndarray, record: Row) -> None:
+        if self._pixels is None:
+            self._pixels = torch.empty((self.number, 3, *self.size), dtype=torch.uint8)
+            if torch.utils.data.get_worker_info() is not None:
+                self._pixels.share_memory_()  # where the loop reads them
+        self._pixels.numpy()[len(self.live)] = pixels
         self.live.append(place)
-        self._pixels.append(pixels)
         self.records.append(record)
 
     def add_moments(self, place: int, moments: torch.Tensor) -> None:
@@ -239,8 +258,11 @@ class _Images:
             self.moments = torch.zeros(self.number, 2 * channels, height, width)
         self.moments[place] = moments
 
-    def stacked(self) -> np.ndarray:
-        return np.stack(self._pixels) if self._pixels else np.zeros((0, 3, *self.size), dtype=np.uint8)
+    @property
+    def pixel_values(self) -> torch.Tensor:
+        if self._pixels is None:
+            return torch.zeros((0, 3, *self.size), dtype=torch.uint8)
+        return self._pixels[: len(self.live)]
 
 
 class TrainingBatches:

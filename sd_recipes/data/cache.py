@@ -30,7 +30,7 @@ from sd_recipes.recipe import RecipeError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files, and of how images become pixels
+FORMAT = 2  # of the files, and of how images become pixels
 ROWS_PER_FILE = 2048
 BYTES_PER_FILE = 256 * 2**20
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import IO, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
@@ -41,7 +42,6 @@ REDUCING_GAP = 2.0
 # torch has the same filters for uint8 pixels, several times as fast (12 megapixels to 512 high after a draft: 2 ms
 # against 7, 50 dB both); Lanczos in recent versions only: 2.13 has it.
 TORCH_FILTERS = {"bilinear", "bicubic"} | ({"lanczos"} if "lanczos" in (F.interpolate.__doc__ or "") else set())
-MOST_CUT_AWAY = 4  # times the crop's area: beyond, only the crop is scaled, by Pillow
 DRAFT_MARGIN = 1.25
 
 # No format whose reader starts another program (EPS, WMF) or that is hardly ever a photograph's.
@@ -123,28 +123,34 @@ def fit_image(
         scale = max(width / image.width, height / image.height)
         covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
         left, top = (int(u * (side - cut + 1)) for u, side, cut in zip(crop_u, covering, (width, height), strict=True))
+    # Only what the crop shows is scaled: a picture of 1 × 100000 must not become one of 512 × 51200000.
+    across, down = image.width / covering[0], image.height / covering[1]
+    right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
+    box = left * across, top * down, right, bottom
     if covering == image.size:
-        pixels = np.asarray(image.crop((left, top, left + width, top + height)))  # (height, width, 3)
-    elif interpolation in TORCH_FILTERS and covering[0] * covering[1] <= MOST_CUT_AWAY * width * height:
-        scaled = scale_by_torch(image, covering, interpolation)
-        pixels = scaled[top : top + height, left : left + width]
+        pixels = np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
+    elif interpolation in TORCH_FILTERS and min(across, down) >= 1:
+        pixels = scale_by_torch(image, box, size, interpolation)
     else:
-        # Only what the crop shows is scaled: a picture of 1 × 100000 must not become one of 512 × 51200000.
-        across, down = image.width / covering[0], image.height / covering[1]
-        right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
-        box = (left * across, top * down, right, bottom)
-        filtered = image.resize((width, height), RESAMPLING[interpolation], box=box, reducing_gap=REDUCING_GAP)
-        pixels = np.asarray(filtered)
-    if flip:
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        scaled = image.resize((width, height), RESAMPLING[interpolation], box=box, reducing_gap=REDUCING_GAP)
+        pixels = np.asarray(scaled).transpose(2, 0, 1)
+    return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
 
 
-def scale_by_torch(image: Image.Image, size: tuple[int, int], interpolation: str) -> np.ndarray:
-    """RGB to uint8 (height, width, 3) of `size` (width, height), by torch's vectorised filters."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # in channels last, as the fast kernel needs it
-    scaled = F.interpolate(pixels, size=(size[1], size[0]), mode=interpolation, antialias=True)
-    return scaled[0].permute(1, 2, 0).numpy()
+def scale_by_torch(
+    image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], interpolation: str
+) -> np.ndarray:
+    """The part of an RGB picture in `box`, to the nearest of its pixels, as uint8 (3, height, width) of `size`.
+
+    By torch's vectorised filters.
+    """
+    left, top, right, bottom = map(round, box)
+    try:  # Pillow's own memory, four bytes a pixel, not copied
+        pixels = torch.from_dlpack(pa.array(image).flatten()).view(image.height, image.width, 4)
+    except ValueError:  # of pictures of more than 16 MB, which Pillow keeps in pieces
+        pixels = torch.from_numpy(np.array(image))
+    part = pixels[top:bottom, left:right].permute(2, 0, 1)[None]  # in channels last, as the fast kernel needs it
+    return F.interpolate(part, size=size, mode=interpolation, antialias=True)[0, :3].numpy()
 
 
 @contextmanager
@@ -244,7 +250,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     to_srgb = _srgb_transform(profile, image.mode) if profile else None
     if to_srgb is not None:
         return ImageCms.applyTransform(image, to_srgb) or image
-    return image.convert("RGB")
+    image.load()  # before its file is closed
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
