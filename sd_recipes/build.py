@@ -39,18 +39,13 @@ from sd_recipes.objective import DenoisingLoss
 from sd_recipes.optim import build_optimizer, build_schedule
 from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError
 from sd_recipes.resume import choose_checkpoint, global_batch_size
+from sd_recipes.sharding import fsdp_plugin, turn_on, whole_unet
 from sd_recipes.signals import stop_request
 from sd_recipes.tracking import Tracker, check_tracker
 from sd_recipes.validation import HELD_OUT_SEED, Validator
 
 logger = logging.getLogger(__name__)
 
-# What `accelerate launch` sets for configurations that divide a model among processes (docs/distributed.md).
-SHARDING = {
-    "FSDP": "ACCELERATE_USE_FSDP",
-    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
-    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
-}
 NOT_BEGUN = "while it was loading, before a step was made"
 
 
@@ -61,7 +56,8 @@ class Training:
     recipe: Recipe
     accelerator: Accelerator
     components: Components
-    unet: torch.nn.Module  # as the loop calls it: components.unet, wrapped where there are several processes
+    unet: torch.nn.Module  # as the loop calls it: components.unet, wrapped or divided where there are several processes
+    unet_config: str  # its config.json
     objective: DenoisingLoss
     held_out_objective: DenoisingLoss
     optimizer: Any  # accelerate's wrapper
@@ -84,8 +80,20 @@ class Training:
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:
-        """Within it the UNet has the weights that are judged and exported: the average, if there is one."""
-        if self.ema is None:
+        """Within it, on the first process, `components.unet` has the weights that are judged and exported.
+
+        Those are the average, if there is one. Every process has to enter it, since a divided UNet is put together.
+        """
+        unet, is_main = self.components.unet, self.accelerator.is_main_process
+        if self.accelerator.is_fsdp2:
+            tensors = self.ema.named_tensors() if self.ema else unet.state_dict()
+            whole = whole_unet(self.unet_config, tensors, self.accelerator.device, is_wanted=is_main)
+            self.components.unet = whole or unet
+            try:
+                yield
+            finally:
+                self.components.unet = unet
+        elif self.ema is None or not is_main:
             yield
         else:
             with self.ema.applied():
@@ -112,11 +120,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     has_accelerator = has_cuda or torch.backends.mps.is_available()
     if mixed_precision == "fp16" and (on_cpu or not has_accelerator):
         raise RecipeError("--mixed_precision fp16 needs a GPU: use bf16 or no on the CPU")
-    for name, variable in SHARDING.items():
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
-            raise RecipeError(
-                f"{name} is not supported yet: use a whole model on each GPU, as in accelerate_configs/multi_gpu.yaml"
-            )
+    plugin = fsdp_plugin(recipe, mixed_precision)
     check_tracker(recipe.report_to)
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -129,6 +133,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             project_dir=recipe.output_dir, logging_dir=str(Path(recipe.output_dir) / recipe.logging_dir)
         ),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+        fsdp_plugin=plugin,
     )
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and accelerator.num_processes == 1:
@@ -136,6 +141,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             f"{started} processes were started for GPUs and torch sees none: train on the CPU with --config_file "
             "accelerate_configs/cpu.yaml"
         )
+    if plugin is not None:
+        turn_on(accelerator, plugin)
     return accelerator
 
 
@@ -177,16 +184,19 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     device = accelerator.device
     weight_dtype = DTYPES[accelerator.mixed_precision]
     torch.backends.cuda.matmul.allow_tf32 = recipe.allow_tf32
-    # bitsandbytes makes parameters contiguous at their first step, after its state took their layout.
-    place(components, recipe, device, weight_dtype, contiguous_unet=recipe.optimizer == "adamw8bit")
+    # bitsandbytes makes parameters contiguous at their first step, after its state took their layout, and FSDP divides
+    # no others.
+    contiguous = recipe.optimizer == "adamw8bit" or accelerator.is_fsdp2
+    place(components, recipe, device, weight_dtype, contiguous_unet=contiguous)
     unet = components.unet
+    unet_config = unet.to_json_string()  # FSDP gives its class another name
     unet.train()
     learning_rate = recipe.learning_rate * (batch_size if recipe.scale_lr else 1)
     fused = accelerator.mixed_precision != "fp16"
     optimizer = build_optimizer(unet.parameters(), recipe, learning_rate=learning_rate, fused=fused)
     schedule = build_schedule(optimizer, recipe, max_train_steps)
-    ema = AveragedWeights(unet, recipe) if recipe.use_ema else None
     prepared_unet, prepared_optimizer = accelerator.prepare(unet, optimizer)
+    ema = AveragedWeights(unet, recipe) if recipe.use_ema else None
 
     if data.made_by is not None:
         check_made_by(data.made_by, made_by(recipe, components.vae, weight_dtype))
@@ -211,6 +221,7 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
         accelerator=accelerator,
         components=components,
         unet=prepared_unet,
+        unet_config=unet_config,
         objective=DenoisingLoss(components.scheduler, recipe, device),
         # Plain, so that runs with other weightings and tricks can be compared by it.
         held_out_objective=DenoisingLoss(
@@ -292,7 +303,8 @@ def describe(training: Training) -> str:
         "optimizer steps": steps,
         "trainable parameters": f"{trainable:,} (UNet)",
         "predicts": training.objective.prediction_type,
-        "device": f"{accelerator.device}, {accelerator.mixed_precision} mixed precision",
+        "device": f"{accelerator.device}, {accelerator.mixed_precision} mixed precision"
+        + (f", the UNet divided among {accelerator.num_processes} processes (FSDP2)" if accelerator.is_fsdp2 else ""),
         "seed": training.seed,
     }
     return "\n".join(f"  {name:<21}{value}" for name, value in lines.items())

@@ -89,7 +89,8 @@ def fit(training: Training) -> Progress:
             # multiplied by both and divided by the global batch's size, the gradient is the mean over its
             # samples, also for an epoch's last one, whose micro-batches are fewer and uneven.
             accelerator.sync_gradients = plan.is_last
-            with nullcontext() if plan.is_last else accelerator.no_sync(training.unet):
+            # What is divided to save memory must not keep whole gradients until the last micro-batch.
+            with nullcontext() if plan.is_last or accelerator.is_fsdp2 else accelerator.no_sync(training.unet):
                 losses = training.objective(
                     training.unet, latents, encoder_hidden_states, batch.timesteps, batch.noise, batch.input_noise
                 )
@@ -295,18 +296,22 @@ def was_validated(training: Training, step: int) -> bool:
 
 def validate(training: Training, progress: Progress) -> None:
     """Validate on the main process while the others wait; broken off, if it is asked to end."""
-    if training.accelerator.is_main_process:
-        vae = training.components.vae
-        was_on = vae.device
-        vae.to(training.accelerator.device)
-        try:
-            training.validator(training, progress.global_step)
-            progress.awaits_validation = False
-        except Stopped:
-            pass  # the processes then stop together, at the step's end
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            logger.warning("The validation's pictures cannot be written (%s): training goes on.", error)
-        vae.to(was_on)
-    training.accelerator.wait_for_everyone()
+    if training.validator.held_out is None and not training.recipe.validation_prompts:
+        progress.awaits_validation = False
+        return
+    with training.evaluated_weights():
+        if training.accelerator.is_main_process:
+            vae = training.components.vae
+            was_on = vae.device
+            vae.to(training.accelerator.device)
+            try:
+                training.validator(training, progress.global_step)
+                progress.awaits_validation = False
+            except Stopped:
+                pass  # the processes then stop together, at the step's end
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                logger.warning("The validation's pictures cannot be written (%s): training goes on.", error)
+            vae.to(was_on)
+        training.accelerator.wait_for_everyone()

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from sd_recipes.checkpoint import (
     OPTIMIZER,
@@ -29,6 +30,7 @@ from sd_recipes.checkpoint import (
 from sd_recipes.data.identity import data_fingerprint
 from sd_recipes.data.stream import joined_states
 from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.sharding import divided_like
 
 if TYPE_CHECKING:
     from sd_recipes.build import Training
@@ -225,7 +227,10 @@ def load_checkpoint(training: Training, path: Path, manifest: Manifest, identity
         unet_tensors = load_file(path / "unet" / UNET_WEIGHTS)
         optimizer_tensors = load_file(path / OPTIMIZER)
         ema_tensors = load_file(path / "unet_ema" / UNET_WEIGHTS) if training.ema else {}
-        training.components.unet.load_state_dict(unet_tensors)
+        weights = training.components.unet.state_dict()
+        training.components.unet.load_state_dict(
+            {name: divided_like(weights[name], tensor) for name, tensor in unet_tensors.items()}
+        )
         _load_optimizer(training, {**optimizer_tensors, **state.optimizer_values})
         _load_schedule(training, state.schedule_step)
         if training.accelerator.scaler and state.scaler:
@@ -271,15 +276,22 @@ def _load_schedule(training: Training, step: int) -> None:
 
 
 def _laid_out_as(parameter: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """Give tensors of the parameter's shape its memory format: fused optimizers walk the raw memory."""
+    """Divide tensors of the parameter's shape as it is, and give them its memory format."""
     return {
         key: _laid_out_as(parameter, value)
         if isinstance(value, dict)
-        else torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
+        else _tensor_laid_out_as(parameter, value)
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape
         else value
         for key, value in state.items()
     }
+
+
+def _tensor_laid_out_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if isinstance(parameter, DTensor):
+        return divided_like(parameter, value)
+    # Fused optimizers walk the raw memory.
+    return torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
 
 
 def flatten(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from sd_recipes.build import build_training, describe, start_accelerator
 from sd_recipes.console import hide_library_bars
 from sd_recipes.hub import create_repository, publish
 from sd_recipes.loop import fit
+from sd_recipes.model.components import Components
 from sd_recipes.pipeline import export_pipeline
 from sd_recipes.recipe import Recipe, recipe_text
 from sd_recipes.report import write_report
@@ -39,6 +40,22 @@ def run(recipe: Recipe) -> None:
         _run(recipe, accelerator, repo_id)
 
 
+def write_results(components: Components, output_dir: Path) -> list[str]:
+    """The pipeline with its pictures and figures; lines that sum these up. Raises NotSaved if there is no room."""
+    try:
+        export_pipeline(components, output_dir)
+        samples = sorted((output_dir / "samples").glob("step-*.png"))
+        if samples:
+            shutil.copy(samples[-1], output_dir / "samples.png")
+        return write_report(output_dir)
+    except FAILURES as error:
+        words = " ".join(str(error).split())
+        raise NotSaved(
+            f"the pipeline cannot be written to {output_dir} ({words}): make room, and the same command goes on "
+            "from the last checkpoint"
+        ) from error
+
+
 def _run(recipe: Recipe, accelerator: Accelerator, repo_id: str | None) -> None:
     training = build_training(recipe, accelerator)
     output_dir = Path(recipe.output_dir)
@@ -50,23 +67,12 @@ def _run(recipe: Recipe, accelerator: Accelerator, repo_id: str | None) -> None:
     except Stopped:
         training.tracker.close()  # trackers write what they hold
         raise
-    if accelerator.is_main_process:
-        try:
-            with training.evaluated_weights():
-                export_pipeline(training.components, output_dir)
-            samples = sorted((output_dir / "samples").glob("step-*.png"))
-            if samples:
-                shutil.copy(samples[-1], output_dir / "samples.png")
-            report = write_report(output_dir)
-        except FAILURES as error:
-            words = " ".join(str(error).split())
-            raise NotSaved(
-                f"the pipeline cannot be written to {output_dir} ({words}): make room, and the same command goes on "
-                "from the last checkpoint"
-            ) from error
-        print("\n".join(["", f"pipeline        {output_dir}", *report]), flush=True)
-        if repo_id:
-            print(f"pushed          {publish(output_dir, repo_id, recipe)}", flush=True)
+    with training.evaluated_weights():
+        if accelerator.is_main_process:
+            report = write_results(training.components, output_dir)
+            print("\n".join(["", f"pipeline        {output_dir}", *report]), flush=True)
+    if repo_id:
+        print(f"pushed          {publish(output_dir, repo_id, recipe)}", flush=True)
     training.tracker.close()
     if progress.not_saved:
         raise NotSaved(

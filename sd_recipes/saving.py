@@ -29,6 +29,7 @@ from sd_recipes.checkpoint import (
 )
 from sd_recipes.recipe import NOT_OF_THE_RUN, RunError
 from sd_recipes.resume import flatten
+from sd_recipes.sharding import gathered
 
 if TYPE_CHECKING:
     from sd_recipes.build import Training
@@ -108,6 +109,8 @@ class Checkpointer:
         """
         streams = gather_object([progress.stream_state])
         if not self.training.accelerator.is_main_process:
+            for part in self._parts():
+                gathered(part.tensor)  # which the first process asks for
             return
         asked = time.monotonic()
         self.wait()
@@ -126,7 +129,7 @@ class Checkpointer:
         for part in parts:
             buffer = self._buffers[part.file, part.name]
             # A copy from the GPU is queued there before the next step's kernels, which change its source.
-            buffer.copy_(part.tensor, non_blocking=True)
+            buffer.copy_(gathered(part.tensor), non_blocking=True)
             contents.tensors.setdefault(part.file, {})[part.name] = buffer
         copied = torch.cuda.Event() if self.training.accelerator.device.type == "cuda" else None
         if copied:
@@ -177,9 +180,9 @@ class Checkpointer:
             place = part.file, part.name
             if place not in self._buffers:
                 # With the tensor's own strides, so that the copy is one of plain memory.
-                self._buffers[place] = torch.zeros_like(
-                    part.tensor, device="cpu", requires_grad=False, pin_memory=part.tensor.is_cuda
-                )
+                size, strides, pinned = part.tensor.size(), part.tensor.stride(), part.tensor.device.type == "cuda"
+                buffer = torch.empty_strided(size, strides, dtype=part.tensor.dtype, pin_memory=pinned)
+                self._buffers[place] = buffer.zero_()
 
     def _contents(self, progress: Progress, streams: list[dict[str, Any] | None]) -> Contents:
         """Everything but the tensors."""
@@ -197,10 +200,9 @@ class Checkpointer:
             "scaler": scaler.state_dict() if scaler else None,
             "ema_step": training.ema.model.optimization_step if training.ema else None,
         }
-        config = training.components.unet.to_json_string()
-        texts = {STATE: json.dumps(state, indent=1) + "\n", f"unet/{CONFIG}": config}
+        texts = {STATE: json.dumps(state, indent=1) + "\n", f"unet/{CONFIG}": training.unet_config}
         if training.ema:
-            texts[f"unet_ema/{CONFIG}"] = config
+            texts[f"unet_ema/{CONFIG}"] = training.unet_config
         manifest = Manifest(
             format=FORMAT,
             step=progress.global_step,

@@ -102,7 +102,7 @@ class Validator:
         return pictures
 
     def __call__(self, training: Training, step: int) -> None:
-        """Validate with the averaged weights where there are any; log, and write the grid of pictures.
+        """Validate the UNet as it is, within `training.evaluated_weights()`; log, and write the grid of pictures.
 
         Raises Stopped, with the UNet as it was, as soon as the process is asked to end.
         """
@@ -110,17 +110,16 @@ class Validator:
         figures: dict[str, float] = {}
         unet.eval()
         try:
-            with training.evaluated_weights():
-                if self.held_out is not None:
-                    figures["validation_loss"] = self.held_out_loss(training)
-                if recipe.validation_prompts:
-                    pictures = self.pictures(training)
-                    path = Path(recipe.output_dir) / "samples" / f"step-{step:06d}.png"
-                    path.parent.mkdir(exist_ok=True)
-                    picture_grid(pictures, recipe.validation_prompts).save(path)
-                    training.tracker.log_pictures(pictures, step)
-                    if self.score:
-                        figures["image_text_score"] = self.score(pictures, recipe.validation_prompts)
+            if self.held_out is not None:
+                figures["validation_loss"] = self.held_out_loss(training)
+            if recipe.validation_prompts:
+                pictures = self.pictures(training)
+                path = Path(recipe.output_dir) / "samples" / f"step-{step:06d}.png"
+                path.parent.mkdir(exist_ok=True)
+                picture_grid(pictures, recipe.validation_prompts).save(path)
+                training.tracker.log_pictures(pictures, step)
+                if self.score:
+                    figures["image_text_score"] = self.score(pictures, recipe.validation_prompts)
         finally:
             unet.train()
         if figures:

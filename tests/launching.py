@@ -8,7 +8,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT
 from test_script import environment
 
@@ -21,6 +24,21 @@ def torchrun(processes: int, *options: str) -> list[str]:
     # Its own address: a machine's name may not resolve. A fixed --master_port could be taken.
     place = ["--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", str(processes)]
     return [sys.executable, "-m", "torch.distributed.run", *place, *options]
+
+
+def launcher_environment(config: Path, *options: str) -> dict[str, str]:
+    """What `accelerate launch` gives its processes, by its own code."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(config), *options, "script.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    return prepare_multi_gpu_env(arguments)
+
+
+def flags_of(settings: dict[str, Any]) -> list[object]:
+    flags: list[object] = []
+    for name, value in settings.items():
+        if name != "device":
+            flags += [f"--{name}"] if value is True else [f"--{name}", value]
+    return flags
 
 
 def start(

@@ -140,19 +140,18 @@ class Order:
 
 
 def share(batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_size: int) -> list[MicroBatch]:
-    """The micro-batches of one process; at least one, whose weight is 0 if there is no sample for it."""
+    """The micro-batches of one process: as many on all, with weight 0 for those for which it has no sample."""
     strata = np.arange(len(batch.rows))[rank::world_size]
-    weight = 1.0
-    if len(strata) == 0:  # the other processes wait for this one's gradients
-        strata, weight = np.zeros(1, dtype=np.int64), 0.0
-    starts = range(0, len(strata), micro_batch_size)
+    largest_share = math.ceil(len(batch.rows) / world_size)
+    starts = range(0, largest_share, micro_batch_size)
+    stand_in = np.zeros(1, dtype=np.int64)  # the other processes wait for this one's forward pass or gradients
     return [
         MicroBatch(
             rows=batch.rows[chosen],
             positions=batch.position + chosen,
             strata=chosen,
             global_batch_size=len(batch.rows),
-            weight=weight,
+            weight=float(start < len(strata)),
             is_last=start == starts[-1],
             samples_seen=batch.position + len(batch.rows),
             ends_epoch=batch.ends_epoch,
@@ -160,7 +159,7 @@ def share(batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_size: i
             size=batch.size,
         )
         for start in starts
-        for chosen in [strata[start : start + micro_batch_size]]
+        for chosen in [strata[start : start + micro_batch_size] if start < len(strata) else stand_in]
     ]
 
 

@@ -253,24 +253,20 @@ class Stream:
         own: list[tuple[int, dict[str, Any]]] = []  # (stratum, row)
         for lane in lanes:
             rows = lane.examples.get(size, [])[first_rows[lane.number] :]
-            turns = range(rows_of[lane.number])
-            if self.world_size > len(rows_of):  # this lane's processes take every so many-th of its rows
-                turns = turns[self.rank // len(rows_of) :: len(range(lane.number, self.world_size, len(rows_of)))]
+            turns = _turns(self.rank, self.world_size, lane.number, rows_of)
             own += [(_stratum(turn, lane.number, rows_of), rows[turn]) for turn in turns]
         own.sort(key=lambda each: each[0])
-        weight = 1.0
-        if not own:  # the other processes wait for this one's gradients
-            own, weight = [(0, _stand_in(lanes))], 0.0
-        starts = range(0, len(own), self.micro_batch_size)
+        # As many micro-batches on all processes: those wait for this one's forward pass or gradients.
+        starts = range(0, _largest_share(self.world_size, rows_of), self.micro_batch_size)
         for start in starts:
-            chosen = own[start : start + self.micro_batch_size]
+            chosen = own[start : start + self.micro_batch_size] or [(0, _stand_in(lanes))]
             strata = np.array([stratum for stratum, _ in chosen], dtype=np.int64)
             yield MicroBatch(
                 rows=position + strata,
                 positions=position + strata,
                 strata=strata,
                 global_batch_size=sum(rows_of),
-                weight=weight,
+                weight=float(start < len(own)),
                 is_last=start == starts[-1],
                 samples_seen=position + sum(rows_of),
                 ends_epoch=ends_epoch,
@@ -284,6 +280,22 @@ class Stream:
 def _lanes_of(rank: int, world_size: int, num_lanes: int) -> range:
     """The lanes that a process reads: one, where there are as many or fewer lanes than processes."""
     return range(rank, num_lanes, world_size) if world_size <= num_lanes else range(rank % num_lanes, num_lanes)[:1]
+
+
+def _turns(rank: int, world_size: int, lane: int, rows_of: list[int]) -> range:
+    """Which of a lane's rows in a global batch are a process's, by number; of several on one lane every so many-th."""
+    if world_size <= len(rows_of):
+        return range(rows_of[lane])
+    return range(rows_of[lane])[rank // len(rows_of) :: len(range(lane, world_size, len(rows_of)))]
+
+
+def _largest_share(world_size: int, rows_of: list[int]) -> int:
+    """The most samples of a global batch that a process has."""
+    num_lanes = len(rows_of)
+    return max(
+        sum(len(_turns(rank, world_size, lane, rows_of)) for lane in _lanes_of(rank, world_size, num_lanes))
+        for rank in range(world_size)
+    )
 
 
 def _stratum(turn: int, lane: int, rows_of: list[int]) -> int:

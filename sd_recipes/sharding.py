@@ -1,0 +1,103 @@
+"""A UNet divided among the processes (FSDP2): each holds a part of all weights, gradients and optimizer state.
+
+accelerate divides it by torch's `fully_shard`, whose tensors are DTensors (Zhao et al. 2023, "PyTorch FSDP"). Here is
+what leads from a part to the whole tensor and back: checkpoints and pipelines hold whole ones, so a run goes on divided
+or not, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from diffusers import UNet2DConditionModel
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from sd_recipes.recipe import Recipe, RecipeError
+
+logger = logging.getLogger(__name__)
+
+# What `accelerate launch` sets, by its configuration, for the processes that it starts.
+FSDP_VARIABLE, VERSION_VARIABLE, OFFLOAD_VARIABLE = "ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS"
+OTHER_VARIABLES = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM"}
+NEEDS_WHOLE_WEIGHTS = "needs whole weights, which FSDP divides"
+
+
+def is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def fsdp_plugin(recipe: Recipe, mixed_precision: str) -> FullyShardedDataParallelPlugin | None:
+    """What accelerate's configuration says of FSDP; None if it says nothing. Raises RecipeError for what cannot be."""
+    for name, variable in OTHER_VARIABLES.items():
+        if is_set(variable):
+            raise RecipeError(
+                f"{name} is not supported: divide a model with accelerate_configs/fsdp2.yaml, or use whole ones, as in "
+                "accelerate_configs/multi_gpu.yaml"
+            )
+    if not is_set(FSDP_VARIABLE):
+        return None
+    if os.environ.get(VERSION_VARIABLE) != "2":
+        raise RecipeError("accelerate's configuration asks for FSDP 1: write fsdp_version: 2 under its fsdp_config")
+    if is_set(OFFLOAD_VARIABLE):
+        raise RecipeError("fsdp_offload_params of accelerate's configuration is not supported: set it to false")
+    if mixed_precision == "fp16":
+        raise RecipeError("--mixed_precision fp16 scales the loss, which FSDP does not go with here: use bf16 or no")
+    if recipe.optimizer not in ("adamw", "sgd"):
+        raise RecipeError(f"--optimizer {recipe.optimizer} {NEEDS_WHOLE_WEIGHTS}: use adamw or sgd")
+    for name in ("offload_ema", "compile_unet"):
+        if getattr(recipe, name):
+            raise RecipeError(f"--{name} {NEEDS_WHOLE_WEIGHTS}: drop it")
+    if recipe.channels_last == "always":
+        raise RecipeError(f"--channels_last always {NEEDS_WHOLE_WEIGHTS}: use auto")
+    # Weights travel in bfloat16, and gradients are summed in float32 as without FSDP.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy if mixed_precision == "bf16" else None)
+
+
+def turn_on(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Let `accelerator` divide what it prepares also on the CPU, for which accelerate 1.15 does not ask torch."""
+    if accelerator.num_processes == 1:
+        logger.warning("FSDP divides a model among processes, and there is one: it stays whole.")
+    elif accelerator.device.type == "cpu":
+        for state in (PartialState(), accelerator.state):
+            state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor, which every process has to ask for if it is divided; of another the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def divided_like(reference: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole tensor, on the device of `reference`, if that is divided."""
+    if not isinstance(reference, DTensor):
+        return tensor
+    # Not scattered by the first process: all have read it.
+    return distribute_tensor(tensor, reference.device_mesh, reference.placements, src_data_rank=None)
+
+
+def whole_unet(
+    config: str, tensors: dict[str, torch.Tensor], device: torch.device, *, is_wanted: bool
+) -> UNet2DConditionModel | None:
+    """A UNet of the JSON `config` with the whole of `tensors`, by name; None where it is not wanted.
+
+    Every process has to call it.
+    """
+    whole: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        part = gathered(tensor.detach())
+        if is_wanted:
+            whole[name] = part.to(device)
+    if not is_wanted:
+        return None
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(json.loads(config))
+    unet.load_state_dict(whole, assign=True)
+    return unet.requires_grad_(False).eval()

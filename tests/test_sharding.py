@@ -1,0 +1,127 @@
+"""A UNet divided among processes trains as a whole one does, and goes on as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from launching import finish, flags_of, launcher_environment, start, torchrun
+from safetensors.torch import load_file
+from test_distributed import CONFIGS, assert_close, losses, samples, saved
+from training import assert_equal, train, weights
+
+from sd_recipes.build import start_accelerator
+from sd_recipes.checkpoint import OPTIMIZER
+from sd_recipes.recipe import Recipe, RecipeError
+
+
+@pytest.fixture
+def fsdp(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What `accelerate launch --config_file accelerate_configs/fsdp2.yaml` gives its processes, without a GPU."""
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.cuda.device_count", lambda: 8)
+        variables = launcher_environment(CONFIGS / "fsdp2.yaml")
+    chosen = {name: value for name, value in variables.items() if name.startswith(("FSDP", "ACCELERATE_USE_FSDP"))}
+    assert len(chosen) > 5
+    return chosen
+
+
+@pytest.fixture
+def settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Seven rows in global batches of four, in micro-batches of one: of an epoch's last three one process has one."""
+    return settings | {
+        "optimizer": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.5, "use_ema": True, "max_train_samples": 7,
+        "random_flip": True, "checkpointing_steps": 100, "train_batch_size": 1, "gradient_accumulation_steps": 2,
+        "max_train_steps": 6,
+    }  # fmt: skip
+
+
+def run_divided(fsdp: dict[str, str], processes: int, settings: dict[str, Any], **changes: Any) -> str:
+    flags = flags_of(settings | changes)
+    return finish(start(torchrun(processes), *flags, script="tests/record_samples.py", **fsdp))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
+def test_a_divided_run_is_the_whole_one_and_goes_on_to_the_bit(
+    settings: dict[str, Any], fsdp: dict[str, str], tmp_path: Path, optimizer: str
+) -> None:
+    one = train(settings, train_batch_size=4, gradient_accumulation_steps=1, output_dir=str(tmp_path / "one"))
+    settings |= {"validation_prompts": "a disc", "validation_steps": 3, "validation_inference_steps": 2}
+    settings |= {"optimizer": optimizer}
+    quiet, resumed = tmp_path / "quiet", tmp_path / "resumed"
+    output = run_divided(fsdp, 2, settings, output_dir=quiet)
+    assert "the UNet divided among 2 processes (FSDP2)" in output
+    run_divided(fsdp, 2, settings, output_dir=resumed, max_train_steps=3)
+    run_divided(fsdp, 2, settings, output_dir=resumed)
+    for folder in ("unet", "unet_ema"):
+        assert_equal(saved(quiet, 6, folder), saved(resumed, 6, folder))
+    states = [load_file(path / "checkpoint-6" / OPTIMIZER) for path in (quiet, resumed)]
+    assert_equal(*states)
+    assert len(states[0]) >= len(weights(one))
+    assert losses(quiet) == losses(resumed)
+    picture = "samples/step-000006.png"
+    assert (quiet / picture).read_bytes() == (resumed / picture).read_bytes()
+    # Each sample once, by one of the processes.
+    assert [position for position, _ in samples(quiet)] == list(range(21))
+    if optimizer == "sgd":  # AdamW makes a full step of the smallest difference in a gradient
+        assert losses(quiet) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+        assert_close(weights(one), saved(quiet, 6, "unet"))
+        assert one.ema is not None
+        assert_close(one.ema.named_tensors(), saved(quiet, 6, "unet_ema"))
+    # What is exported is whole, has the average's weights, and is of diffusers' own classes.
+    assert_equal(StableDiffusionPipeline.from_pretrained(quiet).unet.state_dict(), saved(quiet, 6, "unet_ema"))
+    assert UNet2DConditionModel.load_config(quiet / "checkpoint-6" / "unet")["_class_name"] == "UNet2DConditionModel"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_divided_or_whole(settings: dict[str, Any], fsdp: dict[str, str], tmp_path: Path) -> None:
+    one = train(settings, train_batch_size=4, gradient_accumulation_steps=1, output_dir=str(tmp_path / "one"))
+    moved = {**settings, "output_dir": tmp_path / "moved"}
+    run_divided(fsdp, 2, moved, max_train_steps=2)
+    train(moved, output_dir=str(tmp_path / "moved"), max_train_steps=4, resume_from_checkpoint="latest")
+    run_divided(fsdp, 3, moved)
+    assert_close(weights(one), saved(tmp_path / "moved", 6, "unet"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "variables", "words"),
+    [
+        ({"optimizer": "adamw8bit"}, {}, "--optimizer adamw8bit needs whole weights"),
+        ({"optimizer": "adafactor"}, {}, "use adamw or sgd"),
+        ({"offload_ema": True}, {}, "--offload_ema needs whole weights"),
+        ({"compile_unet": True}, {}, "--compile_unet needs whole weights"),
+        ({"channels_last": "always"}, {}, "--channels_last always needs whole weights"),
+        ({}, {"FSDP_VERSION": "1"}, "write fsdp_version: 2"),
+        ({}, {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+    ],
+)
+def test_what_does_not_go_with_it_is_said_before_anything_is_loaded(
+    settings: dict[str, Any],
+    fsdp: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    variables: dict[str, str],
+    words: str,
+) -> None:
+    for name, value in (fsdp | variables).items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(RecipeError, match=words):
+        start_accelerator(Recipe(**settings | changes))
+
+
+def test_one_process_has_nothing_to_divide(
+    settings: dict[str, Any],
+    fsdp: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name, value in fsdp.items():
+        monkeypatch.setenv(name, value)
+    training = train(settings, max_train_steps=1)
+    assert "it stays whole" in caplog.text
+    assert type(training.components.unet.conv_in.weight) is torch.nn.Parameter
