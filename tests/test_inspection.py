@@ -198,6 +198,16 @@ def test_processes_streams_and_samples_see_the_same_rows(photographs: Path, tmp_
     assert "5 of 11 rows, drawn at random" in page
 
 
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [("image_checks", {"torch", "transformers", "datasets"}), ("scan", {"torch", "transformers", "matplotlib"})],
+)
+def test_processes_start_without_what_they_do_not_need(module: str, unwanted: set[str]) -> None:
+    code = f"import sys; from sd_recipes.inspection import {module}; print(*sys.modules)"
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not unwanted & set(imported.split())
+
+
 def test_mistakes_are_one_line_and_status_2(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,14 +6,16 @@ import functools
 import re
 import reprlib
 import string
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from transformers import CLIPTokenizer
 
 from sd_recipes.data.draws import Draws
 from sd_recipes.recipe import CaptionConfig, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import CLIPTokenizer
 
 
 class CaptionError(ValueError):
@@ -63,6 +65,8 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str], config: CaptionConfi
     caption that is over before the last chunk goes on with empty ones, and what is left after it is cut.
     Raises CaptionError for a caption over the limit where that is an error.
     """
+    import torch  # here, since it takes a second and inspection without a model has no need of it
+
     length = tokenizer.model_max_length
     room = length - 2
     num_chunks = config.caption_chunks if config.long_captions == "chunk" else 1

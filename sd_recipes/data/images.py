@@ -12,9 +12,6 @@ from pathlib import PurePath
 from typing import IO, Any
 
 import numpy as np
-import pyarrow as pa
-import torch
-import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 RESAMPLING = {
@@ -39,9 +36,6 @@ RESAMPLING = {
 # The margin keeps a JPEG from being scaled by the decoder alone, which is as coarse as a box filter. The 32 dB are
 # half a pixel: at half the size, 1155 columns become 578, the last of which is half outside of the picture.
 REDUCING_GAP = 2.0
-# torch has the same filters for uint8 pixels, several times as fast (12 megapixels to 512 high after a draft: 2 ms
-# against 7, 50 dB both); Lanczos in recent versions only: 2.13 has it.
-TORCH_FILTERS = {"bilinear", "bicubic"} | ({"lanczos"} if "lanczos" in (F.interpolate.__doc__ or "") else set())
 DRAFT_MARGIN = 1.25
 
 # No format whose reader starts another program (EPS, WMF) or that is hardly ever a photograph's.
@@ -129,12 +123,24 @@ def fit_image(
     box = left * across, top * down, right, bottom
     if covering == image.size:
         pixels = np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
-    elif interpolation in TORCH_FILTERS and min(across, down) >= 1:
+    elif min(across, down) >= 1 and interpolation in torch_filters():
         pixels = scale_by_torch(image, box, size, interpolation)
     else:
         scaled = image.resize((width, height), RESAMPLING[interpolation], box=box, reducing_gap=REDUCING_GAP)
         pixels = np.asarray(scaled).transpose(2, 0, 1)
     return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
+
+
+@functools.cache
+def torch_filters() -> set[str]:
+    """The filters that torch has for uint8 pixels as Pillow has them; Lanczos in recent versions only: 2.13 has it.
+
+    They are several times as fast (12 megapixels to 512 high after a draft: 2 ms against 7, 50 dB both).
+    """
+    # Imported here, since it takes a second and 80 MB of a process, which inspection's workers can do without.
+    import torch.nn.functional as F
+
+    return {"bilinear", "bicubic"} | ({"lanczos"} if "lanczos" in (F.interpolate.__doc__ or "") else set())
 
 
 def scale_by_torch(
@@ -144,6 +150,10 @@ def scale_by_torch(
 
     By torch's vectorised filters.
     """
+    import pyarrow as pa
+    import torch
+    import torch.nn.functional as F
+
     left, top, right, bottom = map(round, box)
     try:  # Pillow's own memory, four bytes a pixel, not copied
         pixels = torch.from_dlpack(pa.array(image).flatten()).view(image.height, image.width, 4)

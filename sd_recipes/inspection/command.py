@@ -9,6 +9,7 @@ Exit status: 0 clean, 1 problems, 2 unusable, or a mistake in the flags.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -106,16 +107,16 @@ def main(argv: list[str]) -> None:
 
 def run(config: Inspection) -> int:
     """Inspect, write the JSON file and the page, and print a summary; the exit status. Raises RecipeError."""
-    # Imported here, because it takes seconds: a mistake on the command line is answered before.
-    from sd_recipes.inspection.page import write_page
-    from sd_recipes.inspection.summary import as_json
-
     output_dir = Path(config.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"--output_dir {output_dir} cannot be made: {error.strerror}") from None
     inspected = inspect(config)
+    # Imported here and below, because it takes seconds: a mistake is answered before, and workers start before.
+    from sd_recipes.inspection.page import write_page
+    from sd_recipes.inspection.summary import as_json
+
     content = as_json(inspected)
     (output_dir / "inspection.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     write_page(inspected, content, output_dir / "inspection.html")
@@ -125,21 +126,27 @@ def run(config: Inspection) -> int:
 
 def inspect(config: Inspection) -> Inspected:
     """Everything that is found in one pass over the rows. Raises RecipeError."""
-    from sd_recipes.console import hide_library_bars
-    from sd_recipes.data.images import fit_image, open_image
-    from sd_recipes.inspection.folder import NamedFiles, files_without_row
-    from sd_recipes.inspection.scan import Rows, scan
-    from sd_recipes.inspection.summary import Inspected, find_duplicates
+    from sd_recipes.inspection.workers import ImageWorkers
 
     began = time.perf_counter()
-    rows = Rows(config)
-    model = None
-    if config.pretrained_model_name_or_path is not None:
-        from sd_recipes.inspection.latents import latent_distribution, load_model
+    assert config.num_workers is not None
+    # Workers first: they start up while this process opens the data.
+    with contextlib.closing(ImageWorkers(config.num_workers)) as workers:
+        from sd_recipes.inspection.scan import Rows, scan
 
-        hide_library_bars()
-        model = load_model(config)
-    result = scan(rows, config, model and model.tokenizer, config.num_samples)
+        rows = Rows(config)
+        model = None
+        if config.pretrained_model_name_or_path is not None:
+            from sd_recipes.console import hide_library_bars
+            from sd_recipes.inspection.latents import latent_distribution, load_model
+
+            hide_library_bars()
+            model = load_model(config)
+        result = scan(rows, config, model and model.tokenizer, config.num_samples, workers)
+    from sd_recipes.data.images import fit_image, open_image
+    from sd_recipes.inspection.folder import NamedFiles, files_without_row
+    from sd_recipes.inspection.summary import Inspected, find_duplicates
+
     folder = config.sources[0].train_data_dir
     if folder is not None and config.sources[0].dataset_name is None and not config.streaming:
         result.findings.add(files_without_row(Path(folder), NamedFiles(rows.paths())))

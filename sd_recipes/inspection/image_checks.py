@@ -107,6 +107,11 @@ def inspect_images(rows: Iterable[tuple[int, dict[str, Any] | None]], settings: 
     )
 
 
+def get_ready() -> None:
+    """Import what the first picture would: the package of the hash imports scipy only when it is called."""
+    perceptual_hash(Image.new("RGB", (8, 8)))
+
+
 class _Found(Exception):
     def __init__(self, kind: str, detail: str) -> None:
         self.kind, self.detail = kind, detail

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 from array import array
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +17,12 @@ from sd_recipes.data.buckets import Buckets
 from sd_recipes.data.rows import load_rows, load_streams
 from sd_recipes.inspection.caption_checks import CaptionSummary
 from sd_recipes.inspection.findings import Findings, kinds
-from sd_recipes.inspection.image_checks import ImageSettings, ImageSummary, InspectedImages, inspect_images, row_name
+from sd_recipes.inspection.image_checks import ImageSettings, ImageSummary, row_name
+from sd_recipes.inspection.workers import Images, ImageWorkers
 from sd_recipes.recipe import RecipeError
 
 CHUNK_ROWS = 32
 CHUNK_BYTES = 16 * 2**20
-CHUNKS_AHEAD = 3  # a worker's, so that it never waits for the next
 
 Row = dict[str, Any]
 
@@ -57,14 +53,14 @@ class Rows:
         if self._rows is None:
             yield from enumerate(itertools.islice(itertools.chain(*self._streams), self.max_rows))
             return
-        numbers = np.arange(len(self._rows))
+        numbers: range | np.ndarray = range(len(self._rows))
         if self.max_rows is not None and self.max_rows < len(numbers):
-            numbers = np.sort(np.random.default_rng(0).choice(numbers, self.max_rows, replace=False))
+            numbers = np.sort(np.random.default_rng(0).choice(len(numbers), self.max_rows, replace=False))
         for start in range(0, len(numbers), CHUNK_ROWS):
-            some = numbers[start : start + CHUNK_ROWS].tolist()
+            some = numbers[start : start + CHUNK_ROWS]
             columns = self._rows[some]
             for place, number in enumerate(some):
-                yield number, {name: values[place] for name, values in columns.items()}
+                yield int(number), {name: values[place] for name, values in columns.items()}
 
     def read(self, number: int) -> Row | None:
         """The row of this number; None if it went by in a stream."""
@@ -95,8 +91,8 @@ class Scan:
     looks: array[int] = field(default_factory=lambda: array("Q"))  # their perceptual hashes
 
 
-def scan(rows: Rows, config: Any, tokenizer: Any | None, num_samples: int) -> Scan:
-    """Inspect all of `rows` in `config.num_workers` processes. Raises RecipeError if one of them dies."""
+def scan(rows: Rows, config: Any, tokenizer: Any | None, num_samples: int, workers: ImageWorkers) -> Scan:
+    """Inspect all of `rows`. Raises RecipeError if one of the workers dies."""
     result = Scan(CaptionSummary(config, tokenizer))
     buckets = None
     if config.aspect_ratio_buckets or config.bucket_step <= config.resolution:
@@ -112,7 +108,7 @@ def scan(rows: Rows, config: Any, tokenizer: Any | None, num_samples: int) -> Sc
     bad_kinds = {name for name, kind in kinds(config).items() if kind.severity == "bad"}
     good = _Reservoir(result.samples, num_samples)
     with tqdm(total=rows.total, desc="inspecting", unit="row", mininterval=0.5) as bar:
-        for chunk, images in _inspected(_chunks(rows, config.image_column), settings, config):
+        for chunk, images in workers.inspect(_chunks(rows, config.image_column), settings):
             named = [(number, row_name(row[config.image_column], number, settings.root), row) for number, row in chunk]
             findings = images.findings + result.captions.update(named)
             bad = {finding.row for finding in findings if finding.kind in bad_kinds}
@@ -132,53 +128,22 @@ def scan(rows: Rows, config: Any, tokenizer: Any | None, num_samples: int) -> Sc
     return result
 
 
-def _chunks(rows: Iterable[tuple[int, Row]], image_column: str) -> Iterator[list[tuple[int, Row]]]:
-    """Up to CHUNK_ROWS rows and about CHUNK_BYTES bytes at a time."""
+def _chunks(rows: Iterable[tuple[int, Row]], image_column: str) -> Iterator[tuple[list[tuple[int, Row]], Images]]:
+    """Up to CHUNK_ROWS rows and about CHUNK_BYTES bytes at a time, and their images."""
     chunk: list[tuple[int, Row]] = []
+    images: Images = []
     size = 0
     for number, row in rows:
         if isinstance(row[image_column], bytes):
             row = {**row, image_column: {"bytes": row[image_column], "path": None}}
         chunk.append((number, row))
+        images.append((number, row[image_column]))
         size += len((row[image_column] or {}).get("bytes") or b"")
         if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
+            yield chunk, images
+            chunk, images, size = [], [], 0
     if chunk:
-        yield chunk
-
-
-def _inspected(
-    chunks: Iterator[list[tuple[int, Row]]], settings: ImageSettings, config: Any
-) -> Iterator[tuple[list[tuple[int, Row]], InspectedImages]]:
-    """Each chunk with what `inspect_images` says of it, in order, a bounded number of them under way."""
-
-    def images_of(chunk: list[tuple[int, Row]]) -> list[tuple[int, Any]]:
-        return [(number, row[config.image_column]) for number, row in chunk]
-
-    if config.num_workers == 0:
-        for chunk in chunks:
-            yield chunk, inspect_images(images_of(chunk), settings)
-        return
-    # Fresh processes: a fork would take over the locks of torch's and the tokenizer's threads.
-    context = multiprocessing.get_context("spawn")
-    waiting: deque[tuple[list[tuple[int, Row]], Future[InspectedImages]]] = deque()
-    pool = ProcessPoolExecutor(config.num_workers, mp_context=context)
-    try:
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(inspect_images, images_of(chunk), settings)))
-            if len(waiting) > CHUNKS_AHEAD * config.num_workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        for done, future in waiting:
-            yield done, future.result()
-    except BrokenProcessPool:
-        raise RecipeError(
-            f"--num_workers {config.num_workers}: a worker process was killed, probably for want of memory: use fewer, "
-            "or lower --max_image_megapixels"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        yield chunk, images
 
 
 class _Reservoir:
