@@ -99,6 +99,23 @@ def test_a_stream_with_failures_trains_to_the_same_weights(
     assert_same(tmp_path / "local", tmp_path / "streamed")
 
 
+def test_a_file_at_a_web_address_is_streamed_through_its_failures(
+    flags: list[object], image_folder: Path, tmp_path: Path
+) -> None:
+    name, content = max(shards(image_folder).items(), key=lambda shard: len(shard[1]))
+    (tmp_path / "one.parquet").write_bytes(content)
+    done = launch(*flags, "--dataset_name", tmp_path / "one.parquet", "--output_dir", tmp_path / "local")
+    assert done.returncode == 0, done.stderr
+    with LoopbackHub() as hub:  # a server of files like any other
+        hub.data_sets["someone/pictures"].commit({name: content})
+        hub.failures = outage(503, seconds=5, after=6)
+        address = f"{hub.address}/datasets/someone/pictures/resolve/main/{name}"
+        done = launch(*flags, "--dataset_name", address, "--output_dir", tmp_path / "streamed")
+    assert done.returncode == 0, done.stderr
+    assert [request for request in hub.requests if (request.status or 0) >= 500], "it did fail"
+    assert_same(tmp_path / "local", tmp_path / "streamed")
+
+
 @pytest.mark.slow
 def test_a_stream_resumes_where_it_stood(flags: list[object], local: Path, tmp_path: Path) -> None:
     flags = [*flags, "--dataset_name", local, "--checkpointing_steps", 5, "--dataloader_num_workers", 1]
