@@ -12,6 +12,7 @@ import datasets
 from sd_recipes import assets
 from sd_recipes.data.captions import caption_columns
 from sd_recipes.data.folder import read_folder
+from sd_recipes.data.parquet_files import load_parquet
 from sd_recipes.data.shards import with_bytes
 from sd_recipes.recipe import DataSource, Recipe, RecipeError
 
@@ -111,7 +112,10 @@ def _load(source: DataSource, config: Any, cache_dir: str | None, *, streaming: 
         builder = FILE_BUILDERS.get(Path(name).suffix)
         if builder and ("://" in name or "*" in name or Path(name).is_file()):
             # For training, whatever the file's name: one called test.parquet would otherwise be a split `test`.
-            return _guarded(source, lambda: datasets.load_dataset(builder, data_files={"train": name}, **options))
+            files = {"train": name}
+            if builder == "parquet":
+                return _guarded(source, lambda: load_parquet(files, **options))
+            return _guarded(source, lambda: datasets.load_dataset(builder, data_files=files, **options))
         return _guarded(
             source,
             lambda: datasets.load_dataset(
