@@ -45,7 +45,8 @@ def spread(seconds: list[float]) -> str:
 
 def measure_stall(work: Path, runs: int) -> None:
     """Time of `save`, for which the loop stands still, and of the same with the wait for the written checkpoint."""
-    from sd_recipes.build import build_training, start_accelerator
+    from sd_recipes.accelerator import start_accelerator
+    from sd_recipes.build import build_training
     from sd_recipes.checkpoint import Progress, write_checkpoint
     from sd_recipes.loop import fit
     from sd_recipes.recipe import Recipe

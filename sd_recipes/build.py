@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +17,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
     broadcast_object_list,
 )
 
-from sd_recipes.agreement import LONGEST_WAIT, StopAgreement
+from sd_recipes.agreement import StopAgreement
 from sd_recipes.checkpoint import Manifest
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
@@ -39,9 +35,9 @@ from sd_recipes.objective import DenoisingLoss
 from sd_recipes.optim import build_optimizer, build_schedule
 from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError
 from sd_recipes.resume import choose_checkpoint, global_batch_size
-from sd_recipes.sharding import fsdp_plugin, turn_on, whole_unet
+from sd_recipes.sharding import whole_unet
 from sd_recipes.signals import stop_request
-from sd_recipes.tracking import Tracker, check_tracker
+from sd_recipes.tracking import Tracker
 from sd_recipes.validation import HELD_OUT_SEED, Validator
 
 logger = logging.getLogger(__name__)
@@ -98,52 +94,6 @@ class Training:
         else:
             with self.ema.applied():
                 yield
-
-
-def start_accelerator(recipe: Recipe) -> Accelerator:
-    """accelerate's Accelerator for this recipe. Raises RecipeError if the hardware asked for is absent."""
-    has_cuda = torch.cuda.is_available()
-    accelerate_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    on_cpu = recipe.device == "cpu" or accelerate_on_cpu
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()  # what `accelerate launch --gpu_ids` sets
-    asked_for_cuda = recipe.device == "cuda" or (not on_cpu and visible not in ("", "-1"))
-    if recipe.device == "cuda" and accelerate_on_cpu:
-        raise RecipeError("--device cuda contradicts accelerate's configuration, which says CPU: change one of them")
-    if asked_for_cuda and not has_cuda:
-        raise RecipeError(
-            "CUDA was asked for (--device cuda, or CUDA_VISIBLE_DEVICES) and torch sees no GPU: install a CUDA build "
-            "of torch and a driver, or train on the CPU with --device cpu"
-        )
-    mixed_precision = recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if mixed_precision not in DTYPES:
-        raise RecipeError(f"mixed precision {mixed_precision!r} of accelerate's configuration: use one of {[*DTYPES]}")
-    has_accelerator = has_cuda or torch.backends.mps.is_available()
-    if mixed_precision == "fp16" and (on_cpu or not has_accelerator):
-        raise RecipeError("--mixed_precision fp16 needs a GPU: use bf16 or no on the CPU")
-    plugin = fsdp_plugin(recipe, mixed_precision)
-    check_tracker(recipe.report_to)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=recipe.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=recipe.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        log_with=None if recipe.report_to == "none" else recipe.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=recipe.output_dir, logging_dir=str(Path(recipe.output_dir) / recipe.logging_dir)
-        ),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
-        fsdp_plugin=plugin,
-    )
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started > 1 and accelerator.num_processes == 1:
-        raise RecipeError(
-            f"{started} processes were started for GPUs and torch sees none: train on the CPU with --config_file "
-            "accelerate_configs/cpu.yaml"
-        )
-    if plugin is not None:
-        turn_on(accelerator, plugin)
-    return accelerator
 
 
 def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:

@@ -11,7 +11,8 @@ import numpy as np
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
-from sd_recipes.build import check_output_dir, start_accelerator
+from sd_recipes.accelerator import start_accelerator
+from sd_recipes.build import check_output_dir
 from sd_recipes.console import hide_library_bars
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
 from sd_recipes.data.cache import LatentCache, made_by

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from sd_recipes.build import build_training, describe, start_accelerator
+from sd_recipes.accelerator import start_accelerator
+from sd_recipes.build import build_training, describe
 from sd_recipes.console import hide_library_bars
 from sd_recipes.hub import create_repository, publish
 from sd_recipes.loop import fit

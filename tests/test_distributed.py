@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_script import environment
 from training import train, weights
 
-from sd_recipes.build import start_accelerator
+from sd_recipes.accelerator import start_accelerator
 from sd_recipes.checkpoint import UNET_WEIGHTS, list_checkpoints
 from sd_recipes.recipe import Recipe, RecipeError
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from sd_recipes.build import Training, build_training, start_accelerator
+from sd_recipes.accelerator import start_accelerator
+from sd_recipes.build import Training, build_training
 from sd_recipes.checkpoint import Progress
 from sd_recipes.loop import Window, fit
 from sd_recipes.recipe import Recipe

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tiny_models import build_image_folder, training_scheduler
 from training import assert_equal, losses, train, weights
 
-from sd_recipes.build import build_training, start_accelerator
+from sd_recipes.accelerator import start_accelerator
+from sd_recipes.build import build_training
 from sd_recipes.checkpoint import UNET_WEIGHTS
 from sd_recipes.loop import fit
 from sd_recipes.model.conditioning import encode_text

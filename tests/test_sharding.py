@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_distributed import CONFIGS, assert_close, losses, samples, saved
 from training import assert_equal, train, weights
 
-from sd_recipes.build import start_accelerator
+from sd_recipes.accelerator import start_accelerator
 from sd_recipes.checkpoint import OPTIMIZER
 from sd_recipes.recipe import Recipe, RecipeError
 
