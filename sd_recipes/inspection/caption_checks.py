@@ -35,18 +35,18 @@ class CaptionSummary:
         self.token_counts = np.zeros(LONGEST + 1, np.int64)
         self.tokens_lost = 0
         self.words = BoundedCounter(MAX_WORDS)
-        self._rows = array("q")
+        self._rows = array("I")
         self._digests = array("Q")
 
     @property
     def rows(self) -> np.ndarray:
-        """int64 (n,), the row of every caption."""
-        return np.array(self._rows, np.int64)
+        """uint32 (n,), the row of every caption."""
+        return np.asarray(self._rows)
 
     @property
     def digests(self) -> np.ndarray:
         """uint64 (n,), a digest of every caption."""
-        return np.array(self._digests, np.uint64)
+        return np.asarray(self._digests)
 
     def update(self, rows: list[tuple[int, str, dict[str, Any]]]) -> list[Finding]:
         """Add rows of (number, name, columns); what is wrong with them."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError, model_validator
 
 from sd_recipes.console import set_up_console
+from sd_recipes.flags import build_parser, parse_flags
 from sd_recipes.recipe import (
     CacheConfig,
     CaptionConfig,
@@ -29,9 +30,7 @@ from sd_recipes.recipe import (
     RecipeError,
     RunError,
     Section,
-    build_parser,
     check_data_settings,
-    parse_flags,
 )
 
 if TYPE_CHECKING:

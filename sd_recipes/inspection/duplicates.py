@@ -38,8 +38,7 @@ class Groups:
 
 def equal_groups(digests: np.ndarray, limit: int) -> Groups:
     """Groups of equal values in `digests`, uint64 (n,), of which the `limit` largest are listed."""
-    _, labels = np.unique(digests, return_inverse=True)
-    return _groups(labels, limit)
+    return _groups(digests, limit)
 
 
 def near_groups(hashes: np.ndarray, limit: int) -> Groups:

@@ -69,7 +69,7 @@ class InspectedImages:
 
     summary: ImageSummary
     findings: list[Finding]
-    rows: np.ndarray  # int64 (n,), rows that decoded
+    rows: np.ndarray  # uint32 (n,), rows that decoded
     contents: np.ndarray  # uint64 (n,), digests of their files
     looks: np.ndarray  # uint64 (n,), their perceptual hashes
 
@@ -103,7 +103,7 @@ def inspect_images(rows: Iterable[tuple[int, dict[str, Any] | None]], settings: 
     if sampled:
         summary.pixels.update(np.concatenate(sampled))
     return InspectedImages(
-        summary, findings, np.array(decoded, np.int64), np.array(contents, np.uint64), np.array(looks, np.uint64)
+        summary, findings, np.array(decoded, np.uint32), np.array(contents, np.uint64), np.array(looks, np.uint64)
     )
 
 

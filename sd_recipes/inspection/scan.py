@@ -78,7 +78,7 @@ class Rows:
 
 @dataclass
 class Scan:
-    """All that one pass gives; eight bytes a row and list are the only part that grows with the rows."""
+    """All that one pass gives; the numbers and digests, 32 bytes a row with the captions', are all that grows."""
 
     captions: CaptionSummary
     images: ImageSummary = field(default_factory=ImageSummary)
@@ -86,7 +86,7 @@ class Scan:
     num_rows: int = 0
     num_bad: int = 0  # rows that cannot be trained on
     samples: list[tuple[int, str, Row]] = field(default_factory=list)  # (number, name, row), drawn at random
-    rows: array[int] = field(default_factory=lambda: array("q"))  # that decoded
+    rows: array[int] = field(default_factory=lambda: array("I"))  # that decoded
     contents: array[int] = field(default_factory=lambda: array("Q"))  # digests of their files
     looks: array[int] = field(default_factory=lambda: array("Q"))  # their perceptual hashes
 

@@ -72,8 +72,7 @@ class Inspected:
 
 def find_duplicates(scan: Scan) -> Duplicates:
     """Of all rows that decoded, and of all captions."""
-    rows, contents = np.array(scan.rows, np.int64), np.array(scan.contents, np.uint64)
-    looks = np.array(scan.looks, np.uint64)
+    rows, contents, looks = map(np.asarray, (scan.rows, scan.contents, scan.looks))  # not copied
     first = np.sort(np.unique(contents, return_index=True)[1])  # one row of those with the same file
     return Duplicates(
         images=_of_rows(equal_groups(contents, GROUPS), rows),
