@@ -15,7 +15,7 @@ On your own pictures, on a GPU:
 """
 
 from sd_recipes.console import mistakes_in_one_line, set_up_console
-from sd_recipes.recipe import load_recipe
+from sd_recipes.flags import load_recipe
 from sd_recipes.signals import stop_request
 
 

@@ -26,7 +26,7 @@ def main() -> None:
     commands.add_parser("schema", help="print the JSON schema of a recipe file, for editors")
     arguments, rest = parser.parse_known_args()
     if arguments.command == "schema":
-        from sd_recipes.recipe import recipe_schema
+        from sd_recipes.flags import recipe_schema
 
         sys.stdout.write(recipe_schema())
         return
@@ -37,7 +37,7 @@ def main() -> None:
         return
     if arguments.command == "cache":
         from sd_recipes.console import mistakes_in_one_line, set_up_console
-        from sd_recipes.recipe import load_recipe
+        from sd_recipes.flags import load_recipe
         from sd_recipes.signals import stop_request
 
         with mistakes_in_one_line():

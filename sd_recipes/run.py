@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import build_training, describe
 from sd_recipes.console import hide_library_bars
+from sd_recipes.flags import recipe_text
 from sd_recipes.hub import create_repository, publish
 from sd_recipes.loop import fit
 from sd_recipes.model.components import Components
 from sd_recipes.pipeline import export_pipeline
-from sd_recipes.recipe import Recipe, recipe_text
+from sd_recipes.recipe import Recipe
 from sd_recipes.report import write_report
 from sd_recipes.run_folder import owned
 from sd_recipes.saving import FAILURES, NotSaved

@@ -27,7 +27,8 @@ from sd_recipes.checkpoint import (
     Progress,
     write_checkpoint,
 )
-from sd_recipes.recipe import NOT_OF_THE_RUN, RunError
+from sd_recipes.flags import NOT_OF_THE_RUN
+from sd_recipes.recipe import RunError
 from sd_recipes.resume import flatten
 from sd_recipes.sharding import gathered
 

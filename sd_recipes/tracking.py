@@ -15,7 +15,8 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
-from sd_recipes.recipe import Recipe, RecipeError, recipe_text
+from sd_recipes.flags import recipe_text
+from sd_recipes.recipe import Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
 

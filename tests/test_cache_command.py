@@ -19,7 +19,8 @@ from test_script import environment
 from tiny_models import build_image_folder
 
 from sd_recipes.fill_cache import fill_cache
-from sd_recipes.recipe import RecipeError, load_recipe
+from sd_recipes.flags import load_recipe
+from sd_recipes.recipe import RecipeError
 
 
 def command(*flags: object, processes: int = 1) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from sd_recipes.recipe import load_recipe
+from sd_recipes.flags import load_recipe
 
 sys.path.insert(0, str(ROOT / "tools"))
 from write_docs import pages

@@ -20,8 +20,9 @@ from conftest import ROOT
 from huggingface_hub import HfApi
 from loopback_hub import Cut, LoopbackHub, Refuse, outage
 
+from sd_recipes.flags import load_recipe
 from sd_recipes.hub import PushError, publish
-from sd_recipes.recipe import Recipe, RecipeError, load_recipe
+from sd_recipes.recipe import Recipe, RecipeError
 from sd_recipes.run import run
 
 TOKEN = "hf_secretsecretsecretsecretsecret"

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from sd_recipes.recipe import NOT_OF_THE_RUN, SHIPPED_RECIPES, Recipe, RecipeError, load_recipe, recipe_text
+from sd_recipes.flags import NOT_OF_THE_RUN, SHIPPED_RECIPES, load_recipe, recipe_text
+from sd_recipes.recipe import Recipe, RecipeError
 
 MINIMAL = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "data"]
 

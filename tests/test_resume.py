@@ -22,7 +22,8 @@ from tiny_models import UNET_CONFIG, build_image_folder, build_tiny_pipeline
 from training import assert_equal, train, weights
 
 from sd_recipes.checkpoint import OPTIMIZER, STATE, UNET_WEIGHTS, list_checkpoints, read_manifest
-from sd_recipes.recipe import NOT_OF_THE_RUN, Recipe, RecipeError
+from sd_recipes.flags import NOT_OF_THE_RUN
+from sd_recipes.recipe import Recipe, RecipeError
 from sd_recipes.resume import EFFECTS
 from sd_recipes.run import run
 from sd_recipes.run_folder import owned

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import UNET_CONFIG, build_tiny_pipeline
 
-from sd_recipes.recipe import RecipeError, load_recipe
+from sd_recipes.flags import load_recipe
+from sd_recipes.recipe import RecipeError
 from sd_recipes.run import run
 
 ACCELERATE = Path(sys.executable).parent / "accelerate"

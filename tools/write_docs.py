@@ -5,7 +5,8 @@ python tools/write_docs.py
 
 from pathlib import Path
 
-from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, SHIPPED_RECIPES, recipe_schema
+from sd_recipes.flags import SHIPPED_RECIPES, recipe_schema
+from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS
 
 ROOT = Path(__file__).parent.parent
 
