@@ -53,16 +53,21 @@ def near_groups(hashes: np.ndarray, limit: int) -> Groups:
     labels = np.arange(len(values))
     complete = True
     for band in range(BANDS):
-        turn = np.uint64(16 * band)
-        rotated = (values << turn) | (values >> (np.uint64(64) - turn)) if band else values
-        order = np.argsort(rotated, kind="stable")
-        ordered = rotated[order]
-        bands = ordered >> np.uint64(48)
+        order, ordered = _sorted_by_band(values, band)
+        bands = (ordered >> np.uint64(48)).astype(np.uint16)
         complete &= not np.any(bands[WINDOW:] == bands[:-WINDOW])
         for left, right in _neighbours(bands):
             near = np.bitwise_count(ordered[left] ^ ordered[right]) <= NEAR_BITS
             labels = _link(labels, order[left[near]], order[right[near]])
     return _groups(labels[inverse], limit, complete)
+
+
+def _sorted_by_band(values: np.ndarray, band: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order of `values` when a band of theirs is turned to the front, and the turned values in that order."""
+    turn = np.uint64(16 * band)
+    rotated = (values << turn) | (values >> (np.uint64(64) - turn)) if band else values
+    order = np.argsort(rotated, kind="stable")
+    return order, rotated[order]
 
 
 def _neighbours(bands: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
