@@ -18,8 +18,12 @@ from PIL import Image
 from tiny_models import build_tiny_pipeline
 from training import assert_equal, losses, train, weights
 
+from sd_recipes.accelerator import start_accelerator
+from sd_recipes.build import build_training
 from sd_recipes.data.cache import LatentCache, moments_of, row_key
+from sd_recipes.data.order import GlobalBatch, share
 from sd_recipes.fill_cache import fill_cache
+from sd_recipes.model.latents import batch_moments
 from sd_recipes.recipe import Recipe, RecipeError
 
 MADE = {"format": 1, "dtype": "fp16", "flips": True, "vae": "x", "size": 64}
@@ -107,6 +111,20 @@ def test_a_reader_waits_until_the_epoch_before_is_written(tmp_path: Path) -> Non
     waiting.join(5)
     assert not waiting.is_alive()
     assert reader.find(record(0)["key"]) is not None
+
+
+def test_a_row_that_only_stands_in_is_kept_by_the_process_that_trains_on_it(settings: dict[str, Any]) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = Recipe(**settings | {"cache_latents": "disk", "center_crop": True})
+    training = build_training(recipe, start_accelerator(recipe))
+    assert training.cache is not None
+    alone = GlobalBatch(np.array([3]), position=0, ends_epoch=True, epoch=0, size=(32, 32))
+    for rank, files in ((1, 0), (0, 1)):
+        (plan,) = share(alone, rank=rank, world_size=2, micro_batch_size=4)
+        batch = training.batches.builder[plan]
+        assert batch_moments(training.components.vae, batch, torch.float32, training.cache).shape[0] == 1
+        training.cache.flush()
+        assert len(list(training.cache.folder.glob("*.arrow"))) == files
 
 
 def test_a_full_disk_ends_the_writing_and_not_the_run(

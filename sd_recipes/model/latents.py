@@ -57,7 +57,8 @@ def batch_moments(
     if cache is not None:
         made = cache.round(made)
         mirrored = cache.round(encode_pixels(vae, pixel_values.flip(-1))) if cache.keeps_flips else None
-        cache.put(batch.records, made, mirrored)
+        if batch.plan.weight:  # otherwise another process trains on the row, and keeps it
+            cache.put(batch.records, made, mirrored)
         if mirrored is not None:
             made = torch.where(batch.flip[batch.live][:, None, None, None], mirrored, made)
     moments[batch.live] = made
