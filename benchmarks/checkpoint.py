@@ -105,7 +105,7 @@ def seconds_to_first_step(settings: dict[str, Any], step: int) -> float:
 
 def measure_resume(work: Path, runs: int) -> None:
     settings = recipe_of(work, "begun") | {"max_train_steps": 1000, "checkpointing_steps": 1}
-    seconds_to_first_step(settings, 2)  # checkpoint-1 stands, since the save of step 2 waited for it
+    seconds_to_first_step(settings, 3)  # checkpoint-1 stands, since the save of step 2 waited for it
     begun = work / "begun"
     fresh, resumed = [], []
     for number in range(runs):

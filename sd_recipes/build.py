@@ -35,7 +35,7 @@ from sd_recipes.objective import DenoisingLoss
 from sd_recipes.optim import build_optimizer, build_schedule
 from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError
 from sd_recipes.resume import choose_checkpoint, global_batch_size
-from sd_recipes.sharding import whole_unet
+from sd_recipes.sharding import check_wrapped_classes, whole_unet
 from sd_recipes.signals import stop_request
 from sd_recipes.tracking import Tracker
 from sd_recipes.validation import HELD_OUT_SEED, Validator
@@ -128,6 +128,12 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
         and not recipe.prediction_type
     ):
         raise RecipeError("--dream_training is defined for epsilon, and this model predicts something else: drop it")
+    num_train_timesteps = components.scheduler.config.num_train_timesteps
+    if recipe.validation_prompts and recipe.validation_inference_steps > num_train_timesteps:
+        raise RecipeError(
+            f"--validation_inference_steps {recipe.validation_inference_steps} is over the model's "
+            f"{num_train_timesteps} timesteps: lower it"
+        )
     prediction_type = recipe.prediction_type or components.scheduler.config.prediction_type
     components.set_prediction_type(prediction_type)
 
@@ -145,6 +151,7 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     fused = accelerator.mixed_precision != "fp16"
     optimizer = build_optimizer(unet.parameters(), recipe, learning_rate=learning_rate, fused=fused)
     schedule = build_schedule(optimizer, recipe, max_train_steps)
+    check_wrapped_classes(accelerator, unet)
     prepared_unet, prepared_optimizer = accelerator.prepare(unet, optimizer)
     ema = AveragedWeights(unet, recipe) if recipe.use_ema else None
 
@@ -153,7 +160,7 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     cache = open_cache(recipe, components, accelerator, weight_dtype)
     builder_settings = {
         "latent_shape": latent_shape_of(components.vae),
-        "num_train_timesteps": components.scheduler.config.num_train_timesteps,
+        "num_train_timesteps": num_train_timesteps,
     }
     builder = BatchBuilder(
         data.rows,

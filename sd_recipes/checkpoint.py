@@ -293,6 +293,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def goes_on(output_dir: Path) -> str:
+    """What a repetition of the command does, by the checkpoints that are there."""
+    checkpoints = list_checkpoints(output_dir)
+    return f"goes on from {checkpoints[-1].name}" if checkpoints else "starts anew, for there is no checkpoint"
+
+
 def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path, Manifest] | None:
     """The newest checkpoint that verifies for `latest`, or None; otherwise the one at `wanted`, or so named there.
 
@@ -313,7 +319,8 @@ def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path, Manifest] | No
             )
         return None
     problem = "no checkpoint there"
-    for path in (Path(wanted), output_dir / wanted):
+    places = [output_dir / wanted, Path(wanted)]
+    for path in places if Path(wanted).name == wanted else reversed(places):  # a mere name is of this folder
         if path.is_dir():
             try:
                 return path, verify_checkpoint(path)

@@ -78,12 +78,24 @@ NOT_OF_THE_RUN = {
 }  # fmt: skip
 
 
+RESOLVED = "# Resolved recipe. Run it again with --config and this file.\n"  # the first line of such a file
+
+
+def is_resolved_recipe(path: Path) -> bool:
+    """Whether a run wrote that file."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.readline() == RESOLVED
+    except OSError:
+        return False
+
+
 def recipe_text(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `--config` with a file of it gives the same run again."""
     settings = recipe.model_dump(exclude=NOT_OF_THE_RUN)
     if not recipe.data_sources:
         settings.pop("data_sources")
-    lines = ["# Resolved recipe. Run it again with --config and this file.\n"]
+    lines = [RESOLVED]
     for section in SECTIONS:
         names = [name for name in section.model_fields if name in settings]
         lines.append(f"\n# {section.__doc__}\n")

@@ -17,21 +17,21 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from sd_recipes.build import Training
-from sd_recipes.checkpoint import Progress
+from sd_recipes.checkpoint import Progress, goes_on
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.model.latents import batch_moments, sample_latents
 from sd_recipes.recipe import Recipe, RunError
 from sd_recipes.report import FIGURES
 from sd_recipes.resume import identity_of, load_checkpoint
-from sd_recipes.saving import Checkpointer
+from sd_recipes.saving import Checkpointer, NotSaved
 from sd_recipes.signals import Stopped, stop_request
 from sd_recipes.tracking import read_metrics
 
 logger = logging.getLogger(__name__)
 
 MUCH_WAITING = 0.1  # share of the time that is spent waiting for data
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM}
 SECONDS_TO_JUDGE = 30  # of training: the first batch always takes long
 
 
@@ -45,7 +45,7 @@ def fit(training: Training) -> Progress:
     """Train to the last step, from a checkpoint if one was asked for (Ho et al. 2020, algorithm 1).
 
     Raises TrainingDiverged if the loss becomes NaN or infinite, and Stopped, with all saved, if any process was
-    asked to end.
+    asked to end; NotSaved if it could not be saved then.
     """
     recipe, accelerator, components = training.recipe, training.accelerator, training.components
     output_dir = Path(recipe.output_dir)
@@ -141,7 +141,10 @@ def fit(training: Training) -> Progress:
                 checkpointer.wait()
                 accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
                 if checkpointer.failure:
-                    raise stop_request.stopped(f"step {progress.global_step} could not be saved")
+                    raise NotSaved(
+                        f"asked to stop, and step {progress.global_step} could not be saved ({checkpointer.failure}): "
+                        f"make room, and {stop_request.way_on} {goes_on(output_dir)}"
+                    )
                 raise stop_request.stopped(f"saved at step {progress.global_step}")
     if training.cache:
         training.cache.flush()

@@ -146,6 +146,9 @@ def compare_settings(recipe: Recipe, manifest: Manifest, path: Path | str) -> No
             effect = "refused" if recipe.use_ema else "told"
         elif name == "shuffle_block" and not recipe.streaming:
             effect = "free"
+        elif name == "max_train_steps" and not recipe.lr_scheduler.startswith("constant"):
+            words += f", by which the {recipe.lr_scheduler} schedule is drawn out anew"
+            effect = "told"
         if effect == "refused":
             refused.append(words)
         elif effect == "told":

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import build_training, describe
+from sd_recipes.checkpoint import goes_on
 from sd_recipes.console import hide_library_bars
 from sd_recipes.flags import recipe_text
 from sd_recipes.hub import create_repository, publish
@@ -17,9 +18,9 @@ from sd_recipes.model.components import Components
 from sd_recipes.pipeline import export_pipeline
 from sd_recipes.recipe import Recipe
 from sd_recipes.report import write_report
-from sd_recipes.run_folder import owned
+from sd_recipes.run_folder import look_at, owned
 from sd_recipes.saving import FAILURES, NotSaved
-from sd_recipes.signals import Stopped
+from sd_recipes.signals import Stopped, stop_request
 
 
 def run(recipe: Recipe) -> None:
@@ -31,11 +32,16 @@ def run(recipe: Recipe) -> None:
     hide_library_bars()
     accelerator = start_accelerator(recipe)
     if recipe.dry_run:
+        recipe.resume_from_checkpoint = look_at(recipe)
         training = build_training(recipe, accelerator)
         if accelerator.is_main_process:
             print(f"{describe(training)}\n\n{recipe_text(recipe)}", end="", flush=True)
         accelerator.end_training()
         return
+    if recipe.overwrite:
+        stop_request.way_on = "the same command without --overwrite"
+    elif recipe.resume_from_checkpoint not in (None, "latest"):
+        stop_request.way_on = "the same command with --resume_from_checkpoint latest"
     pushes = recipe.push_to_hub and accelerator.is_main_process
     repo_id = create_repository(recipe) if pushes else None
     with owned(recipe, accelerator.is_main_process):
@@ -53,8 +59,8 @@ def write_results(components: Components, output_dir: Path) -> list[str]:
     except FAILURES as error:
         words = " ".join(str(error).split())
         raise NotSaved(
-            f"the pipeline cannot be written to {output_dir} ({words}): make room, and the same command goes on "
-            "from the last checkpoint"
+            f"the pipeline cannot be written to {output_dir} ({words}): make room, and the same command "
+            f"{goes_on(output_dir)}"
         ) from error
 
 
@@ -66,7 +72,7 @@ def _run(recipe: Recipe, accelerator: Accelerator, repo_id: str | None) -> None:
 
     try:
         progress = fit(training)
-    except Stopped:
+    except (Stopped, NotSaved):
         training.tracker.close()  # trackers write what they hold
         raise
     with training.evaluated_weights():
@@ -78,6 +84,6 @@ def _run(recipe: Recipe, accelerator: Accelerator, repo_id: str | None) -> None:
     training.tracker.close()
     if progress.not_saved:
         raise NotSaved(
-            f"the pipeline is in {output_dir}, but no checkpoint could be written ({progress.not_saved}), so the run "
-            "cannot be continued: make room, or choose another --output_dir"
+            f"the pipeline is in {output_dir}, but no checkpoint could be written ({progress.not_saved}): a larger "
+            f"--max_train_steps {goes_on(output_dir)}; make room, or choose another --output_dir"
         )

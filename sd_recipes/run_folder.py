@@ -9,7 +9,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from sd_recipes.build import check_output_dir
 from sd_recipes.checkpoint import MANIFEST, list_checkpoints, remove, remove_leftovers
+from sd_recipes.flags import is_resolved_recipe
 from sd_recipes.recipe import Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ OF_A_RUN = ("metrics.jsonl", "bad_rows*.jsonl", "samples", "samples.png", "loss_
 
 def holds_run(output_dir: Path) -> bool:
     """Whether a run of this program, finished or not, is in the folder."""
-    return (output_dir / "recipe.yaml").is_file() or any(
+    return is_resolved_recipe(output_dir / "recipe.yaml") or any(
         (path / MANIFEST).is_file() for path in list_checkpoints(output_dir)
     )
 
@@ -64,8 +65,18 @@ def owned(recipe: Recipe, is_main: bool) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            (output_dir / OWNER).unlink(missing_ok=True)
+            with suppress(OSError):  # the folder has become read-only: the lock goes with the process
+                (output_dir / OWNER).unlink(missing_ok=True)
             lock.release()
+
+
+def look_at(recipe: Recipe) -> str | None:
+    """From what a run by this recipe would resume, found without changing anything. Raises RecipeError."""
+    output_dir = Path(recipe.output_dir)
+    _check_not_foreign(output_dir)
+    if recipe.resume_from_checkpoint is None and not recipe.overwrite and holds_run(output_dir):
+        return "latest"
+    return recipe.resume_from_checkpoint
 
 
 def _prepare(recipe: Recipe, output_dir: Path) -> str | None:
@@ -73,13 +84,14 @@ def _prepare(recipe: Recipe, output_dir: Path) -> str | None:
     remove_leftovers(output_dir)
     if recipe.overwrite:
         remove_run(output_dir, recipe.logging_dir)
-    if recipe.resume_from_checkpoint is None and not recipe.overwrite and holds_run(output_dir):
-        return "latest"
-    return recipe.resume_from_checkpoint
+    return look_at(recipe)
 
 
 def remove_run(output_dir: Path, logging_dir: str) -> None:
-    """Remove the files of an earlier run, and nothing that a run did not write."""
+    """Remove the files of an earlier run, but for its recipe, by which the folder is known until it has another.
+
+    Nothing that a run did not write: of a folder for logs that lies elsewhere, other runs' may be in it.
+    """
     if not holds_run(output_dir):
         return
     logger.info("Removing the run in %s (--overwrite).", output_dir)
@@ -88,14 +100,15 @@ def remove_run(output_dir: Path, logging_dir: str) -> None:
     for pattern in OF_A_RUN:
         for path in output_dir.glob(pattern):
             remove(path)
-    for path in (output_dir / logging_dir).rglob("*"):
-        if path.name.startswith("events.out.tfevents") or path.name == "hparams.yml":
-            remove(path)
-    remove(output_dir / "recipe.yaml")  # last: until then it is a run's folder
+    logs = output_dir / logging_dir
+    if logs.resolve().is_relative_to(output_dir.resolve()):
+        for path in logs.rglob("*"):
+            if path.name.startswith("events.out.tfevents") or path.name == "hparams.yml":
+                remove(path)
 
 
 def _check_not_foreign(output_dir: Path) -> None:
-    if not output_dir.is_dir() or holds_run(output_dir) or (output_dir / LOCK).exists():
+    if not output_dir.is_dir() or holds_run(output_dir):
         return
     foreign = sorted(path.name for path in output_dir.iterdir() if not HARMLESS.fullmatch(path.name))
     if foreign:

@@ -70,6 +70,19 @@ def turn_on(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) ->
         accelerator.state.fsdp_plugin = plugin
 
 
+def check_wrapped_classes(accelerator: Accelerator, unet: torch.nn.Module) -> None:
+    """Raises RecipeError if the model is to be divided by classes of modules that it has not."""
+    if not accelerator.is_fsdp2:
+        return
+    classes = {type(module).__name__ for module in unet.modules()}
+    for name in accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap or []:
+        if name not in classes:
+            raise RecipeError(
+                f"fsdp_transformer_layer_cls_to_wrap of accelerate's configuration names {name}, of which the UNet has "
+                "none: use Transformer2DModel,ResnetBlock2D, as accelerate_configs/fsdp2.yaml does"
+            )
+
+
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor, which every process has to ask for if it is divided; of another the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

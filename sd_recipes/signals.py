@@ -34,6 +34,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.way_on = "the same command"
         self._interrupted: float | None = None
 
     def listen(self) -> None:
@@ -75,7 +76,7 @@ class StopRequest:
     def stopped(self, where: str) -> Stopped:
         """The exception that says why the run ends, where it stands, and how it goes on."""
         reason = self.reason or "a signal to another process"
-        return Stopped(f"stopped by {reason}: {where}; the same command goes on from there")
+        return Stopped(f"stopped by {reason}: {where}; {self.way_on} goes on from there")
 
 
 def outlive_signals(worker: int) -> None:

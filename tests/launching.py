@@ -26,11 +26,11 @@ def torchrun(processes: int, *options: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *place, *options]
 
 
-def launcher_environment(config: Path, *options: str) -> dict[str, str]:
-    """What `accelerate launch` gives its processes, by its own code."""
+def launcher_environment(config: Path, *options: str) -> tuple[dict[str, str], Any]:
+    """What `accelerate launch` gives its processes, and torchrun's arguments, by its own code."""
     arguments = launch_command_parser().parse_args(["--config_file", str(config), *options, "script.py"])
     arguments, _, _ = _validate_launch_command(arguments)
-    return prepare_multi_gpu_env(arguments)
+    return prepare_multi_gpu_env(arguments), arguments
 
 
 def flags_of(settings: dict[str, Any]) -> list[object]:

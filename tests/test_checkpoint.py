@@ -41,6 +41,7 @@ from sd_recipes.checkpoint import (
 from sd_recipes.recipe import Recipe, RecipeError
 from sd_recipes.run import run
 from sd_recipes.saving import NotSaved
+from sd_recipes.signals import stop_request
 from sd_recipes.tracking import Tracker
 
 
@@ -292,7 +293,45 @@ def test_a_run_that_could_save_nothing_says_so_at_its_end(settings: dict[str, An
         run(Recipe(**settings))
 
 
-def test_a_folder_that_becomes_read_only(settings: dict[str, Any], small_disk: Path) -> None:
+def test_a_folder_that_becomes_read_only_in_the_middle_of_a_run(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checkpoints, pictures, pipeline and the owner's name: nothing can be written, and the run gets to its end."""
+
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    unlink = Path.unlink
+    for place in ("sd_recipes.saving.write_checkpoint", "sd_recipes.run.export_pipeline", "PIL.Image.Image.save"):
+        monkeypatch.setattr(place, denied)
+    monkeypatch.setattr(Path, "unlink", lambda path, **o: denied() if path.name == ".owner.json" else unlink(path, **o))
+    settings |= {"validation_prompts": ["a disc"], "validation_steps": 2, "validation_inference_steps": 1}
+    with pytest.raises(NotSaved, match=r"make room, and the same command starts anew, for there is no checkpoint"):
+        run(Recipe(**settings))
+    assert "checkpoint-4 cannot be written ([Errno 13]" in caplog.text
+    assert caplog.text.count("The validation's pictures cannot be written") == 2
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 4
+
+
+def test_asked_to_stop_where_nothing_can_be_saved(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    train(settings, max_train_steps=1)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving, "write_checkpoint", full)
+    monkeypatch.setattr(Tracker, "log", lambda *_: setattr(stop_request, "reason", "SIGTERM"))
+    try:
+        with pytest.raises(NotSaved, match=r"step 2 could not be saved \(.*No space.* goes on from checkpoint-1"):
+            train(settings, resume_from_checkpoint="latest")
+    finally:
+        stop_request.reason = None
+
+
+def test_a_file_system_that_becomes_read_only(settings: dict[str, Any], small_disk: Path) -> None:
     out = small_disk / "run"
     train(settings, output_dir=str(out), max_train_steps=1)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)

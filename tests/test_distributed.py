@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from conftest import ROOT
 from launching import ACCELERATE, finish, flags_of, last_step, launcher_environment, start, torchrun, trainers, until
 from safetensors.torch import load_file
@@ -130,17 +133,43 @@ def test_a_changed_batch_is_the_persons_wish(settings: dict[str, Any], caplog: p
 
 
 @pytest.mark.parametrize(
+    ("name", "on_cpu", "precision", "gpus"), [("cpu", "true", "no", None), ("single_gpu", "false", "bf16", "0")]
+)
+def test_accelerate_reads_the_configurations_of_one_process(
+    name: str, on_cpu: str, precision: str, gpus: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "script.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    command, variables = prepare_simple_launcher_cmd_env(arguments)
+    assert command[-1] == "script.py"
+    assert variables["ACCELERATE_USE_CPU"].lower() == on_cpu
+    assert variables["ACCELERATE_MIXED_PRECISION"] == precision
+    assert variables.get("CUDA_VISIBLE_DEVICES") == gpus
+
+
+def test_accelerate_knows_every_key_of_the_configurations() -> None:
+    paths = sorted(CONFIGS.glob("*.yaml"))
+    assert {path.stem for path in paths} == {
+        "cpu", "single_gpu", "multi_gpu", "multi_node", "fsdp2", "deepspeed_zero2",
+    }  # fmt: skip
+    for path in paths:
+        config = load_config_from_file(str(path))
+        assert config.num_processes >= 1
+    assert load_config_from_file(str(CONFIGS / "deepspeed_zero2.yaml")).deepspeed_config["zero_stage"] == 2
+
+
+@pytest.mark.parametrize(
     ("name", "processes", "machines"), [("multi_gpu", 8, 1), ("multi_node", 16, 2), ("fsdp2", 8, 1)]
 )
 def test_accelerate_reads_the_configurations(
     name: str, processes: int, machines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    variables = launcher_environment(CONFIGS / f"{name}.yaml")
+    variables, arguments = launcher_environment(CONFIGS / f"{name}.yaml")
     assert variables["ACCELERATE_MIXED_PRECISION"] == "bf16"
-    assert int(variables.get("WORLD_SIZE", processes // machines)) >= 1
-    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    assert (config["num_processes"], config["num_machines"]) == (processes, machines)
+    assert (int(getattr(arguments, "nnodes", 1)), int(arguments.nproc_per_node)) == (machines, processes // machines)
     if name == "fsdp2":
         assert (variables["ACCELERATE_USE_FSDP"], variables["FSDP_VERSION"]) == ("true", "2")
         # The classes that it wraps exist.
@@ -207,6 +236,9 @@ def test_the_kubernetes_file_is_a_job_that_has_time_to_save() -> None:
     job = yaml.safe_load((EXAMPLES / "kubernetes.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
     pod = job["spec"]["template"]["spec"]
+    assert job["spec"]["backoffLimit"] > 0
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert rule == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}, "torchrun hides statuses"
     assert pod["restartPolicy"] == "Never", "podFailurePolicy asks for it"
     (container,) = pod["containers"]
     assert container["command"][:3] == ["python", "-m", "torch.distributed.run"], "the first process takes SIGTERM"

@@ -22,7 +22,7 @@ from tiny_models import UNET_CONFIG, build_image_folder, build_tiny_pipeline
 from training import assert_equal, train, weights
 
 from sd_recipes.checkpoint import OPTIMIZER, STATE, UNET_WEIGHTS, list_checkpoints, read_manifest
-from sd_recipes.flags import NOT_OF_THE_RUN
+from sd_recipes.flags import NOT_OF_THE_RUN, recipe_text
 from sd_recipes.recipe import Recipe, RecipeError
 from sd_recipes.resume import EFFECTS
 from sd_recipes.run import run
@@ -115,13 +115,23 @@ def test_overwrite_starts_anew_and_removes_the_old_runs_files_only(settings: dic
     assert len(list((out / "logs").rglob("events*"))) == 2, "of this run: its events, and its settings"
 
 
+def test_overwrite_leaves_logs_alone_that_lie_elsewhere(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"logging_dir": "../tb", "report_to": "tensorboard", "max_train_steps": 1}
+    run_it(settings, tracker_project_name="other", output_dir=str(tmp_path / "other"))
+    before = set((tmp_path / "tb").rglob("events*"))
+    assert len(before) == 2
+    run_it(settings)
+    run_it(settings, overwrite=True)
+    assert before < set((tmp_path / "tb").rglob("events*"))
+
+
 def test_a_run_without_a_checkpoint_yet_starts_anew_and_says_so(
     settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     out = tmp_path / "run"
     (out / ".checkpoint-2.partial" / "unet").mkdir(parents=True)
-    (out / "recipe.yaml").write_text("")
+    (out / "recipe.yaml").write_text(recipe_text(Recipe(**settings)))
     (out / "metrics.jsonl").write_text('{"step": 1, "train_loss": 7.0}\n{"step": 2, "tr')
     run_it(settings, max_train_steps=2)
     assert f"{out} has no checkpoint yet: the run starts anew" in caplog.text
@@ -131,8 +141,12 @@ def test_a_run_without_a_checkpoint_yet_starts_anew_and_says_so(
 
 
 @pytest.mark.parametrize(
-    "content", [["weights.bin"], ["model_index.json", "unet/config.json"], ["checkpoint-5/optimizer.bin"]]
-)
+    "content",
+    [
+        ["weights.bin"], ["model_index.json", "unet/config.json"], ["checkpoint-5/optimizer.bin"],
+        ["recipe.yaml", "samples/a.txt", "samples.png"], [".lock", "unet/config.json"],
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_foreign_folder_is_refused_and_left_alone(
     settings: dict[str, Any], tmp_path: Path, content: list[str], overwrite: bool
@@ -211,7 +225,7 @@ def test_what_changes_the_result_is_told_with_both_values(
     model = shutil.copytree(settings["pretrained_model_name_or_path"], tmp_path / "moved-model")
     changes = {
         "learning_rate": 5e-4, "train_batch_size": 2, "resolution": 64, "random_flip": True, "use_ema": False,
-        "max_train_steps": 2, "pretrained_model_name_or_path": str(model),
+        "max_train_steps": 2, "pretrained_model_name_or_path": str(model), "lr_scheduler": "cosine",
         "train_data_dir": str(build_image_folder(tmp_path / "others", num_images=6)),
     }  # fmt: skip
     caplog.clear()
@@ -219,13 +233,14 @@ def test_what_changes_the_result_is_told_with_both_values(
     told = [record.getMessage() for record in caplog.records if record.name == "sd_recipes.resume"]
     for words in (
         "--learning_rate is 0.0005 and was 0.001 in", "--resolution is 64 and was 32",
+        "--max_train_steps is 2 and was 1, by which the cosine schedule is drawn out anew",
         "--use_ema is False and was True", "--random_flip is True and was False",
         "The global batch (--train_batch_size x --gradient_accumulation_steps x processes) is 2 and was 4",
         "others (6 rows", f"{settings['train_data_dir']} (8 rows",
         f"--pretrained_model_name_or_path is {model} and was {settings['pretrained_model_name_or_path']}",
     ):  # fmt: skip
         assert any(words in line for line in told), words
-    assert len([line for line in told if " was " in line or " were " in line]) == 7, "nothing else"
+    assert len([line for line in told if " was " in line or " were " in line]) == 9, "nothing else"
 
 
 def test_what_the_weights_do_not_depend_on_is_free(
@@ -254,6 +269,35 @@ def test_a_changed_caption_is_other_data(
     metadata.write_text(metadata.read_text().replace("number 3", "number X"))
     train(settings, train_data_dir=str(data), max_train_steps=2, resume_from_checkpoint="latest")
     assert "The data are --train_data_dir" in caplog.text
+
+
+def test_the_clock_may_jump_back(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a day between the parts of a run, with everything on that looks at a clock."""
+    settings |= {
+        "cache_latents": "disk", "center_crop": True, "checkpointing_minutes": 1000, "report_to": "tensorboard",
+        "checkpoints_total_limit": 2,
+    }  # fmt: skip
+    run_it(settings, output_dir=str(tmp_path / "quiet"), max_train_steps=4)
+    now, now_ns = time.time, time.time_ns
+    for step in (2, 3, 4):
+        run_it(settings, max_train_steps=step)
+        monkeypatch.setattr(time, "time", lambda days=step: now() - 86400 * days)
+        monkeypatch.setattr(time, "time_ns", lambda days=step: now_ns() - 86400 * 10**9 * days)
+        for path in (tmp_path / "run").rglob("*"):
+            os.utime(path, (time.time(), time.time()))
+    assert_same_checkpoint(tmp_path / "quiet" / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-4"]
+    assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_mere_name_is_a_checkpoint_of_the_output_folder(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = train(settings, checkpointing_steps=2)
+    train(settings, max_train_steps=2, seed=9, output_dir=str(tmp_path / "elsewhere"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = train(settings, checkpointing_steps=2, resume_from_checkpoint="checkpoint-2")
+    assert_equal(weights(quiet), weights(again))
 
 
 def test_going_back_to_an_older_one_is_told(
@@ -364,6 +408,12 @@ def test_a_forked_loader_worker_does_not_keep_the_lock(settings: dict[str, Any],
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_dry_run_says_what_the_run_would(settings: dict[str, Any]) -> None:
+    run_it(settings, max_train_steps=1)
+    with pytest.raises(RecipeError, match="--optimizer is sgd and was adamw"):
+        run_it(settings, dry_run=True, optimizer="sgd")
 
 
 def test_dry_run_touches_no_run(settings: dict[str, Any], tmp_path: Path) -> None:

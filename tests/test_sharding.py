@@ -24,7 +24,7 @@ def fsdp(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What `accelerate launch --config_file accelerate_configs/fsdp2.yaml` gives its processes, without a GPU."""
     with monkeypatch.context() as patch:
         patch.setattr("torch.cuda.device_count", lambda: 8)
-        variables = launcher_environment(CONFIGS / "fsdp2.yaml")
+        variables, _ = launcher_environment(CONFIGS / "fsdp2.yaml")
     chosen = {name: value for name, value in variables.items() if name.startswith(("FSDP", "ACCELERATE_USE_FSDP"))}
     assert len(chosen) > 5
     return chosen
@@ -85,6 +85,14 @@ def test_a_run_goes_on_divided_or_whole(settings: dict[str, Any], fsdp: dict[str
     train(moved, output_dir=str(tmp_path / "moved"), max_train_steps=4, resume_from_checkpoint="latest")
     run_divided(fsdp, 3, moved)
     assert_close(weights(one), saved(tmp_path / "moved", 6, "unet"))
+
+
+def test_a_class_that_the_unet_has_not_is_named(settings: dict[str, Any], fsdp: dict[str, str], tmp_path: Path) -> None:
+    wrong = fsdp | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,UNetBlock"}
+    process = start(torchrun(2), *flags_of(settings), **wrong)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: fsdp_transformer_layer_cls_to_wrap of accelerate's configuration names UNetBlock" in output
 
 
 @pytest.mark.parametrize(

@@ -142,13 +142,15 @@ def inspect(config: Inspection) -> Inspected:
             hide_library_bars()
             model = load_model(config)
         result = scan(rows, config, model and model.tokenizer, config.num_samples, workers)
-    from sd_recipes.data.images import fit_image, open_image
     from sd_recipes.inspection.folder import NamedFiles, files_without_row
     from sd_recipes.inspection.summary import Inspected, find_duplicates
 
+    duplicates = find_duplicates(result)  # before torch takes memory for the pictures
     folder = config.sources[0].train_data_dir
     if folder is not None and config.sources[0].dataset_name is None and not config.streaming:
         result.findings.add(files_without_row(Path(folder), NamedFiles(rows.paths())))
+    from sd_recipes.data.images import fit_image, open_image
+
     pictures = []
     for _, name, row in result.samples:
         size = (config.resolution, config.resolution)
@@ -163,7 +165,7 @@ def inspect(config: Inspection) -> Inspected:
         config=config,
         rows=rows,
         scan=result,
-        duplicates=find_duplicates(result),
+        duplicates=duplicates,
         pictures=pictures,
         model=model,
         latents=latents,

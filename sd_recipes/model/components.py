@@ -211,7 +211,7 @@ def _load_sampler(source: _Source, scheduler: DDPMScheduler) -> SchedulerMixin:
     saved = DDPMScheduler.load_config(
         source.name, subfolder="scheduler", revision=source.config.revision, cache_dir=source.config.cache_dir
     )
-    name = saved.get("_class_name", "DDIMScheduler")
+    name = str(saved.get("_class_name", "DDIMScheduler"))
     if name not in SAMPLERS:
         logger.warning("The model's scheduler %s is not one of %s: DDIM is used.", name, ", ".join(SAMPLERS))
     return SAMPLERS.get(name, DDIMScheduler).from_config(saved)
