@@ -38,14 +38,20 @@ def run(recipe: Recipe) -> None:
             print(f"{describe(training)}\n\n{recipe_text(recipe)}", end="", flush=True)
         accelerator.end_training()
         return
-    if recipe.overwrite:
-        stop_request.way_on = "the same command without --overwrite"
-    elif recipe.resume_from_checkpoint not in (None, "latest"):
-        stop_request.way_on = "the same command with --resume_from_checkpoint latest"
+    stop_request.way_on = way_on(recipe)
     pushes = recipe.push_to_hub and accelerator.is_main_process
     repo_id = create_repository(recipe) if pushes else None
     with owned(recipe, accelerator.is_main_process):
         _run(recipe, accelerator, repo_id)
+
+
+def way_on(recipe: Recipe) -> str:
+    """The command by which the run goes on when it was stopped: what began it may do something else."""
+    if recipe.overwrite:
+        return "the same command without --overwrite"
+    if recipe.resume_from_checkpoint not in (None, "latest"):
+        return "the same command with --resume_from_checkpoint latest"
+    return "the same command"
 
 
 def write_results(components: Components, output_dir: Path) -> list[str]:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import Training, build_training
-from sd_recipes.checkpoint import Progress
+from sd_recipes.checkpoint import UNET_WEIGHTS, Progress
 from sd_recipes.loop import Window, fit
 from sd_recipes.recipe import Recipe
 from sd_recipes.tracking import read_metrics
@@ -63,6 +64,34 @@ def test_it_learns_on_the_gpu(tiny_pipeline: Path, image_folder: Path, tmp_path:
     fit(build(tiny_pipeline, image_folder, tmp_path, **settings))
     losses = [line["train_loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])
+def test_a_checkpoint_is_of_its_step_and_is_read_back(
+    tiny_pipeline: Path, image_folder: Path, tmp_path: Path, mixed_precision: str
+) -> None:
+    """The copies to pinned memory are queued before the next step's kernels, and waited for before they are written."""
+    settings = {"mixed_precision": mixed_precision, "use_ema": True, "checkpointing_steps": 4}
+    short = build(tiny_pipeline, image_folder, tmp_path / "short", max_train_steps=4, **settings)
+    fit(short)
+    fit(build(tiny_pipeline, image_folder, tmp_path / "long", **settings))
+    saved = load_file(tmp_path / "long" / "checkpoint-4" / "unet" / UNET_WEIGHTS)
+    for name, value in short.components.unet.state_dict().items():
+        torch.testing.assert_close(saved[name], value.cpu(), rtol=1e-3, atol=1e-5, msg=name)  # kernels may differ
+    back = build(
+        tiny_pipeline,
+        image_folder,
+        tmp_path / "long",
+        resume_from_checkpoint="checkpoint-4",
+        max_train_steps=4,
+        **settings,
+    )
+    fit(back)  # nothing is left to train
+    for name, value in back.components.unet.state_dict().items():
+        assert torch.equal(saved[name], value.cpu()), name
+    if mixed_precision == "fp16":
+        assert back.accelerator.scaler is not None
+        assert back.accelerator.scaler.get_scale() == short.accelerator.scaler.get_scale()
 
 
 def test_a_skipped_step_of_the_loss_scaler_advances_neither_schedule_nor_average(

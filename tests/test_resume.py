@@ -27,6 +27,8 @@ from sd_recipes.recipe import Recipe, RecipeError
 from sd_recipes.resume import EFFECTS
 from sd_recipes.run import run
 from sd_recipes.run_folder import owned
+from sd_recipes.signals import Stopped, stop_request
+from sd_recipes.tracking import Tracker
 
 
 def run_it(settings: dict[str, Any], **changes: Any) -> Recipe:
@@ -113,6 +115,26 @@ def test_overwrite_starts_anew_and_removes_the_old_runs_files_only(settings: dic
     assert cache
     assert set(cache) <= set((out / "latents").rglob("*.arrow"))
     assert len(list((out / "logs").rglob("events*"))) == 2, "of this run: its events, and its settings"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "the same command goes on"),
+        ({"overwrite": True}, "the same command without --overwrite goes on"),
+        ({"resume_from_checkpoint": "checkpoint-1"}, "the same command with --resume_from_checkpoint latest goes on"),
+    ],
+)
+def test_a_stopped_run_says_how_it_goes_on(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
+) -> None:
+    run_it(settings, max_train_steps=1)
+    monkeypatch.setattr(Tracker, "log", lambda *_: setattr(stop_request, "reason", "SIGTERM"))
+    try:
+        with pytest.raises(Stopped, match=rf"stopped by SIGTERM: saved at step \d; {words} from there"):
+            run_it(settings, **changes)
+    finally:
+        stop_request.reason = None
 
 
 def test_overwrite_leaves_logs_alone_that_lie_elsewhere(settings: dict[str, Any], tmp_path: Path) -> None:
