@@ -134,8 +134,6 @@ def _chunks(rows: Iterable[tuple[int, Row]], image_column: str) -> Iterator[tupl
     images: Images = []
     size = 0
     for number, row in rows:
-        if isinstance(row[image_column], bytes):
-            row = {**row, image_column: {"bytes": row[image_column], "path": None}}
         chunk.append((number, row))
         images.append((number, row[image_column]))
         size += len((row[image_column] or {}).get("bytes") or b"")
