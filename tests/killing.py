@@ -27,13 +27,21 @@ PHASES = ("training", "saving", "pruning", "validating", "caching")
 
 
 class Phases:
-    """What a child is doing, in memory that it shares with its parent."""
+    """What a child is doing, and how many micro-batches it has begun, in memory that it shares with its parent."""
 
     def __init__(self) -> None:
-        self.memory = mmap.mmap(-1, len(PHASES))
+        self.memory = mmap.mmap(-1, len(PHASES) + 1)
 
     def clear(self) -> None:
-        self.memory[:] = bytes(len(PHASES))
+        self.memory[:] = bytes(len(PHASES) + 1)
+
+    @property
+    def batches(self) -> int:
+        return self.memory[len(PHASES)]
+
+    def begin_batch(self) -> None:
+        self.memory[PHASES.index("training")] = 1
+        self.memory[len(PHASES)] = min(255, self.batches + 1)
 
     def during(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         place = PHASES.index(phase)
@@ -106,7 +114,7 @@ def watch(phases: Phases, trace: Path) -> None:
     batch_moments = loop.batch_moments
 
     def recorded(vae: Any, batch: Any, *rest: Any) -> Any:
-        phases.memory[PHASES.index("training")] = 1
+        phases.begin_batch()
         line = {
             "samples_seen": batch.plan.samples_seen,
             "positions": batch.plan.positions.tolist(),
@@ -124,7 +132,9 @@ def watch(phases: Phases, trace: Path) -> None:
 
 def kill_often(plan: dict[str, Any]) -> dict[str, Any]:
     """Kill a run `kills` times with SIGKILL, typing the same command each time, and then let it end."""
-    phases, chance = Phases(), random.Random(plan["seed"])
+    from sd_recipes.checkpoint import list_checkpoints
+
+    phases, chance, out = Phases(), random.Random(plan["seed"]), Path(plan["argv"][-1])
     log, trace = Path(plan["log"]), Path(plan["trace"])
     struck: Counter[str] = Counter()
     started = time.monotonic()
@@ -141,7 +151,14 @@ def kill_often(plan: dict[str, Any]) -> dict[str, Any]:
         deadline = time.monotonic() + chance.uniform(0, plan["seconds"])
         if aim is not None:
             deadline += plan["seconds"]
-        while time.monotonic() < deadline and (aim is None or aim not in phases):
+        # So many steps at most that the kills are spread over the run, and it does not end before the last of them.
+        done = max((int(path.name.split("-")[1]) for path in list_checkpoints(out)), default=0)
+        steps = chance.uniform(0, 1.5 * (plan["num_steps"] - done) / (plan["kills"] - sum(struck.values())))
+        while (
+            time.monotonic() < deadline
+            and (aim is None or aim not in phases)
+            and phases.batches <= steps * plan["batches_per_step"]
+        ):
             time.sleep(0.0002)
         if aim is not None:
             time.sleep(chance.uniform(0, 0.004))

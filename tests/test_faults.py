@@ -56,10 +56,13 @@ def command(tiny_pipeline: Path, tmp_path: Path) -> list[str]:
     return [str(flag) for flag in flags]
 
 
-def often(tmp_path: Path, name: str, command: list[str], *, kills: int, seconds: float = 2.5) -> dict[str, Any]:
+def often(
+    tmp_path: Path, name: str, command: list[str], *, kills: int, num_steps: int, seconds: float = 2.5
+) -> dict[str, Any]:
     argv = [*command, "--output_dir", str(tmp_path / name)]
     return {
-        "action": "often", "argv": argv, "kills": kills, "seconds": seconds, "seed": 11,
+        "action": "often", "argv": argv, "kills": kills, "seconds": seconds, "seed": 11, "num_steps": num_steps,
+        "batches_per_step": 2,
         "log": str(tmp_path / f"{name}.log"), "trace": str(tmp_path / f"{name}.trace"),
     }  # fmt: skip
 
@@ -94,13 +97,15 @@ def assert_same_run(tmp_path: Path, num_steps: int) -> None:
     assert len(list_checkpoints(killed)) == 2
 
 
-@pytest.mark.parametrize(("kills", "num_steps"), [(4, 24), pytest.param(100, 300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "num_steps"), [(4, 24), pytest.param(100, 600, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_instants_is_the_quiet_run(
     command: list[str], tmp_path: Path, kills: int, num_steps: int
 ) -> None:
     command = [*command, "--max_train_steps", str(num_steps)]
     quiet, killed = do(
-        tmp_path, often(tmp_path, "quiet", command, kills=0), often(tmp_path, "killed", command, kills=kills)
+        tmp_path,
+        often(tmp_path, "quiet", command, kills=0, num_steps=num_steps),
+        often(tmp_path, "killed", command, kills=kills, num_steps=num_steps),
     )
     assert quiet["status"] == 0, (tmp_path / "quiet.log").read_text()[-3000:]
     assert killed.get("status") == 0, (tmp_path / "killed.log").read_text()[-3000:]
@@ -172,8 +177,8 @@ def test_a_run_killed_at_every_file_operation_of_a_save_is_the_quiet_run(command
     four = [*command, "--max_train_steps", "6"]
     begin, quiet, killed = do(
         tmp_path,
-        often(tmp_path, "begun", [*command, "--max_train_steps", "3"], kills=0),
-        often(tmp_path, "quiet", four, kills=0),
+        often(tmp_path, "begun", [*command, "--max_train_steps", "3"], kills=0, num_steps=3),
+        often(tmp_path, "quiet", four, kills=0, num_steps=6),
         {
             "action": "every operation", "argv": [*four, "--output_dir", str(tmp_path / "killed")], "resume_every": 1,
             "begun": str(tmp_path / "begun"), "out": str(tmp_path / "killed"), "ends": str(tmp_path / "ends"),
