@@ -24,7 +24,7 @@ from sd_recipes.agreement import StopAgreement
 from sd_recipes.checkpoint import Manifest
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
-from sd_recipes.data.cache import LatentCache, check_made_by, made_by, memory_folder
+from sd_recipes.data.cache import LatentCache, check_makers, made_by, memory_folder
 from sd_recipes.data.training_data import load_training_data, plans
 from sd_recipes.ema import AveragedWeights
 from sd_recipes.metrics import ImageTextScore
@@ -155,12 +155,14 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     prepared_unet, prepared_optimizer = accelerator.prepare(unet, optimizer)
     ema = AveragedWeights(unet, recipe) if recipe.use_ema else None
 
-    if data.made_by is not None:
-        check_made_by(data.made_by, made_by(recipe, components.vae, weight_dtype))
+    makers = data.makers
+    wanted = made_by(recipe, components.vae, weight_dtype) if makers else None
+    check_makers(makers, wanted)
     cache = open_cache(recipe, components, accelerator, weight_dtype)
     builder_settings = {
         "latent_shape": latent_shape_of(components.vae),
         "num_train_timesteps": num_train_timesteps,
+        "made_by": wanted,
     }
     builder = BatchBuilder(
         data.rows,

@@ -23,6 +23,10 @@ def mistakes_in_one_line() -> Iterator[None]:
         words, status = f"error: {error}", error.status
     except KeyboardInterrupt:
         words, status = "stopped", 130
+    except RuntimeError as error:
+        if "peer" not in str(error) or "gloo" not in str(error):
+            raise
+        words, status = "error: another process has ended, which says why", 1
     else:
         return
     if words:
@@ -52,6 +56,8 @@ def set_up_console() -> None:
         stream=sys.stderr,
     )
     logging.getLogger("sd_recipes").setLevel(logging.INFO if is_main else logging.ERROR)
+    # A bad row is met by one process, whichever that is.
+    logging.getLogger("sd_recipes.data.bad_rows").setLevel(logging.WARNING)
     # At import it warns of an optional kernel for 4-bit inference, which is not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
@@ -75,14 +77,18 @@ def fill_cache(recipe: Recipe) -> Path:
         num_workers=recipe.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    with tqdm(total=len(data.rows), desc="Latents", unit="row", disable=not accelerator.is_local_main_process) as bar:
-        for batch in batches(0, len(plans)):
+    with (
+        closing(batches(0, len(plans))) as filled,
+        tqdm(total=len(data.rows), desc="Latents", unit="row", disable=not accelerator.is_local_main_process) as bar,
+    ):
+        for batch in filled:
             data.bad_rows.add(batch.bad, 0)
             batch_moments(vae, batch.to(accelerator.device), dtype, cache)
             bar.update(min(len(batch.weights) * accelerator.num_processes, len(data.rows) - bar.n))
             if stop_request.reason:
                 cache.flush()
                 raise stop_request.stopped(f"{bar.n} of {len(data.rows)} rows are in the cache")
+    data.bad_rows.check(len(set(gather_object(list(data.bad_rows.reasons)))), 0)
     cache.flush()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

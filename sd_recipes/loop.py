@@ -8,12 +8,12 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from sd_recipes.build import Training
@@ -65,6 +65,7 @@ def fit(training: Training) -> Progress:
     if training.stop_agreed(wait=True):
         raise stop_request.stopped(f"at step {progress.global_step}, before another was made")
     window = Window(accelerator.device, progress)
+    steps_left = training.max_train_steps - progress.global_step
     with (
         Checkpointer(training, output_dir, identity) as checkpointer,
         tqdm(
@@ -73,9 +74,9 @@ def fit(training: Training) -> Progress:
             desc="Steps",
             disable=not accelerator.is_local_main_process,
         ) as bar,
+        closing(training.batches(progress.samples_seen, steps_left, progress.stream_state)) as batches,
     ):
-        steps_left = training.max_train_steps - progress.global_step
-        for batch in window.waits(training.batches(progress.samples_seen, steps_left, progress.stream_state)):
+        for batch in window.waits(batches):
             plan = batch.plan
             training.bad_rows.add(batch.bad, progress.samples_seen)
 
@@ -195,6 +196,8 @@ class Window:
                 f"the loss is {loss} by step {progress.global_step}: lower --learning_rate, or use --mixed_precision "
                 f"bf16 or no, and continue with --resume_from_checkpoint latest if {training.recipe.output_dir} has one"
             )
+        if bad and training.accelerator.num_processes > 1:  # several may have met the same row, in another epoch
+            bad = len(set(gather_object(list(training.bad_rows.reasons))))
         training.bad_rows.check(int(bad), progress.samples_seen)
         return loss, int(bad)
 

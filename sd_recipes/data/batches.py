@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -15,7 +15,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from sd_recipes.data.bad_rows import row_name
-from sd_recipes.data.cache import LatentCache, moments_of, row_key
+from sd_recipes.data.cache import LatentCache, check_made_by, moments_of, row_key
 from sd_recipes.data.captions import CaptionError, caption_columns, make_caption, tokenize
 from sd_recipes.data.draws import Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_image
@@ -87,8 +87,8 @@ class BatchBuilder(torch.utils.data.Dataset):
     """Builds the batch of a MicroBatch; runs in the loader's workers.
 
     `latent_shape` gives (C, h, w) for an image size (height, width). `rows` is None for a stream, whose
-    rows come with the MicroBatch. A row whose image or caption is unusable gets weight 0 and is named;
-    settings that say so raise RecipeError for it.
+    rows come with the MicroBatch; `made_by` is what the moments must be made by, where rows have such. A row
+    whose image or caption is unusable gets weight 0 and is named; settings that say so raise RecipeError for it.
     """
 
     def __init__(
@@ -103,8 +103,11 @@ class BatchBuilder(torch.utils.data.Dataset):
         noise_offset: float = 0.0,
         input_perturbation: float = 0.0,
         cache: LatentCache | None = None,
+        made_by: dict[str, Any] | None = None,
     ) -> None:
         self.rows = rows
+        self.made_by = made_by
+        self._known_makers: set[str] = set()
         # Its own: a fast tokenizer keeps padding and truncation as state, and this one is used from another thread
         # than the pipeline's, which would meet "Already borrowed" (huggingface/transformers#47085).
         self.tokenizer = copy.deepcopy(tokenizer)
@@ -197,9 +200,17 @@ class BatchBuilder(torch.utils.data.Dataset):
         except CaptionError as error:  # --long_captions error
             raise RecipeError(str(error)) from error
 
+    def _check_maker(self, found: str) -> None:
+        """Moments that come as data must be this VAE's, those of every row. Raises RecipeError."""
+        if found not in self._known_makers:
+            assert self.made_by is not None
+            check_made_by(found, self.made_by)
+            self._known_makers.add(found)
+
     def _add_image(self, images: _Images, place: int, row: Row, drawn: Draws) -> None:
         """The row's moments where they are known, otherwise its pixels. Raises ImageError."""
         if "moments" in row:
+            self._check_maker(row["made_by"])
             images.add_moments(place, moments_of(row, flip=self._flips(drawn), latent_shape=images.latent_shape))
             return
         encoded, config = row[self.config.image_column], self.config
@@ -279,8 +290,8 @@ class TrainingBatches:
 
     def __call__(
         self, samples_seen: int, num_steps: int, stream_state: dict[str, Any] | None = None
-    ) -> Iterator[Batch]:
-        """The batches of the next `num_steps` global batches."""
+    ) -> Generator[Batch, None, None]:
+        """The batches of the next `num_steps` global batches; to be closed, since the workers end with it."""
         plans = self._plans_of_steps(self.plans(samples_seen, stream_state), num_steps)
         if self.num_workers == 0:
             yield from self._read_ahead(plans)
@@ -294,13 +305,16 @@ class TrainingBatches:
             pin_memory=self.pin_memory,
             worker_init_fn=outlive_signals,
         )
+        workers = iter(loader)
         try:
-            yield from loader
+            yield from workers
         except RecipeError as error:
             # The loader puts a worker's traceback into the message; its last line is ours.
             raise RecipeError(str(error).rstrip().splitlines()[-1].removeprefix(f"{RECIPE_ERROR}: ")) from None
         finally:
             self._release()
+            # They ignore the signal with which Python would end them at its own end, and wait for them.
+            workers._shutdown_workers()  # type: ignore[attr-defined]
 
     @staticmethod
     def _plans_of_steps(plans: Iterator[MicroBatch], num_steps: int) -> Iterator[MicroBatch]:

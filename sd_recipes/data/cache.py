@@ -19,6 +19,7 @@ import queue
 import shutil
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,20 @@ def check_made_by(found: str, wanted: dict[str, Any]) -> None:
         raise RecipeError(f"the moments of this data set were made at {made['size']}, not {wanted['size']}: change it")
     if wanted["flips"] and not made["flips"]:
         raise RecipeError("the moments of this data set are not mirrored: drop --random_flip")
+
+
+def check_makers(found: list[str], wanted: dict[str, Any] | None) -> None:
+    """As `check_made_by`, for all that made the moments of a data set: by one VAE, and all in one way."""
+    for each in found:
+        assert wanted is not None
+        check_made_by(each, wanted)
+    if len(found) > 1:
+        ways = [json.loads(each) for each in found]
+        differ = sorted(name for name in ways[0] if len({str(way.get(name)) for way in ways}) > 1)
+        raise RecipeError(
+            f"the moments of this data set were made in {len(found)} ways, which differ in {', '.join(differ)}: name "
+            "the folder of one of them"
+        )
 
 
 def memory_folder(output_dir: str) -> Path:
@@ -208,6 +223,8 @@ class LatentCache:
         self.flush()
         if self.temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # it holds another run's
+                self.folder.parent.rmdir()
 
 
 class _Writer:

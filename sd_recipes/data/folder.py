@@ -21,9 +21,15 @@ from sd_recipes.recipe import RecipeError
 
 logger = logging.getLogger(__name__)
 
+
+def _read_csv(path: Path) -> pa.Table:
+    # Captions may have line breaks, in quotes; pyarrow would split rows there in files of more than a megabyte.
+    return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+
+
 METADATA_READERS: dict[str, Any] = {
     "metadata.jsonl": pyarrow.json.read_json,
-    "metadata.csv": pyarrow.csv.read_csv,
+    "metadata.csv": _read_csv,
     "metadata.parquet": pyarrow.parquet.read_table,
 }
 IMAGE_SUFFIXES = {

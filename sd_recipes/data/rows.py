@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import itertools
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sd_recipes.data.shards import with_bytes
 from sd_recipes.recipe import DataSource, Recipe, RecipeError
 
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+FOLDER_SHARDS = 64  # of a folder that is read as a stream
 MAX_HELD_OUT_STREAM_ROWS = 1000  # a held-out split of a stream is kept in memory
 # A row of a latent cache holds these instead of an image (see cache.py).
 MOMENTS_COLUMNS = ("moments", "moments_flipped", "height", "width", "made_by")
@@ -85,6 +87,12 @@ def load_held_out_rows(config: Recipe, split: str, cache_dir: str | None) -> dat
     return datasets.Dataset.from_list(rows, features=stream.features)
 
 
+def is_local(source: DataSource) -> bool:
+    """Whether a source is of files on this machine."""
+    name = source.dataset_name and assets.resolve(source.dataset_name)
+    return name is None or bool(glob.glob(name))
+
+
 def _split(found: Any, source: DataSource, split: str | None) -> str:
     wanted = split or source.train_split
     if wanted not in found:
@@ -101,8 +109,11 @@ def _guarded(source: DataSource, read: Any) -> Any:
     # Whatever `datasets` raises while it reads a person's files is about those files. It has no
     # common base class, so the error is passed on in one line with its own words.
     except Exception as error:
-        words = " ".join(str(error).split())[:500]
-        raise RecipeError(f"{source.flag} cannot be read: {words or type(error).__name__}") from error
+        told: BaseException = error
+        while isinstance(told, datasets.exceptions.DatasetGenerationError) and told.__cause__ is not None:
+            told = told.__cause__  # it says what "an error occurred"
+        words = " ".join(str(told).split())[:500]
+        raise RecipeError(f"{source.flag} cannot be read: {words or type(told).__name__}") from error
 
 
 def _load(source: DataSource, config: Any, cache_dir: str | None, *, streaming: bool) -> Any:
@@ -111,6 +122,8 @@ def _load(source: DataSource, config: Any, cache_dir: str | None, *, streaming: 
         name = assets.resolve(source.dataset_name)
         builder = FILE_BUILDERS.get(Path(name).suffix)
         if builder and ("://" in name or "*" in name or Path(name).is_file()):
+            if source.train_data_dir is not None:
+                raise RecipeError(f"{source.flag} names files, which --train_data_dir contradicts: drop one")
             # For training, whatever the file's name: one called test.parquet would otherwise be a split `test`.
             files = {"train": name}
             if builder == "parquet":
@@ -131,10 +144,9 @@ def _load(source: DataSource, config: Any, cache_dir: str | None, *, streaming: 
         raise RecipeError(f"--train_data_dir {folder}: no such folder")
     if not any(path.is_file() for path in folder.rglob("*")):
         raise RecipeError(f"--train_data_dir {folder} is empty: put images and a metadata.jsonl there")
-    if not streaming:
-        rows = read_folder(folder)
-        if rows is not None:
-            return {"train": rows}
+    rows = read_folder(folder)
+    if rows is not None:
+        return {"train": rows.to_iterable_dataset(min(len(rows), FOLDER_SHARDS)) if streaming else rows}
     return _guarded(
         source, lambda: datasets.load_dataset("imagefolder", data_files={"train": f"{folder}/**"}, **options)
     )

@@ -45,6 +45,7 @@ class Shards:
     stream: datasets.IterableDataset
     name: str
     outage_seconds: float
+    is_local: bool = False  # what is wrong with a file of this machine does not mend itself
 
     @property
     def number(self) -> int:
@@ -68,12 +69,14 @@ class Shards:
                 words = f"{self.name}: shard {shard} at row {row}: {' '.join(str(error).split())[:200] or repr(error)}"
                 if isinstance(error, PERMANENT):
                     raise StreamLost(f"{words}: the file is gone or forbidden") from error
+                if self.is_local and not isinstance(error, OSError):  # which a network's file system may mend
+                    raise StreamLost(f"{words}: the file is damaged") from error
                 now = time.monotonic()
                 failing_since = failing_since or now
                 if now + pause - failing_since > self.outage_seconds:
                     raise StreamLost(
-                        f"{words}: failing for {now - failing_since:.0f} s; run the same command with "
-                        "--resume_from_checkpoint latest when it is back, or raise --stream_outage_minutes"
+                        f"{words}: failing for {now - failing_since:.0f} s; run the same command when it is back, or "
+                        "raise --stream_outage_minutes"
                     ) from error
                 logger.warning("%s: trying again in %.0f s", words, pause)
                 time.sleep(pause)

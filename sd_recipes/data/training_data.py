@@ -14,7 +14,7 @@ from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Plans
 from sd_recipes.data.checks import check_rows, check_stream
 from sd_recipes.data.order import Order, plans_of_order
-from sd_recipes.data.rows import join_rows, load_held_out_rows, load_sources, load_streams
+from sd_recipes.data.rows import is_local, join_rows, load_held_out_rows, load_sources, load_streams
 from sd_recipes.data.shards import Shards
 from sd_recipes.data.sizes import assign_buckets, has_buckets, size_of_row
 from sd_recipes.data.stream import Stream
@@ -41,12 +41,12 @@ class TrainingData:
         return self.order.num_steps(num_epochs)
 
     @property
-    def made_by(self) -> str | None:
-        """What made the moments, if the rows have moments instead of images."""
-        data = self.streams[0] if self.rows is None else self.rows
-        if "made_by" not in (data.column_names or ()):
-            return None
-        return next(iter(data))["made_by"]
+    def makers(self) -> list[str]:
+        """What made the moments, where rows have moments instead of images; of a stream those of its first row."""
+        if self.rows is not None:
+            return self.rows.unique("made_by") if "made_by" in self.rows.column_names else []
+        first = [next(iter(stream)) for stream in self.streams if "made_by" in (stream.column_names or ())]
+        return [row["made_by"] for row in first]
 
 
 def load_training_data(recipe: Recipe, *, seed: int, global_batch_size: int, rank: int) -> TrainingData:
@@ -97,7 +97,8 @@ def plans(data: TrainingData, recipe: Recipe, accelerator: Accelerator, *, seed:
         return partial(plans_of_order, data.order, micro_batch_size=recipe.train_batch_size, **place)
     outage_seconds = 60 * recipe.stream_outage_minutes
     shards = [
-        Shards(stream, source.flag, outage_seconds) for stream, source in zip(data.streams, recipe.sources, strict=True)
+        Shards(stream, source.flag, outage_seconds, is_local=is_local(source))
+        for stream, source in zip(data.streams, recipe.sources, strict=True)
     ]
     return Stream(
         shards,

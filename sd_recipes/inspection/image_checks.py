@@ -79,7 +79,7 @@ def row_name(encoded: dict[str, Any] | None, row: int, root: str | None) -> str:
     path = (encoded or {}).get("path")
     if not path:
         return f"row {row}"
-    return str(path).removeprefix(root).lstrip("/\\") if root else str(path)
+    return str(path).removeprefix(root).lstrip("/\\") if root and str(path).startswith(root) else str(path)
 
 
 def inspect_images(rows: Iterable[tuple[int, dict[str, Any] | None]], settings: ImageSettings) -> InspectedImages:
