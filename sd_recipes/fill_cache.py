@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from accelerate.utils import gather_object
 from huggingface_hub import HfApi
@@ -17,7 +20,8 @@ from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import check_output_dir
 from sd_recipes.console import hide_library_bars
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
-from sd_recipes.data.cache import LatentCache, made_by
+from sd_recipes.data.cache import ROWS_PER_FILE, LatentCache, made_by, open_cached
+from sd_recipes.data.captions import caption_columns
 from sd_recipes.data.order import MicroBatch, Order
 from sd_recipes.data.training_data import load_training_data
 from sd_recipes.hub import PushError
@@ -96,10 +100,32 @@ def fill_cache(recipe: Recipe) -> Path:
         size = sum(path.stat().st_size for path in files)
         print(f"latent cache    {cache.folder}: {len(files)} files, {size / 2**20:.1f} MiB", flush=True)
         print(f"train on it     --cache_latents disk --latent_cache_dir {folder}, with the same data and settings")
+        strange = rows_of_no_data(files, data.rows, caption_columns(recipe))
+        if strange:
+            words = (
+                f"{strange} rows in {cache.folder} are not of this data set as it is now (captions or pictures have "
+                "changed, or rows are there twice): as a data set of its own, fill an empty --latent_cache_dir"
+            )
+            if recipe.push_to_hub:
+                raise RecipeError(f"not pushed: {words}")
+            logger.warning("%s", words)
         if recipe.push_to_hub:
             print(f"pushed          {push_cache(cache.folder, recipe)}", flush=True)
     accelerator.end_training()
     return cache.folder
+
+
+def rows_of_no_data(files: list[Path], rows: datasets.Dataset, columns: list[str]) -> int:
+    """How many rows of a cache's files are left over when each row of the data, by its captions, has one."""
+    cached: Counter[str] = Counter()
+    for path in files:
+        cached.update(map(json.dumps, open_cached(path).select(columns).to_pylist()))
+    captions = rows.select_columns(columns)
+    for start in range(0, len(captions), ROWS_PER_FILE):
+        some = captions[start : start + ROWS_PER_FILE]
+        for values in zip(*(some[name] for name in columns), strict=True):
+            cached[json.dumps(dict(zip(columns, values, strict=True)))] -= 1
+    return sum(number for number in cached.values() if number > 0)
 
 
 def _plans(order: Order, batch_size: int, *, rank: int, world_size: int) -> Iterator[MicroBatch]:

@@ -22,7 +22,7 @@ from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import build_training
 from sd_recipes.data.cache import LatentCache, moments_of, row_key
 from sd_recipes.data.order import GlobalBatch, share
-from sd_recipes.fill_cache import fill_cache
+from sd_recipes.fill_cache import fill_cache, rows_of_no_data
 from sd_recipes.model.latents import batch_moments
 from sd_recipes.recipe import Recipe, RecipeError
 
@@ -79,6 +79,33 @@ def test_files_are_data_sets(tmp_path: Path) -> None:
         )
         assert [row["text"] for row in rows] == ["row 0", "row 1", "row 2"]
         assert json.loads(next(iter(rows))["made_by"]) == MADE
+
+
+def test_moments_that_were_made_in_several_ways_are_no_data_set(settings: dict[str, Any], tmp_path: Path) -> None:
+    cached = settings | {"cache_latents": "disk", "latent_cache_dir": str(tmp_path / "latents"), "max_train_steps": 2}
+    train(cached, center_crop=True)
+    train(cached, crop="none", output_dir=str(tmp_path / "second"))
+    data = settings | {
+        "dataset_name": str(tmp_path / "latents" / "*" / "*.arrow"),
+        "output_dir": str(tmp_path / "third"),
+    }
+    del data["train_data_dir"]
+    with pytest.raises(RecipeError, match="were made in 2 ways, which differ in crop: name the folder of one"):
+        train(data)
+    other = build_tiny_pipeline(tmp_path / "other", seed=1)
+    train(cached, crop="none", pretrained_model_name_or_path=str(other), output_dir=str(tmp_path / "fourth"))
+    # A stream tells it with the row, whichever comes first.
+    with pytest.raises(RecipeError, match="were made by another VAE"):
+        train(data, streaming=True, max_train_steps=12, check_data="off", shuffle_block=4)
+
+
+def test_rows_of_no_data(settings: dict[str, Any], tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["row 0", "row 1", "another caption"]})
+    cache, _ = filled(tmp_path, range(3))
+    files = list(cache.folder.glob("*.arrow"))
+    assert rows_of_no_data(files, rows, ["text"]) == 1
+    filled(tmp_path, range(2))  # by another run at the same time
+    assert rows_of_no_data(list(cache.folder.glob("*.arrow")), rows, ["text"]) == 3
 
 
 def test_a_kill_while_writing_leaves_no_half_file(tmp_path: Path) -> None:

@@ -160,6 +160,19 @@ def test_rows_without_a_file_and_a_folder_without_a_good_row(photographs: Path, 
     assert "Unusable" in page
 
 
+def test_a_recipes_sources_are_inspected(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        build_image_folder(tmp_path / name, num_images=3)
+    recipe = tmp_path / "recipe.yaml"
+    sources = [{"train_data_dir": str(tmp_path / name)} for name in ("a", "b")]
+    recipe.write_text(
+        json.dumps({"data_sources": sources, "resolution": 32, "max_train_steps": 9, "output_dir": "run"})
+    )
+    config = read_settings(["--config", str(recipe), "--resolution", "16"])
+    assert (config.resolution, config.output_dir) == (16, "inspection")
+    assert inspect(config).scan.num_rows == 6
+
+
 def test_settings_decide_what_is_bad(photographs: Path, tmp_path: Path) -> None:
     write_metadata(
         photographs, [{"file_name": f"{n}.jpg", "text": "" if n == 0 else f"photograph {n}"} for n in range(9)]

@@ -44,10 +44,10 @@ def launch(*flags: object, processes: int = 1) -> subprocess.CompletedProcess[st
     )
 
 
-def run_script(*flags: object) -> subprocess.CompletedProcess[str]:
+def run_script(*flags: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "train_text_to_image.py", *flags]
     return subprocess.run(
-        [str(part) for part in command], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
+        [str(part) for part in command], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout
     )
 
 

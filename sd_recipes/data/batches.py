@@ -296,9 +296,17 @@ class TrainingBatches:
         if self.num_workers == 0:
             yield from self._read_ahead(plans)
             return
+        failures: list[Exception] = []
+
+        def plans_until_failure() -> Iterator[MicroBatch]:
+            try:
+                yield from plans
+            except Exception as error:  # raised below: in the loader's constructor it would leave the workers behind
+                failures.append(error)
+
         loader = torch.utils.data.DataLoader(
             self.builder,
-            sampler=plans,  # read by the main process only
+            sampler=plans_until_failure(),  # read by the main process only
             batch_size=None,
             num_workers=self.num_workers,
             prefetch_factor=READ_AHEAD,
@@ -308,6 +316,8 @@ class TrainingBatches:
         workers = iter(loader)
         try:
             yield from workers
+            if failures:
+                raise failures[0]
         except RecipeError as error:
             # The loader puts a worker's traceback into the message; its last line is ours.
             raise RecipeError(str(error).rstrip().splitlines()[-1].removeprefix(f"{RECIPE_ERROR}: ")) from None

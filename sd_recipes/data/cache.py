@@ -181,7 +181,7 @@ class LatentCache:
         for path in sorted(self.folder.glob("*.arrow")):
             if path in known:
                 continue
-            column = _open(path).column("key").to_pylist()
+            column = open_cached(path).column("key").to_pylist()
             keys.append(np.array([int.from_bytes(key[:8], "little") for key in column], dtype=np.uint64))
             places.append(np.stack([np.full(len(column), len(self._files)), np.arange(len(column))], axis=1))
             self._files.append(path)
@@ -196,7 +196,7 @@ class LatentCache:
         while place < len(self._keys) and self._keys[place] == number:
             file, row = map(int, self._places[place])
             if file not in self._tables:
-                self._tables[file] = _open(self._files[file])
+                self._tables[file] = open_cached(self._files[file])
             table = self._tables[file]
             if table.column("key")[row].as_py() == key:
                 return {name: table.column(name)[row].as_py() for name in ("moments", "moments_flipped", "made_by")}
@@ -310,8 +310,8 @@ class _Writer:
         self._rows, self._size = [], 0
 
 
-def _open(path: Path) -> pa.Table:
-    """Memory-mapped: rows are read from the disk when they are asked for."""
+def open_cached(path: Path) -> pa.Table:
+    """The rows of a file of the cache, memory-mapped: they are read from the disk when they are asked for."""
     try:
         return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowException) as error:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError, model_validator
 
 from sd_recipes.console import set_up_console
-from sd_recipes.flags import build_parser, parse_flags
+from sd_recipes.flags import build_parser, parse_flags, read_recipe_file
 from sd_recipes.recipe import (
     CacheConfig,
     CaptionConfig,
@@ -42,6 +42,10 @@ NAMED = 3  # rows of each kind that the console names
 class InspectConfig(Section):
     """Inspection."""
 
+    config: str | None = Field(
+        None,
+        description="Recipe of a run, a YAML file or the name of a shipped one: its settings of data and model count.",
+    )
     output_dir: str = Field("inspection", description="Where inspection.json and inspection.html are written.")
     max_rows: int | None = Field(
         None, ge=1, description="Inspect this many rows, drawn at random; of a stream the first ones."
@@ -55,6 +59,10 @@ class InspectConfig(Section):
     )
 
 
+# What an inspection takes from a recipe: the output folder and the workers are the run's own.
+OF_A_RECIPE = {"train_batch_size"}.union(
+    *(section.model_fields for section in (DataConfig, ImageConfig, CaptionConfig, ModelConfig))
+)
 SECTIONS = (InspectConfig, DataConfig, ImageConfig, CaptionConfig, ModelConfig, CacheConfig)
 
 
@@ -77,8 +85,11 @@ def read_settings(argv: list[str]) -> Inspection:
         description="Look at a data set before training on it: broken rows, duplicates, sizes, captions, and its "
         "pixels and latents as a distribution. Exit status: 0 clean, 1 problems, 2 unusable.",
     )
+    flags = parse_flags(argv, parser)
+    recipe = read_recipe_file(flags["config"]) if flags.get("config") else {}
+    settings = {name: value for name, value in recipe.items() if name in OF_A_RECIPE}
     try:
-        return Inspection(**parse_flags(argv, parser))
+        return Inspection(**{**settings, **flags})
     except ValidationError as error:
         raise RecipeError("; ".join(_explain(problem) for problem in error.errors())) from None
 
