@@ -46,9 +46,8 @@ def test_a_damaged_local_shard_is_no_outage(settings: dict[str, Any], tmp_path: 
     content = (tmp_path / "0.tar").read_bytes()
     (tmp_path / "0.tar").write_bytes(content[: len(content) * 2 // 3 + 700])
     data = {"dataset_name": tmp_path / "*.tar", "image_column": "png", "caption_column": "txt", "streaming": True}
-    done = run_ended(
-        {key: value for key, value in settings.items() if key != "train_data_dir"} | data, max_train_steps=50
-    )
+    del settings["train_data_dir"]
+    done = run_ended(settings | data, max_train_steps=50)
     assert done.returncode == 5, done.stderr
     assert ": the file is damaged" in done.stderr.splitlines()[-1]
     assert "shard 0 at row" in done.stderr.splitlines()[-1]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hostile_images import build_hostile_folder, mixed_captions
 from PIL import Image
-from tiny_models import tiny_tokenizer
+from tiny_models import build_image_folder, tiny_tokenizer
 
 from sd_recipes.inspection.caption_checks import CaptionSummary
 from sd_recipes.inspection.command import inspect, main, read_settings, run
