@@ -189,7 +189,7 @@ def _summary(content: dict[str, Any], output_dir: Path) -> str:
     sampled = "" if rows["available"] in (None, rows["inspected"]) else f" of {rows['available']:,}, drawn at random"
     lines = [
         f"{rows['inspected']:,} rows inspected{sampled}, {rows['usable']:,} usable, in {content['seconds']:.0f} s "
-        f"({rows['inspected'] / content['seconds']:.0f} a second)"
+        f"({rows['inspected'] / max(content['seconds'], 0.01):.0f} a second)"
     ]
     for finding in content["findings"].values():
         named = [found["name"] for found in finding["listed"][:NAMED]]
