@@ -294,10 +294,11 @@ def test_the_slurm_job_saves_before_its_time_is_up_and_goes_on_when_requeued(
     try:
         until(lambda: last_step(output_dir) >= 3, "three steps")
         process.send_signal(signal.SIGUSR1)  # to the batch script alone, as by --signal=B:USR1@300
-        until(lambda: not trainers(str(output_dir)), "the processes' end", timeout=10)
+        until(lambda: not trainers(str(output_dir)), "the processes' end", timeout=30)  # Slurm gives minutes
         output, _ = process.communicate(timeout=10)
     finally:
         process.kill()
+        process.wait()
     assert process.returncode != 0
     assert (tmp_path / "requeued").read_text() == f"{job}\n"
     (checkpoint,) = list_checkpoints(output_dir)
