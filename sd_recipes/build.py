@@ -155,9 +155,10 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     prepared_unet, prepared_optimizer = accelerator.prepare(unet, optimizer)
     ema = AveragedWeights(unet, recipe) if recipe.use_ema else None
 
-    makers = data.makers
-    wanted = made_by(recipe, components.vae, weight_dtype) if makers else None
-    check_makers(makers, wanted)
+    wanted = None
+    if makers := data.makers:
+        wanted = made_by(recipe, components.vae, weight_dtype)
+        check_makers(makers, wanted)
     cache = open_cache(recipe, components, accelerator, weight_dtype)
     builder_settings = {
         "latent_shape": latent_shape_of(components.vae),

@@ -26,7 +26,8 @@ def mistakes_in_one_line() -> Iterator[None]:
     except RuntimeError as error:
         if "peer" not in str(error) or "gloo" not in str(error):
             raise
-        words, status = "error: another process has ended, which says why", 1
+        cause = " ".join(str(error).split())[:200]
+        words, status = f"error: another process has ended, and says why, or cannot be reached ({cause})", 1
     else:
         return
     if words:

@@ -46,9 +46,7 @@ class Batch:
     input_ids: torch.Tensor  # (B, L) int64
     timesteps: torch.Tensor  # (B,) int64
     noise: torch.Tensor  # (B, C, h, w) float32, the noise offset included
-    input_noise: (
-        torch.Tensor | None
-    )  # (B, C, h, w) float32: the noise with the input perturbation on top, if there is one
+    input_noise: torch.Tensor | None  # (B, C, h, w) float32: the noise with the input perturbation on top
     posterior_noise: torch.Tensor  # (B, C, h, w) float32
     weights: torch.Tensor  # (B,) float32: 0 for a row that cannot be used
     plan: MicroBatch

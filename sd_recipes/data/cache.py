@@ -86,10 +86,9 @@ def check_made_by(found: str, wanted: dict[str, Any]) -> None:
         raise RecipeError("the moments of this data set are not mirrored: drop --random_flip")
 
 
-def check_makers(found: list[str], wanted: dict[str, Any] | None) -> None:
-    """As `check_made_by`, for all that made the moments of a data set: by one VAE, and all in one way."""
+def check_makers(found: list[str], wanted: dict[str, Any]) -> None:
+    """As `check_made_by`, of all that made the moments of a data set; they are to be one. Raises RecipeError."""
     for each in found:
-        assert wanted is not None
         check_made_by(each, wanted)
     if len(found) > 1:
         ways = [json.loads(each) for each in found]
