@@ -18,8 +18,11 @@ MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # bounds of diffusers' DiagonalGaussianDis
 
 
 def to_pixel_values(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 (B, 3, H, W) in 0-255 to `dtype` in -1..1."""
-    return pixels.to(dtype) / 127.5 - 1
+    """uint8 (B, 3, H, W) in 0-255 to `dtype` in -1..1.
+
+    Scaled in float32 and rounded once: bfloat16's own quotients are up to half a gray level off.
+    """
+    return (pixels.float() / 127.5 - 1).to(dtype)
 
 
 @torch.no_grad()
