@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
 from sd_recipes.agreement import LONGEST_WAIT
-from sd_recipes.model.placement import DTYPES
+from sd_recipes.model.placement import DTYPES, allow_tf32
 from sd_recipes.recipe import Recipe, RecipeError
 from sd_recipes.sharding import fsdp_plugin, turn_on
 from sd_recipes.tracking import check_tracker
@@ -59,4 +59,5 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         )
     if plugin is not None:
         turn_on(accelerator, plugin)
+    allow_tf32(recipe.allow_tf32)
     return accelerator

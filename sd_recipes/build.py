@@ -139,7 +139,6 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
 
     device = accelerator.device
     weight_dtype = DTYPES[accelerator.mixed_precision]
-    torch.backends.cuda.matmul.allow_tf32 = recipe.allow_tf32
     # bitsandbytes makes parameters contiguous at their first step, after its state took their layout, and FSDP divides
     # no others.
     contiguous = recipe.optimizer == "adamw8bit" or accelerator.is_fsdp2

@@ -64,7 +64,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to train; `auto` leaves it to accelerate."
     )
-    allow_tf32: bool = Field(False, description="TF32 matrix products on Ampere GPUs and later.")
+    allow_tf32: bool = Field(False, description="TF32 in matrix products and convolutions, on Ampere GPUs and later.")
     local_rank: int = Field(-1, description="Accepted for old launchers; the environment's LOCAL_RANK is used.")
 
 

@@ -66,6 +66,17 @@ def test_it_learns_on_the_gpu(tiny_pipeline: Path, image_folder: Path, tmp_path:
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_defect_14_float32_is_float32_in_convolutions_too(
+    tiny_pipeline: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    pixels = torch.randn(4, 64, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = torch.randn(64, 64, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    exact = torch.nn.functional.conv2d(pixels, weight)
+    build(tiny_pipeline, image_folder, tmp_path)
+    found = torch.nn.functional.conv2d(pixels.float().cuda(), weight.float().cuda()).double().cpu()
+    assert (found - exact).abs().max() < 1e-3  # TF32's error is 3e-2
+
+
 @pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])
 def test_a_checkpoint_is_of_its_step_and_is_read_back(
     tiny_pipeline: Path, image_folder: Path, tmp_path: Path, mixed_precision: str

@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 from sd_recipes.inspection.distribution import LatentDistribution
 from sd_recipes.model.components import load_scheduler, load_tokenizer, load_vae
 from sd_recipes.model.latents import encode_pixels, sample_latents, to_pixel_values
+from sd_recipes.model.placement import allow_tf32
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Model:
 
 def load_model(config: Any) -> Model:
     """The VAE, on the GPU if there is one, the tokenizer and the schedule. Raises RecipeError."""
+    allow_tf32(False)  # figures are float32's
     vae = load_vae(config).to("cuda" if torch.cuda.is_available() else "cpu")
     return Model(vae, load_tokenizer(config), load_scheduler(config).alphas_cumprod.double().numpy())
 

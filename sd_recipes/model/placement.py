@@ -1,4 +1,4 @@
-"""How the models run, never what they compute: memory format, attention, checkpointing, compilation."""
+"""How the models run, never what they compute: precision, memory format, attention, checkpointing, compilation."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from sd_recipes.recipe import MemoryConfig
 logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU may round float32 to TF32, in matrix products and convolutions alike.
+
+    By itself torch allows it in convolutions only.
+    """
+    # Not by torch's newer `fp32_precision`: accelerate sets these, and what then reads them refuses a mixture.
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def place(
