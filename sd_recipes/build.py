@@ -139,6 +139,10 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
 
     device = accelerator.device
     weight_dtype = DTYPES[accelerator.mixed_precision]
+    wanted = None
+    if (makers := data.makers) or recipe.cache_latents != "off":
+        wanted = made_by(recipe, components.vae, weight_dtype)
+        check_makers(makers, wanted)
     # bitsandbytes makes parameters contiguous at their first step, after its state took their layout, and FSDP divides
     # no others.
     contiguous = recipe.optimizer == "adamw8bit" or accelerator.is_fsdp2
@@ -154,11 +158,7 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     prepared_unet, prepared_optimizer = accelerator.prepare(unet, optimizer)
     ema = AveragedWeights(unet, recipe) if recipe.use_ema else None
 
-    wanted = None
-    if makers := data.makers:
-        wanted = made_by(recipe, components.vae, weight_dtype)
-        check_makers(makers, wanted)
-    cache = open_cache(recipe, components, accelerator, weight_dtype)
+    cache = open_cache(recipe, wanted, accelerator.process_index)
     builder_settings = {
         "latent_shape": latent_shape_of(components.vae),
         "num_train_timesteps": num_train_timesteps,
@@ -277,18 +277,12 @@ def _batch_in_words(recipe: Recipe, global_batch_size: int, num_processes: int) 
     return f"{global_batch_size} = {size} a device x {accumulated} accumulated x {num_processes} processes"
 
 
-def open_cache(
-    recipe: Recipe, components: Components, accelerator: Accelerator, weight_dtype: torch.dtype
-) -> LatentCache | None:
+def open_cache(recipe: Recipe, made_by: dict[str, Any] | None, rank: int) -> LatentCache | None:
     """The latent cache of a recipe, if it asks for one. Raises RecipeError if there is no room for it in memory."""
     if recipe.cache_latents == "off":
         return None
+    assert made_by is not None
     folder = Path(recipe.latent_cache_dir or Path(recipe.output_dir) / "latents")
     if recipe.cache_latents == "memory":
         folder = memory_folder(recipe.output_dir)
-    return LatentCache(
-        folder,
-        made_by(recipe, components.vae, weight_dtype),
-        accelerator.process_index,
-        temporary=recipe.cache_latents == "memory",
-    )
+    return LatentCache(folder, made_by, rank, temporary=recipe.cache_latents == "memory")

@@ -60,10 +60,11 @@ def fill_cache(recipe: Recipe) -> Path:
 
     dtype = DTYPES[accelerator.mixed_precision]
     vae = load_vae(recipe)
+    wanted = made_by(recipe, vae, dtype)
     vae.to(accelerator.device, dtype=dtype)
     arrange(vae, recipe, accelerator.device, dtype)
     folder = Path(recipe.latent_cache_dir or output_dir / "latents")
-    cache = LatentCache(folder, made_by(recipe, vae, dtype), accelerator.process_index)
+    cache = LatentCache(folder, wanted, accelerator.process_index)
     builder = BatchBuilder(
         data.rows,
         load_tokenizer(recipe),

@@ -20,9 +20,10 @@ from training import assert_equal, losses, train, weights
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import build_training
-from sd_recipes.data.cache import LatentCache, moments_of, row_key
+from sd_recipes.data.cache import LatentCache, check_made_by, made_by, model_hash, moments_of, row_key
 from sd_recipes.data.order import GlobalBatch, share
 from sd_recipes.fill_cache import fill_cache, rows_of_no_data
+from sd_recipes.model.components import load_vae
 from sd_recipes.model.latents import batch_moments
 from sd_recipes.recipe import Recipe, RecipeError
 
@@ -256,6 +257,37 @@ def test_a_cache_filled_before_is_used_and_trains_alone(settings: dict[str, Any]
     assert np.isfinite(losses(as_stream)).all()
     with pytest.raises(RecipeError, match="were made at 32, not 64"):
         train(settings, **{**alone, "resolution": 64}, output_dir=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(("made_in", "used_in"), [("bf16", "no"), ("no", "bf16")])
+def test_defect_12_a_vae_is_the_same_in_every_precision(
+    settings: dict[str, Any], tiny_pipeline: Path, tmp_path: Path, made_in: str, used_in: str
+) -> None:
+    """Moments that come as data, by `sd-recipes cache` and by training, and are used in another precision."""
+    settings |= {**CACHED, "max_train_steps": 3}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    filled = fill_cache(Recipe(**settings | {"mixed_precision": made_in, "latent_cache_dir": str(tmp_path / "kept")}))
+    trained = train(settings, mixed_precision=made_in, output_dir=str(tmp_path / "trained")).cache
+    identity = model_hash(load_vae(Recipe(**settings)))
+    used = settings | {"train_data_dir": None, "cache_latents": "off", "mixed_precision": used_in}
+    for number, folder in enumerate((filled, trained.folder)):
+        made = json.loads((folder / "made_by.json").read_text())
+        assert (made["vae"], made["vae_dtype"]) == (identity, {"no": "float32", "bf16": "bfloat16"}[made_in])
+        used |= {"dataset_name": str(folder / "*.arrow"), "output_dir": str(tmp_path / f"used-{number}")}
+        for streaming in (False, True):
+            run = train(used, streaming=streaming, output_dir=f"{used['output_dir']}-{streaming}")
+            assert np.isfinite(losses(run)).all()
+    other = build_tiny_pipeline(tmp_path / "other", seed=1)
+    with pytest.raises(RecipeError, match="made by another VAE"):
+        train(used, pretrained_model_name_or_path=str(other), output_dir=str(tmp_path / "refused"))
+
+
+def test_defect_12_the_words_about_another_format_are_true(settings: dict[str, Any]) -> None:
+    vae = load_vae(Recipe(**settings))
+    wanted = made_by(Recipe(**settings, center_crop=True), vae, torch.float32)
+    check_made_by(json.dumps(wanted), wanted)
+    with pytest.raises(RecipeError, match=r"in format 1, .* another version .* make them anew with `sd-recipes cache`"):
+        check_made_by(json.dumps({**wanted, "format": 1}), wanted)
 
 
 def test_another_vae_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:

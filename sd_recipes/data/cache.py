@@ -56,7 +56,11 @@ def model_hash(model: torch.nn.Module) -> str:
 
 
 def made_by(config: Any, vae: torch.nn.Module, vae_dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that a cached row depends on beside its image."""
+    """Everything that a cached row depends on beside its image.
+
+    The VAE comes as it was loaded, before it is cast to `vae_dtype`, so that it has one identity in all precisions.
+    """
+    assert all(parameter.dtype == torch.float32 for parameter in vae.parameters()), "rounded, it is another VAE"
     size: Any = config.resolution
     if config.aspect_ratio_buckets:
         size = {"area": config.resolution**2, "step": config.bucket_step, "max_upscale": config.max_upscale}
@@ -75,7 +79,12 @@ def made_by(config: Any, vae: torch.nn.Module, vae_dtype: torch.dtype) -> dict[s
 def check_made_by(found: str, wanted: dict[str, Any]) -> None:
     """Moments that come as data must be this VAE's. Raises RecipeError."""
     made = json.loads(found)
-    if made["format"] != FORMAT or made["vae"] != wanted["vae"]:
+    if made["format"] != FORMAT:
+        raise RecipeError(
+            f"the moments of this data set are in format {made['format']}, of another version of sd-recipes, and this "
+            f"one reads format {FORMAT}: make them anew with `sd-recipes cache`"
+        )
+    if made["vae"] != wanted["vae"]:
         raise RecipeError(
             "the moments of this data set were made by another VAE than that of --pretrained_model_name_or_path: make "
             "them anew with `sd-recipes cache`"
