@@ -146,7 +146,7 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     # bitsandbytes makes parameters contiguous at their first step, after its state took their layout, and FSDP divides
     # no others.
     contiguous = recipe.optimizer == "adamw8bit" or accelerator.is_fsdp2
-    place(components, recipe, device, weight_dtype, contiguous_unet=contiguous)
+    place(components, recipe, device, weight_dtype, contiguous_unet=contiguous, exports=accelerator.is_main_process)
     unet = components.unet
     unet_config = unet.to_json_string()  # FSDP gives its class another name
     unet.train()

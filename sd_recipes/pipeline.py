@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
@@ -25,5 +26,8 @@ def build_pipeline(components: Components) -> StableDiffusionPipeline:
 
 
 def export_pipeline(components: Components, output_dir: Path) -> None:
-    """Write a folder that StableDiffusionPipeline.from_pretrained loads, in safetensors."""
-    build_pipeline(components).save_pretrained(output_dir, safe_serialization=True)
+    """Write a folder that StableDiffusionPipeline.from_pretrained loads, in safetensors, all parts in float32.
+
+    In one type, since diffusers loads its parts in float32 and transformers in the type in which they were saved.
+    """
+    build_pipeline(replace(components, **components.as_loaded)).save_pretrained(output_dir, safe_serialization=True)

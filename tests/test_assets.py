@@ -48,6 +48,14 @@ def test_the_base_fits_in_25_megabytes_and_has_its_licence_and_card() -> None:
     assert not [path for path in base.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
 
 
+def test_defect_10_the_base_is_loaded_in_one_type_without_another_word() -> None:
+    base = StableDiffusionPipeline.from_pretrained(assets.resolve("sd-recipes/tiny-emoji"))
+    base.set_progress_bar_config(disable=True)
+    for part in (base.unet, base.vae, base.text_encoder):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+    assert base("a cat", num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)
+
+
 @pytest.mark.parametrize("split", ["train", "flags"])
 def test_the_vae_reconstructs_cleanly(pipeline: StableDiffusionPipeline, split: str) -> None:
     pixels = np.stack([

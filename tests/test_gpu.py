@@ -9,11 +9,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from training import assert_leaves_as_it_came
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import Training, build_training
 from sd_recipes.checkpoint import UNET_WEIGHTS, Progress
 from sd_recipes.loop import Window, fit
+from sd_recipes.pipeline import export_pipeline
 from sd_recipes.recipe import Recipe
 from sd_recipes.tracking import read_metrics
 
@@ -64,6 +66,16 @@ def test_it_learns_on_the_gpu(tiny_pipeline: Path, image_folder: Path, tmp_path:
     fit(build(tiny_pipeline, image_folder, tmp_path, **settings))
     losses = [line["train_loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])
+def test_defect_10_frozen_parts_leave_a_run_on_the_gpu_as_they_came(
+    tiny_pipeline: Path, image_folder: Path, tmp_path: Path, mixed_precision: str
+) -> None:
+    training = build(tiny_pipeline, image_folder, tmp_path, mixed_precision=mixed_precision, max_train_steps=2)
+    fit(training)
+    export_pipeline(training.components, tmp_path)
+    assert_leaves_as_it_came(tmp_path, tiny_pipeline)
 
 
 def test_defect_14_float32_is_float32_in_convolutions_too(

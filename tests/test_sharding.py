@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from launching import finish, flags_of, launcher_environment, start, torchrun
 from safetensors.torch import load_file
 from test_distributed import CONFIGS, assert_close, losses, samples, saved
-from training import assert_equal, train, weights
+from training import assert_equal, assert_leaves_as_it_came, train, weights
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.checkpoint import OPTIMIZER
@@ -75,6 +75,14 @@ def test_a_divided_run_is_the_whole_one_and_goes_on_to_the_bit(
     # What is exported is whole, has the average's weights, and is of diffusers' own classes.
     assert_equal(StableDiffusionPipeline.from_pretrained(quiet).unet.state_dict(), saved(quiet, 6, "unet_ema"))
     assert UNet2DConditionModel.load_config(quiet / "checkpoint-6" / "unet")["_class_name"] == "UNet2DConditionModel"
+
+
+def test_defect_10_frozen_parts_leave_a_divided_run_as_they_came(
+    settings: dict[str, Any], fsdp: dict[str, str], tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    pictures = {"validation_prompts": "a disc", "validation_steps": 2, "validation_inference_steps": 1}
+    run_divided(fsdp, 2, settings | pictures, mixed_precision="bf16", max_train_steps=2, output_dir=tmp_path / "run")
+    assert_leaves_as_it_came(tmp_path / "run", tiny_pipeline)
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import Training, build_training
@@ -36,3 +38,17 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert one.keys() == other.keys()
     different = [name for name in one if not torch.equal(one[name], other[name])]
     assert different == []
+
+
+def assert_leaves_as_it_came(folder: Path, base: Path, variant: str | None = None) -> None:
+    """A pipeline for stock diffusers, without another word: all float32, its frozen parts `base`'s, and it draws."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    loaded_base = StableDiffusionPipeline.from_pretrained(base, variant=variant, dtype=torch.float32)
+    for part in ("vae", "text_encoder"):
+        assert_equal(getattr(pipeline, part).state_dict(), getattr(loaded_base, part).state_dict())
+    for part in ("vae", "text_encoder", "unet"):
+        assert {parameter.dtype for parameter in getattr(pipeline, part).parameters()} == {torch.float32}, part
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("disc number 2", num_inference_steps=2, height=32, width=32, output_type="np").images[0]
+    assert picture.shape == (32, 32, 3)
+    assert np.isfinite(picture).all()

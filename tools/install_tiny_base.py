@@ -31,6 +31,9 @@ def main() -> None:
     base = ASSETS / "tiny-emoji"
     pipeline = StableDiffusionPipeline.from_pretrained(args.run, dtype=torch.float16, safety_checker=None)
     pipeline.save_pretrained(base)
+    # diffusers loads its parts in float32, and transformers in the type that the configuration names: one for all.
+    text_config = base / "text_encoder" / "config.json"
+    text_config.write_text(json.dumps({**json.loads(text_config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     shutil.copy(args.run / "samples.png", base / "samples.png")
     shutil.copytree(args.clip, ASSETS / "tiny-clip", dirs_exist_ok=True)
 

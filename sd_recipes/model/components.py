@@ -10,7 +10,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Components:
     tokenizer: CLIPTokenizer
     scheduler: DDPMScheduler  # of training
     sampler: SchedulerMixin  # of the pipeline
+    # The frozen parts as they were loaded, where they run rounded to another type; see `placement.place`.
+    as_loaded: dict[str, Any] = field(default_factory=dict)
 
     @property
     def vae_scale_factor(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 from typing import Any
@@ -27,12 +28,23 @@ def allow_tf32(allowed: bool) -> None:
 
 
 def place(
-    components: Components, config: MemoryConfig, device: torch.device, dtype: torch.dtype, *, contiguous_unet: bool
+    components: Components,
+    config: MemoryConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    contiguous_unet: bool,
+    exports: bool,
 ) -> None:
     """Move the frozen models to `device` in `dtype` and the UNet in float32, arranged as configured.
 
-    `contiguous_unet` keeps the UNet out of channels last, for an optimizer that would undo it.
+    `contiguous_unet` keeps the UNet out of channels last, for an optimizer that would undo it. A process that `exports`
+    keeps the frozen models in float32 as well, in the host's memory, where `dtype` would round them.
     """
+    if exports and dtype != torch.float32:
+        # They take 4 bytes a parameter, of Stable Diffusion 1.5 0.83 GB, until the run ends.
+        components.as_loaded = {"vae": components.vae, "text_encoder": components.text_encoder}
+        components.vae, components.text_encoder = copy.deepcopy((components.vae, components.text_encoder))
     components.vae.to(device, dtype=dtype)
     components.text_encoder.to(device, dtype=dtype)
     unet = components.unet.to(device)
