@@ -18,11 +18,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
+from poisoned import poison
 from safetensors.torch import load_file
-from training import train, weights
+from training import assert_equal, train, weights
 
 from sd_recipes import checkpoint, saving
+from sd_recipes.accelerator import start_accelerator
+from sd_recipes.build import Training, build_training
 from sd_recipes.checkpoint import (
     FORMAT,
     MANIFEST,
@@ -38,11 +42,12 @@ from sd_recipes.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
+from sd_recipes.loop import fit
 from sd_recipes.recipe import Recipe, RecipeError
 from sd_recipes.run import run
 from sd_recipes.saving import NotSaved
-from sd_recipes.signals import stop_request
-from sd_recipes.tracking import Tracker
+from sd_recipes.signals import Stopped, stop_request
+from sd_recipes.tracking import Tracker, read_metrics
 
 
 def contents(step: int, **changes: Any) -> Contents:
@@ -120,6 +125,100 @@ def test_the_snapshot_is_of_its_step(settings: dict[str, Any], tmp_path: Path, m
     plain = train(settings, max_train_steps=2)
     saved = load_file(tmp_path / "late" / "checkpoint-2" / "unet" / UNET_WEIGHTS)
     assert all(torch.equal(saved[name], value) for name, value in weights(plain).items())
+
+
+def test_defect_9_progress_of_a_checkpoint_in_writing_is_not_lost(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step is saved, and the one after it is not: what the writer raised is told none the less."""
+    train(settings, max_train_steps=2)
+    write = saving.write_checkpoint
+
+    def broken_once(contents: Contents, *rest: Any) -> Path:
+        if contents.manifest.step == 3:
+            raise KeyError("a bug")
+        return write(contents, *rest)
+
+    monkeypatch.setattr(saving, "write_checkpoint", broken_once)
+    with pytest.raises(KeyError, match="a bug"):
+        train(settings, resume_from_checkpoint="latest", checkpointing_steps=3, max_train_steps=6)
+
+
+def test_defect_9_progress_that_goes_on_is_not_in_the_snapshot(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a checkpoint in writing holds is of its step, though training has gone on by two."""
+    fifth_step = threading.Event()
+    write, log = saving.write_checkpoint, Tracker.log
+
+    def late(snapshot: Contents, *rest: Any) -> Path:
+        assert fifth_step.wait(timeout=30)
+        return write(snapshot, *rest)
+
+    def logged(tracker: Tracker, figures: dict[str, Any], step: int) -> None:
+        log(tracker, figures, step)
+        if step == 5:
+            fifth_step.set()
+
+    settings |= {"use_ema": True, "lr_scheduler": "cosine", "checkpointing_steps": 3, "max_train_steps": 5}
+    train(settings, output_dir=str(tmp_path / "quiet"))
+    monkeypatch.setattr(saving, "write_checkpoint", late)
+    monkeypatch.setattr(Tracker, "log", logged)
+    train(settings)
+    for step in (3, 5):
+        one, other = (tmp_path / out / f"checkpoint-{step}" for out in ("quiet", "run"))
+        assert verify_checkpoint(one).files == verify_checkpoint(other).files
+
+
+# ------------------------------------------------------------------------------- without optimizer tensors
+
+
+def test_defect_11_a_checkpoint_without_optimizer_tensors_is_written_and_gone_on_from(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"optimizer": "sgd", "sgd_momentum": 0.0, "checkpointing_steps": 2}
+    quiet = train(settings, output_dir=str(tmp_path / "quiet"))
+    train(settings, max_train_steps=2)
+    assert verify_checkpoint(tmp_path / "run" / "checkpoint-2").step == 2
+    assert load_file(tmp_path / "run" / "checkpoint-2" / OPTIMIZER) == {}
+    resumed = train(settings, resume_from_checkpoint="latest")
+    assert_equal(weights(quiet), weights(resumed))
+
+
+def test_defect_11_a_signal_saves_it(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tracker, "log", lambda *_: setattr(stop_request, "reason", "SIGTERM"))
+    try:
+        with pytest.raises(Stopped, match="saved at step 1"):
+            train(settings, optimizer="sgd", sgd_momentum=0.0)
+    finally:
+        stop_request.reason = None
+    assert verify_checkpoint(tmp_path / "run" / "checkpoint-1").step == 1
+
+
+def train_scaled(settings: dict[str, Any], skipped: set[int], **changes: Any) -> Training:
+    """With the loss scaler of fp16, on the CPU, which skips these steps of one micro-batch."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = Recipe(**{**settings, **changes})
+    accelerator = start_accelerator(recipe)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    training = build_training(recipe, accelerator)
+    poison(training, skipped)
+    fit(training)
+    return training
+
+
+def test_defect_11_a_checkpoint_before_the_scaler_lets_a_step_pass(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"optimizer": "sgd", "lr_scheduler": "cosine", "checkpointing_steps": 2, "use_ema": True}
+    quiet = train_scaled(settings, {1, 2, 3}, output_dir=str(tmp_path / "quiet"), max_train_steps=6)
+    train_scaled(settings, {1, 2}, max_train_steps=2)
+    path = tmp_path / "run" / "checkpoint-2"
+    assert load_file(path / OPTIMIZER) == {}
+    assert read_json(path / STATE)["scaler"]["scale"] == 65536 / 4
+    resumed = train_scaled(settings, {1}, max_train_steps=6, resume_from_checkpoint="latest")
+    assert_equal(weights(quiet), weights(resumed))
+    one, other = (verify_checkpoint(tmp_path / out / "checkpoint-6").files for out in ("quiet", "run"))
+    assert one == other
+    assert all("grad_norm" not in line for line in read_metrics(tmp_path / "run" / "metrics.jsonl")[:3])
 
 
 # ------------------------------------------------------------------------------------ found and kept
