@@ -21,7 +21,8 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from poisoned import poison
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from training import assert_equal, train, weights
 
 from sd_recipes import checkpoint, saving
@@ -526,6 +527,166 @@ def test_a_hostile_checkpoint_is_refused_and_runs_nothing(settings: dict[str, An
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not marker.exists()
+
+
+def in_place_of(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def change(path: Path) -> None:
+        (path / name).unlink()
+        make(path / name)
+
+    return change
+
+
+def rewritten(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    return lambda path: rewrite_manifest(path, change)
+
+
+def state_changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def rewrite(path: Path) -> None:
+        state = json.loads((path / STATE).read_text())
+        change(state)
+        data = json.dumps(state).encode()
+        (path / STATE).write_bytes(data)
+        rewrite_manifest(path, lambda m: m["files"].update({STATE: entry(data)}))
+
+    return rewrite
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an endless manifest": (
+        in_place_of(MANIFEST, lambda file: file.symlink_to("/dev/zero")), "manifest.json is no regular file"
+    ),
+    "a FIFO for a manifest": (in_place_of(MANIFEST, os.mkfifo), "manifest.json is no regular file"),
+    "a folder for a manifest": (in_place_of(MANIFEST, Path.mkdir), "manifest.json is no regular file"),
+    "a FIFO for the state": (in_place_of(STATE, os.mkfifo), "state.json is no regular file"),
+    "a FIFO for weights": (in_place_of(f"unet/{UNET_WEIGHTS}", os.mkfifo), f"{UNET_WEIGHTS} is no regular file"),
+    "a folder for tensors": (in_place_of(OPTIMIZER, Path.mkdir), "optimizer.safetensors is no regular file"),
+    "no seed": (rewritten(lambda m: m["settings"].pop("seed")), "is not of a run (1 validation error for SavedSettings"),
+    "no batch size": (rewritten(lambda m: m["settings"].pop("train_batch_size")), "train_batch_size Field required"),
+    "no global batch": (rewritten(lambda m: m["identity"].pop("global_batch_size")), "global_batch_size Field required"),
+    "no base": (rewritten(lambda m: m["identity"].update(unet="x", base=None)), "base Input should be a valid string"),
+    "lines in a setting": (rewritten(lambda m: m["settings"].update(optimizer="a\n\nb")), "was a b"),
+    "a step beyond all numbers": (rewritten(lambda m: m.update(step=10**300)), "manifest.json: 1 validation error"),
+    "a loss that is NaN": (state_changed(lambda s: s["progress"].update(loss_sum=float("nan"))), "does not fit this"),
+    "no position": (state_changed(lambda s: s["progress"].pop("samples_seen")), "does not fit this run (Validation"),
+    "another step": (state_changed(lambda s: s["progress"].update(global_step=7)), "name different steps"),
+    "a schedule beyond": (state_changed(lambda s: s.update(schedule_step=10**300)), "does not fit this run (ValueError"),
+    "a stream of nothing": (state_changed(lambda s: s.update(streams=[{}])), "does not fit this run (ValidationError"),
+    "values of no parameter": (
+        state_changed(lambda s: s["optimizer_values"].update({"x/y/z": 1})), "does not fit this run (ValueError"
+    ),
+    "a value under a tensor": (
+        state_changed(lambda s: s["optimizer_values"].update({"0/exp_avg/z": 1})), "does not fit this run (Attribute"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("seconds")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_defect_30_a_foreign_checkpoint_is_refused_in_one_line(
+    settings: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    train(settings, max_train_steps=1)
+    change, words = FOREIGN[name]
+    change(tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(RecipeError) as error:
+        train(settings, resume_from_checkpoint="checkpoint-1")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------- what is no misfit
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1 GiB")
+
+
+def without_memory(*_: Any, **__: Any) -> None:
+    raise MemoryError
+
+
+def host_full(*_: Any, **__: Any) -> None:
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+
+
+def disk_fails(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def mapping_fails(*_: Any, **__: Any) -> None:
+    raise SafetensorError("Error while opening: Cannot allocate memory (os error 12)")
+
+
+@pytest.mark.parametrize(
+    ("place", "failure", "words"),
+    [
+        ("torch.nn.Module.load_state_dict", full, "not enough memory to load"),
+        ("sd_recipes.resume._load_optimizer", host_full, "not enough memory to load"),
+        ("sd_recipes.resume.load_file", without_memory, "not enough memory to load"),
+        ("sd_recipes.resume.load_file", disk_fails, "cannot be read"),
+        ("sd_recipes.resume.load_file", mapping_fails, "cannot be read"),
+        ("sd_recipes.resume.read_json", disk_fails, "cannot be read"),
+        ("sd_recipes.checkpoint.read_json", disk_fails, "cannot be read"),
+        ("sd_recipes.checkpoint._entry", disk_fails, "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("wanted", ["latest", "checkpoint-2"])
+def test_defect_4_what_is_no_misfit_is_told_as_what_it_is(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    failure: Callable[..., None],
+    words: str,
+    wanted: str,
+) -> None:
+    """Least of all does it advise to throw the run away, or go back to an older checkpoint in silence."""
+    train(settings, max_train_steps=2, checkpointing_steps=1)
+    monkeypatch.setattr(place, failure)
+    with pytest.raises(RecipeError, match=words) as error:
+        train(settings, resume_from_checkpoint=wanted)
+    monkeypatch.undo()
+    assert str(tmp_path / "run" / "checkpoint-2") in str(error.value)
+    assert "fit" not in str(error.value)
+    assert "overwrite" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert train(settings, resume_from_checkpoint=wanted).max_train_steps == 4, "nothing is lost"
+
+
+def test_defect_4_a_bug_while_loading_is_a_bug(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    train(settings, max_train_steps=1)
+
+    def broken(*_: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("sd_recipes.resume._load_schedule", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        train(settings, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("change", ["another shape", "one missing", "one too many"])
+def test_defect_4_a_misfit_says_so_before_anything_is_loaded(
+    settings: dict[str, Any], tmp_path: Path, change: str
+) -> None:
+    train(settings, max_train_steps=1)
+    path = tmp_path / "run" / "checkpoint-1"
+    file = path / "unet" / UNET_WEIGHTS
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    if change == "another shape":
+        tensors[name] = torch.zeros(3, 3)
+    elif change == "one missing":
+        del tensors[name]
+    else:
+        tensors["more"] = torch.zeros(3)
+    save_file(tensors, file, {"format": "pt"})
+    rewrite_manifest(path, lambda m: m["files"].update({f"unet/{UNET_WEIGHTS}": entry(file.read_bytes())}))
+    with pytest.raises(
+        RecipeError, match=r"does not fit this run \(ValueError: .*: go back to it, start anew with"
+    ) as error:
+        train(settings, resume_from_checkpoint="latest")
+    assert ("more" if change == "one too many" else name) in str(error.value)
 
 
 def test_the_marker_can_be_left(tmp_path: Path) -> None:
