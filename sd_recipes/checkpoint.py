@@ -28,6 +28,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 
+from sd_recipes.reading import StrangeFile, open_regular, read_text
 from sd_recipes.recipe import RecipeError
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     format: int
-    step: int = Field(ge=0)
-    samples_seen: int = Field(ge=0)
+    step: int = Field(ge=0, lt=2**63)
+    samples_seen: int = Field(ge=0, lt=2**63)
     world_size: int = Field(ge=1)
     versions: dict[str, str]
     settings: dict[str, Any]  # the resolved recipe
@@ -126,7 +127,7 @@ def write_checkpoint(contents: Contents, output_dir: Path, limit: int | None) ->
         raise
     try:
         verify_checkpoint(final)
-    except DamagedCheckpoint as error:
+    except (DamagedCheckpoint, OSError) as error:
         remove(final)
         raise OSError(f"what was written is not what is read back: {error}") from error
     _prune(final, limit)
@@ -190,7 +191,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def _entry(path: Path) -> FileEntry:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileEntry(size=file.tell(), sha256=digest)
 
@@ -207,21 +208,19 @@ def _gigabytes(number: int) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of a checkpoint. Raises DamagedCheckpoint."""
+    """The content of a JSON file of a checkpoint. Raises DamagedCheckpoint, and OSError if it cannot be read."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise DamagedCheckpoint(f"{path.name} is larger than {MAX_JSON_BYTES >> 20} MiB")
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        return json.loads(read_text(path, MAX_JSON_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
         raise DamagedCheckpoint(f"it has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, DamagedCheckpoint):
-            raise
+    except StrangeFile as error:
+        raise DamagedCheckpoint(f"{path.name} {error}") from None
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path.name} cannot be read: {_short(error)}") from None
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint at `path`, itself checked. Raises DamagedCheckpoint."""
+    """The manifest of the checkpoint at `path`, itself checked. Raises DamagedCheckpoint and OSError."""
     content = read_json(path / MANIFEST)
     if not isinstance(content, dict):
         raise DamagedCheckpoint(f"{MANIFEST} holds no manifest")
@@ -237,7 +236,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def verify_checkpoint(path: Path) -> Manifest:
-    """Compare all files of a checkpoint with its manifest, which is returned. Raises DamagedCheckpoint.
+    """Compare all files of a checkpoint with its manifest, which is returned. Raises DamagedCheckpoint and OSError.
 
     It holds the files of a checkpoint and no others, as regular files inside it: none is named by the
     manifest that a link or a path leads out to.
@@ -248,34 +247,34 @@ def verify_checkpoint(path: Path) -> Manifest:
     for name in (STATE, OPTIMIZER, f"unet/{CONFIG}", f"unet/{UNET_WEIGHTS}"):
         if name not in manifest.files:
             raise DamagedCheckpoint(f"{MANIFEST} does not name {name}")
-    try:
-        for folder, folders, files in os.walk(path):
-            for name in [*folders, *files]:
-                found = Path(folder, name)
-                inside = PurePosixPath(found.relative_to(path)).as_posix()
-                if found.is_symlink():
-                    raise DamagedCheckpoint(f"{inside} is a link")
-                # Hidden ones are of file systems and desktops.
-                if name in files and inside != MANIFEST and inside not in manifest.files and name[0] != ".":
-                    raise DamagedCheckpoint(f"it holds {inside!r}, which {MANIFEST} does not name")
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="verify") as pool:
-            for problem in pool.map(lambda item: _compare(path / item[0], item[1]), manifest.files.items()):
-                if problem:
-                    raise DamagedCheckpoint(problem)
-    except OSError as error:
-        raise DamagedCheckpoint(f"it cannot be read: {_short(error)}") from None
+    for folder, folders, files in os.walk(path):
+        for name in [*folders, *files]:
+            found = Path(folder, name)
+            inside = PurePosixPath(found.relative_to(path)).as_posix()
+            if found.is_symlink():
+                raise DamagedCheckpoint(f"{inside} is a link")
+            # Hidden ones are of file systems and desktops.
+            if name in files and inside != MANIFEST and inside not in manifest.files and name[0] != ".":
+                raise DamagedCheckpoint(f"it holds {inside!r}, which {MANIFEST} does not name")
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="verify") as pool:
+        for problem in pool.map(lambda item: _compare(path / item[0], item[1]), manifest.files.items()):
+            if problem:
+                raise DamagedCheckpoint(problem)
     return manifest
 
 
 def _compare(path: Path, entry: FileEntry) -> str | None:
     """What is wrong with a file, or None."""
-    if not path.is_file():
+    try:
+        size = path.lstat().st_size
+        if path.is_file() and size != entry.size:
+            return f"{path.parent.name}/{path.name} has {size} bytes and had {entry.size}"
+        if _entry(path).sha256 != entry.sha256:
+            return f"{path.parent.name}/{path.name} is not as it was written"
+    except (FileNotFoundError, NotADirectoryError):
         return f"it has no {path.parent.name}/{path.name}"
-    size = path.stat().st_size
-    if size != entry.size:
-        return f"{path.parent.name}/{path.name} has {size} bytes and had {entry.size}"
-    if _entry(path).sha256 != entry.sha256:
-        return f"{path.parent.name}/{path.name} is not as it was written"
+    except StrangeFile as error:
+        return f"{path.parent.name}/{path.name} {error}"
     return None
 
 
@@ -312,6 +311,8 @@ def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path, Manifest] | No
                 return path, verify_checkpoint(path)
             except DamagedCheckpoint as error:
                 logger.warning("Skipped %s: %s.", path, error)
+            except OSError as error:  # it may well be whole: an older one must not take its place in silence
+                raise RecipeError(_unreadable(path, error)) from error
         if checkpoints:
             raise RecipeError(
                 f"--resume_from_checkpoint latest: none of {[path.name for path in checkpoints]} in {output_dir} is "
@@ -327,15 +328,24 @@ def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path, Manifest] | No
             except DamagedCheckpoint as error:
                 problem = str(error)
                 break
+            except OSError as error:
+                raise RecipeError(_unreadable(path, error)) from error
     raise RecipeError(
         f"--resume_from_checkpoint {wanted}: {problem}; {output_dir} has "
         f"{[path.name for path in checkpoints if _is_whole(path)] or 'none'}"
     )
 
 
+def _unreadable(path: Path, error: OSError) -> str:
+    return (
+        f"{path} cannot be read ({_short(error)}), which says nothing about what it holds: see to the disk and to the "
+        "rights there, and repeat the command; or name another one with --resume_from_checkpoint"
+    )
+
+
 def _is_whole(path: Path) -> bool:
     try:
         verify_checkpoint(path)
-    except DamagedCheckpoint:
+    except (DamagedCheckpoint, OSError):
         return False
     return True

@@ -18,9 +18,11 @@ from typing import Annotated, Any, Literal, NoReturn
 import yaml
 from pydantic import ValidationError
 
+from sd_recipes.reading import StrangeFile, open_regular, read_text
 from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, Recipe, RecipeError, Section
 
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
+MAX_RECIPE_BYTES = 2**20
 
 
 def load_recipe(argv: list[str] | None = None) -> Recipe:
@@ -59,8 +61,8 @@ def read_recipe_file(name: str) -> dict[str, Any]:
         shipped = sorted(recipe.stem for recipe in SHIPPED_RECIPES.glob("*.yaml"))
         raise RecipeError(f"--config {name}: no such file, nor a shipped recipe{_nearest(name, shipped)}: {shipped}")
     try:
-        settings = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        settings = yaml.safe_load(read_text(path.resolve(), MAX_RECIPE_BYTES)) or {}  # it may be linked
+    except (OSError, StrangeFile, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise RecipeError(f"--config {path}: a recipe is a list of `key: value` lines, not a {type(settings).__name__}")
@@ -84,9 +86,9 @@ RESOLVED = "# Resolved recipe. Run it again with --config and this file.\n"  # t
 def is_resolved_recipe(path: Path) -> bool:
     """Whether a run wrote that file."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return file.readline() == RESOLVED
-    except OSError:
+        with open_regular(path) as file:
+            return file.read(len(RESOLVED)) == RESOLVED.encode()
+    except (OSError, StrangeFile):
         return False
 
 

@@ -7,24 +7,27 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from sd_recipes.build import Training
-from sd_recipes.checkpoint import Progress, goes_on
+from sd_recipes.checkpoint import Progress, goes_on, list_checkpoints
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.model.latents import batch_moments, sample_latents
-from sd_recipes.recipe import Recipe, RunError
+from sd_recipes.recipe import Recipe, RecipeError, RunError
 from sd_recipes.report import FIGURES
 from sd_recipes.resume import identity_of, load_checkpoint
 from sd_recipes.saving import Checkpointer, NotSaved
+from sd_recipes.sharding import gathered
 from sd_recipes.signals import Stopped, stop_request
 from sd_recipes.tracking import read_metrics
 
@@ -36,17 +39,33 @@ SECONDS_TO_JUDGE = 30  # of training: the first batch always takes long
 
 
 class TrainingDiverged(RunError):
-    """The loss is not a finite number."""
+    """Loss, gradient or weights are not finite numbers."""
 
     status = 3
 
 
 def fit(training: Training) -> Progress:
-    """Train to the last step, from a checkpoint if one was asked for (Ho et al. 2020, algorithm 1).
+    """Train to the last step, from a checkpoint if one was asked for.
 
-    Raises TrainingDiverged if the loss becomes NaN or infinite, and Stopped, with all saved, if any process was
-    asked to end; NotSaved if it could not be saved then.
+    Raises TrainingDiverged if loss, gradient or weights become NaN or infinite, and Stopped, with all saved, if any
+    process was asked to end; NotSaved if it could not be saved then.
     """
+    try:
+        return _train(training)
+    except TrainingDiverged as error:
+        training.accelerator.wait_for_everyone()  # until the first process has written what it was writing
+        output_dir = Path(training.recipe.output_dir)
+        advice = "lower --learning_rate"
+        if training.accelerator.mixed_precision == "fp16":
+            advice += ", or use --mixed_precision bf16 or no"
+        there_is = f"{output_dir} has no checkpoint"
+        if list_checkpoints(output_dir):
+            there_is = f"{stop_request.way_on} then {goes_on(output_dir)}"
+        raise TrainingDiverged(f"{error}: {advice}; {there_is}") from None
+
+
+def _train(training: Training) -> Progress:
+    """Ho et al. 2020, algorithm 1."""
     recipe, accelerator, components = training.recipe, training.accelerator, training.components
     output_dir = Path(recipe.output_dir)
     identity = identity_of(training)
@@ -101,8 +120,14 @@ def fit(training: Training) -> Progress:
             if not plan.is_last:
                 continue
 
-            # Clip, step, schedule, average. A step that the loss scaler skipped advances neither of the last.
-            accelerator.clip_grad_norm_(training.unet.parameters(), recipe.max_grad_norm)
+            # Clip, step, schedule, average. A step that the loss scaler skipped advances neither of the last; without
+            # one the host waits here for the norm, the same on all processes, so that the weights stay finite.
+            grad_norm = accelerator.clip_grad_norm_(training.unet.parameters(), recipe.max_grad_norm)
+            window.grad_norm = gathered(grad_norm).item()
+            if accelerator.scaler is None and not math.isfinite(window.grad_norm):
+                raise TrainingDiverged(
+                    f"the gradient's norm is {window.grad_norm} at step {progress.global_step + 1}, which is not made"
+                )
             training.optimizer.step()
             training.optimizer.zero_grad()
             if not accelerator.optimizer_step_was_skipped:
@@ -115,7 +140,7 @@ def fit(training: Training) -> Progress:
             bar.update(1)
             is_done = progress.global_step == training.max_train_steps
 
-            # Log. Only here does the host wait for the device.
+            # Log
             is_logged = progress.global_step % recipe.logging_steps == 0 or progress.global_step == 1 or is_done
             if is_logged:
                 figures = window.close(training, progress)
@@ -161,6 +186,7 @@ class Window:
     def __init__(self, device: torch.device, progress: Progress) -> None:
         self.loss = torch.tensor(progress.loss_sum, device=device)
         self.steps_from = progress.logged_step
+        self.grad_norm = 0.0  # of the last step, before clipping
         self.waited_in_all = self.elapsed_in_all = 0.0
         self.told_of_waiting = False
         self.restart(progress)
@@ -192,10 +218,7 @@ class Window:
         sums = torch.stack([self.loss, torch.full_like(self.loss, len(training.bad_rows))])
         loss, bad = training.accelerator.reduce(sums, "sum").tolist()
         if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"the loss is {loss} by step {progress.global_step}: lower --learning_rate, or use --mixed_precision "
-                f"bf16 or no, and continue with --resume_from_checkpoint latest if {training.recipe.output_dir} has one"
-            )
+            raise TrainingDiverged(f"the loss is {loss} by step {progress.global_step}")
         if bad and training.accelerator.num_processes > 1:  # several may have met the same row, in another epoch
             bad = len(set(gather_object(list(training.bad_rows.reasons))))
         training.bad_rows.check(int(bad), progress.samples_seen)
@@ -207,12 +230,15 @@ class Window:
         elapsed = time.perf_counter() - self.started
         figures = {
             "train_loss": loss / (progress.global_step - self.steps_from),
+            "grad_norm": self.grad_norm,
             "lr": float(training.schedule.get_last_lr()[0]),
             "images_per_second": (progress.samples_seen - self.samples_from) / elapsed,
             "data_wait": self.waited / elapsed,
         }
         if training.num_rows:
             figures["epoch"] = progress.samples_seen / training.num_rows
+        if not math.isfinite(self.grad_norm):  # of a step that the loss scaler skipped; JSON has no infinity
+            del figures["grad_norm"]
         if bad_rows:
             figures["bad_rows"] = bad_rows
         self.waited_in_all += self.waited
@@ -241,11 +267,24 @@ def remedy(training: Training) -> str:
 
 
 def resume(training: Training, identity: dict[str, Any]) -> Progress:
-    """Restore the checkpoint from which the run goes on, if there is one."""
+    """Restore the checkpoint from which the run goes on, if there is one. Raises RecipeError if it holds NaN."""
+    for name in ("unet", "vae", "text_encoder"):
+        if not are_finite(training.accelerator, getattr(training.components, name).parameters()):
+            raise RecipeError(
+                f"--pretrained_model_name_or_path {training.recipe.pretrained_model_name_or_path}: {name} holds "
+                f"weights that are not finite in {training.accelerator.mixed_precision} mixed precision: use another "
+                "copy or --variant of the model, or --mixed_precision no"
+            )
     if training.checkpoint is None:
         return Progress()
     path, manifest = training.checkpoint
     progress = load_checkpoint(training, path, manifest, identity)
+    if not have_finite_weights(training):
+        others = [each.name for each in list_checkpoints(path.parent) if each.resolve() != path.resolve()]
+        raise RecipeError(
+            f"{path} holds weights that are not finite: go back with --resume_from_checkpoint to an older one "
+            f"of {others or 'none'}, or start anew with --overwrite"
+        )
     if not training.accelerator.is_main_process:
         progress.loss_sum = 0.0  # it is over all processes
     logger.info("Resuming from %s: step %d, %d samples.", path, progress.global_step, progress.samples_seen)
@@ -264,14 +303,32 @@ def is_checkpoint_step(training: Training, checkpointer: Checkpointer, progress:
 
 
 def save(training: Training, progress: Progress, window: Window, checkpointer: Checkpointer) -> None:
-    """Write a checkpoint, after what it relies on: finite losses, the latent cache, and the curve up to here."""
+    """Write a checkpoint, after what it relies on: finite numbers, the latent cache, and the curve up to here.
+
+    Raises TrainingDiverged.
+    """
     was_logged = window.steps_from == progress.global_step  # and summed up there, for which the host waited
     progress.loss_sum = 0.0 if was_logged else window.sum_up(training, progress)[0]
     progress.logged_step = window.steps_from
+    if not have_finite_weights(training):
+        raise TrainingDiverged(f"the weights are not finite by step {progress.global_step}")
     if training.cache:
         training.cache.flush()
     training.tracker.flush()
     checkpointer.save(progress)
+
+
+def have_finite_weights(training: Training) -> bool:
+    """Whether all weights are finite, and their average: a finite gradient times a huge rate may not leave them so."""
+    average = training.ema.named_tensors().values() if training.ema else ()
+    return are_finite(training.accelerator, [*training.components.unet.parameters(), *average])
+
+
+def are_finite(accelerator: Accelerator, tensors: Iterable[torch.Tensor]) -> bool:
+    """The same answer on all processes, which all have to ask: each may hold a part."""
+    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    are = torch.stack([part.isfinite().all().to(accelerator.device) for part in parts])
+    return accelerator.reduce((~are).sum(), "sum").item() == 0
 
 
 def finish_cached_epoch(training: Training, epoch: int) -> None:

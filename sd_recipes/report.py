@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sd_recipes.tracking import read_metrics
+from sd_recipes.tracking import list_samples, read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+logger = logging.getLogger(__name__)
 
 FIGURES = {"validation_loss": "held-out loss", "image_text_score": "image-text score"}
 
@@ -27,10 +30,15 @@ def write_report(output_dir: Path) -> list[str]:
     if any("train_loss" in line for line in lines):
         draw_loss_curve(lines, output_dir / "loss_curve.png")
         said.append(f"loss curve      {output_dir / 'loss_curve.png'}")
-    samples = sorted((output_dir / "samples").glob("step-*.png"))
+    samples = list_samples(output_dir)
     if samples and samples[0].name == "step-000000.png" and len(samples) > 1:
-        side_by_side(samples[0], samples[-1], output_dir / "before_after.png")
-        said.append(f"before / after  {output_dir / 'before_after.png'}")
+        try:
+            before, after = read_picture(samples[0]), read_picture(samples[-1])
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # torn, or another's
+            logger.warning("No before_after.png: a picture in %s cannot be read (%s).", samples[0].parent, error)
+        else:
+            side_by_side(before, after, output_dir / "before_after.png")
+            said.append(f"before / after  {output_dir / 'before_after.png'}")
     changes = []
     for name, label in FIGURES.items():
         values = [line[name] for line in lines if name in line]
@@ -64,10 +72,13 @@ def draw_loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def side_by_side(before: Path, after: Path, path: Path) -> None:
+def read_picture(path: Path) -> Image.Image:
+    with Image.open(path, formats=["PNG"]) as picture:
+        return picture.copy()
+
+
+def side_by_side(left: Image.Image, right: Image.Image, path: Path) -> None:
     """Two grids of one size beside each other, titled."""
-    with Image.open(before) as first, Image.open(after) as last:
-        left, right = first.copy(), last.copy()
     title, gap = 34, 24
     sheet = Image.new("RGB", (left.width + right.width + gap, max(left.height, right.height) + title), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)

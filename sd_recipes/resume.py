@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from sd_recipes.checkpoint import (
+    MANIFEST,
     OPTIMIZER,
     STATE,
     UNET_WEIGHTS,
@@ -75,19 +78,84 @@ EFFECTS: dict[str, Effect] = {
         "free",
     ),
 }
+NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|Cannot allocate memory")
 WAY_OUT = "go back to it, start anew with --overwrite, or choose another --output_dir"
+
+
+class SavedProgress(BaseModel):
+    """Of `Progress` what is saved."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    global_step: int
+    samples_seen: int
+    loss_sum: float = Field(allow_inf_nan=False)
+    logged_step: int = Field(ge=0)
+    awaits_validation: bool
+
+
+class ReaderState(BaseModel):
+    """Where a reader of a stream's source stands."""
+
+    model_config = ConfigDict(extra="allow")
+    epoch: int = Field(ge=0)
+    next_shard: int = Field(ge=0)
+    turn: int = Field(ge=0)
+    slots: list[list[int]]
+
+
+class LaneState(BaseModel):
+    """Where a lane of a stream stands."""
+
+    model_config = ConfigDict(extra="allow")
+    block: int = Field(ge=0)
+    waits: bool
+    readers: list[ReaderState]
+
+
+class StreamState(BaseModel):
+    """Where a process's stream stands."""
+
+    model_config = ConfigDict(extra="allow")
+    num_lanes: int = Field(ge=1)
+    shape: list[int]
+    round: int = Field(ge=0)
+    done: int = Field(ge=0)
+    epoch: int = Field(ge=0)
+    lanes: dict[str, LaneState]
 
 
 class State(BaseModel):
     """state.json of a checkpoint."""
 
     model_config = ConfigDict(extra="forbid")
-    progress: dict[str, bool | int | float]
-    streams: list[dict[str, Any] | None] = Field(min_length=1)
+    progress: SavedProgress
+    streams: list[StreamState | None] = Field(min_length=1)
     optimizer_values: dict[str, Any]
     schedule_step: int = Field(ge=0)
     scaler: dict[str, Any] | None
-    ema_step: int | None
+    ema_step: int | None = Field(ge=0)
+
+
+class SavedSettings(BaseModel):
+    """Of a manifest's `settings` those without which nothing can go on."""
+
+    model_config = ConfigDict(strict=True)
+    seed: int = Field(ge=0, lt=2**63)
+    train_batch_size: int = Field(ge=1)
+    gradient_accumulation_steps: int = Field(ge=1)
+
+
+class SavedIdentity(BaseModel):
+    """Of a manifest's `identity` what is compared, and told."""
+
+    model_config = ConfigDict(strict=True)
+    base: str
+    unet: str
+    prediction_type: str
+    data: str
+    data_fingerprint: Any
+    num_rows: int | None
+    global_batch_size: int = Field(ge=1)
 
 
 # --------------------------------------------------------------------------------------- before loading
@@ -117,10 +185,15 @@ def choose_checkpoint(recipe: Recipe, is_main: bool) -> tuple[Path, Manifest] | 
         return None
     try:
         manifest = read_manifest(Path(path))
-    except DamagedCheckpoint as error:
+    except (DamagedCheckpoint, OSError) as error:
         raise RecipeError(
             f"{path} is seen by the first process only ({error}): put --output_dir on storage that all machines share"
         ) from None
+    try:
+        SavedSettings.model_validate(manifest.settings)
+        SavedIdentity.model_validate(manifest.identity)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {MANIFEST} is not of a run ({_one_line(error)}): {WAY_OUT}") from None
     newest = list_checkpoints(Path(recipe.output_dir))[-1:]
     if wanted != "latest" and newest and int(newest[0].name.split("-")[1]) > manifest.step:
         logger.warning(
@@ -140,7 +213,7 @@ def compare_settings(recipe: Recipe, manifest: Manifest, path: Path | str) -> No
     changed = [name for name, saved in manifest.settings.items() if name in now and now[name] != saved]
     refused, told = [], []
     for name in changed:
-        words = f"--{name} is {now[name]} and was {manifest.settings[name]}"
+        words = f"--{name} is {_one_line(now[name])} and was {_one_line(manifest.settings[name])}"
         effect = EFFECTS[name]
         if name == "use_ema":
             effect = "refused" if recipe.use_ema else "told"
@@ -222,46 +295,106 @@ def compare_identity(now: dict[str, Any], manifest: Manifest, path: Path) -> Non
 
 
 def load_checkpoint(training: Training, path: Path, manifest: Manifest, identity: dict[str, Any]) -> Progress:
-    """Restore weights, average, optimizer, schedule and scaler. Raises RecipeError if they do not fit."""
-    recipe = training.recipe
+    """Restore weights, average, optimizer, schedule and scaler.
+
+    Raises RecipeError if they do not fit, or if there is no memory for them or they cannot be read, as what it is.
+    """
     compare_identity(identity, manifest, path)
     try:
-        state = State(**read_json(path / STATE))
-        unet_tensors = load_file(path / "unet" / UNET_WEIGHTS)
-        optimizer_tensors = load_file(path / OPTIMIZER)
-        ema_tensors = load_file(path / "unet_ema" / UNET_WEIGHTS) if training.ema else {}
-        weights = training.components.unet.state_dict()
-        training.components.unet.load_state_dict(
-            {name: divided_like(weights[name], tensor) for name, tensor in unet_tensors.items()}
-        )
-        _load_optimizer(training, {**optimizer_tensors, **state.optimizer_values})
-        _load_schedule(training, state.schedule_step)
-        if training.accelerator.scaler and state.scaler:
-            training.accelerator.scaler.load_state_dict(state.scaler)
-        if training.ema:
-            assert state.ema_step is not None, "compare_settings refuses to begin with an average"
-            training.ema.load(ema_tensors, state.ema_step)
-        progress = Progress(**state.progress)  # type: ignore[arg-type]
-    # Its hashes are right: it was written by another version, or made up. SafetensorError is no OSError.
-    except Exception as error:
-        if isinstance(error, AssertionError):
+        # Its hashes are right: if it does not fit it was written by another version, or made up.
+        try:
+            saved = _read(training, path, manifest)
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            if "os error" in str(error):  # in a SafetensorError, which is no OSError
+                raise OSError(str(error)) from error
+            raise RecipeError(
+                f"{path} does not fit this run ({type(error).__name__}: {_one_line(error)}): {WAY_OUT}"
+            ) from error
+        return _restore(training, *saved)
+    except OSError as error:
+        raise RecipeError(
+            f"{path} cannot be read ({_one_line(error)}): see to the disk and to the rights there, and repeat the "
+            "command"
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not NO_MEMORY.search(str(error)):
             raise
-        words = " ".join(str(error).split())[:300]
-        raise RecipeError(f"{path} does not fit this run ({type(error).__name__}: {words}): {WAY_OUT}") from error
-    if (progress.global_step, progress.samples_seen) != (manifest.step, manifest.samples_seen):
-        raise RecipeError(f"{path}: {STATE} and manifest name different steps: {WAY_OUT}")
-    if recipe.streaming:
-        progress.stream_state = joined_states(state.streams)
+        raise RecipeError(
+            f"there is not enough memory to load {path} ({_one_line(error) or 'MemoryError'}): make room on "
+            f"{training.accelerator.device} and in the host's memory, and repeat the command; the checkpoint is whole"
+        ) from error
+
+
+def _read(
+    training: Training, path: Path, manifest: Manifest
+) -> tuple[State, dict[str, torch.Tensor], dict[int, Any], dict[str, torch.Tensor]]:
+    """State, weights, optimizer's state and average of a checkpoint, which fit. Raises ValueError and the like."""
+    state = State(**read_json(path / STATE))
+    if (state.progress.global_step, state.progress.samples_seen) != (manifest.step, manifest.samples_seen):
+        raise ValueError(f"{STATE} and {MANIFEST} name different steps")
+    if state.schedule_step > manifest.step:
+        raise ValueError(f"{STATE} has a schedule at step {state.schedule_step} after {manifest.step} steps")
+    scaler = training.accelerator.scaler
+    if scaler and state.scaler and state.scaler.keys() != scaler.state_dict().keys():
+        raise ValueError(f"{STATE} has another loss scaler")
+    unet_tensors = load_file(path / "unet" / UNET_WEIGHTS)
+    _check_fit(f"unet/{UNET_WEIGHTS}", unet_tensors, training.components.unet.state_dict())
+    optimizer_tensors = load_file(path / OPTIMIZER)
+    parameters = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
+    optimizer_state = unflatten({**optimizer_tensors, **state.optimizer_values})
+    if optimizer_state and set(optimizer_state) != set(range(len(parameters))):
+        raise ValueError(
+            f"the optimizer's state is of {len(optimizer_state)} parameters and the model has {len(parameters)}"
+        )
+    ema_tensors = {}
+    if training.ema:
+        if state.ema_step is None:
+            raise ValueError(f"{STATE} has no step of an average")
+        ema_tensors = load_file(path / "unet_ema" / UNET_WEIGHTS)
+        _check_fit(f"unet_ema/{UNET_WEIGHTS}", ema_tensors, training.ema.named_tensors())
+    return state, unet_tensors, optimizer_state, ema_tensors
+
+
+def _check_fit(file: str, tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    if different := sorted(tensors.keys() ^ wanted.keys()):
+        raise ValueError(f"{file} and the model differ in {different[0]}")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"{name} of {file} is {[*tensor.shape]} and the model's {[*wanted[name].shape]}")
+
+
+def _restore(
+    training: Training,
+    state: State,
+    unet_tensors: dict[str, torch.Tensor],
+    optimizer_state: dict[int, Any],
+    ema_tensors: dict[str, torch.Tensor],
+) -> Progress:
+    weights = training.components.unet.state_dict()
+    training.components.unet.load_state_dict(
+        {name: divided_like(weights[name], tensor) for name, tensor in unet_tensors.items()}
+    )
+    _load_optimizer(training, optimizer_state)
+    _load_schedule(training, state.schedule_step)
+    if training.accelerator.scaler and state.scaler:
+        training.accelerator.scaler.load_state_dict(state.scaler)
+    if training.ema:
+        assert state.ema_step is not None
+        training.ema.load(ema_tensors, state.ema_step)
+    progress = Progress(**state.progress.model_dump())
+    if training.recipe.streaming:
+        progress.stream_state = joined_states([each.model_dump() if each else None for each in state.streams])
     return progress
 
 
-def _load_optimizer(training: Training, flat: dict[str, Any]) -> None:
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())[:300]
+
+
+def _load_optimizer(training: Training, saved: dict[int, Any]) -> None:
     """The state is the checkpoint's; learning rate, decay and the like are the recipe's, which may have changed."""
     optimizer = training.optimizer
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    saved = unflatten(flat)
-    if saved and set(saved) != set(range(len(parameters))):
-        raise ValueError(f"the optimizer's state is of {len(saved)} parameters and the model has {len(parameters)}")
     optimizer.load_state_dict(
         {
             "state": {number: _laid_out_as(parameters[number], values) for number, values in saved.items()},

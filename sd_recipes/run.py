@@ -21,6 +21,7 @@ from sd_recipes.report import write_report
 from sd_recipes.run_folder import look_at, owned
 from sd_recipes.saving import FAILURES, NotSaved
 from sd_recipes.signals import Stopped, stop_request
+from sd_recipes.tracking import list_samples
 
 
 def run(recipe: Recipe) -> None:
@@ -58,7 +59,7 @@ def write_results(components: Components, output_dir: Path) -> list[str]:
     """The pipeline with its pictures and figures; lines that sum these up. Raises NotSaved if there is no room."""
     try:
         export_pipeline(components, output_dir)
-        samples = sorted((output_dir / "samples").glob("step-*.png"))
+        samples = list_samples(output_dir)
         if samples:
             shutil.copy(samples[-1], output_dir / "samples.png")
         return write_report(output_dir)

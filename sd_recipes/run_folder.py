@@ -19,17 +19,20 @@ from filelock import FileLock, Timeout
 from sd_recipes.build import check_output_dir
 from sd_recipes.checkpoint import MANIFEST, list_checkpoints, remove, remove_leftovers
 from sd_recipes.flags import is_resolved_recipe
+from sd_recipes.reading import read_text
 from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.tracking import list_samples, replace_file
 
 logger = logging.getLogger(__name__)
 
 LOCK, OWNER = ".lock", ".owner.json"
+MAX_OWNER_BYTES = 2**16
 DYING_SECONDS = 10.0  # for which the children of a killed run may outlive it
 # What may stand in a folder before its first run: the output that a shell wrote there, and what `sd-recipes cache` did.
 HARMLESS = re.compile(r"\..*|latents|bad_rows.*\.jsonl|lost\+found|.*\.(log|out|err)")
 # What a run writes and a new one would mix with its own; not the latent cache, nor the exported pipeline, which is
 # replaced when the new one is done.
-OF_A_RUN = ("metrics.jsonl", "bad_rows*.jsonl", "samples", "samples.png", "loss_curve.png", "before_after.png")
+OF_A_RUN = ("metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png")
 
 
 def holds_run(output_dir: Path) -> bool:
@@ -100,6 +103,10 @@ def remove_run(output_dir: Path, logging_dir: str) -> None:
     for pattern in OF_A_RUN:
         for path in output_dir.glob(pattern):
             remove(path)
+    for path in list_samples(output_dir):
+        remove(path)
+    with suppress(OSError):  # there are others' files in it, or it is a link
+        (output_dir / "samples").rmdir()
     logs = output_dir / logging_dir
     if logs.resolve().is_relative_to(output_dir.resolve()):
         for path in logs.rglob("*"):
@@ -137,14 +144,14 @@ def _lock(output_dir: Path) -> FileLock | None:
             )
             return None
     content = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    (output_dir / OWNER).write_text(json.dumps(content) + "\n")
+    replace_file(output_dir / OWNER, json.dumps(content) + "\n")
     return lock
 
 
 def _owner(output_dir: Path) -> dict[str, Any]:
     try:
-        owner = json.loads((output_dir / OWNER).read_text())
-    except (OSError, ValueError):
+        owner = json.loads(read_text(output_dir / OWNER, MAX_OWNER_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
 
@@ -152,6 +159,8 @@ def _owner(output_dir: Path) -> dict[str, Any]:
 def _is_dead(owner: dict[str, Any]) -> bool:
     """Whether the owner was a process of this machine that is no more: then the lock goes with its last child."""
     if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
+        return False
+    if not 0 < owner["pid"] < 2**31:
         return False
     try:
         os.kill(owner["pid"], 0)
@@ -165,7 +174,8 @@ def _is_dead(owner: dict[str, Any]) -> bool:
 def _in_use(output_dir: Path, owner: dict[str, Any]) -> str:
     if not owner:
         return f"--output_dir {output_dir} is in use by another run: wait for it, or choose another folder"
+    pid, host, since = (" ".join(str(owner.get(name)).split())[:80] for name in ("pid", "host", "since"))
     return (
-        f"--output_dir {output_dir} is in use by process {owner.get('pid')} on {owner.get('host')} since "
-        f"{owner.get('since')}: wait for it, stop it, or choose another folder"
+        f"--output_dir {output_dir} is in use by process {pid} on {host} since {since}: wait for it, stop it, or "
+        "choose another folder"
     )

@@ -144,11 +144,15 @@ class Checkpointer:
         contents = self._contents(progress, streams)
         parts = self._parts()
         self._make_buffers(parts)
+        self._has_room = True  # also so that nothing takes the place of the writing that is waited for
+        # Without any tensors too, as of SGD without momentum, or before the loss scaler let a step pass.
+        contents.tensors[OPTIMIZER] = {}
         with one_thread():
             for part in parts:
                 buffer = self._buffers[part.file, part.name]
-                # A copy from the GPU is queued there before the next step's kernels, which change its source.
-                buffer.copy_(gathered(part.tensor), non_blocking=True)
+                # A copy from the GPU is queued there before the next step's kernels, which change its source. Only
+                # what is pinned is waited for by the writer.
+                buffer.copy_(gathered(part.tensor), non_blocking=buffer.is_pinned())
                 contents.tensors.setdefault(part.file, {})[part.name] = buffer
         copied = torch.cuda.Event() if self.training.accelerator.device.type == "cuda" else None
         if copied:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,13 @@ from accelerate import Accelerator
 from PIL import Image
 
 from sd_recipes.flags import recipe_text
+from sd_recipes.reading import StrangeFile, open_regular
 from sd_recipes.recipe import Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
 
+MAX_LINE_BYTES = 2**16  # of metrics.jsonl; real ones are below 1 KiB
+SAMPLE = re.compile(r"step-[0-9]{6,18}\.png")  # as a validation names its pictures
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
 
 
@@ -41,6 +45,7 @@ class Tracker:
         self.recipe = recipe
         self.path = Path(recipe.output_dir) / "metrics.jsonl"
         self.failed = False
+        self.line_is_torn = False  # it may be, of a disk that was full in the middle of it
 
     def start_at(self, step: int) -> None:
         """Open the trackers, save the resolved recipe, and drop what an earlier run logged and drew after `step`."""
@@ -55,19 +60,22 @@ class Tracker:
         purges = {"tensorboard": {"purge_step": step + 1 if step else 0}}
         self.accelerator.init_trackers(recipe.tracker_project_name, None if step else settings, init_kwargs=purges)
         if self.accelerator.is_main_process:
-            _replace(self.path.parent / "recipe.yaml", recipe_text(recipe))
-            for picture in (self.path.parent / "samples").glob("step-*.png"):
-                if step == 0 or int(picture.stem.removeprefix("step-")) > step:
+            replace_file(self.path.parent / "recipe.yaml", recipe_text(recipe))
+            for picture in list_samples(self.path.parent):
+                if step == 0 or step_of(picture) > step:
                     picture.unlink()
-            kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
-            _replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            kept = [line for line in read_metrics(self.path, tell=True) if line["step"] <= step] if step else []
+            replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, values: dict[str, Any], step: int) -> None:
         with self._tolerating():
             self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            with self._tolerating(), self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            with self._tolerating():
+                begun, self.line_is_torn = "\n" if self.line_is_torn else "", True
+                with self.path.open("a") as file:
+                    file.write(f"{begun}{json.dumps({'step': step, **values})}\n")
+                self.line_is_torn = False
 
     def flush(self) -> None:
         """Hand over what the trackers hold back, so that a kill does not lose it."""
@@ -99,15 +107,61 @@ class Tracker:
                 tracker.log_images({"validation": pictures}, step=step)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old or the new one."""
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old or the new one; of a link only the link is replaced."""
     beside = path.with_name(f".{path.name}")
-    beside.write_text(text)
+    beside.unlink(missing_ok=True)
+    with beside.open("x") as file:
+        file.write(text)
     os.replace(beside, path)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, oldest first; none if there is no such file."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    # A run that was killed may have left half a last line.
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def read_metrics(path: Path, *, tell: bool = False) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, oldest first; none if there is no such file.
+
+    A run that was killed, or had no room, may have left a torn line anywhere: what is no line of figures is dropped,
+    which is told if asked for. Raises RecipeError if it is another thing than a file of lines.
+    """
+    lines: list[dict[str, Any]] = []
+    dropped: list[int] = []
+    try:
+        with open_regular(path) as file:
+            for number, content in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+                line = _figures(content)
+                if line is not None:
+                    lines.append(line)
+                elif content.strip():
+                    dropped.append(number)
+    except FileNotFoundError:
+        return []
+    except StrangeFile as error:
+        raise RecipeError(f"{path} {error}: remove it, or choose another --output_dir") from None
+    if dropped and tell:
+        logger.warning("%s: dropped %d of its lines, torn or strange: %s", path, len(dropped), _numbers(dropped))
+    return lines
+
+
+def _numbers(lines: list[int]) -> str:
+    return ", ".join(map(str, lines[:5])) + (" and more" if len(lines) > 5 else "")
+
+
+def _figures(content: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, or None for what is none."""
+    try:
+        line = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return None
+    return line if all(isinstance(value, (int, float)) for value in line.values()) else None
+
+
+def list_samples(output_dir: Path) -> list[Path]:
+    """The pictures that validations drew, by step; nothing else that lies there."""
+    found = [path for path in (output_dir / "samples").glob("step-*.png") if SAMPLE.fullmatch(path.name)]
+    return sorted((path for path in found if path.is_file() and not path.is_symlink()), key=step_of)
+
+
+def step_of(picture: Path) -> int:
+    """After which step a picture was drawn."""
+    return int(picture.stem.removeprefix("step-"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +117,9 @@ class Validator:
                 pictures = self.pictures(training)
                 path = Path(recipe.output_dir) / "samples" / f"step-{step:06d}.png"
                 path.parent.mkdir(exist_ok=True)
-                picture_grid(pictures, recipe.validation_prompts).save(path)
+                beside = path.with_name(f".{path.name}")  # a picture that has its name is whole
+                picture_grid(pictures, recipe.validation_prompts).save(beside)
+                os.replace(beside, path)
                 training.tracker.log_pictures(pictures, step)
                 if self.score:
                     figures["image_text_score"] = self.score(pictures, recipe.validation_prompts)

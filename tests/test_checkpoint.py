@@ -18,11 +18,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
-from training import train, weights
+from poisoned import poison
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from training import assert_equal, train, weights
 
 from sd_recipes import checkpoint, saving
+from sd_recipes.accelerator import start_accelerator
+from sd_recipes.build import Training, build_training
 from sd_recipes.checkpoint import (
     FORMAT,
     MANIFEST,
@@ -38,11 +43,12 @@ from sd_recipes.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
+from sd_recipes.loop import fit
 from sd_recipes.recipe import Recipe, RecipeError
 from sd_recipes.run import run
 from sd_recipes.saving import NotSaved
-from sd_recipes.signals import stop_request
-from sd_recipes.tracking import Tracker
+from sd_recipes.signals import Stopped, stop_request
+from sd_recipes.tracking import Tracker, read_metrics
 
 
 def contents(step: int, **changes: Any) -> Contents:
@@ -120,6 +126,100 @@ def test_the_snapshot_is_of_its_step(settings: dict[str, Any], tmp_path: Path, m
     plain = train(settings, max_train_steps=2)
     saved = load_file(tmp_path / "late" / "checkpoint-2" / "unet" / UNET_WEIGHTS)
     assert all(torch.equal(saved[name], value) for name, value in weights(plain).items())
+
+
+def test_defect_9_progress_of_a_checkpoint_in_writing_is_not_lost(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step is saved, and the one after it is not: what the writer raised is told none the less."""
+    train(settings, max_train_steps=2)
+    write = saving.write_checkpoint
+
+    def broken_once(contents: Contents, *rest: Any) -> Path:
+        if contents.manifest.step == 3:
+            raise KeyError("a bug")
+        return write(contents, *rest)
+
+    monkeypatch.setattr(saving, "write_checkpoint", broken_once)
+    with pytest.raises(KeyError, match="a bug"):
+        train(settings, resume_from_checkpoint="latest", checkpointing_steps=3, max_train_steps=6)
+
+
+def test_defect_9_progress_that_goes_on_is_not_in_the_snapshot(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a checkpoint in writing holds is of its step, though training has gone on by two."""
+    fifth_step = threading.Event()
+    write, log = saving.write_checkpoint, Tracker.log
+
+    def late(snapshot: Contents, *rest: Any) -> Path:
+        assert fifth_step.wait(timeout=30)
+        return write(snapshot, *rest)
+
+    def logged(tracker: Tracker, figures: dict[str, Any], step: int) -> None:
+        log(tracker, figures, step)
+        if step == 5:
+            fifth_step.set()
+
+    settings |= {"use_ema": True, "lr_scheduler": "cosine", "checkpointing_steps": 3, "max_train_steps": 5}
+    train(settings, output_dir=str(tmp_path / "quiet"))
+    monkeypatch.setattr(saving, "write_checkpoint", late)
+    monkeypatch.setattr(Tracker, "log", logged)
+    train(settings)
+    for step in (3, 5):
+        one, other = (tmp_path / out / f"checkpoint-{step}" for out in ("quiet", "run"))
+        assert verify_checkpoint(one).files == verify_checkpoint(other).files
+
+
+# ------------------------------------------------------------------------------- without optimizer tensors
+
+
+def test_defect_11_a_checkpoint_without_optimizer_tensors_is_written_and_gone_on_from(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"optimizer": "sgd", "sgd_momentum": 0.0, "checkpointing_steps": 2}
+    quiet = train(settings, output_dir=str(tmp_path / "quiet"))
+    train(settings, max_train_steps=2)
+    assert verify_checkpoint(tmp_path / "run" / "checkpoint-2").step == 2
+    assert load_file(tmp_path / "run" / "checkpoint-2" / OPTIMIZER) == {}
+    resumed = train(settings, resume_from_checkpoint="latest")
+    assert_equal(weights(quiet), weights(resumed))
+
+
+def test_defect_11_a_signal_saves_it(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tracker, "log", lambda *_: setattr(stop_request, "reason", "SIGTERM"))
+    try:
+        with pytest.raises(Stopped, match="saved at step 1"):
+            train(settings, optimizer="sgd", sgd_momentum=0.0)
+    finally:
+        stop_request.reason = None
+    assert verify_checkpoint(tmp_path / "run" / "checkpoint-1").step == 1
+
+
+def train_scaled(settings: dict[str, Any], skipped: set[int], **changes: Any) -> Training:
+    """With the loss scaler of fp16, on the CPU, which skips these steps of one micro-batch."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = Recipe(**{**settings, **changes})
+    accelerator = start_accelerator(recipe)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    training = build_training(recipe, accelerator)
+    poison(training, skipped)
+    fit(training)
+    return training
+
+
+def test_defect_11_a_checkpoint_before_the_scaler_lets_a_step_pass(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"optimizer": "sgd", "lr_scheduler": "cosine", "checkpointing_steps": 2, "use_ema": True}
+    quiet = train_scaled(settings, {1, 2, 3}, output_dir=str(tmp_path / "quiet"), max_train_steps=6)
+    train_scaled(settings, {1, 2}, max_train_steps=2)
+    path = tmp_path / "run" / "checkpoint-2"
+    assert load_file(path / OPTIMIZER) == {}
+    assert read_json(path / STATE)["scaler"]["scale"] == 65536 / 4
+    resumed = train_scaled(settings, {1}, max_train_steps=6, resume_from_checkpoint="latest")
+    assert_equal(weights(quiet), weights(resumed))
+    one, other = (verify_checkpoint(tmp_path / out / "checkpoint-6").files for out in ("quiet", "run"))
+    assert one == other
+    assert all("grad_norm" not in line for line in read_metrics(tmp_path / "run" / "metrics.jsonl")[:3])
 
 
 # ------------------------------------------------------------------------------------ found and kept
@@ -427,6 +527,166 @@ def test_a_hostile_checkpoint_is_refused_and_runs_nothing(settings: dict[str, An
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not marker.exists()
+
+
+def in_place_of(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def change(path: Path) -> None:
+        (path / name).unlink()
+        make(path / name)
+
+    return change
+
+
+def rewritten(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    return lambda path: rewrite_manifest(path, change)
+
+
+def state_changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def rewrite(path: Path) -> None:
+        state = json.loads((path / STATE).read_text())
+        change(state)
+        data = json.dumps(state).encode()
+        (path / STATE).write_bytes(data)
+        rewrite_manifest(path, lambda m: m["files"].update({STATE: entry(data)}))
+
+    return rewrite
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an endless manifest": (
+        in_place_of(MANIFEST, lambda file: file.symlink_to("/dev/zero")), "manifest.json is no regular file"
+    ),
+    "a FIFO for a manifest": (in_place_of(MANIFEST, os.mkfifo), "manifest.json is no regular file"),
+    "a folder for a manifest": (in_place_of(MANIFEST, Path.mkdir), "manifest.json is no regular file"),
+    "a FIFO for the state": (in_place_of(STATE, os.mkfifo), "state.json is no regular file"),
+    "a FIFO for weights": (in_place_of(f"unet/{UNET_WEIGHTS}", os.mkfifo), f"{UNET_WEIGHTS} is no regular file"),
+    "a folder for tensors": (in_place_of(OPTIMIZER, Path.mkdir), "optimizer.safetensors is no regular file"),
+    "no seed": (rewritten(lambda m: m["settings"].pop("seed")), "is not of a run (1 validation error"),
+    "no batch size": (rewritten(lambda m: m["settings"].pop("train_batch_size")), "train_batch_size Field required"),
+    "no global batch": (rewritten(lambda m: m["identity"].pop("global_batch_size")), "_batch_size Field required"),
+    "no base": (rewritten(lambda m: m["identity"].update(unet="x", base=None)), "base Input should be a valid string"),
+    "lines in a setting": (rewritten(lambda m: m["settings"].update(optimizer="a\n\nb")), "was a b"),
+    "a step beyond all numbers": (rewritten(lambda m: m.update(step=10**300)), "manifest.json: 1 validation error"),
+    "a loss that is NaN": (state_changed(lambda s: s["progress"].update(loss_sum=float("nan"))), "does not fit this"),
+    "no position": (state_changed(lambda s: s["progress"].pop("samples_seen")), "does not fit this run (Validation"),
+    "another step": (state_changed(lambda s: s["progress"].update(global_step=7)), "name different steps"),
+    "a schedule beyond": (state_changed(lambda s: s.update(schedule_step=10**300)), "does not fit this run (Val"),
+    "a stream of nothing": (state_changed(lambda s: s.update(streams=[{}])), "does not fit this run (ValidationError"),
+    "values of no parameter": (
+        state_changed(lambda s: s["optimizer_values"].update({"x/y/z": 1})), "does not fit this run (ValueError"
+    ),
+    "a value under a tensor": (
+        state_changed(lambda s: s["optimizer_values"].update({"0/exp_avg/z": 1})), "does not fit this run (TypeError"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("seconds")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_defect_30_a_foreign_checkpoint_is_refused_in_one_line(
+    settings: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    train(settings, max_train_steps=1)
+    change, words = FOREIGN[name]
+    change(tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(RecipeError) as error:
+        train(settings, resume_from_checkpoint="checkpoint-1")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------- what is no misfit
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1 GiB")
+
+
+def without_memory(*_: Any, **__: Any) -> None:
+    raise MemoryError
+
+
+def host_full(*_: Any, **__: Any) -> None:
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+
+
+def disk_fails(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def mapping_fails(*_: Any, **__: Any) -> None:
+    raise SafetensorError("Error while opening: Cannot allocate memory (os error 12)")
+
+
+@pytest.mark.parametrize(
+    ("place", "failure", "words"),
+    [
+        ("torch.nn.Module.load_state_dict", full, "not enough memory to load"),
+        ("sd_recipes.resume._load_optimizer", host_full, "not enough memory to load"),
+        ("sd_recipes.resume.load_file", without_memory, "not enough memory to load"),
+        ("sd_recipes.resume.load_file", disk_fails, "cannot be read"),
+        ("sd_recipes.resume.load_file", mapping_fails, "cannot be read"),
+        ("sd_recipes.resume.read_json", disk_fails, "cannot be read"),
+        ("sd_recipes.checkpoint.read_json", disk_fails, "cannot be read"),
+        ("sd_recipes.checkpoint._entry", disk_fails, "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("wanted", ["latest", "checkpoint-2"])
+def test_defect_4_what_is_no_misfit_is_told_as_what_it_is(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    failure: Callable[..., None],
+    words: str,
+    wanted: str,
+) -> None:
+    """Least of all does it advise to throw the run away, or go back to an older checkpoint in silence."""
+    train(settings, max_train_steps=2, checkpointing_steps=1)
+    monkeypatch.setattr(place, failure)
+    with pytest.raises(RecipeError, match=words) as error:
+        train(settings, resume_from_checkpoint=wanted)
+    monkeypatch.undo()
+    assert str(tmp_path / "run" / "checkpoint-2") in str(error.value)
+    assert "fit" not in str(error.value)
+    assert "overwrite" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert train(settings, resume_from_checkpoint=wanted).max_train_steps == 4, "nothing is lost"
+
+
+def test_defect_4_a_bug_while_loading_is_a_bug(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    train(settings, max_train_steps=1)
+
+    def broken(*_: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("sd_recipes.resume._load_schedule", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        train(settings, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("change", ["another shape", "one missing", "one too many"])
+def test_defect_4_a_misfit_says_so_before_anything_is_loaded(
+    settings: dict[str, Any], tmp_path: Path, change: str
+) -> None:
+    train(settings, max_train_steps=1)
+    path = tmp_path / "run" / "checkpoint-1"
+    file = path / "unet" / UNET_WEIGHTS
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    if change == "another shape":
+        tensors[name] = torch.zeros(3, 3)
+    elif change == "one missing":
+        del tensors[name]
+    else:
+        tensors["more"] = torch.zeros(3)
+    save_file(tensors, file, {"format": "pt"})
+    rewrite_manifest(path, lambda m: m["files"].update({f"unet/{UNET_WEIGHTS}": entry(file.read_bytes())}))
+    with pytest.raises(
+        RecipeError, match=r"does not fit this run \(ValueError: .*: go back to it, start anew with"
+    ) as error:
+        train(settings, resume_from_checkpoint="latest")
+    assert ("more" if change == "one too many" else name) in str(error.value)
 
 
 def test_the_marker_can_be_left(tmp_path: Path) -> None:

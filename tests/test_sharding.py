@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from launching import finish, flags_of, launcher_environment, start, torchrun
 from safetensors.torch import load_file
 from test_distributed import CONFIGS, assert_close, losses, samples, saved
+from test_loop import assert_ended_on_both
 from training import assert_equal, assert_leaves_as_it_came, train, weights
 
 from sd_recipes.accelerator import start_accelerator
@@ -43,6 +44,14 @@ def settings(settings: dict[str, Any]) -> dict[str, Any]:
 def run_divided(fsdp: dict[str, str], processes: int, settings: dict[str, Any], **changes: Any) -> str:
     flags = flags_of(settings | changes)
     return finish(start(torchrun(processes), *flags, script="tests/record_samples.py", **fsdp))
+
+
+@pytest.mark.slow
+def test_defect_1_an_infinite_gradient_on_one_of_two_divided_processes(
+    settings: dict[str, Any], fsdp: dict[str, str], tmp_path: Path
+) -> None:
+    settings |= {"train_batch_size": 2, "gradient_accumulation_steps": 1}
+    assert_ended_on_both(settings, tmp_path / "out", **fsdp)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])

@@ -1,0 +1,39 @@
+"""train_text_to_image.py, with infinite gradients on process POISONED_RANK in step POISONED_STEP."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from sd_recipes import build
+from sd_recipes.build import Training
+
+
+def poison(training: Training, steps: set[int]) -> None:
+    """Gradients become infinite in these steps of one micro-batch each; the losses stay what they are."""
+    done = 0
+
+    def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal done
+        if output.requires_grad:
+            done += 1
+            if done in steps:
+                output.register_hook(lambda gradient: gradient * torch.inf)
+
+    training.components.unet.conv_out.register_forward_hook(hook)
+
+
+if __name__ == "__main__":
+    from sd_recipes import run
+    from train_text_to_image import main
+
+    def build_poisoned(*arguments: Any) -> Training:
+        training = build.build_training(*arguments)
+        if os.environ["RANK"] == os.environ["POISONED_RANK"]:
+            poison(training, {int(os.environ["POISONED_STEP"])})
+        return training
+
+    run.build_training = build_poisoned
+    main()
