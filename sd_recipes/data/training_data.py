@@ -36,10 +36,6 @@ class TrainingData:
     def num_rows(self) -> int | None:
         return None if self.rows is None else len(self.rows)
 
-    def num_steps(self, num_epochs: int) -> int:
-        assert self.order is not None, "the recipe's check asks a stream for --max_train_steps"
-        return self.order.num_steps(num_epochs)
-
     @property
     def makers(self) -> list[str]:
         """What made the moments, where rows have moments instead of images; of a stream those of its first row."""
