@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,7 +102,7 @@ class Training:
 def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     """Load data and models and put the run together. Raises RecipeError for what a person can mend."""
     output_dir = Path(recipe.output_dir)
-    check_output_dir(output_dir)
+    check_output_dir(output_dir, writes=not recipe.dry_run)
     recipe.mixed_precision = accelerator.mixed_precision  # accelerate's own configuration may have set it
     checkpoint = choose_checkpoint(recipe, accelerator.is_main_process)
     seed = _agree_on_seed(recipe.seed)
@@ -223,12 +225,20 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     )
 
 
-def check_output_dir(output_dir: Path) -> None:
-    """Make the folder and write into it once. Raises RecipeError."""
+def check_output_dir(output_dir: Path, *, writes: bool = True) -> None:
+    """Make the folder and write into it once; without `writes` ask only whether that is allowed. Raises RecipeError."""
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir) as file:
-            file.write(b"0")
+        if writes:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=output_dir) as file:
+                file.write(b"0")
+        else:
+            path = output_dir.absolute()
+            there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+            if not there.is_dir():
+                raise OSError(errno.ENOTDIR, f"{there} is not a folder")
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise OSError(errno.EACCES, f"no right to write to {there}, or a read-only file system")
     except OSError as error:
         raise RecipeError(f"--output_dir {output_dir} cannot be written: {error.strerror}; choose another") from None
 
@@ -267,6 +277,7 @@ def describe(training: Training) -> str:
         of_epoch = training.order.num_steps(1)
         steps += f" ({of_epoch:,} an epoch, {num_epochs(training, of_epoch):.4g} epochs)"
     lines = {
+        **({"goes on from": f"{training.checkpoint[0]}"} if training.checkpoint else {}),
         "rows": "a stream" if training.num_rows is None else f"{training.num_rows:,}",
         "global batch": _batch_in_words(recipe, training.global_batch_size, accelerator.num_processes),
         "optimizer steps": steps,
@@ -307,6 +318,8 @@ def open_cache(
     folder = Path(recipe.latent_cache_dir or Path(recipe.output_dir) / "latents")
     if recipe.cache_latents == "memory":
         folder = memory_folder(recipe.output_dir)
+    if recipe.dry_run:  # no row will be asked for, and to open it is to make it
+        return None
     return LatentCache(
         folder,
         made_by(recipe, components.vae, weight_dtype),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -18,9 +19,13 @@ from sd_recipes.model.components import Components
 from sd_recipes.pipeline import export_pipeline
 from sd_recipes.recipe import Recipe
 from sd_recipes.report import write_report
-from sd_recipes.run_folder import look_at, owned
+from sd_recipes.resume import compare_identity, identity_of
+from sd_recipes.run_folder import look_at, of_other_history, owned
 from sd_recipes.saving import FAILURES, NotSaved
 from sd_recipes.signals import Stopped, stop_request
+
+logger = logging.getLogger(__name__)
+
 
 def run(recipe: Recipe) -> None:
     """Train by a recipe, and leave a pipeline with its pictures and figures in the output folder.
@@ -33,6 +38,12 @@ def run(recipe: Recipe) -> None:
     if recipe.dry_run:
         recipe.resume_from_checkpoint = look_at(recipe)
         training = build_training(recipe, accelerator)
+        if training.checkpoint:
+            path, manifest = training.checkpoint
+            compare_identity(identity_of(training), manifest, path)
+            if others := of_other_history(Path(recipe.output_dir), path, manifest):
+                names = ", ".join(other.name for other in others)
+                logger.warning("Set aside would be what did not lead up to %s: %s.", path, names)
         if accelerator.is_main_process:
             print(f"{describe(training)}\n\n{recipe_text(recipe)}", end="", flush=True)
         accelerator.end_training()
