@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from sd_recipes.checkpoint import Manifest
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
 from sd_recipes.data.cache import LatentCache, check_makers, made_by, memory_folder
+from sd_recipes.data.order import Order
 from sd_recipes.data.training_data import load_training_data, plans
 from sd_recipes.ema import AveragedWeights
 from sd_recipes.metrics import ImageTextScore
@@ -34,7 +37,7 @@ from sd_recipes.model.placement import DTYPES, place
 from sd_recipes.objective import DenoisingLoss
 from sd_recipes.optim import build_optimizer, build_schedule
 from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError
-from sd_recipes.resume import choose_checkpoint, global_batch_size
+from sd_recipes.resume import choose_checkpoint, finish_epoch, global_batch_size
 from sd_recipes.sharding import check_wrapped_classes, whole_unet
 from sd_recipes.signals import stop_request
 from sd_recipes.tracking import Tracker
@@ -61,7 +64,7 @@ class Training:
     ema: AveragedWeights | None
     batches: TrainingBatches
     num_rows: int | None  # unknown of a stream
-    steps_per_epoch: int | None
+    order: Order | None  # likewise
     bad_rows: BadRows
     cache: LatentCache | None
     encode_text: Callable[[torch.Tensor], torch.Tensor]  # input_ids in the host's memory to states on the device
@@ -99,7 +102,7 @@ class Training:
 def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     """Load data and models and put the run together. Raises RecipeError for what a person can mend."""
     output_dir = Path(recipe.output_dir)
-    check_output_dir(output_dir)
+    check_output_dir(output_dir, writes=not recipe.dry_run)
     recipe.mixed_precision = accelerator.mixed_precision  # accelerate's own configuration may have set it
     checkpoint = choose_checkpoint(recipe, accelerator.is_main_process)
     seed = _agree_on_seed(recipe.seed)
@@ -107,7 +110,15 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
 
     batch_size = global_batch_size(recipe, accelerator.num_processes, checkpoint[1] if checkpoint else None)
     data = load_training_data(recipe, seed=seed, global_batch_size=batch_size, rank=accelerator.process_index)
-    max_train_steps = recipe.max_train_steps or data.num_steps(recipe.num_train_epochs)
+    global_step = samples_seen = 0
+    if checkpoint:
+        global_step, samples_seen = checkpoint[1].step, checkpoint[1].samples_seen
+        data.order = data.order and finish_epoch(data.order, checkpoint[1])
+    max_train_steps = recipe.max_train_steps
+    if max_train_steps is None:
+        assert data.order is not None, "the recipe's check asks a stream for --max_train_steps"
+        # Not of all epochs: the steps that are done may have had batches of another size.
+        max_train_steps = global_step + data.order.num_steps(recipe.num_train_epochs, samples_seen)
 
     stop_request.check(NOT_BEGUN)
     torch.manual_seed(seed)  # initial weights of a UNet from scratch, and its dropout
@@ -196,7 +207,7 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
             pin_memory=device.type == "cuda",
         ),
         num_rows=data.num_rows,
-        steps_per_epoch=None if data.order is None else data.order.num_steps(1),
+        order=data.order,
         bad_rows=data.bad_rows,
         cache=cache,
         encode_text=encode,
@@ -213,12 +224,20 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     )
 
 
-def check_output_dir(output_dir: Path) -> None:
-    """Make the folder and write into it once. Raises RecipeError."""
+def check_output_dir(output_dir: Path, *, writes: bool = True) -> None:
+    """Make the folder and write into it once; without `writes` ask only whether that is allowed. Raises RecipeError."""
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir) as file:
-            file.write(b"0")
+        if writes:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=output_dir) as file:
+                file.write(b"0")
+        else:
+            path = output_dir.absolute()
+            there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+            if not there.is_dir():
+                raise OSError(errno.ENOTDIR, f"{there} is not a folder")
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise OSError(errno.EACCES, f"no right to write to {there}, or a read-only file system")
     except OSError as error:
         raise RecipeError(f"--output_dir {output_dir} cannot be written: {error.strerror}; choose another") from None
 
@@ -253,10 +272,11 @@ def describe(training: Training) -> str:
     recipe, accelerator = training.recipe, training.accelerator
     trainable = sum(parameter.numel() for parameter in training.components.unet.parameters() if parameter.requires_grad)
     steps = f"{training.max_train_steps:,}"
-    if training.steps_per_epoch:
-        epochs = training.max_train_steps / training.steps_per_epoch
-        steps += f" ({training.steps_per_epoch:,} an epoch, {epochs:.4g} epochs)"
+    if training.order:
+        of_epoch = training.order.num_steps(1)
+        steps += f" ({of_epoch:,} an epoch, {num_epochs(training, of_epoch):.4g} epochs)"
     lines = {
+        **({"goes on from": f"{training.checkpoint[0]}"} if training.checkpoint else {}),
         "rows": "a stream" if training.num_rows is None else f"{training.num_rows:,}",
         "global batch": _batch_in_words(recipe, training.global_batch_size, accelerator.num_processes),
         "optimizer steps": steps,
@@ -267,6 +287,17 @@ def describe(training: Training) -> str:
         "seed": training.seed,
     }
     return "\n".join(f"  {name:<21}{value}" for name, value in lines.items())
+
+
+def num_epochs(training: Training, steps_per_epoch: int) -> float:
+    """Epochs at the end of a run, those before a checkpoint by the samples: its batches may have had another size."""
+    assert training.order is not None
+    if training.checkpoint is None:
+        return training.max_train_steps / steps_per_epoch
+    manifest = training.checkpoint[1]
+    epoch = manifest.samples_seen // training.order.num_rows
+    left_of_epoch = training.order.num_steps(epoch + 1, manifest.samples_seen)
+    return epoch + 1 + (training.max_train_steps - manifest.step - left_of_epoch) / steps_per_epoch
 
 
 def _batch_in_words(recipe: Recipe, global_batch_size: int, num_processes: int) -> str:
@@ -285,4 +316,6 @@ def open_cache(recipe: Recipe, made_by: dict[str, Any] | None, rank: int) -> Lat
     folder = Path(recipe.latent_cache_dir or Path(recipe.output_dir) / "latents")
     if recipe.cache_latents == "memory":
         folder = memory_folder(recipe.output_dir)
+    if recipe.dry_run:  # no row will be asked for, and to open it is to make it
+        return None
     return LatentCache(folder, made_by, rank, temporary=recipe.cache_latents == "memory")

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 
 from sd_recipes.reading import StrangeFile, open_regular, read_text
-from sd_recipes.recipe import RecipeError
+from sd_recipes.recipe import Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def write_checkpoint(contents: Contents, output_dir: Path, limit: int | None) ->
         raise OSError(f"it takes {_gigabytes(contents.nbytes)} and {output_dir} has {_gigabytes(free)} free")
     try:
         _write_files(contents, temporary)
-        if final.exists():  # of the same run, which went back to an older one
+        if final.exists():  # put there since the run began, which set aside what was later than its checkpoint
             os.replace(final, output_dir / f".{final.name}{REMOVED}")
         os.replace(temporary, final)
         _sync_folder(output_dir)
@@ -292,10 +292,27 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def goes_on(output_dir: Path) -> str:
-    """What a repetition of the command does, by the checkpoints that are there."""
-    checkpoints = list_checkpoints(output_dir)
-    return f"goes on from {checkpoints[-1].name}" if checkpoints else "starts anew, for there is no checkpoint"
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def command_of(recipe: Recipe) -> str:
+    """The command by which a run goes on from what it has saved: what began it may do something else."""
+    if recipe.overwrite:
+        return "the same command without --overwrite"
+    if recipe.resume_from_checkpoint not in (None, "latest") and list_checkpoints(Path(recipe.output_dir)):
+        return "the same command with --resume_from_checkpoint latest"
+    return "the same command"
+
+
+def goes_on(recipe: Recipe) -> str:
+    """What that command does, by the checkpoints that are there once a run has begun."""
+    if checkpoints := list_checkpoints(Path(recipe.output_dir)):
+        return f"goes on from {checkpoints[-1].name}"
+    if recipe.resume_from_checkpoint not in (None, "latest"):  # another folder's
+        return f"goes on from {recipe.resume_from_checkpoint}"
+    return "starts anew, for there is no checkpoint"
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path, Manifest] | None:

@@ -41,6 +41,8 @@ def fill_cache(recipe: Recipe) -> Path:
     once all is written, PushError.
     """
     hide_library_bars()
+    if recipe.dry_run:
+        raise RecipeError("`sd-recipes cache` fills the cache and has no dry run: drop --dry_run")
     if recipe.streaming:
         raise RecipeError("`sd-recipes cache` goes through all rows, and a stream has no end: drop --streaming")
     if recipe.cropping == "random":

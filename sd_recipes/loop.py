@@ -19,13 +19,14 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from sd_recipes.build import Training
-from sd_recipes.checkpoint import Progress, goes_on, list_checkpoints
+from sd_recipes.checkpoint import Progress, command_of, goes_on, list_checkpoints
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.model.latents import batch_moments, sample_latents
 from sd_recipes.recipe import Recipe, RecipeError, RunError
 from sd_recipes.report import FIGURES
 from sd_recipes.resume import identity_of, load_checkpoint
+from sd_recipes.run_folder import begin_history
 from sd_recipes.saving import Checkpointer, NotSaved
 from sd_recipes.sharding import gathered
 from sd_recipes.signals import Stopped, stop_request
@@ -60,7 +61,7 @@ def fit(training: Training) -> Progress:
             advice += ", or use --mixed_precision bf16 or no"
         there_is = f"{output_dir} has no checkpoint"
         if list_checkpoints(output_dir):
-            there_is = f"{stop_request.way_on} then {goes_on(output_dir)}"
+            there_is = f"{command_of(training.recipe)} then {goes_on(training.recipe)}"
         raise TrainingDiverged(f"{error}: {advice}; {there_is}") from None
 
 
@@ -70,13 +71,17 @@ def _train(training: Training) -> Progress:
     output_dir = Path(recipe.output_dir)
     identity = identity_of(training)
     progress = resume(training, identity)
+    if training.checkpoint:
+        accelerator.wait_for_everyone()  # it fits on all of them
+        if accelerator.is_main_process:
+            begin_history(output_dir, *training.checkpoint)
     training.tracker.start_at(progress.global_step)
     if progress.global_step >= training.max_train_steps:
         logger.info(
-            "Nothing left to train: %d of %d steps are done. A larger --max_train_steps goes on; --overwrite starts "
-            "anew.",
+            "Nothing left to train: %d of %d steps are done. A larger %s goes on; --overwrite starts anew.",
             progress.global_step,
             training.max_train_steps,
+            length_of(recipe),
         )
     begins = recipe.validate_before_training and progress.global_step == 0
     if begins or (progress.awaits_validation and not was_validated(training, progress.global_step)):
@@ -165,11 +170,12 @@ def _train(training: Training) -> Progress:
                 if not is_saved:
                     save(training, progress, window, checkpointer)
                 checkpointer.wait()
+                stop_request.way_on = command_of(recipe)
                 accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
                 if checkpointer.failure:
                     raise NotSaved(
                         f"asked to stop, and step {progress.global_step} could not be saved ({checkpointer.failure}): "
-                        f"make room, and {stop_request.way_on} {goes_on(output_dir)}"
+                        f"make room, and {stop_request.way_on} {goes_on(recipe)}"
                     )
                 raise stop_request.stopped(f"saved at step {progress.global_step}")
     if training.cache:
@@ -178,6 +184,11 @@ def _train(training: Training) -> Progress:
         training.cache.close()
     progress.not_saved = checkpointer.not_saved
     return progress
+
+
+def length_of(recipe: Recipe) -> str:
+    """The flag that says how long a run is."""
+    return "--num_train_epochs" if recipe.max_train_steps is None else "--max_train_steps"
 
 
 class Window:

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,11 +27,11 @@ from sd_recipes.checkpoint import (
     Manifest,
     Progress,
     find_checkpoint,
-    list_checkpoints,
     read_json,
     read_manifest,
 )
 from sd_recipes.data.identity import data_fingerprint
+from sd_recipes.data.order import Order
 from sd_recipes.data.stream import joined_states
 from sd_recipes.recipe import Recipe, RecipeError
 from sd_recipes.sharding import divided_like
@@ -49,13 +50,14 @@ def _names(words: str, effect: Effect) -> dict[str, Effect]:
 
 # What a setting that is another than in the checkpoint means. `refused`: the state would not fit. `told`: the run
 # goes on with the new value, and is another than the uninterrupted one. `compared`: by what it stands for
-# (`identity_of`), since a folder may have moved. `free`: the weights do not depend on it.
+# (`identity_of`), since a folder may have moved, or several settings say it together. `free`: the weights do not
+# depend on it, but for rounding.
 EFFECTS: dict[str, Effect] = {
     **_names("optimizer streaming", "refused"),
     **_names(
-        "prediction_type pretrained_model_name_or_path revision variant non_ema_revision train_from_scratch "
-        "unet_config dataset_name dataset_config_name dataset_revision train_data_dir train_split data_sources "
-        "train_batch_size gradient_accumulation_steps",
+        "prediction_type pretrained_model_name_or_path non_ema_revision train_from_scratch unet_config dataset_name "
+        "dataset_config_name dataset_revision train_data_dir train_split data_sources train_batch_size "
+        "gradient_accumulation_steps lr_scheduler num_train_epochs max_train_steps",
         "compared",
     ),
     **_names(
@@ -63,14 +65,15 @@ EFFECTS: dict[str, Effect] = {
         "random_flip image_interpolation_mode max_image_megapixels aspect_ratio_buckets bucket_step max_upscale "
         "caption_column caption_columns caption_template shuffle_tags keep_tags tag_separator caption_dropout "
         "blank_captions long_captions caption_chunks cache_latents latent_cache_dtype cache_text snr_gamma "
-        "noise_offset input_perturbation dream_training dream_detail_preservation learning_rate scale_lr lr_scheduler "
+        "noise_offset input_perturbation dream_training dream_detail_preservation learning_rate scale_lr "
         "lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon sgd_momentum max_grad_norm use_ema "
-        "ema_decay gradient_checkpointing enable_xformers_memory_efficient_attention channels_last compile_unet",
+        "ema_decay gradient_checkpointing enable_xformers_memory_efficient_attention channels_last compile_unet "
+        "revision variant",
         "told",
     ),
     **_names(
         "config dry_run output_dir overwrite device local_rank cache_dir stream_outage_minutes check_data max_bad_rows "
-        "dataloader_num_workers latent_cache_dir num_train_epochs max_train_steps use_8bit_adam offload_ema "
+        "dataloader_num_workers latent_cache_dir use_8bit_adam offload_ema "
         "foreach_ema checkpointing_steps checkpointing_minutes checkpoints_total_limit resume_from_checkpoint "
         "validation_prompts validation_epochs validation_steps validation_split validate_before_training "
         "validation_inference_steps validation_guidance_scale validation_clip_model logging_dir logging_steps "
@@ -194,13 +197,6 @@ def choose_checkpoint(recipe: Recipe, is_main: bool) -> tuple[Path, Manifest] | 
         SavedIdentity.model_validate(manifest.identity)
     except ValidationError as error:
         raise RecipeError(f"{path}: {MANIFEST} is not of a run ({_one_line(error)}): {WAY_OUT}") from None
-    newest = list_checkpoints(Path(recipe.output_dir))[-1:]
-    if wanted != "latest" and newest and int(newest[0].name.split("-")[1]) > manifest.step:
-        logger.warning(
-            "%s is newer than %s, to which --resume_from_checkpoint goes back; it is replaced when the run gets there.",
-            newest[0],
-            path,
-        )
     if recipe.seed is None:
         recipe.seed = manifest.settings["seed"]
     compare_settings(recipe, manifest, path)
@@ -219,9 +215,6 @@ def compare_settings(recipe: Recipe, manifest: Manifest, path: Path | str) -> No
             effect = "refused" if recipe.use_ema else "told"
         elif name == "shuffle_block" and not recipe.streaming:
             effect = "free"
-        elif name == "max_train_steps" and not recipe.lr_scheduler.startswith("constant"):
-            words += f", by which the {recipe.lr_scheduler} schedule is drawn out anew"
-            effect = "told"
         if effect == "refused":
             refused.append(words)
         elif effect == "told":
@@ -245,7 +238,15 @@ def identity_of(training: Training) -> dict[str, Any]:
         "data_fingerprint": broadcast_object_list([fingerprint])[0],
         "num_rows": training.num_rows,
         "global_batch_size": training.global_batch_size,
+        "begun": training.order and training.order.begun and list(training.order.begun),
+        "schedule": schedule_in_words(recipe, training.max_train_steps),
     }
+
+
+def schedule_in_words(recipe: Recipe, max_train_steps: int) -> str:
+    """A schedule's name and, where the rates depend on it, its length."""
+    name = recipe.lr_scheduler
+    return name if name.startswith("constant") else f"{name} over {max_train_steps} steps"
 
 
 def global_batch_size(recipe: Recipe, num_processes: int, manifest: Manifest | None) -> int:
@@ -256,6 +257,19 @@ def global_batch_size(recipe: Recipe, num_processes: int, manifest: Manifest | N
     settings = ("train_batch_size", "gradient_accumulation_steps")
     changed = any(getattr(recipe, name) != manifest.settings[name] for name in settings)
     return size if changed else manifest.identity["global_batch_size"]
+
+
+def finish_epoch(order: Order, manifest: Manifest) -> Order:
+    """The order in which a run goes on: with buckets, an epoch that was begun stays dealt out as it was.
+
+    Another global batch size would deal it out anew, so that some of its rows came twice and others never.
+    """
+    then, epoch = manifest.identity, manifest.samples_seen // order.num_rows
+    if order.buckets is None or manifest.samples_seen % order.num_rows == 0 or then["num_rows"] != order.num_rows:
+        return order
+    begun = then.get("begun")  # by the run before it, from which that run went on with yet another size
+    size = begun[1] if begun and begun[0] == epoch else then["global_batch_size"]
+    return order if size == order.global_batch_size else replace(order, begun=(epoch, size))
 
 
 def compare_identity(now: dict[str, Any], manifest: Manifest, path: Path) -> None:
@@ -272,10 +286,21 @@ def compare_identity(now: dict[str, Any], manifest: Manifest, path: Path) -> Non
             f"--prediction_type is {now['prediction_type']} and was {then['prediction_type']} in {path}: {WAY_OUT}"
         )
     if "global_batch_size" in differs:
+        words = "the run goes on with the new one"
+        if now["begun"]:
+            words += f" after this epoch, whose buckets are dealt out in batches of {now['begun'][1]}"
+        if manifest.settings["scale_lr"]:
+            words += ", and with the learning rate of --scale_lr for it"
         logger.warning(
             "The global batch (--train_batch_size x --gradient_accumulation_steps x processes) is %s and was %s in %s: "
-            "the run goes on with the new one.",
-            now["global_batch_size"], then["global_batch_size"], path,
+            "%s.",
+            now["global_batch_size"], then["global_batch_size"], path, words,
+        )  # fmt: skip
+    if "schedule" in differs:
+        logger.warning(
+            "The learning rate's schedule is %s and was %s in %s (--lr_scheduler, --max_train_steps, or "
+            "--num_train_epochs, rows and batch): it is drawn anew, and its value may jump.",
+            now["schedule"], then["schedule"], path,
         )  # fmt: skip
     if "base" in differs:
         logger.warning(

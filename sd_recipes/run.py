@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -9,19 +10,22 @@ from accelerate import Accelerator
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import build_training, describe
-from sd_recipes.checkpoint import goes_on
+from sd_recipes.checkpoint import command_of, goes_on
 from sd_recipes.console import hide_library_bars
 from sd_recipes.flags import recipe_text
 from sd_recipes.hub import create_repository, publish
-from sd_recipes.loop import fit
+from sd_recipes.loop import fit, length_of
 from sd_recipes.model.components import Components
 from sd_recipes.pipeline import export_pipeline
 from sd_recipes.recipe import Recipe
 from sd_recipes.report import write_report
-from sd_recipes.run_folder import look_at, owned
+from sd_recipes.resume import compare_identity, identity_of
+from sd_recipes.run_folder import look_at, of_other_history, owned
 from sd_recipes.saving import FAILURES, NotSaved
 from sd_recipes.signals import Stopped, stop_request
 from sd_recipes.tracking import list_samples
+
+logger = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe) -> None:
@@ -35,28 +39,27 @@ def run(recipe: Recipe) -> None:
     if recipe.dry_run:
         recipe.resume_from_checkpoint = look_at(recipe)
         training = build_training(recipe, accelerator)
+        if training.checkpoint:
+            path, manifest = training.checkpoint
+            compare_identity(identity_of(training), manifest, path)
+            if others := of_other_history(Path(recipe.output_dir), path, manifest):
+                names = ", ".join(other.name for other in others)
+                logger.warning("Set aside would be what did not lead up to %s: %s.", path, names)
         if accelerator.is_main_process:
             print(f"{describe(training)}\n\n{recipe_text(recipe)}", end="", flush=True)
         accelerator.end_training()
         return
-    stop_request.way_on = way_on(recipe)
+    # Until it has saved something, a run from a checkpoint that was named goes on from there again.
+    stop_request.way_on = command_of(recipe) if recipe.overwrite else "the same command"
     pushes = recipe.push_to_hub and accelerator.is_main_process
     repo_id = create_repository(recipe) if pushes else None
     with owned(recipe, accelerator.is_main_process):
         _run(recipe, accelerator, repo_id)
 
 
-def way_on(recipe: Recipe) -> str:
-    """The command by which the run goes on when it was stopped: what began it may do something else."""
-    if recipe.overwrite:
-        return "the same command without --overwrite"
-    if recipe.resume_from_checkpoint not in (None, "latest"):
-        return "the same command with --resume_from_checkpoint latest"
-    return "the same command"
-
-
-def write_results(components: Components, output_dir: Path) -> list[str]:
+def write_results(components: Components, recipe: Recipe) -> list[str]:
     """The pipeline with its pictures and figures; lines that sum these up. Raises NotSaved if there is no room."""
+    output_dir = Path(recipe.output_dir)
     try:
         export_pipeline(components, output_dir)
         samples = list_samples(output_dir)
@@ -66,8 +69,8 @@ def write_results(components: Components, output_dir: Path) -> list[str]:
     except FAILURES as error:
         words = " ".join(str(error).split())
         raise NotSaved(
-            f"the pipeline cannot be written to {output_dir} ({words}): make room, and the same command "
-            f"{goes_on(output_dir)}"
+            f"the pipeline cannot be written to {output_dir} ({words}): make room, and {command_of(recipe)} "
+            f"{goes_on(recipe)}"
         ) from error
 
 
@@ -84,13 +87,14 @@ def _run(recipe: Recipe, accelerator: Accelerator, repo_id: str | None) -> None:
         raise
     with training.evaluated_weights():
         if accelerator.is_main_process:
-            report = write_results(training.components, output_dir)
+            report = write_results(training.components, recipe)
             print("\n".join(["", f"pipeline        {output_dir}", *report]), flush=True)
     if repo_id:
         print(f"pushed          {publish(output_dir, repo_id, recipe)}", flush=True)
     training.tracker.close()
     if progress.not_saved:
         raise NotSaved(
-            f"the pipeline is in {output_dir}, but no checkpoint could be written ({progress.not_saved}): a larger "
-            f"--max_train_steps {goes_on(output_dir)}; make room, or choose another --output_dir"
+            f"the pipeline is in {output_dir}, but no checkpoint could be written ({progress.not_saved}): with a "
+            f"larger {length_of(recipe)} {command_of(recipe)} {goes_on(recipe)}; make room, or choose another "
+            "--output_dir"
         )

@@ -17,22 +17,26 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from sd_recipes.build import check_output_dir
-from sd_recipes.checkpoint import MANIFEST, list_checkpoints, remove, remove_leftovers
+from sd_recipes.checkpoint import MANIFEST, Manifest, list_checkpoints, remove, remove_leftovers, step_of
 from sd_recipes.flags import is_resolved_recipe
 from sd_recipes.reading import read_text
 from sd_recipes.recipe import Recipe, RecipeError
-from sd_recipes.tracking import list_samples, replace_file
+from sd_recipes.tracking import list_samples, read_metrics, replace_file
 
 logger = logging.getLogger(__name__)
 
 LOCK, OWNER = ".lock", ".owner.json"
 MAX_OWNER_BYTES = 2**16
+ABANDONED = ".abandoned"  # ends the names of what is of another line of history than the run that goes on
 DYING_SECONDS = 10.0  # for which the children of a killed run may outlive it
 # What may stand in a folder before its first run: the output that a shell wrote there, and what `sd-recipes cache` did.
 HARMLESS = re.compile(r"\..*|latents|bad_rows.*\.jsonl|lost\+found|.*\.(log|out|err)")
 # What a run writes and a new one would mix with its own; not the latent cache, nor the exported pipeline, which is
 # replaced when the new one is done.
-OF_A_RUN = ("metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png")
+OF_A_RUN = (
+    "metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png",
+    f"checkpoint-*{ABANDONED}*", f"metrics.jsonl{ABANDONED}*", f"samples{ABANDONED}*",
+)  # fmt: skip
 
 
 def holds_run(output_dir: Path) -> bool:
@@ -88,6 +92,42 @@ def _prepare(recipe: Recipe, output_dir: Path) -> str | None:
     if recipe.overwrite:
         remove_run(output_dir, recipe.logging_dir)
     return look_at(recipe)
+
+
+def of_other_history(output_dir: Path, source: Path, manifest: Manifest) -> list[Path]:
+    """What in a folder did not lead up to `source`, the checkpoint that a run goes on from; the newest first.
+
+    Of the folder's own checkpoints those are the later ones; if it is another folder's, all, and an earlier curve
+    and pictures with them.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if any(path.samefile(source) for path in checkpoints):
+        return [path for path in reversed(checkpoints) if step_of(path) > manifest.step]
+    metrics, samples = output_dir / "metrics.jsonl", output_dir / "samples"
+    has_curve = any(line["step"] <= manifest.step for line in read_metrics(metrics))
+    return [*reversed(checkpoints), *(path for path in (metrics, samples) if has_curve and path.exists())]
+
+
+def begin_history(output_dir: Path, source: Path, manifest: Manifest) -> None:
+    """Set aside, under other names, what is of another history than a run's that goes on from `source`.
+
+    What is left is one line, of which the newest checkpoint is the last. A kill in between leaves the other line
+    shorter, and as whole.
+    """
+    names = {}
+    for path in of_other_history(output_dir, source, manifest):
+        aside, number = path.with_name(path.name + ABANDONED), 1
+        while aside.exists():
+            number += 1
+            aside = path.with_name(f"{path.name}{ABANDONED}-{number}")
+        os.replace(path, aside)
+        names[path.name] = aside.name
+    if names:
+        logger.warning(
+            "The run goes on from %s, to which these in %s did not lead: %s. They are set aside under the new names "
+            "until you remove them; --resume_from_checkpoint takes such a name too.",
+            source, output_dir, ", ".join(f"{old} -> {new}" for old, new in names.items()),
+        )  # fmt: skip
 
 
 def remove_run(output_dir: Path, logging_dir: str) -> None:

@@ -105,3 +105,10 @@ def test_its_mistakes_are_one_line(tiny_pipeline: Path, image_folder: Path, tmp_
     ):
         with pytest.raises(RecipeError, match=words):
             fill_cache(load_recipe([str(flag) for flag in [*flags, *extra]]))
+
+
+def test_defect_32_a_dry_run_fills_no_cache(tiny_pipeline: Path, image_folder: Path, tmp_path: Path) -> None:
+    flags = flags_for(tiny_pipeline, image_folder, tmp_path / "out")
+    with pytest.raises(RecipeError, match="has no dry run: drop --dry_run"):
+        fill_cache(load_recipe([str(flag) for flag in [*flags, "--device", "cpu", "--dry_run"]]))
+    assert not (tmp_path / "out").exists()

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
+from sd_recipes.checkpoint import Manifest
 from sd_recipes.data.draws import draw
 from sd_recipes.data.order import Order, apportion, share
+from sd_recipes.resume import finish_epoch
 
 
 def take(order: Order, samples_seen: int, number: int) -> list:
@@ -73,6 +75,54 @@ def test_the_position_among_buckets_is_one_number(steps: int) -> None:
     for expected, batch in zip(whole[steps:], take(bucketed(), seen, 12 - steps), strict=True):
         assert (batch.position, batch.size, batch.epoch) == (expected.position, expected.size, expected.epoch)
         np.testing.assert_array_equal(batch.rows, expected.rows)
+
+
+def of_100_rows(batch_size: int, *, bucketed: bool) -> Order:
+    sizes = ((64, 64), (32, 128), (128, 32))
+    buckets = np.arange(100) % 3 if bucketed else None
+    return Order((100,), batch_size, seed=3, sizes=sizes, buckets=buckets)
+
+
+@pytest.mark.parametrize("bucketed", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(10, 20), (20, 10), (7, 9)])
+@pytest.mark.parametrize("epochs_done", [5, 5.3])
+def test_defect_20_the_steps_that_remain_are_counted_from_the_position(
+    before: int, after: int, epochs_done: float, bucketed: bool
+) -> None:
+    """Of 10 epochs of 100 rows, whatever the batches were until then."""
+    first, second = of_100_rows(before, bucketed=bucketed), of_100_rows(after, bucketed=bucketed)
+    seen = next(batch.position for batch in first.batches_from(0) if batch.position >= 100 * epochs_done)
+    left = first.num_steps(10) - first.num_steps(10, seen)
+    assert take(first, 0, left)[-1].position < seen == take(first, 0, left + 1)[-1].position
+    last = take(second, seen, second.num_steps(10, seen))[-1]
+    assert last.ends_epoch
+    assert last.position + len(last.rows) == 1000
+    assert second.num_steps(10, 1000) == second.num_steps(9, 1000) == 0
+    assert bucketed or epochs_done > 5 or second.num_steps(10, 500) == 5 * -(-100 // after)
+
+
+@pytest.mark.parametrize("bucketed", [False, True])
+@pytest.mark.parametrize("sizes", [(4, 8), (8, 4), (10, 7, 7, 10), (5, 9, 2), (3, 3)])
+def test_defect_21_a_changed_batch_deals_no_row_twice(sizes: tuple[int, ...], bucketed: bool) -> None:
+    """A run is resumed in the middle of an epoch, and again, from what its checkpoints say; then the next epoch."""
+    seen, rows, identity = 0, [], {"num_rows": 100, "begun": None}
+    for number, size in enumerate(sizes):
+        order = of_100_rows(size, bucketed=bucketed)
+        if number:
+            order = finish_epoch(order, Manifest(samples_seen=seen, identity=identity, **OF_NO_MATTER))
+        identity |= {"global_batch_size": size, "begun": order.begun and list(order.begun)}
+        for batch in take(order, seen, 2 if number < len(sizes) - 1 else order.num_steps(3, seen)):
+            assert len(set(order.buckets[batch.rows])) == 1 if bucketed else True
+            rows += batch.rows.tolist()
+            assert batch.position == seen
+            seen += len(batch.rows)
+    assert [np.bincount(rows[start : start + 100]).tolist() for start in (0, 100, 200)] == 3 * [[1] * 100]
+    expected = of_100_rows(sizes[-1], bucketed=bucketed)
+    for one, other in zip(take(order, 100, 9), take(expected, 100, 9), strict=True):
+        np.testing.assert_array_equal(one.rows, other.rows)
+
+
+OF_NO_MATTER = {"format": 2, "step": 0, "world_size": 1, "versions": {}, "settings": {}}
 
 
 def test_sources_are_mixed_by_weight_and_each_goes_through_its_rows() -> None:

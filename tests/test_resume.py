@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -21,12 +22,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_models import UNET_CONFIG, build_image_folder, build_tiny_pipeline
 from training import assert_equal, train, weights
 
+from sd_recipes.build import describe
 from sd_recipes.checkpoint import OPTIMIZER, STATE, UNET_WEIGHTS, list_checkpoints, read_manifest
+from sd_recipes.data.batches import BatchBuilder
 from sd_recipes.flags import NOT_OF_THE_RUN, recipe_text
 from sd_recipes.recipe import Recipe, RecipeError
 from sd_recipes.resume import EFFECTS
 from sd_recipes.run import run
 from sd_recipes.run_folder import owned
+from sd_recipes.saving import NotSaved
 from sd_recipes.signals import Stopped, stop_request
 from sd_recipes.tracking import Tracker
 
@@ -255,14 +259,14 @@ def test_what_changes_the_result_is_told_with_both_values(
     told = [record.getMessage() for record in caplog.records if record.name == "sd_recipes.resume"]
     for words in (
         "--learning_rate is 0.0005 and was 0.001 in", "--resolution is 64 and was 32",
-        "--max_train_steps is 2 and was 1, by which the cosine schedule is drawn out anew",
+        "The learning rate's schedule is cosine over 2 steps and was constant in",
         "--use_ema is False and was True", "--random_flip is True and was False",
         "The global batch (--train_batch_size x --gradient_accumulation_steps x processes) is 2 and was 4",
         "others (6 rows", f"{settings['train_data_dir']} (8 rows",
         f"--pretrained_model_name_or_path is {model} and was {settings['pretrained_model_name_or_path']}",
     ):  # fmt: skip
         assert any(words in line for line in told), words
-    assert len([line for line in told if " was " in line or " were " in line]) == 9, "nothing else"
+    assert len([line for line in told if " was " in line or " were " in line]) == 8, "nothing else"
 
 
 def test_what_the_weights_do_not_depend_on_is_free(
@@ -280,6 +284,85 @@ def test_what_the_weights_do_not_depend_on_is_free(
     resumed = train(settings, **changes, resume_from_checkpoint="latest")
     assert [r.getMessage() for r in caplog.records if r.name == "sd_recipes.resume" and r.levelname == "WARNING"] == []
     assert_equal(weights(quiet), weights(resumed))
+
+
+@pytest.mark.parametrize(("before", "after", "steps"), [(2, 4, 12), (4, 2, 12)])
+def test_defect_20_a_changed_batch_trains_as_many_epochs(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, before: int, after: int, steps: int
+) -> None:
+    """4 epochs of 8 rows in all, of which 2 are done: 8 steps of 2 and 4 of 4, or 4 of 4 and 8 of 2."""
+    caplog.set_level("INFO")
+    settings |= {"max_train_steps": None, "num_train_epochs": 4, "lr_scheduler": "cosine"}
+    done = 8 if before == 2 else 4
+    train(settings, train_batch_size=before, max_train_steps=done)
+    training = train(settings, train_batch_size=after, resume_from_checkpoint="latest")
+    assert training.max_train_steps == steps
+    assert f"({8 // after} an epoch, 4 epochs)" in describe(training)
+    lines = figures(tmp_path / "run")
+    assert (lines[-1]["step"], lines[-1]["epoch"]) == (steps, 4)
+    assert lines[done]["lr"] == pytest.approx(1e-3 * (1 + math.cos(math.pi * (done + 1) / steps)) / 2)
+    assert f"schedule is cosine over {steps} steps and was cosine over {done} steps in" in caplog.text
+    caplog.clear()
+    train(settings, train_batch_size=after, resume_from_checkpoint="latest")
+    assert f"Nothing left to train: {steps} of {steps} steps are done. A larger --num_train_epochs" in caplog.text
+    assert "schedule" not in caplog.text
+
+
+def test_defect_21_buckets_are_dealt_out_once_an_epoch_though_the_batch_changes(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A batch of 2 becomes one of 3 after the first step, and goes on with 3 from a checkpoint of the same epoch."""
+    for name, size, number in (("wide", (96, 32), 5), ("tall", (40, 80), 4)):
+        build_image_folder(tmp_path / "shapes" / name, number, size)
+        metadata = tmp_path / "shapes" / name / "metadata.jsonl"
+        with (tmp_path / "shapes" / "metadata.jsonl").open("a") as file:
+            file.write(metadata.read_text().replace('"file_name": "', f'"file_name": "{name}/'))
+        metadata.unlink()
+    met: list[int] = []
+    build_batch = BatchBuilder.__getitem__
+    monkeypatch.setattr(
+        BatchBuilder, "__getitem__", lambda self, plan: met.extend(plan.rows.tolist()) or build_batch(self, plan)
+    )
+    settings |= {"train_data_dir": str(tmp_path / "shapes"), "aspect_ratio_buckets": True, "bucket_step": 8}
+    settings |= {"max_train_steps": None, "num_train_epochs": 2}
+    train(settings, train_batch_size=2, max_train_steps=1)
+    caplog.clear()
+    train(settings, train_batch_size=3, max_train_steps=3, resume_from_checkpoint="latest")
+    assert "is 3 and was 2" in caplog.text
+    assert "goes on with the new one after this epoch, whose buckets are dealt out in batches of 2." in caplog.text
+    assert 3 <= len(met) < 9
+    caplog.clear()
+    training = train(settings, train_batch_size=3, resume_from_checkpoint="latest")
+    assert "global batch" not in caplog.text
+    assert sorted(met[:9]) == sorted(met[9:]) == list(range(9))
+    assert training.max_train_steps == 5 + 4, "5 batches of at most 2, and 4 of at most 3"
+
+
+def test_defect_9_a_schedule_that_is_drawn_anew_is_told(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """However its length came to be another, and only where the rates depend on it."""
+    settings |= {"max_train_steps": None, "num_train_epochs": 2}
+    causes = [{"num_train_epochs": 3}, {"max_train_steps": 6}, {"train_batch_size": 2}, {"max_train_steps": 4}, {}]
+    for scheduler in ("linear", "constant_with_warmup"):
+        train(settings, lr_scheduler=scheduler, checkpointing_steps=2)
+        for changes in causes:
+            caplog.clear()
+            run_it(settings, lr_scheduler=scheduler, resume_from_checkpoint="checkpoint-2", dry_run=True, **changes)
+            told = [record.getMessage() for record in caplog.records if "schedule is" in record.getMessage()]
+            assert len(told) == (scheduler == "linear" and changes in causes[:3])
+            assert all("is linear over 6 steps and was linear over 4 steps in" in line for line in told)
+            assert all(f"--{name}" in line for line in told for name in changes if name != "train_batch_size")
+        shutil.rmtree(settings["output_dir"])
+
+
+def test_defect_9_another_revision_of_the_frozen_parts_is_told(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The UNet is the checkpoint's, but the VAE and the text encoder are the new revision's."""
+    train(settings, max_train_steps=1)
+    run_it(settings, revision="other", dry_run=True)
+    assert "--revision is other and was None in" in caplog.text
 
 
 def test_a_changed_caption_is_other_data(
@@ -322,13 +405,149 @@ def test_a_mere_name_is_a_checkpoint_of_the_output_folder(
     assert_equal(weights(quiet), weights(again))
 
 
-def test_going_back_to_an_older_one_is_told(
-    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+# ------------------------------------------------------------------------------- one line of history
+
+
+def names_in(out: Path, pattern: str = "*checkpoint*") -> list[str]:
+    return sorted(path.name for path in out.glob(pattern))
+
+
+def stop_at_once(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], **changes: Any) -> str:
+    """The last words of a run that is asked to stop in its first step."""
+    log = Tracker.log
+
+    def log_and_stop(tracker: Tracker, figures: dict[str, float], step: int) -> None:
+        log(tracker, figures, step)
+        stop_request.reason = "SIGTERM"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stop_request, "reason", None)
+        patch.setattr(Tracker, "log", log_and_stop)
+        with pytest.raises(Stopped) as stopped:
+            run_it(settings, **changes)
+    return str(stopped.value)
+
+
+def test_defect_2_a_run_that_goes_back_has_one_line_of_history(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    quiet = train(settings, checkpointing_steps=2)
-    again = train(settings, checkpointing_steps=2, resume_from_checkpoint="checkpoint-2")
-    assert f"{tmp_path}/run/checkpoint-4 is newer than" in caplog.text
-    assert_equal(weights(quiet), weights(again))
+    """Back from 5 to 2 with another learning rate, stopped at 3, and on by the printed command: to the same bits."""
+    settings |= {"max_train_steps": 5, "checkpointing_steps": 1}
+    out, quiet = tmp_path / "run", tmp_path / "quiet"
+    run_it(settings)
+    shutil.copytree(out, quiet)
+    run_it(settings, output_dir=str(quiet), learning_rate=5e-4, resume_from_checkpoint="checkpoint-2")
+    abandoned = saved_tensors(out / "checkpoint-5")
+    caplog.clear()
+    caplog.set_level("INFO")
+    again = {**settings, "learning_rate": 5e-4, "checkpoints_total_limit": 2}
+    words = stop_at_once(monkeypatch, again, resume_from_checkpoint="checkpoint-2")
+    assert "saved at step 3; the same command with --resume_from_checkpoint latest goes on from there" in words
+    set_aside = [f"checkpoint-{step}.abandoned" for step in (3, 4, 5)]
+    assert names_in(out) == sorted(["checkpoint-2", "checkpoint-3", *set_aside]), "the limit is the new line's"
+    told = [record.getMessage() for record in caplog.records if ".abandoned" in record.getMessage()]
+    assert len(told) == 1
+    assert f"from {out / 'checkpoint-2'}, to which these in {out} did not lead: checkpoint-5 -> " in told[0]
+    caplog.clear()
+    run_it(again, resume_from_checkpoint="latest")
+    assert f"Resuming from {out / 'checkpoint-3'}" in caplog.text
+    assert "abandoned" not in caplog.text
+    assert names_in(out) == sorted(["checkpoint-4", "checkpoint-5", *set_aside])
+    assert_same_checkpoint(quiet / "checkpoint-5", out / "checkpoint-5")
+    assert figures(out) == figures(quiet)
+
+    run_it(again, resume_from_checkpoint="checkpoint-4")
+    assert names_in(out, "checkpoint-5*") == ["checkpoint-5", "checkpoint-5.abandoned", "checkpoint-5.abandoned-2"]
+    run_it(settings, resume_from_checkpoint="checkpoint-5.abandoned")
+    assert_equal(saved_tensors(out / "checkpoint-5.abandoned"), abandoned)
+    run_it(settings, overwrite=True, max_train_steps=1)
+    assert names_in(out) == ["checkpoint-1"]
+
+
+def test_defect_2_a_kill_while_setting_aside_leaves_a_line(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before each of the three renames, by repetitions of the command that goes back; the last is not."""
+    out = tmp_path / "run"
+    train(settings, checkpointing_steps=1)
+    before = figures(out)
+    allowed, replace = 0, os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        nonlocal allowed
+        if ".abandoned" in str(target):
+            allowed -= 1
+            if allowed < 0:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    for left in (4, 3, 2):
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, resume_from_checkpoint="checkpoint-1")
+        assert figures(out) == before, "the curve is cut after the checkpoints"
+        assert [path.name for path in list_checkpoints(out)] == [f"checkpoint-{n}" for n in range(1, left + 1)]
+        allowed = 1
+    train(settings, checkpointing_steps=1, resume_from_checkpoint="checkpoint-1")
+    assert [path.name for path in list_checkpoints(out)] == [f"checkpoint-{n}" for n in range(1, 5)]
+    assert names_in(out, "*.abandoned*") == [f"checkpoint-{n}.abandoned" for n in (2, 3, 4)]
+    assert figures(out) == before
+
+
+def test_defect_2_a_damaged_newest_one_does_not_outlive_whole_ones(settings: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run_it(settings, checkpointing_steps=2)
+    os.truncate(out / "checkpoint-4" / OPTIMIZER, 10)
+    run_it(settings, max_train_steps=3, checkpoints_total_limit=2)
+    assert names_in(out) == ["checkpoint-2", "checkpoint-3", "checkpoint-4.abandoned"]
+
+
+def test_defect_2_another_folders_checkpoint_begins_a_line_of_its_own(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that the folder held led up to it: neither the earlier checkpoints nor the curve."""
+    out, other = tmp_path / "run", tmp_path / "other"
+    settings |= {"checkpointing_steps": 1, "max_train_steps": 3}
+    run_it(settings, seed=9)
+    run_it(settings, output_dir=str(other))
+    other_files = {path: path.stat().st_mtime_ns for path in other.rglob("*")}
+    named = {"resume_from_checkpoint": str(other / "checkpoint-2")}
+    words = stop_at_once(monkeypatch, settings, **named)
+    assert "saved at step 3; the same command with --resume_from_checkpoint latest goes on" in words
+    aside = ["checkpoint-1.abandoned", "checkpoint-2.abandoned", "checkpoint-3.abandoned"]
+    assert names_in(out) == sorted(["checkpoint-3", *aside])
+    assert [line["step"] for line in figures(out)] == [3]
+    assert len((out / "metrics.jsonl.abandoned").read_text().splitlines()) == 3
+    assert other_files == {path: path.stat().st_mtime_ns for path in other.rglob("*")}
+    assert_same_checkpoint(other / "checkpoint-3", out / "checkpoint-3")
+
+
+def test_defect_2_advice_names_the_checkpoint_that_is_gone_on_from(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is saved, when the pipeline cannot be written, and when no checkpoint could be."""
+    run_it(settings, max_train_steps=3, checkpointing_steps=1)
+    named = {"resume_from_checkpoint": "checkpoint-1", "max_train_steps": 2}
+    monkeypatch.setattr(stop_request, "reason", "SIGTERM")
+    with pytest.raises(Stopped, match="before a step was made; the same command goes on from there"):
+        run_it(settings, **named)
+    assert names_in(tmp_path / "run") == ["checkpoint-1", "checkpoint-2", "checkpoint-3"], "it had not begun"
+    monkeypatch.setattr(stop_request, "reason", None)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sd_recipes.run.export_pipeline", full)
+    for changes, way_on in (
+        (named, "with --resume_from_checkpoint latest goes on from checkpoint-2"),
+        ({"overwrite": True, "max_train_steps": 2}, "without --overwrite goes on from checkpoint-2"),
+    ):
+        with pytest.raises(NotSaved, match=f"make room, and the same command {way_on}"):
+            run_it(settings, **changes)
+    monkeypatch.setattr("sd_recipes.saving.write_checkpoint", full)
+    source = str(shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "copy"))
+    with pytest.raises(NotSaved, match=f"make room, and the same command goes on from {source}"):
+        run_it(settings, resume_from_checkpoint=source)
 
 
 # --------------------------------------------------------------------------------------- the trackers
@@ -440,7 +659,68 @@ def test_dry_run_says_what_the_run_would(settings: dict[str, Any]) -> None:
 
 def test_dry_run_touches_no_run(settings: dict[str, Any], tmp_path: Path) -> None:
     run_it(settings, max_train_steps=1)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = tree(tmp_path / "run")
     run_it(settings, dry_run=True, overwrite=True)
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert tree(tmp_path / "run") == before
     assert read_manifest(tmp_path / "run" / "checkpoint-1").files[OPTIMIZER].size > 0
+
+
+def tree(folder: Path) -> dict[Path, int]:
+    """Everything in a folder, itself included, with its time of change."""
+    return {path: path.lstat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+
+
+@pytest.fixture
+def with_a_bad_row(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Settings under which a start has everything to write: a bad row, a cache on disk, trackers, an average."""
+    data = build_image_folder(tmp_path / "data", num_images=9)
+    (data / "3.png").write_bytes(b"no picture")
+    cached = {"cache_latents": "disk", "latent_cache_dir": str(tmp_path / "cache"), "center_crop": True}
+    return settings | cached | {"train_data_dir": str(data), "report_to": "tensorboard", "use_ema": True}
+
+
+def test_defect_32_dry_run_makes_no_folder(
+    with_a_bad_row: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = tree(tmp_path)
+    run_it(with_a_bad_row, dry_run=True, output_dir=str(tmp_path / "new" / "run"))
+    run_it(with_a_bad_row, dry_run=True, cache_latents="memory", output_dir=str(tmp_path / "new" / "run"))
+    assert "row 3" in caplog.text, "it says what it finds"
+    assert tree(tmp_path) == before
+
+
+def test_defect_32_dry_run_changes_nothing_in_a_run_that_another_owns(
+    with_a_bad_row: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    run_it(with_a_bad_row, max_train_steps=2, checkpointing_steps=1)
+    (out / "bad_rows.jsonl").unlink()
+    with owned(Recipe(**with_a_bad_row), is_main=True):
+        (out / ".checkpoint-3.partial").mkdir()  # which the other run is writing
+        before = tree(tmp_path)
+        run_it(with_a_bad_row, dry_run=True)
+        assert tree(tmp_path) == before
+        assert f"goes on from         {out / 'checkpoint-2'}" in capsys.readouterr().out
+        run_it(with_a_bad_row, dry_run=True, resume_from_checkpoint="checkpoint-1")
+        assert f"Set aside would be what did not lead up to {out / 'checkpoint-1'}: checkpoint-2." in caplog.text
+        assert tree(tmp_path) == before
+
+
+def test_defect_32_dry_run_says_what_the_run_would_of_an_output_dir(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in ("file", "file/run"):
+        with pytest.raises(RecipeError, match=r"--output_dir .* cannot be written: .*file is not a folder"):
+            run_it(settings, dry_run=True, output_dir=str(tmp_path / place))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as for another than root
+    with pytest.raises(RecipeError, match=rf"cannot be written: no right to write to {tmp_path}, or a read-only"):
+        run_it(settings, dry_run=True)
+
+
+def test_defect_32_dry_run_refuses_what_the_run_would(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Also what is known only when the model is loaded."""
+    train(settings, max_train_steps=1)
+    other = build_tiny_pipeline(tmp_path / "other", unet_config={**UNET_CONFIG, "block_out_channels": [16, 32]})
+    with pytest.raises(RecipeError, match=r"the UNet of .*other .* is another than that of .*checkpoint-1"):
+        run_it(settings, dry_run=True, pretrained_model_name_or_path=str(other))

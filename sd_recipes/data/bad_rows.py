@@ -26,10 +26,13 @@ class TooManyBadRows(RunError):
 class BadRows:
     """The bad rows that this process met, each once; written to bad_rows.jsonl in the output folder."""
 
-    def __init__(self, output_dir: Path, limit: int | None, num_rows: int | None, rank: int) -> None:
+    def __init__(
+        self, output_dir: Path, limit: int | None, num_rows: int | None, rank: int, *, writes: bool = True
+    ) -> None:
         self.path = output_dir / (f"bad_rows.{rank}.jsonl" if rank else "bad_rows.jsonl")
         self.limit = limit
         self.num_rows = num_rows
+        self.writes = writes
         self.reasons: dict[str, str] = {}
         if self.path.is_file():  # of the part of the run before this one
             for line in self.path.read_text().splitlines():
@@ -45,10 +48,12 @@ class BadRows:
             if name in self.reasons:
                 continue
             self.reasons[name] = reason
-            with self.path.open("a") as file:
-                file.write(json.dumps({"row": name, "reason": reason}, ensure_ascii=False) + "\n")
+            if self.writes:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"row": name, "reason": reason}, ensure_ascii=False) + "\n")
             if len(self) <= TOLD:
-                rest = f"; further ones only in {self.path}" if len(self) == TOLD else ""
+                where = f"only in {self.path}" if self.writes else "are not named"
+                rest = f"; further ones {where}" if len(self) == TOLD else ""
                 logger.warning("Skipped %s: %s%s", name, reason, rest)
         self.check(len(self), samples_seen)
 

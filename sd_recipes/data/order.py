@@ -79,16 +79,23 @@ class Order:
     source_weights: tuple[float, ...] | None = None
     sizes: tuple[tuple[int, int], ...] = ((512, 512),)
     buckets: np.ndarray | None = None
+    begun: tuple[int, int] | None = None  # with buckets: an epoch, and the other global batch size in which it is dealt
 
     @property
     def num_rows(self) -> int:
         return sum(self.source_lengths)
 
-    def num_steps(self, num_epochs: int) -> int:
-        """Optimizer steps of the first `num_epochs` epochs."""
+    def num_steps(self, num_epochs: int, samples_seen: int = 0) -> int:
+        """Optimizer steps from a position on until `num_epochs` epochs are over."""
+        epoch, first = divmod(samples_seen, self.num_rows)
+        if epoch >= num_epochs:
+            return 0
         if self.buckets is None:
-            return num_epochs * math.ceil(self.num_rows / self.global_batch_size)
-        return sum(len(self._epoch_batches(epoch)[1]) for epoch in range(num_epochs))
+            left_of_epoch = math.ceil((self.num_rows - first) / self.global_batch_size)
+            return left_of_epoch + (num_epochs - epoch - 1) * math.ceil(self.num_rows / self.global_batch_size)
+        return sum(
+            len(self._epoch_batches(each, first if each == epoch else 0)[1]) for each in range(epoch, num_epochs)
+        )
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
         """(num_rows,) rows of an epoch in their order."""
@@ -105,11 +112,13 @@ class Order:
             first_row += length
         return generator(self.seed, epoch, ORDER_PURPOSE).permutation(np.concatenate(chosen))
 
-    def _epoch_batches(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of an epoch in the order of its batches, and the (num_batches,) offsets at which these end."""
+    def _epoch_batches(self, epoch: int, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of an epoch in the order of its batches, and the offsets beyond `first` at which these end."""
         rows, step = self.epoch_rows(epoch), self.global_batch_size
-        if self.buckets is None:
-            return rows, np.append(np.arange(step, self.num_rows, step), self.num_rows)
+        if self.buckets is None:  # from the position on, whatever the batch size was before it
+            return rows, np.append(np.arange(first + step, self.num_rows, step), self.num_rows)
+        if self.begun and epoch == self.begun[0]:  # another size would deal it anew, and rows come twice or never
+            step = self.begun[1]
         batches = []
         buckets = self.buckets[rows]
         for bucket in np.unique(buckets):
@@ -117,18 +126,15 @@ class Order:
             batches += [of_bucket[start : start + step] for start in range(0, len(of_bucket), step)]
         order = generator(self.seed, epoch, BATCHES_PURPOSE).permutation(len(batches))
         batches = [batches[number] for number in order]
-        return np.concatenate(batches), np.cumsum([len(batch) for batch in batches])
+        ends = np.cumsum([len(batch) for batch in batches])
+        return np.concatenate(batches), ends[ends > first]
 
     def batches_from(self, samples_seen: int) -> Iterator[GlobalBatch]:
         """Yield the global batches that follow, without end."""
         for epoch in itertools.count(samples_seen // self.num_rows):
             first = max(0, samples_seen - epoch * self.num_rows)
-            rows, ends = self._epoch_batches(epoch)
-            if self.buckets is None:  # from the position on, whatever the batch size was before it
-                ends = np.append(
-                    np.arange(first + self.global_batch_size, self.num_rows, self.global_batch_size), self.num_rows
-                )
-            for end in ends[ends > first].tolist():
+            rows, ends = self._epoch_batches(epoch, first)
+            for end in ends.tolist():
                 yield GlobalBatch(
                     rows=rows[first:end],
                     position=epoch * self.num_rows + first,

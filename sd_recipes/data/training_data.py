@@ -36,10 +36,6 @@ class TrainingData:
     def num_rows(self) -> int | None:
         return None if self.rows is None else len(self.rows)
 
-    def num_steps(self, num_epochs: int) -> int:
-        assert self.order is not None, "the recipe's check asks a stream for --max_train_steps"
-        return self.order.num_steps(num_epochs)
-
     @property
     def makers(self) -> list[str]:
         """What made the moments, where rows have moments instead of images; of a stream those of its first row."""
@@ -63,7 +59,8 @@ def load_training_data(recipe: Recipe, *, seed: int, global_batch_size: int, ran
         if recipe.check_data != "off" and rank == 0:
             for stream in streams:
                 check_stream(stream, recipe, load_tokenizer(recipe))
-        return TrainingData(None, None, streams, held_out, BadRows(output_dir, recipe.max_bad_rows, None, rank))
+        bad_rows = BadRows(output_dir, recipe.max_bad_rows, None, rank, writes=not recipe.dry_run)
+        return TrainingData(None, None, streams, held_out, bad_rows)
 
     parts = load_sources(recipe, cache_dir=recipe.cache_dir)
     lengths, weights = tuple(map(len, parts)), None
@@ -80,7 +77,7 @@ def load_training_data(recipe: Recipe, *, seed: int, global_batch_size: int, ran
             f"--gradient_accumulation_steps {recipe.gradient_accumulation_steps} x the number of processes) and the "
             f"data set has {len(rows)} rows: lower one of them"
         )
-    bad_rows = BadRows(output_dir, recipe.max_bad_rows, len(rows), rank)
+    bad_rows = BadRows(output_dir, recipe.max_bad_rows, len(rows), rank, writes=not recipe.dry_run)
     if recipe.check_data != "off" and rank == 0:
         check_rows(rows, recipe, load_tokenizer(recipe), seed=seed, bad_rows=bad_rows)
     order = Order(lengths, global_batch_size, seed, weights, ((recipe.resolution, recipe.resolution),))
