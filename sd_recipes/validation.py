@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from sd_recipes.data.batches import BatchBuilder
-from sd_recipes.data.order import MicroBatch
+from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch, generator
 from sd_recipes.metrics import ImageTextScore
 from sd_recipes.model.conditioning import encode_text
 from sd_recipes.model.latents import batch_moments, sample_latents
@@ -25,6 +26,8 @@ from sd_recipes.signals import stop_request
 
 if TYPE_CHECKING:
     from sd_recipes.build import Training
+
+logger = logging.getLogger(__name__)
 
 # The same noise for every run and every step, whatever the run's seed, so that losses can be compared.
 HELD_OUT_SEED = 0
@@ -39,16 +42,20 @@ class Validator:
 
     held_out: BatchBuilder | None
     score: ImageTextScore | None
+    bad_rows: dict[str, str] = field(default_factory=dict)  # held-out rows that cannot be used, and why
 
     @torch.no_grad()
     def held_out_loss(self, training: Training) -> float:
-        """Mean loss over the held-out rows, timesteps stratified over all samples; the UNet as it is."""
+        """Mean loss over the held-out rows that can be used, with the UNet as it is.
+
+        Timesteps are stratified over all samples, and over those of each row, which so meets early and late ones.
+        """
         assert self.held_out is not None
         assert self.held_out.rows is not None
         num_rows, size = len(self.held_out.rows), training.recipe.train_batch_size
         num_samples = num_rows * math.ceil(MIN_HELD_OUT_SAMPLES / num_rows)
-        # Strided, so that every row meets early and late timesteps.
-        strata = np.arange(num_samples).reshape(num_rows, -1).T.reshape(-1)
+        strata = held_out_strata(num_rows, num_samples // num_rows).reshape(-1)
+        bad: dict[str, str] = {}
         total = torch.zeros(2, device=training.accelerator.device)
         for start in tqdm(range(0, num_samples, size), desc="Held-out loss", leave=False):
             stop_request.check(BROKEN_OFF)
@@ -66,6 +73,7 @@ class Validator:
                 size=(training.recipe.resolution, training.recipe.resolution),
             )
             batch = self.held_out[plan].to(training.accelerator.device)
+            bad |= dict(batch.bad)
             components = training.components
             moments = batch_moments(components.vae, batch, training.weight_dtype)
             latents = sample_latents(components.vae, moments, batch.posterior_noise)
@@ -73,6 +81,12 @@ class Validator:
             with training.accelerator.autocast():
                 losses = training.held_out_objective(components.unet, latents, states, batch.timesteps, batch.noise)
             total += torch.stack([(batch.weights * losses).sum(), batch.weights.sum()])
+        if new := bad.keys() - self.bad_rows.keys():
+            self.bad_rows |= bad
+            logger.warning(
+                "%d of %d held-out rows cannot be used and are left out of the held-out loss: %s",
+                len(self.bad_rows), num_rows, "; ".join(f"{row}: {bad[row]}" for row in bad if row in new),
+            )  # fmt: skip
         loss, weight = total.tolist()
         return loss / weight
 
@@ -127,6 +141,20 @@ class Validator:
             unet.train()
         if figures:
             training.tracker.log(figures, step)
+
+
+def held_out_strata(num_rows: int, num_passes: int) -> np.ndarray:
+    """(num_passes, num_rows): which of as many slices of the timesteps each row has in each pass.
+
+    Every slice comes once, and each row has one of every pass's, drawn anew: neither a row nor its loss is bound to a
+    part of the timesteps, so that one that cannot be used leaves no part out.
+    """
+    return np.stack(
+        [
+            number * num_rows + generator(HELD_OUT_SEED, number, STRATA_PURPOSE).permutation(num_rows)
+            for number in range(num_passes)
+        ]
+    )
 
 
 def check_for_stop(

@@ -141,6 +141,29 @@ def test_parts_are_whole_and_proportional() -> None:
     assert sum(apportion(1001, [0.2, 0.3, 0.7])) == 1001
 
 
+def test_no_part_shrinks_as_the_total_grows() -> None:
+    for weights in ([1.0, 99.0], [0.1, 0.9], [1.0, 1.0, 1.0], [5.3, 0.2, 0.2, 0.01, 2.5], [0.5] * 6):
+        parts = np.array([apportion(total, weights) for total in range(500)])
+        assert (parts.sum(axis=1) == np.arange(500)).all()
+        assert (np.diff(parts, axis=0) >= 0).all()
+
+
+def test_defect_23_a_source_of_small_weight_is_read() -> None:
+    """A third of one row of 100 is none; in six epochs it is two rows, and every epoch has 100."""
+    order = Order((4, 96), global_batch_size=16, seed=5, source_weights=(1.0, 299.0))
+    batches = take(order, 0, order.num_steps(24))
+    assert [batch.epoch for batch in batches if batch.ends_epoch] == list(range(24))
+    assert batches[-1].position + len(batches[-1].rows) == 24 * 100
+    rows = np.concatenate([batch.rows for batch in batches])
+    assert np.bincount(rows[rows < 4]).tolist() == [2] * 4, "each of the first source twice"
+    uses = np.bincount(rows[rows >= 4] - 4)
+    assert uses.max() - uses.min() == 1, "and of the second none more than once over the others"
+    for number in (3, 40, 71):  # the position is one number still
+        for expected, batch in zip(batches[number:], take(order, batches[number].position, 20), strict=False):
+            assert (batch.position, batch.epoch) == (expected.position, expected.epoch)
+            np.testing.assert_array_equal(batch.rows, expected.rows)
+
+
 SETTINGS = {"latent_shape": (4, 8, 8), "num_train_timesteps": 1000}
 
 
@@ -164,6 +187,36 @@ def test_timesteps_are_stratified_and_uniform() -> None:
     assert abs(timesteps.mean() - 499.5) < 3
     assert timesteps.min() < 5
     assert timesteps.max() > 994
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        Order((12,), global_batch_size=8, seed=7),
+        Order((3, 9), global_batch_size=8, seed=7, source_weights=(1.0, 2.0)),
+        Order(
+            (12,), global_batch_size=8, seed=7, sizes=((64, 64), (32, 128)), buckets=np.array([0] * 9 + [1] * 3)
+        ),
+    ],
+    ids=["rows", "two sources", "buckets"],
+)  # fmt: skip
+def test_defect_17_each_row_meets_all_timesteps(order: Order) -> None:
+    """In 80 epochs of 12 rows, in batches of 8 and what an epoch or a bucket leaves."""
+    met: list[list[int]] = [[] for _ in range(12)]  # eighths of the timesteps, by row
+    for batch in take(order, 0, order.num_steps(80)):
+        strata = []
+        for plan in [p for rank in range(2) for p in share(batch, rank=rank, world_size=2, micro_batch_size=2)]:
+            if not plan.weight:
+                continue
+            strata += plan.strata.tolist()
+            for row, position, stratum in zip(plan.rows, plan.positions, plan.strata, strict=True):
+                size = plan.global_batch_size
+                drawn = draw(7, int(position), stratum=int(stratum), global_batch_size=size, **SETTINGS)
+                met[row].append(drawn.timestep // 125)
+        assert sorted(strata) == list(range(len(batch.rows))), "those of a global batch are stratified"
+    for eighths in met:
+        observed, expected = np.bincount(eighths, minlength=8), len(eighths) / 8
+        assert ((observed - expected) ** 2 / expected).sum() < 35, "chi-square of 7 degrees: 1e-5"
 
 
 def test_noise_is_standard_normal() -> None:

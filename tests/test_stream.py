@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,10 +15,15 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from tiny_models import tiny_tokenizer
 
+from sd_recipes.data.batches import BatchBuilder
+from sd_recipes.data.draws import draw
 from sd_recipes.data.order import MicroBatch
-from sd_recipes.data.shards import Shards, StreamLost
+from sd_recipes.data.shards import Shards, SourceReader, StreamClosed, StreamLost
+from sd_recipes.data.sizes import size_of_row
 from sd_recipes.data.stream import Stream, joined_states
+from sd_recipes.recipe import Recipe, RecipeError
 
 
 def parquet_shards(folder: Path, lengths: list[int], first: int = 0) -> Path:
@@ -211,11 +217,14 @@ def test_buckets_of_a_stream_are_batched_on_all_processes_alike(tmp_path: Path) 
     shards = opened(parquet_shards(tmp_path / "rows", LENGTHS))
     results = in_processes(shards, 2, size_of=lambda row: (64, 64) if row["id"] % 3 else (32, 128))
     assert sorted(number for plans in results for number in ids(plans)) == list(range(50))
+    sizes = defaultdict(set)  # by the global batch
     for plans in results:
         for plan in plans:
+            assert {(64, 64) if row["id"] % 3 else (32, 128) for row in plan.examples or ()} == {plan.size}
             if plan.weight:
-                assert {(64, 64) if row["id"] % 3 else (32, 128) for row in plan.examples or ()} == {plan.size}
-    assert [plan.size for plan in results[0] if plan.is_last] == [plan.size for plan in results[1] if plan.is_last]
+                sizes[plan.samples_seen].add(plan.size)
+    assert {len(each) for each in sizes.values()} == {1}
+    assert len(set.union(*sizes.values())) == 2
 
 
 def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
@@ -257,7 +266,7 @@ class _UnreliableShard:
 
 @pytest.fixture
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("sd_recipes.data.shards.FIRST_PAUSE", 0.001)
 
 
 @pytest.mark.usefixtures("_no_pauses")
@@ -283,3 +292,134 @@ def test_a_stream_that_stays_away_ends_the_run_in_words(tmp_path: Path) -> None:
         with pytest.raises(StreamLost, match="a stream: shard 1 at row 4") as caught:
             one_epoch(stream_of(away).micro_batches(0, None))
         assert words in str(caught.value)
+
+
+def in_memory(num_rows: int, num_shards: int, first: int = 0) -> Shards:
+    """A stream of rows {"id"}, numbered through, without files."""
+    rows = datasets.Dataset.from_dict({"id": range(first, first + num_rows)})
+    return Shards(rows.to_iterable_dataset(num_shards=num_shards), "--dataset_name test", 0.0)
+
+
+def begun_by(processes: int) -> dict[str, Any]:
+    """The state of a stream that so many processes have begun, before its first batch."""
+    return {"num_lanes": processes, "round": 0, "done": 0, "epoch": 0, "lanes": {}}
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize(
+    "sources", [[(20, 1)], [(20, 8)], [(20, 10)], [(8, 1), (12, 8)]], ids=["1 shard", "8", "10", "two sources"]
+)
+def test_defect_17_each_row_of_a_stream_meets_all_timesteps(sources: list[tuple[int, int]], lanes: int) -> None:
+    """20 rows, 64 times, in batches of 8 and what an epoch leaves."""
+    shards = [in_memory(rows, number, first=100 * part) for part, (rows, number) in enumerate(sources)]
+    weights = [float(rows) for rows, _ in sources]
+    stream = stream_of(*shards, weights=weights, global_batch_size=8, shuffle_block=20, micro_batch_size=8)
+    met: dict[int, list[int]] = defaultdict(list)  # eighths of the timesteps, by row
+    seen, plans = 0, stream.micro_batches(0, begun_by(lanes))
+    while seen < 64 * 20:
+        plan = next(plans)
+        seen = plan.samples_seen
+        assert sorted(plan.strata) == list(range(plan.global_batch_size)), "those of a global batch are stratified"
+        for row, position, stratum in zip(plan.examples or (), plan.positions, plan.strata, strict=True):
+            drawn = draw(
+                7, int(position), stratum=int(stratum), global_batch_size=plan.global_batch_size,
+                latent_shape=(1, 1, 1), num_train_timesteps=1000,
+            )  # fmt: skip
+            met[row["id"]].append(drawn.timestep // 125)
+    plans.close()
+    assert len(met) == 20
+    for eighths in met.values():
+        observed, expected = np.bincount(eighths, minlength=8), len(eighths) / 8
+        assert ((observed - expected) ** 2 / expected).sum() < 35, "chi-square of 7 degrees: 1e-5"
+    # The first two rows are always of one shard.
+    assert np.mean([one == other for one, other in zip(met[0], met[1], strict=False)]) < 0.3
+
+
+def test_defect_17_the_processes_of_a_stream_share_the_strata_of_a_batch(tmp_path: Path) -> None:
+    shards = opened(parquet_shards(tmp_path / "rows", LENGTHS))
+    strata: dict[int, list[int]] = defaultdict(list)  # by the global batch
+    for plans in in_processes(shards, 3, size_of=lambda row: (64, 64) if row["id"] % 3 else (32, 128)):
+        for plan in plans:
+            strata[plan.samples_seen] += plan.strata.tolist() if plan.weight else []
+    assert len(strata) > 8
+    for seen, before in zip(sorted(strata), [0, *sorted(strata)], strict=False):
+        assert sorted(strata[seen]) == list(range(seen - before))
+
+
+def test_defect_18_a_global_batch_below_the_lanes_is_refused(tmp_path: Path) -> None:
+    shards = opened(parquet_shards(tmp_path / "rows", LENGTHS))
+    for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+        stream = stream_of(shards, rank=rank, world_size=world_size, global_batch_size=4)
+        with pytest.raises(RecipeError, match=r"begun by 8 processes.*a global batch of 4.*it is 8 at least"):
+            next(stream.micro_batches(24, begun_by(8)))
+    next(stream_of(shards, global_batch_size=8).micro_batches(24, begun_by(8))), "each lane has a row"
+
+
+def test_defect_18_a_stream_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--dataset_name test has no rows to train on"):
+        next(stream_of(opened(parquet_shards(tmp_path / "rows", [0]))).micro_batches(0, None))
+
+
+def test_defect_23_a_source_of_small_weight_is_read() -> None:
+    """One row of 100, which is none of a block of 12."""
+    small, large = in_memory(3, 1), in_memory(40, 2, first=1000)
+    for lanes in (1, 2):
+        plans = stream_of(small, large, weights=[1.0, 99.0], micro_batch_size=6).micro_batches(0, begun_by(lanes))
+        taken = ids([next(plans) for _ in range(200)])
+        plans.close()
+        assert len(taken) == 1200
+        of_small = [number for number in taken if number < 1000]
+        assert len(of_small) == 12
+        assert set(of_small) == {0, 1, 2}
+
+
+def test_defect_6_a_closed_reader_stays_closed(tmp_path: Path) -> None:
+    reader = SourceReader(opened(parquet_shards(tmp_path / "rows", LENGTHS)), seed=7, lane=0, num_lanes=1, part=0)
+    assert reader.peek() is not None
+    reader.close()
+    with pytest.raises(StreamClosed):
+        reader.peek()
+
+
+def test_defect_6_closing_ends_what_waits_for_the_end_of_an_outage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = set(threading.enumerate())
+    shards = opened(parquet_shards(tmp_path / "rows", LENGTHS))
+    failures = Counter({(shard, length - 1): 10**6 for shard, length in enumerate(LENGTHS)})
+    away = Shards(Unreliable(shards.stream, failures, ConnectionError("reset")), "a stream", 600.0)
+    plans = stream_of(away, shuffle_block=6).micro_batches(0, None)
+    next(plans)
+    while "trying again" not in caplog.text:
+        time.sleep(0.01)
+    plans.close()
+    end = time.monotonic() + 5
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=max(0.0, end - time.monotonic()))
+        assert not thread.is_alive(), thread.name
+
+
+def test_defect_24_a_process_without_a_share_has_a_row_of_the_size_it_says() -> None:
+    """Of a latent cache of two sizes, whose leftovers make batches of one row."""
+    made_by = {"format": 2, "vae": "x", "size": 32, "flips": False, "dtype": "fp16"}
+    rows = [
+        {
+            "id": number, "text": "a", "height": height, "width": width, "made_by": json.dumps(made_by),
+            "moments": np.full((8, height // 8, width // 8), number, np.float16).tobytes(), "moments_flipped": None,
+        }
+        for number, (height, width) in enumerate([(32, 32)] * 9 + [(16, 32)] * 5)
+    ]  # fmt: skip
+    recipe = Recipe(pretrained_model_name_or_path="x", dataset_name="x", output_dir="x", resolution=32)
+    shards = Shards(datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=3), "--dataset_name test", 0.0)
+    builder = BatchBuilder(
+        None, tiny_tokenizer(), recipe, seed=7, latent_shape=lambda size: (4, size[0] // 8, size[1] // 8),
+        num_train_timesteps=1000, made_by=made_by,
+    )  # fmt: skip
+    of_processes = in_processes(shards, 3, size_of=size_of_row(recipe), global_batch_size=3, shuffle_block=9)
+    stand_ins = 0
+    for plan in [plan for plans in of_processes for plan in plans]:
+        batch = builder[plan]
+        assert batch.moments is not None
+        assert batch.moments[:, 0, 0, 0].tolist() == [row["id"] for row in plan.examples or ()]
+        stand_ins += not plan.weight
+    assert stand_ins > 1

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 # They keep the keys of these permutations apart from those of the samples' draws and from each other.
-ORDER_PURPOSE, SOURCE_PURPOSE, BATCHES_PURPOSE = 0xE70C, 0xE70D, 0xE70E
+ORDER_PURPOSE, SOURCE_PURPOSE, BATCHES_PURPOSE, STRATA_PURPOSE = 0xE70C, 0xE70D, 0xE70E, 0xE70F
 
 
 def generator(seed: int, number: int, purpose: int, part: int = 0) -> np.random.Generator:
@@ -27,11 +27,36 @@ def generator(seed: int, number: int, purpose: int, part: int = 0) -> np.random.
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` in whole parts proportional to `weights`, by largest remainder."""
+    """`total` in whole parts proportional to `weights`, none of which shrinks as the total grows.
+
+    Webster's method: unit number n of a part comes at n / weight, in the middle of its span, and the first `total`
+    of all parts' units are dealt.
+    """
     exact = total * np.asarray(weights, dtype=np.float64) / sum(weights)
-    parts = np.floor(exact).astype(int)
-    parts[np.argsort(parts - exact, kind="stable")[: total - parts.sum()]] += 1
-    return parts.tolist()
+    parts = np.rint(exact).astype(int).tolist()  # those units, give or take a few
+    while True:
+        last = max(
+            ((part - 0.5) / weight, number) for number, (part, weight) in enumerate(zip(parts, weights, strict=True))
+        )
+        following = min(
+            ((part + 0.5) / weight, number) for number, (part, weight) in enumerate(zip(parts, weights, strict=True))
+        )
+        missing = total - sum(parts)
+        if missing == 0 and last < following:
+            return parts
+        if missing <= 0:
+            parts[last[1]] -= 1
+        if missing >= 0:
+            parts[following[1]] += 1
+
+
+def portion(number: int, size: int, weights: Sequence[float]) -> list[range]:
+    """Which of its samples each source gives to portion `number` of a run, of `size` samples: the next ones.
+
+    What rounding leaves of a source's share is carried over, so that the smallest has its turn.
+    """
+    starts, ends = apportion(number * size, weights), apportion((number + 1) * size, weights)
+    return [range(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -51,7 +76,7 @@ class MicroBatch:
 
     rows: np.ndarray  # (B,)
     positions: np.ndarray  # (B,) of the samples in the run
-    strata: np.ndarray  # (B,) index of each sample in its global batch
+    strata: np.ndarray  # (B,) which slice of the timesteps each sample has, of as many as its global batch has samples
     global_batch_size: int  # M
     weight: float  # 0 if this process has no share of the global batch and only joins the collectives
     is_last: bool  # the optimizer steps after it
@@ -102,10 +127,10 @@ class Order:
         if self.source_weights is None:
             return generator(self.seed, epoch, ORDER_PURPOSE).permutation(self.num_rows)
         chosen, first_row = [], 0
-        shares = apportion(self.num_rows, self.source_weights)
-        for source, (length, share) in enumerate(zip(self.source_lengths, shares, strict=True)):
+        portions = portion(epoch, self.num_rows, self.source_weights)
+        for source, (length, of_source) in enumerate(zip(self.source_lengths, portions, strict=True)):
             # A source goes through its own permutations, one after the other, whatever the run's epoch.
-            uses = np.arange(epoch * share, (epoch + 1) * share)
+            uses = np.array(of_source, dtype=np.int64)
             for pass_number in np.unique(uses // length):
                 order = generator(self.seed, int(pass_number), SOURCE_PURPOSE, part=source).permutation(length)
                 chosen.append(first_row + order[uses[uses // length == pass_number] % length])
@@ -147,7 +172,7 @@ class Order:
 
 def share(batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_size: int) -> list[MicroBatch]:
     """The micro-batches of one process: as many on all, with weight 0 for those for which it has no sample."""
-    strata = np.arange(len(batch.rows))[rank::world_size]
+    strata = np.arange(len(batch.rows))[rank::world_size]  # the places: rows come in another order every epoch
     largest_share = math.ceil(len(batch.rows) / world_size)
     starts = range(0, largest_share, micro_batch_size)
     stand_in = np.zeros(1, dtype=np.int64)  # the other processes wait for this one's forward pass or gradients

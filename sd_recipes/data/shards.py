@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 SHARDS_PURPOSE = 0x57E0  # keeps the keys of its permutations apart from all others'
 OPEN_SHARDS = 4  # read in turn, row by row: mixes shards and hides latency
 READ_AHEAD_ROWS = 32  # of each open shard
-LONGEST_PAUSE = 30.0  # seconds between two attempts
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two attempts
 # What another attempt does not mend.
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, datasets.exceptions.DatasetNotFoundError)
 
@@ -51,21 +51,24 @@ class Shards:
     def number(self) -> int:
         return self.stream.num_shards
 
-    def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
+    def rows(self, shard: int, start: int, closed: threading.Event) -> Iterator[dict[str, Any]]:
         """The rows of a shard from number `start` on; read anew after an error, from the row where it struck.
 
-        Raises StreamLost when that failed for `outage_seconds` on end, at once for a file that is not there.
+        Raises StreamLost when that failed for `outage_seconds` on end, at once for a file that is not there; and
+        StreamClosed instead of trying again, once `closed` is set.
         """
-        row, pause, failing_since = start, 1.0, None
+        row, pause, failing_since = start, FIRST_PAUSE, None
         while True:
             try:
                 part = self.stream.shard(num_shards=self.number, index=shard)
                 for example in part.skip(row) if row else part:
                     yield with_bytes(example)
-                    row, pause, failing_since = row + 1, 1.0, None
+                    row, pause, failing_since = row + 1, FIRST_PAUSE, None
                 return
             # datasets, fsspec, pyarrow, tarfile, huggingface_hub and HTTP clients fail in their own ways.
             except Exception as error:
+                if closed.is_set():
+                    raise StreamClosed from error
                 words = f"{self.name}: shard {shard} at row {row}: {' '.join(str(error).split())[:200] or repr(error)}"
                 if isinstance(error, PERMANENT):
                     raise StreamLost(f"{words}: the file is gone or forbidden") from error
@@ -79,32 +82,32 @@ class Shards:
                         "raise --stream_outage_minutes"
                     ) from error
                 logger.warning("%s: trying again in %.0f s", words, pause)
-                time.sleep(pause)
+                if closed.wait(pause):
+                    raise StreamClosed from error
                 pause = min(2 * pause, LONGEST_PAUSE)
 
 
 class ReadAhead:
-    """An iterator's rows, read by a thread ahead of their use; its errors are raised where they are met."""
+    """An iterator's rows, read by a thread ahead of their use, until `closed`; errors are raised where they are met."""
 
-    def __init__(self, rows: Iterator[dict[str, Any]]) -> None:
-        self._rows = rows
+    def __init__(self, rows: Iterator[dict[str, Any]], closed: threading.Event) -> None:
+        self._rows, self._closed = rows, closed
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(READ_AHEAD_ROWS)
         self._next: tuple[str, Any] | None = None
-        self._stop = threading.Event()
         threading.Thread(target=self._read, name="shard", daemon=True).start()
 
     def _read(self) -> None:
         try:
             for row in self._rows:
                 self._put("row", row)
-                if self._stop.is_set():
+                if self._closed.is_set():
                     return
             self._put("end", None)
         except Exception as error:
             self._put("error", error)
 
     def _put(self, kind: str, value: Any) -> None:
-        while not self._stop.is_set():
+        while not self._closed.is_set():
             try:
                 return self._queue.put((kind, value), timeout=0.5)
             except queue.Full:
@@ -113,7 +116,7 @@ class ReadAhead:
     def peek(self) -> dict[str, Any] | None:
         """The next row, which stays the next; None at the end."""
         while self._next is None:
-            if self._stop.is_set():
+            if self._closed.is_set():
                 raise StreamClosed
             with contextlib.suppress(queue.Empty):
                 self._next = self._queue.get(timeout=0.5)
@@ -125,9 +128,6 @@ class ReadAhead:
     def take(self) -> None:
         """Go on to the row after the one that `peek` gave."""
         self._next = None
-
-    def close(self) -> None:
-        self._stop.set()
 
 
 def with_bytes(example: dict[str, Any]) -> dict[str, Any]:
@@ -157,6 +157,7 @@ class SourceReader:
     turn: int = 0
     slots: list[list[int]] = field(default_factory=list)
     _open: list[ReadAhead] = field(default_factory=list)
+    _closed: threading.Event = field(default_factory=threading.Event)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -168,7 +169,7 @@ class SourceReader:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.close()
+        assert not self._open, "it is restored before it reads"
         self.epoch, self.next_shard, self.turn = state["epoch"], state["next_shard"], state["turn"]
         self.slots = [list(slot) for slot in state["slots"]]
 
@@ -182,14 +183,20 @@ class SourceReader:
         return self.shards.number < self.num_lanes
 
     def peek(self) -> dict[str, Any] | None:
-        """The next row, which stays the next; None once all of the epoch are taken, and the next epoch begins."""
+        """The next row, which stays the next; None once all of the epoch are taken, and the next epoch begins.
+
+        Raises StreamClosed once it was closed, from another thread.
+        """
         own = self._own_shards()
         while True:
+            if self._closed.is_set():
+                raise StreamClosed
             while len(self.slots) < OPEN_SHARDS and self.next_shard < len(own):
                 self.slots.append([self.next_shard, 0])
                 self.next_shard += 1
             for ordinal, row in self.slots[len(self._open) :]:
-                self._open.append(ReadAhead(self.shards.rows(int(own[ordinal]), row)))
+                rows = self.shards.rows(int(own[ordinal]), row, self._closed)
+                self._open.append(ReadAhead(rows, self._closed))
             if not self.slots:
                 self.epoch, self.next_shard, self.turn = self.epoch + 1, 0, 0
                 return None
@@ -212,6 +219,5 @@ class SourceReader:
         self.slots[self.turn][1] += 1
 
     def close(self) -> None:
-        for reader in self._open:
-            reader.close()
-        self._open = []
+        """End its threads, for good: also what waits for the end of an outage."""
+        self._closed.set()

@@ -18,11 +18,12 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from sd_recipes.data.order import MicroBatch, apportion, generator
+from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch, generator, portion
 from sd_recipes.data.shards import Shards, SourceReader
 from sd_recipes.recipe import RecipeError
 
@@ -49,12 +50,13 @@ class Lane:
         self,
         number: int,
         readers: list[SourceReader],
-        parts: list[int],
+        parts_of: Callable[[int], list[int]],
         seed: int,
         size_of: Callable[[dict[str, Any]], tuple[int, int]],
         state: dict[str, Any] | None,
     ) -> None:
-        self.number, self.readers, self.parts, self.seed, self.size_of = number, readers, parts, seed, size_of
+        self.number, self.readers, self.seed, self.size_of = number, readers, seed, size_of
+        self.parts_of = parts_of  # the number of a block to each source's rows in it
         self.next_block = state["block"] if state else 0
         # A lane whose rows of the epoch are used up waits with its next block for the others.
         self.waits = bool(state and state["waits"])
@@ -86,7 +88,7 @@ class Lane:
         before = [reader.state for reader in self.readers]
         rows: list[dict[str, Any]] = []
         ended = False
-        for reader, part in zip(self.readers, self.parts, strict=True):
+        for reader, part in zip(self.readers, self.parts_of(number), strict=True):
             wanted, was_empty = len(rows) + part, False
             while len(rows) < wanted and not ended:
                 row = reader.peek()
@@ -153,7 +155,14 @@ class Stream:
         self.size_of, self.agree = size_of, agree
 
     def _open_lanes(self, num_lanes: int, saved: dict[str, Any]) -> tuple[list[Lane], list[int]]:
-        """This process's lanes, and every lane's share of a whole global batch."""
+        """This process's lanes, and every lane's share of a whole global batch. Raises RecipeError if one has none."""
+        if num_lanes > self.global_batch_size:  # its rows would never be read, and the epoch never end
+            raise RecipeError(
+                f"the stream was begun by {num_lanes} processes, each with a part of its rows, and a global batch of "
+                f"{self.global_batch_size} has no room for a row of each: choose --train_batch_size and "
+                f"--gradient_accumulation_steps so that, on {self.world_size} processes, it is {num_lanes} at least, "
+                "or start anew with --overwrite"
+            )
         for shards in self.sources:
             if shards.number < num_lanes:
                 logger.warning(
@@ -173,9 +182,12 @@ class Stream:
             # Blocks of whole shares.
             block_rows = max(1, -(-self.shuffle_block // max(1, shares[number]))) * shares[number]
             readers = [SourceReader(each, self.seed, number, num_lanes, part) for part, each in enumerate(self.sources)]
-            parts = apportion(block_rows, self.weights)
-            lanes.append(Lane(number, readers, parts, self.seed, self.size_of, saved.get(str(number))))
+            parts_of = partial(self._parts, block_rows)
+            lanes.append(Lane(number, readers, parts_of, self.seed, self.size_of, saved.get(str(number))))
         return lanes, shares
+
+    def _parts(self, block_rows: int, block: int) -> list[int]:
+        return [len(of_source) for of_source in portion(block, block_rows, self.weights)]
 
     def micro_batches(self, samples_seen: int, state: dict[str, Any] | None) -> Iterator[MicroBatch]:
         """This process's micro-batches from `state` on, without end.
@@ -197,6 +209,8 @@ class Stream:
                 counts = [of_lanes[number][0] for number in range(num_lanes)]
                 ends_epoch = all(ended for _, ended in of_lanes.values())
                 batches = _batches_of_round(counts, shares, generator(self.seed, round_number, ROUND_PURPOSE))
+                if not batches:  # a lane's last block has rows, if it has any
+                    raise RecipeError(f"{' and '.join(shards.name for shards in self.sources)} has no rows to train on")
                 waiting = {lane.number: lane.ended and not ends_epoch for lane in lanes}
                 common = {"num_lanes": num_lanes, "shape": shape}
                 for place, (size, step, rows_of) in enumerate(batches):
@@ -250,28 +264,33 @@ class Stream:
 
         Raises RecipeError if it has no row at all, which it needs for joining the others' collectives.
         """
-        own: list[tuple[int, dict[str, Any]]] = []  # (stratum, row)
+        own: list[tuple[int, dict[str, Any]]] = []  # (place in the global batch, row)
         for lane in lanes:
             rows = lane.examples.get(size, [])[first_rows[lane.number] :]
             turns = _turns(self.rank, self.world_size, lane.number, rows_of)
-            own += [(_stratum(turn, lane.number, rows_of), rows[turn]) for turn in turns]
+            own += [(_place(turn, lane.number, rows_of), rows[turn]) for turn in turns]
         own.sort(key=lambda each: each[0])
+        # A row's place tells its lane, so that by place it would meet the same timesteps again and again.
+        strata = generator(self.seed, position, STRATA_PURPOSE).permutation(sum(rows_of))
         # As many micro-batches on all processes: those wait for this one's forward pass or gradients.
         starts = range(0, _largest_share(self.world_size, rows_of), self.micro_batch_size)
         for start in starts:
-            chosen = own[start : start + self.micro_batch_size] or [(0, _stand_in(lanes))]
-            strata = np.array([stratum for stratum, _ in chosen], dtype=np.int64)
+            chosen, size_of_chosen = own[start : start + self.micro_batch_size], size
+            if not chosen:
+                size_of_chosen, row = _stand_in(lanes)
+                chosen = [(0, row)]
+            places = np.array([place for place, _ in chosen], dtype=np.int64)
             yield MicroBatch(
-                rows=position + strata,
-                positions=position + strata,
-                strata=strata,
+                rows=position + places,
+                positions=position + places,
+                strata=strata[places],
                 global_batch_size=sum(rows_of),
                 weight=float(start < len(own)),
                 is_last=start == starts[-1],
                 samples_seen=position + sum(rows_of),
                 ends_epoch=ends_epoch,
                 epoch=epoch,
-                size=size,
+                size=size_of_chosen,
                 examples=tuple(row for _, row in chosen),
                 stream_state=state,
             )
@@ -298,17 +317,17 @@ def _largest_share(world_size: int, rows_of: list[int]) -> int:
     )
 
 
-def _stratum(turn: int, lane: int, rows_of: list[int]) -> int:
+def _place(turn: int, lane: int, rows_of: list[int]) -> int:
     """The number in the global batch of a lane's row: as if dealt in turn, as in order.share."""
     return sum(min(count, turn) for count in rows_of) + sum(count > turn for count in rows_of[:lane])
 
 
-def _stand_in(lanes: list[Lane]) -> dict[str, Any]:
-    """A row for a process without a share, which only joins the others' collectives."""
-    row = next((rows[0] for lane in lanes for rows in lane.block.examples.values()), None)
-    if row is None:
-        raise RecipeError("a process has no rows of the stream: use fewer processes, or more shards")
-    return row
+def _stand_in(lanes: list[Lane]) -> tuple[tuple[int, int], dict[str, Any]]:
+    """A row, with its own size, for a process without a share, which only joins the others' collectives."""
+    for lane in lanes:
+        for size, rows in lane.block.examples.items():
+            return size, rows[0]
+    raise RecipeError("a process has no rows of the stream: use fewer processes, or more shards")
 
 
 def _batches_of_round(
