@@ -35,7 +35,7 @@ from sd_recipes.model.placement import DTYPES, place
 from sd_recipes.objective import DenoisingLoss
 from sd_recipes.optim import build_optimizer, build_schedule
 from sd_recipes.out_of_memory import AtOnce
-from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError
+from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError, odd_settings
 from sd_recipes.resume import choose_checkpoint, global_batch_size
 from sd_recipes.sharding import check_wrapped_classes, whole_unet
 from sd_recipes.signals import stop_request
@@ -102,6 +102,8 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     """Load data and models and put the run together. Raises RecipeError for what a person can mend."""
     output_dir = Path(recipe.output_dir)
     check_output_dir(output_dir)
+    for words in odd_settings(recipe):
+        logger.warning("%s", words)
     recipe.mixed_precision = accelerator.mixed_precision  # accelerate's own configuration may have set it
     checkpoint = choose_checkpoint(recipe, accelerator.is_main_process)
     seed = _agree_on_seed(recipe.seed)
