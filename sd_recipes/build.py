@@ -28,6 +28,7 @@ from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
 from sd_recipes.data.cache import LatentCache, check_makers, made_by, memory_folder
 from sd_recipes.data.order import Order
+from sd_recipes.data.sizes import square_side
 from sd_recipes.data.training_data import load_training_data, plans
 from sd_recipes.ema import AveragedWeights
 from sd_recipes.metrics import ImageTextScore
@@ -36,7 +37,8 @@ from sd_recipes.model.conditioning import CachedText, encode_text
 from sd_recipes.model.placement import DTYPES, place
 from sd_recipes.objective import DenoisingLoss
 from sd_recipes.optim import build_optimizer, build_schedule
-from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError
+from sd_recipes.out_of_memory import AtOnce
+from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError, odd_settings
 from sd_recipes.resume import choose_checkpoint, finish_epoch, global_batch_size
 from sd_recipes.sharding import check_wrapped_classes, whole_unet
 from sd_recipes.signals import stop_request
@@ -103,6 +105,8 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     """Load data and models and put the run together. Raises RecipeError for what a person can mend."""
     output_dir = Path(recipe.output_dir)
     check_output_dir(output_dir, writes=not recipe.dry_run)
+    for words in odd_settings(recipe):
+        logger.warning("%s", words)
     recipe.mixed_precision = accelerator.mixed_precision  # accelerate's own configuration may have set it
     checkpoint = choose_checkpoint(recipe, accelerator.is_main_process)
     seed = _agree_on_seed(recipe.seed)
@@ -264,7 +268,20 @@ def _build_validator(
     score = None
     if recipe.validation_clip_model and scores:
         score = ImageTextScore(recipe.validation_clip_model, recipe.cache_dir)
-    return Validator(held_out, score)
+    side = square_side(recipe)
+    # The pipeline takes multiples of 8 only, whatever the VAE's factor; a smaller factor divides 8.
+    picture_side = side - side % 8
+    if recipe.validation_prompts and picture_side != recipe.resolution:
+        logger.info("Validation pictures are of %d x %d pixels.", picture_side, picture_side)
+    num_prompts = len(recipe.validation_prompts or [])
+    return Validator(
+        held_out,
+        score,
+        held_out_size=(side, side),
+        picture_size=(picture_side, picture_side),
+        held_out_at_once=AtOnce(recipe.train_batch_size, "the held-out loss"),
+        pictures_at_once=AtOnce(min(recipe.train_batch_size, num_prompts), "validation pictures"),
+    )
 
 
 def describe(training: Training) -> str:

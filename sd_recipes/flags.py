@@ -25,6 +25,24 @@ SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 MAX_RECIPE_BYTES = 2**20
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """YAML in which a mapping has a key once; PyYAML takes the last of two, and says nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value} is on line {lines[key.value]} and again on line {line}: drop one"
+                )
+            lines[key.value] = line
+        return node
+
+
 def load_recipe(argv: list[str] | None = None) -> Recipe:
     """Recipe from defaults, then the `--config` file, then the flags in `argv` (default: sys.argv[1:]).
 
@@ -61,7 +79,8 @@ def read_recipe_file(name: str) -> dict[str, Any]:
         shipped = sorted(recipe.stem for recipe in SHIPPED_RECIPES.glob("*.yaml"))
         raise RecipeError(f"--config {name}: no such file, nor a shipped recipe{_nearest(name, shipped)}: {shipped}")
     try:
-        settings = yaml.safe_load(read_text(path.resolve(), MAX_RECIPE_BYTES)) or {}  # it may be linked
+        # It may be linked.
+        settings = yaml.load(read_text(path.resolve(), MAX_RECIPE_BYTES), RecipeLoader) or {}
     except (OSError, StrangeFile, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):

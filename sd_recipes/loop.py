@@ -23,6 +23,7 @@ from sd_recipes.checkpoint import Progress, command_of, goes_on, list_checkpoint
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.model.latents import batch_moments, sample_latents
+from sd_recipes.out_of_memory import is_out_of_memory
 from sd_recipes.recipe import Recipe, RecipeError, RunError
 from sd_recipes.report import FIGURES
 from sd_recipes.resume import identity_of, load_checkpoint
@@ -377,8 +378,8 @@ def validate(training: Training, progress: Progress) -> None:
         if training.accelerator.is_main_process:
             vae = training.components.vae
             was_on = vae.device
-            vae.to(training.accelerator.device)
             try:
+                vae.to(training.accelerator.device)
                 training.validator(training, progress.global_step)
                 progress.awaits_validation = False
             except Stopped:
@@ -387,5 +388,11 @@ def validate(training: Training, progress: Progress) -> None:
                 if error.errno not in NO_ROOM:
                     raise
                 logger.warning("The validation's pictures cannot be written (%s): training goes on.", error)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning(
+                    "No memory for this validation: training goes on. %s", " ".join(str(error).split())[:200]
+                )
             vae.to(was_on)
         training.accelerator.wait_for_everyone()

@@ -216,7 +216,9 @@ class CacheConfig(Section):
         None, description="Where moments are kept, shared between runs; otherwise in the output folder."
     )
     latent_cache_dtype: Literal["fp16", "bf16"] = Field("fp16", description="Precision of the kept moments.")
-    cache_text: bool = Field(False, description="Keep the text states of captions; for few and fixed ones.")
+    cache_text: bool = Field(
+        False, description="Keep the text states of captions, up to 1 GiB of them; for few and fixed ones."
+    )
 
 
 class ObjectiveConfig(Section):
@@ -229,7 +231,7 @@ class ObjectiveConfig(Section):
     noise_offset: Number = Field(0.0, ge=0, description="Scale of a noise that is constant over a channel.")
     input_perturbation: Number = Field(0.0, ge=0, description="Scale of extra noise on the input; 0.1 is recommended.")
     dream_training: bool = Field(False, description="DREAM: a second forward pass rectifies noise and target.")
-    dream_detail_preservation: Number = Field(1.0, gt=0, description="DREAM's exponent p.")
+    dream_detail_preservation: Number = Field(1.0, ge=0, description="DREAM's exponent p.")
 
 
 class OptimConfig(Section):
@@ -354,12 +356,8 @@ class Recipe(
             raise ValueError(
                 f"--dream_training is defined for the prediction type epsilon, not for {self.prediction_type}: drop one"
             )
-        if self.dream_training and self.input_perturbation:
-            raise ValueError("--dream_training and --input_perturbation both change the UNet's input: drop one")
         if self.overwrite and self.resume_from_checkpoint:
             raise ValueError("--overwrite starts anew, which --resume_from_checkpoint contradicts: drop one")
-        if not self.use_ema and self.offload_ema:
-            raise ValueError("--offload_ema needs --use_ema: add it, or drop --offload_ema")
         if self.validation_clip_model and not self.validation_prompts:
             raise ValueError("--validation_clip_model scores the pictures of --validation_prompts: give some prompts")
         if not re.fullmatch(r"[A-Za-z0-9._-]+", self.tracker_project_name) or set(self.tracker_project_name) == {"."}:
@@ -377,6 +375,22 @@ class Recipe(
         return self
 
 
+def odd_settings(recipe: Recipe) -> list[str]:
+    """What is hardly meant, and runs as in diffusers' script all the same."""
+    odd = []
+    if recipe.dream_training and recipe.input_perturbation:
+        odd.append(
+            "--dream_training rectifies along the error of a prediction from the perturbed noise of "
+            "--input_perturbation, so that both change the UNet's input: one of them is usual."
+        )
+    if recipe.offload_ema and not recipe.use_ema:
+        odd.append("--offload_ema does nothing without --use_ema.")
+    for source in recipe.sources:
+        if source.dataset_name is None and source.dataset_config_name is not None:
+            odd.append(f"--dataset_config_name {source.dataset_config_name} is not read: {source.flag} has none.")
+    return odd
+
+
 def check_data_settings(config: Any) -> None:
     """What the data, image, caption and cache sections may not ask for together. Raises ValueError."""
     if config.data_sources is not None:
@@ -384,8 +398,18 @@ def check_data_settings(config: Any) -> None:
             raise ValueError("data_sources of the recipe file contradict --dataset_name and --train_data_dir: drop one")
         if not config.data_sources:
             raise ValueError("data_sources of the recipe file is empty: name a dataset_name or a train_data_dir")
+        for name in ("dataset_config_name", "dataset_revision", "train_split"):
+            # A resolved recipe names them too, at their defaults.
+            if getattr(config, name) != DataConfig.model_fields[name].default:
+                raise ValueError(
+                    f"--{name} {getattr(config, name)} is not read beside data_sources of the recipe file: name it in "
+                    "the sources that it is meant for"
+                )
     if any(source.dataset_name is None and source.train_data_dir is None for source in config.sources):
         raise ValueError("no data: give --train_data_dir FOLDER or --dataset_name NAME")
+    for source in config.sources:
+        if source.dataset_name is None and source.dataset_revision is not None:
+            raise ValueError(f"{source.flag} has no revisions: drop --dataset_revision {source.dataset_revision}")
     if config.center_crop and config.crop not in (None, "center"):
         raise ValueError(f"--center_crop contradicts --crop {config.crop}: drop one")
     if config.caption_columns and config.caption_template:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
@@ -21,6 +24,7 @@ from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch, generator
 from sd_recipes.metrics import ImageTextScore
 from sd_recipes.model.conditioning import encode_text
 from sd_recipes.model.latents import batch_moments, sample_latents
+from sd_recipes.out_of_memory import AtOnce
 from sd_recipes.pipeline import build_pipeline
 from sd_recipes.signals import stop_request
 
@@ -42,17 +46,21 @@ class Validator:
 
     held_out: BatchBuilder | None
     score: ImageTextScore | None
+    held_out_size: tuple[int, int]  # (height, width)
+    picture_size: tuple[int, int]
+    held_out_at_once: AtOnce
+    pictures_at_once: AtOnce
     bad_rows: dict[str, str] = field(default_factory=dict)  # held-out rows that cannot be used, and why
 
     @torch.no_grad()
-    def held_out_loss(self, training: Training) -> float:
-        """Mean loss over the held-out rows that can be used, with the UNet as it is.
+    def held_out_loss(self, training: Training, size: int) -> float | None:
+        """Mean loss over the held-out rows that can be used, `size` at once, with the UNet as it is; None if none can.
 
         Timesteps are stratified over all samples, and over those of each row, which so meets early and late ones.
         """
         assert self.held_out is not None
         assert self.held_out.rows is not None
-        num_rows, size = len(self.held_out.rows), training.recipe.train_batch_size
+        num_rows = len(self.held_out.rows)
         num_samples = num_rows * math.ceil(MIN_HELD_OUT_SAMPLES / num_rows)
         strata = held_out_strata(num_rows, num_samples // num_rows).reshape(-1)
         bad: dict[str, str] = {}
@@ -70,7 +78,7 @@ class Validator:
                 samples_seen=0,
                 ends_epoch=False,
                 epoch=0,
-                size=(training.recipe.resolution, training.recipe.resolution),
+                size=self.held_out_size,
             )
             batch = self.held_out[plan].to(training.accelerator.device)
             bad |= dict(batch.bad)
@@ -88,27 +96,31 @@ class Validator:
                 len(self.bad_rows), num_rows, "; ".join(f"{row}: {bad[row]}" for row in bad if row in new),
             )  # fmt: skip
         loss, weight = total.tolist()
+        if not weight:
+            logger.warning("No row of --validation_split can be used: there is no held-out loss.")
+            self.held_out = None
+            return None
         return loss / weight
 
-    def pictures(self, training: Training) -> list[Image.Image]:
-        """A picture of each prompt: the same noise for the same seed and prompt, at every step."""
+    def pictures(self, training: Training, size: int) -> list[Image.Image]:
+        """A picture of each prompt, `size` at once: the same noise for the same seed and prompt, at every step."""
         recipe = training.recipe
         prompts = recipe.validation_prompts or []
         pipeline = build_pipeline(training.components)
         pipeline.set_progress_bar_config(desc="Validation pictures", leave=False)
         pictures: list[Image.Image] = []
-        with training.accelerator.autocast():
-            # As many at once as are trained at once: drawing takes less memory than a training step.
-            for start in range(0, len(prompts), recipe.train_batch_size):
-                some = prompts[start : start + recipe.train_batch_size]
+        height, width = self.picture_size
+        with training.accelerator.autocast(), decoded_one_by_one(training.components.vae):
+            for start in range(0, len(prompts), size):
+                some = prompts[start : start + size]
                 generators = [
                     torch.Generator("cpu").manual_seed((training.seed + start + number) % 2**63)
                     for number in range(len(some))
                 ]
                 pictures += pipeline(
                     some,
-                    height=recipe.resolution,
-                    width=recipe.resolution,
+                    height=height,
+                    width=width,
                     num_inference_steps=recipe.validation_inference_steps,
                     guidance_scale=recipe.validation_guidance_scale,
                     generator=generators,
@@ -126,9 +138,13 @@ class Validator:
         unet.eval()
         try:
             if self.held_out is not None:
-                figures["validation_loss"] = self.held_out_loss(training)
+                loss = self.held_out_at_once.attempt(partial(self.held_out_loss, training))
+                if loss is not None:
+                    figures["validation_loss"] = loss
+            pictures = None
             if recipe.validation_prompts:
-                pictures = self.pictures(training)
+                pictures = self.pictures_at_once.attempt(partial(self.pictures, training))
+            if pictures and recipe.validation_prompts:
                 path = Path(recipe.output_dir) / "samples" / f"step-{step:06d}.png"
                 path.parent.mkdir(exist_ok=True)
                 beside = path.with_name(f".{path.name}")  # a picture that has its name is whole
@@ -155,6 +171,19 @@ def held_out_strata(num_rows: int, num_passes: int) -> np.ndarray:
             for number in range(num_passes)
         ]
     )
+
+
+@contextmanager
+def decoded_one_by_one(vae: AutoencoderKL) -> Iterator[None]:
+    """Within it the VAE decodes one picture after the other: together they can take more memory than a training step.
+
+    It encodes so too, and not after it: training's batches stay what they were, to the bit.
+    """
+    vae.enable_slicing()
+    try:
+        yield
+    finally:
+        vae.disable_slicing()
 
 
 def check_for_stop(

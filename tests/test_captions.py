@@ -1,6 +1,9 @@
+import random
 import re
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_tokenizer
@@ -181,3 +184,58 @@ def test_padding_is_the_tokenizers_own() -> None:
     input_ids = tokenize(tokenizer, ["b"], CaptionConfig(long_captions="chunk", caption_chunks=2))
     own = tokenizer(["b", ""], padding="max_length", max_length=8, return_tensors="pt").input_ids
     assert torch.equal(input_ids, own.reshape(1, 16))
+
+
+def captions_of(row: dict, **settings: object) -> set[str]:
+    return {caption(row, position, **settings) for position in range(40)}
+
+
+def test_defect_22_lists_of_one_length_stay_together_where_some_are_blank() -> None:
+    template = {"caption_template": "a {colour} {kind}"}
+    assert captions_of({"kind": ["cat", "dog"], "colour": ["", "brown"]}, **template) == {"a brown dog"}
+    row = {"kind": ["cat", "dog", "owl"], "colour": ["black", None, "white"]}
+    assert captions_of(row, **template) == {"a black cat", "a white owl"}
+    row = {"kind": ["cat", "dog", "owl"], "colour": ["black", "white"]}  # of other lengths: nothing belongs together
+    assert {text.split()[1] for text in captions_of(row, **template)} == {"black", "white"}
+    assert captions_of({"kind": ["cat", " "], "colour": "red"}, **template) == {"a red cat"}
+    row = {"kind": ["cat", None], "colour": ["", "brown"]}
+    for position in range(5):
+        with pytest.raises(CaptionError, match="missing in kind, colour, at every place in one of them"):
+            caption(row, position, caption_template="a {kind}, {colour}")
+    assert captions_of(row, **template, blank_captions="empty") == {""}
+
+
+def test_defect_22_nan_is_a_missing_value() -> None:
+    template = {"caption_template": "a {kind} of {year}"}
+    for nan in (float("nan"), np.float64("nan"), np.float32("nan"), [float("nan")]):
+        with pytest.raises(CaptionError, match="missing in year "):
+            caption({"kind": "cat", "year": nan}, **template)
+        assert caption({"kind": "cat", "year": nan}, **template, blank_captions="empty") == ""
+        with pytest.raises(CaptionError, match="no caption: blank or missing in text"):
+            caption({"text": nan})
+    assert captions_of({"kind": ["cat", "dog"], "year": [float("nan"), 1999.5]}, **template) == {"a dog of 1999.5"}
+    assert captions_of({"text": ["a cat", float("nan")]}) == {"a cat"}
+    assert caption({"text": "nan"}) == "nan", "a text like another: bread"
+    assert caption({"kind": "nan", "year": 0}, **template) == "a nan of 0"
+
+
+def test_defect_32_shuffling_tags_takes_time_in_proportion_to_the_spaces() -> None:
+    tag = "red" + " " * 2_000 + "blue" + "\t" * 2_000 + "pink"
+    began = time.process_time()
+    captions = captions_of({"text": f"cat, {tag} ,dog"}, shuffle_tags=True)
+    assert time.process_time() - began < 1
+    assert {f"cat, {tag} ,dog", f"{tag}, dog ,cat", f"dog, cat ,{tag}"} < captions
+
+
+@pytest.mark.parametrize("separator", [",", " ", ", ", " , ", "  ", "\n", " | ", "aa", "a "])
+def test_tags_are_cut_as_by_a_pattern_with_the_space_around(separator: str) -> None:
+    """Which is quadratic, and says what separators are."""
+    rng = random.Random(separator)
+    for position in range(500):
+        text = "".join(rng.choices("ab,|  \t\n", k=rng.randrange(1, 12))) + "a"
+        parts = re.split(rf"(\s*{re.escape(separator)}\s*)", text.strip())
+        places = [place for place in range(0, len(parts), 2) if parts[place]]
+        order = np.argsort(drawn(position).tag_keys(len(places)))
+        for place, tag in zip(places, [parts[places[number]] for number in order], strict=True):
+            parts[place] = tag
+        assert caption({"text": text}, position, shuffle_tags=True, tag_separator=separator) == "".join(parts)

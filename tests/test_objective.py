@@ -1,9 +1,14 @@
 """The loss against an independent computation in float64, written from the papers."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_dream_and_update_latents
+from training import losses, train
 
 from sd_recipes.objective import DenoisingLoss
 from sd_recipes.recipe import ObjectiveConfig
@@ -97,6 +102,33 @@ def test_dream_moves_input_and_target_along_the_error(tensors: dict[str, torch.T
         expected = np.mean((eps[number] + error - predict(noisy + sigma * error)) ** 2)
         # The scheduler holds ᾱ in float32, so that 1 - ᾱ near t = 0 has four digits.
         np.testing.assert_allclose(losses[number].item(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("exponent", [0, 1.5])
+def test_defect_also_dream_with_input_perturbation_means_what_it_does_in_diffusers_script(
+    settings: dict[str, Any], tensors: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture, exponent: float
+) -> None:
+    """There the input has the perturbed noise, and error and target the other; a run with both trains, and says so."""
+    both = {"dream_training": True, "input_perturbation": 0.1, "dream_detail_preservation": exponent}
+    training = train(settings | both, max_train_steps=1)
+    assert np.isfinite(losses(training)).all()
+    assert "--dream_training rectifies along the error of a prediction from the perturbed noise" in caplog.text
+
+    latents, noise, input_noise, states = (tensors[name] for name in ("latents", "noise", "input_noise", "states"))
+    loss = DenoisingLoss(scheduler(), training.recipe, torch.device("cpu"))
+    found = loss(fake_unet, latents, states, TIMESTEPS, noise, input_noise)
+
+    class Unet:
+        def __call__(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> Any:
+            return SimpleNamespace(sample=fake_unet(noisy_latents, timesteps, states, return_dict=False)[0])
+
+    noisy_latents = scheduler().add_noise(latents, input_noise, TIMESTEPS)
+    noisy_latents, target = compute_dream_and_update_latents(
+        Unet(), scheduler(), TIMESTEPS, noise, noisy_latents, noise, states, exponent
+    )
+    prediction = fake_unet(noisy_latents, TIMESTEPS, states, return_dict=False)[0]
+    expected = (prediction - target).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_scheduler_decides_where_the_recipe_is_silent() -> None:

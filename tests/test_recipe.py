@@ -7,7 +7,7 @@ import yaml
 from conftest import ROOT
 
 from sd_recipes.flags import NOT_OF_THE_RUN, SHIPPED_RECIPES, load_recipe, recipe_text
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.recipe import Recipe, RecipeError, odd_settings
 
 MINIMAL = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "data"]
 
@@ -116,7 +116,6 @@ def test_saved_recipe_gives_the_same_recipe(tmp_path: Path) -> None:
         ([*MINIMAL, "--unet_config", "u.json"], "add --train_from_scratch"),
         ([*MINIMAL, "--use_8bit_adam", "--optimizer", "sgd"], "--use_8bit_adam contradicts --optimizer sgd"),
         ([*MINIMAL, "--dream_training", "--prediction_type", "v_prediction"], "--dream_training is defined for"),
-        ([*MINIMAL, "--offload_ema"], "--offload_ema needs --use_ema"),
         ([*MINIMAL, "--tracker_project_name", "../../x"], "becomes a folder's name"),
         ([*MINIMAL, "--report_to", "paper"], "is not one of"),
         ([*MINIMAL, "stray"], "unknown flag stray"),
@@ -145,6 +144,74 @@ def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, words: str) -> 
     with pytest.raises(RecipeError) as error:
         load_recipe([*MINIMAL, "--config", str(file)])
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dream_training", "--input_perturbation", "0.1"],
+        ["--offload_ema"],
+        ["--dream_training", "--dream_detail_preservation", "0"],
+        ["--dataset_config_name", "small"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_defect_also_what_runs_in_diffusers_script_is_accepted(flags: list[str]) -> None:
+    recipe = load_recipe([*MINIMAL, *flags])
+    odd = odd_settings(recipe)
+    assert len(odd) == (recipe.dream_detail_preservation > 0), "said, but for an exponent of no harm"
+    assert all(flags[0] in words for words in odd)
+    assert odd_settings(load_recipe([*MINIMAL, "--use_ema", "--offload_ema", "--dream_training"])) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("train_split", "test"), ("dataset_revision", "abc"), ("dataset_config_name", "small")]
+)
+def test_defect_32_settings_that_data_sources_leave_unread_are_mistakes(tmp_path: Path, key: str, value: str) -> None:
+    model = ["--pretrained_model_name_or_path", "some/model"]
+    file = tmp_path / "recipe.yaml"
+    sources = f"data_sources:\n  - dataset_name: a/b\n    {key}: {value}\n  - dataset_name: c/d\n"
+    file.write_text(sources)
+    recipe = load_recipe([*model, "--config", str(file)])
+    assert getattr(recipe.sources[0], key) == value
+    with pytest.raises(RecipeError, match=rf"^--{key} {value} is not read beside data_sources of the recipe file"):
+        load_recipe([*model, "--config", str(file), f"--{key}", value])
+    file.write_text(f"{key}: {value}\n{sources}")
+    with pytest.raises(RecipeError, match=rf"--{key} {value} is not read"):
+        load_recipe([*model, "--config", str(file)])
+    file.write_text(recipe_text(recipe))  # which names all settings, at their defaults
+    assert load_recipe(["--config", str(file)]).sources == recipe.sources
+
+
+def test_defect_32_a_revision_of_a_folder_is_a_mistake() -> None:
+    with pytest.raises(RecipeError, match=r"^--train_data_dir data has no revisions: drop --dataset_revision abc$"):
+        load_recipe([*MINIMAL, "--dataset_revision", "abc"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("resolution: 64\nseed: 1\n'resolution': 128\n", "key resolution is on line 1 and again on line 3: drop one"),
+        ("seed: 1\nseed: 1\n", "key seed is on line 1 and again on line 2"),
+        ("data_sources:\n- dataset_name: a\n  weight: 1\n  dataset_name: b\n",
+         "key dataset_name is on line 2 and again on line 4"),
+        ("data_sources: [{train_data_dir: a,\n weight: 1, weight: 2}]\n",
+         "key weight is on line 2 and again on line 2"),
+    ],
+)  # fmt: skip
+def test_defect_32_a_key_stands_once_in_a_recipe_file(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(["--pretrained_model_name_or_path", "some/model", "--config", str(file)])
+    assert str(error.value) == f"--config {file}: {words}" + ("" if "drop one" in words else ": drop one")
+
+
+def test_defect_32_anchors_and_merges_are_no_repetitions(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("data_sources:\n- &first\n  dataset_name: a\n  weight: 3\n- <<: *first\n  dataset_name: b\n")
+    recipe = load_recipe(["--pretrained_model_name_or_path", "some/model", "--config", str(file)])
+    assert [(source.dataset_name, source.weight) for source in recipe.sources] == [("a", 3), ("b", 3)]
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED_RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

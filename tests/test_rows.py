@@ -12,6 +12,7 @@ from PIL import Image
 
 from sd_recipes.data.images import open_image
 from sd_recipes.data.rows import load_held_out_rows, load_rows, load_sources, load_streams
+from sd_recipes.data.sizes import check_held_out_sizes
 from sd_recipes.recipe import Recipe, RecipeError
 
 
@@ -35,6 +36,27 @@ def test_a_parquet_file_and_the_embedded_data_are_read(tmp_path: Path, image_fol
     assert open_image(rows[0]["image"]).size == (40, 32)
     emoji = load_rows(recipe(dataset_name="sd-recipes/emoji", train_split="flags"))
     assert (len(emoji), "flag of France" in emoji["text"]) == (254, True)
+
+
+@pytest.mark.parametrize("flag", ["dataset_revision", "dataset_config_name"])
+def test_defect_32_files_of_this_machine_have_no_revisions(tmp_path: Path, image_folder: Path, flag: str) -> None:
+    path = tmp_path / "rows" / "train.parquet"
+    datasets.load_dataset("imagefolder", data_dir=str(image_folder))["train"].to_parquet(path)
+    with pytest.raises(RecipeError, match=f"train.parquet names files, which --{flag} contradicts: drop one"):
+        load_rows(recipe(dataset_name=str(path), **{flag: "abc"}))
+    if flag == "dataset_revision":
+        with pytest.raises(RecipeError, match=r"rows is on this machine and has no revisions: drop --dataset_revision"):
+            load_rows(recipe(dataset_name=str(path.parent), dataset_revision="abc"))
+
+
+def test_defect_25_held_out_moments_are_of_the_size_of_the_held_out_loss() -> None:
+    rows = datasets.Dataset.from_dict({"moments": [b"", b""], "height": [32, 32], "width": [32, 48]})
+    config = recipe(dataset_name="x", validation_split="test", resolution=32)
+    check_held_out_sizes(rows.select([0]), config)
+    buckets = {"aspect_ratio_buckets": True, "bucket_step": 16}
+    check_held_out_sizes(rows.select([0]), config.model_copy(update={"resolution": 40, **buckets}))
+    with pytest.raises(RecipeError, match=r"--validation_split test holds moments of 32 x 48 pixels, and .* 32 x 32"):
+        check_held_out_sizes(rows, config)
 
 
 def test_max_train_samples_draws_rows_by_the_seed(image_folder: Path) -> None:

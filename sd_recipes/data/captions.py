@@ -37,13 +37,18 @@ def make_caption(row: dict[str, Any], config: CaptionConfig, drawn: Draws) -> st
     empty, for a row without a caption; never dependent on the draws.
     """
     columns = caption_columns(config)
-    usable = {column: _texts(row.get(column), column, numbers=bool(config.caption_template)) for column in columns}
-    missing = [column for column in columns if not usable[column]]
+    texts = {column: _texts(row.get(column), column, numbers=bool(config.caption_template)) for column in columns}
+    usable = {column: [text for text in texts[column] if text.strip()] for column in columns}
+    missing, where = [column for column in columns if not usable[column]], ""
+    if config.caption_template and not missing:
+        usable = _without_gaps(texts)
+        missing, where = [column for column in columns if not usable[column]], ", at every place in one of them"
     if missing and (config.caption_template or missing == columns):
         if config.blank_captions == "empty":
             return ""
         raise CaptionError(
-            f"no caption: blank or missing in {', '.join(missing)} (--blank_captions empty would train without one)"
+            f"no caption: blank or missing in {', '.join(missing)}{where} (--blank_captions empty would train without "
+            "one)"
         )
     if drawn.dropout_u < config.caption_dropout:
         return ""
@@ -53,8 +58,8 @@ def make_caption(row: dict[str, Any], config: CaptionConfig, drawn: Draws) -> st
             for literal, field in _parts(config.caption_template)
         )
     else:
-        texts, rest_u = _pick([usable[column] for column in columns if usable[column]], drawn.caption_u)
-        caption, _ = _pick(texts, rest_u)
+        options, rest_u = _pick([usable[column] for column in columns if usable[column]], drawn.caption_u)
+        caption, _ = _pick(options, rest_u)
     return _shuffled(caption, config, drawn) if config.shuffle_tags else caption
 
 
@@ -114,18 +119,33 @@ def _parts(template: str) -> list[tuple[str, str | None]]:
 
 
 def _texts(value: Any, column: str, *, numbers: bool) -> list[str]:
-    """What can be drawn of a column's value: the texts that are not blank. Raises CaptionError."""
+    """The texts in a column's value, "" for one that is missing, which NaN says too. Raises CaptionError."""
     texts = []
     for text in value if isinstance(value, list | tuple) else [value]:
+        if is_missing(text):
+            text = ""
         if numbers and isinstance(text, int | float):
             text = str(text)
-        if text is not None and not isinstance(text, str):
+        if not isinstance(text, str):
             raise CaptionError(
                 f"column {column} holds {reprlib.repr(value)}, where a caption is a string or a list of strings"
             )
-        if text and text.strip():
-            texts.append(text)
+        texts.append(text)
     return texts
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a column has no value in a row: none, or NaN, which pandas writes for it."""
+    return value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
+
+
+def _without_gaps(texts: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The columns' texts at the places where no list of the same length has a blank, so that these still match."""
+    blank = {(len(column), place) for column in texts.values() for place, text in enumerate(column) if not text.strip()}
+    return {
+        name: [text for place, text in enumerate(column) if (len(column), place) not in blank]
+        for name, column in texts.items()
+    }
 
 
 def _pick(options: list[Any], u: float) -> tuple[Any, float]:
@@ -137,9 +157,23 @@ def _pick(options: list[Any], u: float) -> tuple[Any, float]:
 
 def _shuffled(caption: str, config: CaptionConfig, drawn: Draws) -> str:
     """The caption with its tags in the drawn order, but for the leading ones to keep; separators stay in place."""
-    parts = re.split(rf"(\s*{re.escape(config.tag_separator)}\s*)", caption.strip())
+    parts = _tags_and_separators(caption, config.tag_separator)
     places = [place for place in range(0, len(parts), 2) if parts[place]][config.keep_tags :]
     tags = [parts[place] for place in places]
     for place, number in zip(places, np.argsort(drawn.tag_keys(len(tags))), strict=True):
         parts[place] = tags[number]
     return "".join(parts)
+
+
+def _tags_and_separators(caption: str, separator: str) -> list[str]:
+    """Tags and, between them, the separators with the space around them; joined they are the caption, stripped."""
+    caption = caption.strip()
+    parts: list[str] = []
+    begin = 0
+    # The space before a separator is taken off afterwards: a pattern that began with it would try every long run of
+    # spaces from each of its places.
+    for found in re.finditer(rf"{re.escape(separator)}\s*", caption):
+        tag = caption[begin : found.start()]
+        parts += [tag.rstrip(), tag[len(tag.rstrip()) :] + found.group()]
+        begin = found.end()
+    return [*parts, caption[begin:]]

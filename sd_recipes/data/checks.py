@@ -35,25 +35,19 @@ def check_rows(
     Raises RecipeError if none of them can be used, and TooManyBadRows if more fail than may be skipped, or,
     by a sample, if that is all but certain.
     """
-    everything = config.check_data == "full" or len(rows) <= SAMPLED_ROWS
-    numbers = np.arange(len(rows))
-    if not everything:
-        numbers = np.sort(np.random.default_rng(seed).choice(len(rows), SAMPLED_ROWS, replace=False))
     examined = _Examined(config, tokenizer)
-    with tqdm(
-        total=len(numbers), desc="Checking rows", unit="row", leave=False, disable=len(numbers) <= SAMPLED_ROWS
-    ) as bar:
-        for start in range(0, len(numbers), CHUNK):
-            chunk = numbers[start : start + CHUNK].tolist()
-            examined.add([(number, rows[number]) for number in chunk])
-            bar.update(len(chunk))
+    everything = examined.look_at(rows, seed)
     found = examined.bad
-    examined.tell("rows" if everything else "sampled rows")
     if everything:
         bad_rows.add(tuple(found), 0)
     elif len(found) >= FEWEST_TO_PROJECT:
         # Half of what the sample projects: a data set that is as good as allowed hardly gives such a sample.
-        bad_rows.check(len(found) * len(rows) // len(numbers) // 2, 0, found)
+        bad_rows.check(len(found) * len(rows) // examined.number // 2, 0, found)
+
+
+def check_held_out(rows: datasets.Dataset, config: Recipe, tokenizer: CLIPTokenizer, *, seed: int) -> None:
+    """As `check_rows`, of the held-out split: its bad rows are named, and not counted among those of training."""
+    _Examined(config, tokenizer, of=f" of --validation_split {config.validation_split}").look_at(rows, seed)
 
 
 def check_stream(stream: datasets.IterableDataset, config: Recipe, tokenizer: CLIPTokenizer) -> None:
@@ -67,13 +61,30 @@ def check_stream(stream: datasets.IterableDataset, config: Recipe, tokenizer: CL
 class _Examined:
     """What was found in the rows that were looked at."""
 
-    def __init__(self, config: Recipe, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, config: Recipe, tokenizer: CLIPTokenizer, of: str = "") -> None:
         self.config = config
         self.tokenizer = tokenizer
+        self.of = of  # where the rows are from, in a message
         self.number = 0
         self.bad: list[tuple[str, str]] = []  # (name, reason)
         self.long_captions = 0
         self.draws = draw(0, 0, stratum=0, global_batch_size=1, latent_shape=(1, 1, 1), num_train_timesteps=1)
+
+    def look_at(self, rows: datasets.Dataset, seed: int) -> bool:
+        """Add all rows, or a sample, and tell of them; whether it was all. Raises RecipeError as `add` and `tell`."""
+        everything = self.config.check_data == "full" or len(rows) <= SAMPLED_ROWS
+        numbers = np.arange(len(rows))
+        if not everything:
+            numbers = np.sort(np.random.default_rng(seed).choice(len(rows), SAMPLED_ROWS, replace=False))
+        with tqdm(
+            total=len(numbers), desc="Checking rows", unit="row", leave=False, disable=len(numbers) <= SAMPLED_ROWS
+        ) as bar:
+            for start in range(0, len(numbers), CHUNK):
+                chunk = numbers[start : start + CHUNK].tolist()
+                self.add([(number, rows[number]) for number in chunk])
+                bar.update(len(chunk))
+        self.tell("rows" if everything else "sampled rows")
+        return everything
 
     def add(self, rows: list[tuple[int, dict[str, Any]]]) -> None:
         """Look at numbered rows. Raises RecipeError for what the settings do not let pass."""
@@ -97,12 +108,13 @@ class _Examined:
                 open_image(row[config.image_column], at_least=(side, side), max_megapixels=config.max_image_megapixels)
         except (ImageError, CaptionError) as error:
             if isinstance(error, CaptionError) and config.blank_captions == "error":
-                raise RecipeError(f"row {number}: {error} (--blank_captions error)") from error
+                raise RecipeError(f"row {number}{self.of}: {error} (--blank_captions error)") from error
             return None, (row_name(number, row.get(config.image_column)), str(error))
         return caption, None
 
     def tell(self, what: str) -> None:
         """Say what was found in the rows, `what` they are. Raises RecipeError if no row can be used."""
+        what += self.of
         named = "; ".join(f"{name}: {reason}" for name, reason in self.bad[:NAMED])
         if self.bad and len(self.bad) == self.number:
             raise RecipeError(f"none of {self.number} {what} can be used: see `sd-recipes inspect`. {named}")

@@ -122,13 +122,19 @@ def _load(source: DataSource, config: Any, cache_dir: str | None, *, streaming: 
         name = assets.resolve(source.dataset_name)
         builder = FILE_BUILDERS.get(Path(name).suffix)
         if builder and ("://" in name or "*" in name or Path(name).is_file()):
-            if source.train_data_dir is not None:
-                raise RecipeError(f"{source.flag} names files, which --train_data_dir contradicts: drop one")
+            for other in ("train_data_dir", "dataset_config_name", "dataset_revision"):
+                if getattr(source, other) is not None:
+                    raise RecipeError(f"{source.flag} names files, which --{other} contradicts: drop one")
             # For training, whatever the file's name: one called test.parquet would otherwise be a split `test`.
             files = {"train": name}
             if builder == "parquet":
                 return _guarded(source, lambda: load_parquet(files, **options))
             return _guarded(source, lambda: datasets.load_dataset(builder, data_files=files, **options))
+        if source.dataset_revision is not None and is_local(source):
+            raise RecipeError(
+                f"{source.flag} is on this machine and has no revisions: drop --dataset_revision "
+                f"{source.dataset_revision}"
+            )
         return _guarded(
             source,
             lambda: datasets.load_dataset(

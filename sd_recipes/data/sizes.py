@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from sd_recipes.data.buckets import Buckets
 from sd_recipes.data.images import ImageError, read_size
-from sd_recipes.recipe import ImageConfig
+from sd_recipes.recipe import ImageConfig, Recipe, RecipeError
 
 Size = tuple[int, int]  # (height, width)
 CHUNK = 256
@@ -38,6 +38,13 @@ def size_of_row(config: Any) -> Callable[[dict[str, Any]], Size]:
     return size_of
 
 
+def square_side(config: ImageConfig) -> int:
+    """The side of the square that is trained on: --resolution, with buckets the largest multiple of a step in it."""
+    return (
+        config.resolution - config.resolution % config.bucket_step if config.aspect_ratio_buckets else config.resolution
+    )
+
+
 def assign_buckets(rows: datasets.Dataset, config: Any) -> tuple[tuple[Size, ...], np.ndarray]:
     """The sizes that occur, and (num_rows,) which of them each row has; reads the header of every image."""
     size_of = size_of_row(config)
@@ -57,6 +64,19 @@ def assign_buckets(rows: datasets.Dataset, config: Any) -> tuple[tuple[Size, ...
     distinct = sorted(set(sizes))
     number = {size: place for place, size in enumerate(distinct)}
     return tuple(distinct), np.array([number[size] for size in sizes])
+
+
+def check_held_out_sizes(rows: datasets.Dataset, config: Recipe) -> None:
+    """Moments cannot be brought to the one size of the held-out loss. Raises RecipeError."""
+    if "moments" not in rows.column_names:
+        return
+    side = square_side(config)
+    other = sorted(set(zip(rows["height"], rows["width"], strict=True)) - {(side, side)})
+    if other:
+        raise RecipeError(
+            f"--validation_split {config.validation_split} holds moments of {other[0][0]} x {other[0][1]} pixels, and "
+            f"the held-out loss is of {side} x {side} (--resolution): change --resolution, or drop --validation_split"
+        )
 
 
 def has_buckets(rows: datasets.Dataset, config: ImageConfig) -> bool:

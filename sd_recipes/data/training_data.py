@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from sd_recipes.agreement import exchange
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Plans
-from sd_recipes.data.checks import check_rows, check_stream
+from sd_recipes.data.checks import check_held_out, check_rows, check_stream
 from sd_recipes.data.order import Order, plans_of_order
 from sd_recipes.data.rows import is_local, join_rows, load_held_out_rows, load_sources, load_streams
 from sd_recipes.data.shards import Shards
-from sd_recipes.data.sizes import assign_buckets, has_buckets, size_of_row
+from sd_recipes.data.sizes import assign_buckets, check_held_out_sizes, has_buckets, size_of_row
 from sd_recipes.data.stream import Stream
 from sd_recipes.model.components import load_scheduler, load_tokenizer
 from sd_recipes.recipe import Recipe, RecipeError
@@ -53,6 +53,9 @@ def load_training_data(recipe: Recipe, *, seed: int, global_batch_size: int, ran
     held_out = None
     if recipe.validation_split:
         held_out = load_held_out_rows(recipe, recipe.validation_split, recipe.cache_dir)
+        check_held_out_sizes(held_out, recipe)
+        if recipe.check_data != "off" and rank == 0:
+            check_held_out(held_out, recipe, load_tokenizer(recipe), seed=seed)
     output_dir = Path(recipe.output_dir)
     if recipe.streaming:
         streams = load_streams(recipe, cache_dir=recipe.cache_dir)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sd_recipes.data.captions import CaptionError, caption_columns, count_tokens, make_caption
+from sd_recipes.data.captions import CaptionError, caption_columns, count_tokens, is_missing, make_caption
 from sd_recipes.data.draws import draw
 from sd_recipes.inspection.findings import BoundedCounter, Finding
 
@@ -87,10 +87,10 @@ class CaptionSummary:
         except CaptionError as error:
             if not str(error).startswith("no caption"):
                 return [], [Finding("caption_not_text", row, name, str(error))]
-            if any(member is not None for member in members):
+            if not all(map(is_missing, members)):
                 return [], [Finding("blank_caption", row, name, " ".join(map(repr, members))[:200])]
             return [], [Finding("missing_caption", row, name, "null")]
-        num_blank = sum(not str(member or "").strip() for member in members)
+        num_blank = sum(is_missing(member) or not str(member).strip() for member in members)
         if num_blank:
             return captions, [Finding("blank_choice", row, name, f"{num_blank} of {len(members)}")]
         return captions, []

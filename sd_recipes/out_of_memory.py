@@ -1,0 +1,52 @@
+"""Work that is done in smaller parts when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a device or of the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # The others have no class of their own; cuBLAS fails to allocate its workspace.
+    return isinstance(error, RuntimeError) and (
+        should_reduce_batch_size(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    )
+
+
+@dataclass
+class AtOnce:
+    """How many samples `what` takes at once: half as many after an out-of-memory error, and at last none."""
+
+    number: int
+    what: str
+
+    def attempt(self, work: Callable[[int], Result]) -> Result | None:
+        """What `work(number)` returns; None where memory does not even suffice for one, also from then on."""
+        while self.number:
+            try:
+                return work(self.number)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                words = " ".join(str(error).split())[:200] or type(error).__name__
+            # Here the error is gone, and with its traceback what the frames in it held.
+            clear_device_cache(garbage_collection=True)
+            told = f"{self.what}: no memory for {self.number} at once ({words})"
+            self.number //= 2
+            if self.number:
+                logger.warning("%s: trying %d.", told, self.number)
+            else:
+                logger.warning("%s: left out from now on. Training goes on.", told)
+        return None
