@@ -284,6 +284,11 @@ def open_cache(
     """The latent cache of a recipe, if it asks for one. Raises RecipeError if there is no room for it in memory."""
     if recipe.cache_latents == "off":
         return None
+    if recipe.streaming and len(recipe.sources) > 1:
+        logger.warning(
+            "Several streams have no common epoch, after which a cache could be read: --cache_latents keeps each row "
+            "once, and reads them when the run goes on or another begins."
+        )
     folder = Path(recipe.latent_cache_dir or Path(recipe.output_dir) / "latents")
     if recipe.cache_latents == "memory":
         folder = memory_folder(recipe.output_dir)
