@@ -330,6 +330,11 @@ def open_cache(recipe: Recipe, made_by: dict[str, Any] | None, rank: int) -> Lat
     if recipe.cache_latents == "off":
         return None
     assert made_by is not None
+    if recipe.streaming and len(recipe.sources) > 1:
+        logger.warning(
+            "Several streams have no common epoch, after which a cache could be read: --cache_latents keeps each row "
+            "once, and reads them when the run goes on or another begins."
+        )
     folder = Path(recipe.latent_cache_dir or Path(recipe.output_dir) / "latents")
     if recipe.cache_latents == "memory":
         folder = memory_folder(recipe.output_dir)

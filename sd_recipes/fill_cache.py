@@ -91,12 +91,16 @@ def fill_cache(recipe: Recipe) -> Path:
         for batch in filled:
             data.bad_rows.add(batch.bad, 0)
             batch_moments(vae, batch.to(accelerator.device), dtype, cache)
+            if cache.failure:
+                raise RecipeError(cannot_fill(cache))
             bar.update(min(len(batch.weights) * accelerator.num_processes, len(data.rows) - bar.n))
             if stop_request.reason:
                 cache.flush()
                 raise stop_request.stopped(f"{bar.n} of {len(data.rows)} rows are in the cache")
     data.bad_rows.check(len(set(gather_object(list(data.bad_rows.reasons)))), 0)
     cache.flush()
+    if cache.failure:
+        raise RecipeError(cannot_fill(cache))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = list(cache.folder.glob("*.arrow"))
@@ -116,6 +120,13 @@ def fill_cache(recipe: Recipe) -> Path:
             print(f"pushed          {push_cache(cache.folder, recipe)}", flush=True)
     accelerator.end_training()
     return cache.folder
+
+
+def cannot_fill(cache: LatentCache) -> str:
+    return (
+        f"{cache.folder} cannot be written ({cache.failure}): make room, or choose another --latent_cache_dir; started "
+        "again, the command goes on where the files end"
+    )
 
 
 def rows_of_no_data(files: list[Path], rows: datasets.Dataset, columns: list[str]) -> int:

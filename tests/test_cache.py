@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
+import errno
+import fcntl
+import io
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +20,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from tiny_models import build_tiny_pipeline
+from tiny_models import build_image_folder, build_tiny_pipeline
 from training import assert_equal, losses, train, weights
 
 from sd_recipes.accelerator import start_accelerator
-from sd_recipes.build import build_training
-from sd_recipes.data.cache import LatentCache, check_made_by, made_by, model_hash, moments_of, row_key
+from sd_recipes.build import Training, build_training
+from sd_recipes.data.cache import LatentCache, check_made_by, made_by, model_hash, moments_of, open_cached, row_key
 from sd_recipes.data.order import GlobalBatch, share
 from sd_recipes.fill_cache import fill_cache, rows_of_no_data
 from sd_recipes.model.components import load_vae
@@ -125,6 +130,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 def test_a_reader_waits_until_the_epoch_before_is_written(tmp_path: Path) -> None:
     writer = LatentCache(tmp_path, MADE, rank=0)
+    writer.start_at(4)
     reader = copy.copy(writer)  # as a worker process has it
     reader.begin_epoch(4)
     waiting = threading.Thread(target=reader.begin_epoch, args=(5,), daemon=True)
@@ -172,7 +178,119 @@ def test_a_full_disk_ends_the_writing_and_not_the_run(
     assert [path for path in cache.folder.iterdir() if path.name != "made_by.json"] == []
 
 
+def test_defect_5_a_row_is_kept_once_and_one_picture_with_two_captions_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sd_recipes.data.cache.NUMBERS_TO_SORT", 2, raising=False)
+    cache = LatentCache(tmp_path, MADE, rank=0)
+    rows = [record(0), record(1), record(1), record(1) | {"text": "another"}, record(2), record(0)]
+    moments = torch.arange(len(rows), dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 8, 4, 4)
+    for _ in range(2):
+        cache.put(rows, moments, -moments)
+        cache.put(rows[3:], moments[3:], -moments[3:])
+        cache.flush()
+    kept = [row for path in stored(cache) for row in open_cached(path).to_pylist()]
+    assert [(row["text"], np.frombuffer(row["moments"], np.float16)[0]) for row in kept] == [
+        ("row 0", 0), ("row 1", 1), ("another", 3), ("row 2", 4),
+    ]  # fmt: skip
+
+
+def test_defect_28_what_a_killed_run_left_half_written_is_removed_and_what_a_live_one_writes_is_not(
+    tmp_path: Path,
+) -> None:
+    cache, _ = filled(tmp_path, range(3))
+    other, _ = filled(tmp_path, range(3), size=128)
+    left = [folder / "00001-18f-00000.partial" for folder in (cache.folder, other.folder)]
+    not_ours = [tmp_path / "00000-1-00000.partial", cache.folder / "download.partial"]
+    held = other.folder / "00000-18e-00000.partial"
+    for path in (*left, *not_ours, held):
+        path.write_bytes(b"half")
+    with held.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as its writer does
+        assert LatentCache(tmp_path, MADE, rank=0).num_rows == 3
+        assert [path.exists() for path in left] == [False, False]
+        assert all(path.exists() for path in not_ours)
+        assert held.exists()
+    LatentCache(tmp_path, MADE, rank=0)
+    assert not held.exists(), "its writer has gone"
+
+
+def test_defect_28_a_file_is_held_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = LatentCache(tmp_path, MADE, rank=0)
+    fsync = os.fsync
+
+    def sync_while_another_run_begins(descriptor: int) -> None:
+        assert len(list(cache.folder.glob("*.partial"))) == 1
+        LatentCache(tmp_path, MADE, rank=0)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_while_another_run_begins)
+    moments = torch.zeros(1, 8, 4, 4)
+    cache.put([record(0)], moments, moments)
+    cache.flush()
+    assert cache.failure is None
+    assert LatentCache(tmp_path, MADE, rank=0).num_rows == 1
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes a folder one that cannot be written, also by root."""
+
+    def make(folder: Path) -> None:
+        def refused(path: Any) -> bool:
+            return isinstance(path, (str, Path)) and Path(path).is_relative_to(folder)
+
+        def opened(path: Any, mode: str = "r", *arguments: Any, **more: Any) -> Any:
+            if refused(path) and set(mode) & set("wax+"):
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return plain(path, mode, *arguments, **more)
+
+        def changed(path: Any, *_: Any, **__: Any) -> None:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+        plain = builtins.open
+        for module in (builtins, io):
+            monkeypatch.setattr(module, "open", opened)
+        for name in ("mkdir", "unlink", "replace"):
+            whole = getattr(os, name)
+            monkeypatch.setattr(
+                os,
+                name,
+                lambda path, *rest, whole=whole, **more: (changed if refused(path) else whole)(path, *rest, **more),
+            )
+
+    return make
+
+
+def test_defect_28_a_read_only_cache_is_read_and_says_once_that_it_cannot_add(
+    tmp_path: Path, read_only: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    filled(tmp_path / "shared", range(3))
+    (tmp_path / "shared" / "empty").mkdir()
+    read_only(tmp_path / "shared")
+    cache = LatentCache(tmp_path / "shared", MADE, rank=0)
+    assert cache.find(record(1)["key"]) is not None
+    assert caplog.text == ""
+    moments = torch.zeros(1, 8, 4, 4)
+    for number in (3, 4):
+        cache.put([record(number)], moments, moments)
+        cache.flush()
+    assert caplog.text.count("Read-only file system") == caplog.text.count("it is read, and no rows are added") == 1
+    with pytest.raises(RecipeError, match="cannot be made .Read-only file system.: choose another --latent_cache_dir"):
+        LatentCache(tmp_path / "shared", {**MADE, "size": 128}, rank=0)
+
+
 # ------------------------------------------------------------------------------------- through the loop
+
+
+def stored(cache: LatentCache) -> list[Path]:
+    return sorted(cache.folder.glob("*.arrow"))
+
+
+def stored_captions(training: Training) -> list[str]:
+    assert training.cache is not None
+    return sorted(text for path in stored(training.cache) for text in open_cached(path)["text"].to_pylist())
+
 
 CACHED = {
     "cache_latents": "disk",
@@ -227,6 +345,46 @@ def test_a_resumed_cached_run_is_the_uninterrupted_one(settings: dict[str, Any],
         resume_from_checkpoint=str(tmp_path / "quiet" / f"checkpoint-{stop}"),
     )  # fmt: skip
     assert_equal(weights(quiet), weights(resumed))
+
+
+def test_defect_5_an_epoch_of_fewer_batches_than_workers_keeps_each_row_once(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = {**CACHED, "train_batch_size": 8, "max_train_steps": 4}
+    alone = train(settings, **changes, output_dir=str(tmp_path / "alone"))
+    workers = train(settings, **changes, dataloader_num_workers=2, output_dir=str(tmp_path / "workers"))
+    assert stored_captions(workers) == [f"disc number {number}" for number in range(8)]
+    assert_equal(weights(alone), weights(workers))
+
+
+def test_defect_5_repeated_rows_of_a_weighted_source_are_kept_once(settings: dict[str, Any], tmp_path: Path) -> None:
+    small = build_image_folder(tmp_path / "small", 2, (36, 32))
+    metadata = small / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("disc", "small disc"))
+    sources = [
+        {"train_data_dir": settings.pop("train_data_dir"), "weight": 1}, {"train_data_dir": str(small), "weight": 4},
+    ]  # fmt: skip
+    found = stored_captions(train(settings, **CACHED, data_sources=sources))
+    assert {"small disc number 0", "small disc number 1"} < set(found)
+    assert len(found) == len(set(found))
+
+
+def test_defect_5_several_streams_keep_each_row_once(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = []
+    for name in "ab":
+        rows = datasets.load_dataset("imagefolder", data_dir=settings["train_data_dir"], split="train")
+        rows = rows.cast_column("image", datasets.Image(decode=False)).map(
+            lambda row, name=name: {"text": f"{name}: {row['text']}"}
+        )
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+        sources.append({"dataset_name": str(tmp_path / f"{name}.parquet"), "weight": 1})
+    del settings["train_data_dir"]
+    streams = {**CACHED, "data_sources": sources, "streaming": True, "shuffle_block": 4, "max_train_steps": 20}
+    training = train(settings, **streams)
+    assert stored_captions(training) == [f"{name}: disc number {number}" for name in "ab" for number in range(8)]
+    assert "Several streams have no common epoch" in caplog.text
 
 
 def test_a_cache_in_memory_is_a_cache(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -288,6 +446,28 @@ def test_defect_12_the_words_about_another_format_are_true(settings: dict[str, A
     check_made_by(json.dumps(wanted), wanted)
     with pytest.raises(RecipeError, match=r"in format 1, .* another version .* make them anew with `sd-recipes cache`"):
         check_made_by(json.dumps({**wanted, "format": 1}), wanted)
+
+
+def test_defect_28_a_run_trains_on_a_read_only_cache(
+    settings: dict[str, Any], tmp_path: Path, read_only: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {**CACHED, "latent_cache_dir": str(tmp_path / "shared")}
+    first = train(settings, **changes)
+    read_only(tmp_path / "shared")
+    second = train(settings, **changes, output_dir=str(tmp_path / "second"))
+    assert "cannot be written" not in caplog.text
+    np.testing.assert_allclose(losses(first), losses(second), rtol=1e-4)
+
+
+def test_defect_28_a_cache_that_cannot_be_filled_is_no_success(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RecipeError, match="No space left on device.*make room"):
+        fill_cache(Recipe(**{**settings, **CACHED, "latent_cache_dir": str(tmp_path / "kept")}))
 
 
 def test_another_vae_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:

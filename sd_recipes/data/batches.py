@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import datasets
@@ -291,6 +291,12 @@ class TrainingBatches:
     ) -> Generator[Batch, None, None]:
         """The batches of the next `num_steps` global batches; to be closed, since the workers end with it."""
         plans = self._plans_of_steps(self.plans(samples_seen, stream_state), num_steps)
+        if self.builder.cache is not None:
+            if (first := next(plans, None)) is None:
+                return
+            # An epoch may have fewer micro-batches than there are workers: some meet a later one first.
+            self.builder.cache.start_at(first.epoch)
+            plans = chain([first], plans)
         if self.num_workers == 0:
             yield from self._read_ahead(plans)
             return

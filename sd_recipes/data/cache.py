@@ -11,17 +11,20 @@ that were not written yet. A file is a data set of its own for `datasets`.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import queue
+import re
 import shutil
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +37,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 2  # of the files, and of how images become pixels
 ROWS_PER_FILE = 2048
 BYTES_PER_FILE = 256 * 2**20
+NUMBERS_TO_SORT = 2**16
+PARTIAL = ".partial"  # of a file that is being written, and locked
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -147,30 +152,60 @@ class LatentCache:
         self.dtype = STORED[made_by["dtype"]]
         self.keeps_flips = made_by["flips"]
         self.folder = folder / hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "made_by.json").write_text(json.dumps(made_by, indent=1, sort_keys=True) + "\n")
         self.rank = rank
+        self.failure: str | None = None  # why nothing can be added
+        self._describe(json.dumps(made_by, indent=1, sort_keys=True) + "\n")
+        _remove_leftovers(folder)
         self._sealed = torch.zeros(1, dtype=torch.int64).share_memory_()  # epochs; seen by the workers
-        self._seen_epoch: int | None = None
+        self._seen_epoch = 0
         self._files: list[Path] = []
         self._tables: dict[int, pa.Table] = {}
         self._keys = np.zeros(0, dtype=np.uint64)
         self._places = np.zeros((0, 2), dtype=np.int32)
+        self._put = _Numbers()
         self._writer: _Writer | None = None
         self._look()
 
+    def _describe(self, words: str) -> None:
+        """Write made_by.json, unless it is there. A cache that is there can be read where it cannot be written."""
+        path = self.folder / "made_by.json"
+        beside = path.with_name(f"{self.rank:05d}-{time.time_ns():x}-json{PARTIAL}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if path.is_file() and path.read_text() == words:
+                return
+            with _held(beside) as file:
+                file.write(words.encode())
+                file.flush()
+                os.replace(beside, path)
+        except OSError as error:
+            if not self.folder.is_dir():
+                raise RecipeError(
+                    f"the latent cache {self.folder} cannot be made ({error.strerror}): choose another "
+                    "--latent_cache_dir, or drop --cache_latents"
+                ) from None
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if self.failure is None:
+            self.failure = str(error)
+            logger.warning("The latent cache %s cannot be written (%s): it is read, and no rows are added.",
+                           self.folder, error)  # fmt: skip
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_writer": None, "_tables": {}}
+        return {**self.__dict__, "_writer": None, "_tables": {}, "_put": _Numbers()}
 
     @property
     def num_rows(self) -> int:
         """Rows that readers see."""
         return len(self._keys)
 
+    def start_at(self, epoch: int) -> None:
+        """The run begins within this epoch, for which nothing is waited; said before the workers get their copies."""
+        self._seen_epoch = epoch
+
     def begin_epoch(self, epoch: int) -> None:
-        """Look at what the epochs before wrote; waits until they are sealed. The first epoch met waits for nothing."""
-        if self._seen_epoch is None:
-            self._seen_epoch = epoch
+        """Look at what the epochs before wrote; waits until they are sealed."""
         if epoch <= self._seen_epoch:
             return
         while self._sealed.item() < epoch:
@@ -216,9 +251,20 @@ class LatentCache:
         return moments.to(self.dtype).float()
 
     def put(self, records: list[dict[str, Any]], moments: torch.Tensor, flipped: torch.Tensor | None) -> None:
-        """Keep rows: their keys and captions, and moments (B, 2C, h, w); a whole micro-batch goes into one file."""
+        """Keep rows: their keys and captions, and moments (B, 2C, h, w); each row once, however often it comes.
+
+        It comes again before readers see it where an epoch has it several times, or never ends.
+        """
+        if self.failure is not None:
+            return
         if self._writer is None:
-            self._writer = _Writer(self.folder, self.made_by, self.rank)
+            self._writer = _Writer(self.folder, self.made_by, self.rank, self._give_up)
+        new = [number for number, record in enumerate(records) if self._put.add(_row_hash(record))]
+        if not new:
+            return
+        if len(new) < len(records):
+            records = [records[number] for number in new]
+            moments, flipped = moments[new], None if flipped is None else flipped[new]
         self._writer.put(records, moments.to(self.dtype), None if flipped is None else flipped.to(self.dtype))
 
     def flush(self) -> None:
@@ -235,11 +281,36 @@ class LatentCache:
                 self.folder.parent.rmdir()
 
 
-class _Writer:
-    """Writes rows to files in a thread. A full disk is told once, and ends the writing, not the run."""
+def _row_hash(record: dict[str, Any]) -> int:
+    """8 bytes of a row's picture and captions: one picture with other captions is another row of a data set."""
+    words = json.dumps([record[name] for name in sorted(record) if name != "key"], default=str)
+    return int.from_bytes(hashlib.blake2b(record["key"] + words.encode(), digest_size=8).digest(), "little")
 
-    def __init__(self, folder: Path, made_by: str, rank: int) -> None:
-        self.folder, self.made_by = folder, made_by
+
+class _Numbers:
+    """A set of 8-byte numbers that takes little more than these bytes."""
+
+    def __init__(self) -> None:
+        self._old = np.zeros(0, dtype=np.uint64)  # sorted
+        self._new: set[int] = set()
+
+    def add(self, number: int) -> bool:
+        """Whether it is a new one."""
+        place = int(np.searchsorted(self._old, np.uint64(number)))
+        if number in self._new or (place < len(self._old) and int(self._old[place]) == number):
+            return False
+        self._new.add(number)
+        if len(self._new) >= NUMBERS_TO_SORT:
+            self._old = np.union1d(self._old, np.fromiter(self._new, np.uint64, len(self._new)))
+            self._new = set()
+        return True
+
+
+class _Writer:
+    """Writes rows to files in a thread. A full disk ends the writing, not the run: it goes to `give_up`."""
+
+    def __init__(self, folder: Path, made_by: str, rank: int, give_up: Callable[[Exception], None]) -> None:
+        self.folder, self.made_by, self.give_up = folder, made_by, give_up
         self.prefix = f"{rank:05d}-{time.time_ns():x}"
         self.number = 0
         self.failed = False
@@ -271,7 +342,7 @@ class _Writer:
             except (OSError, pa.ArrowException) as error:
                 self.failed = True
                 self._rows, self._size = [], 0
-                logger.warning("The latent cache cannot be written (%s): training goes on without new entries.", error)
+                self.give_up(error)
             except Exception as error:  # ours: raised where the training would otherwise wait for this thread
                 self.failed, self.error = True, error
             finally:
@@ -304,18 +375,42 @@ class _Writer:
             table.column("moments_flipped").cast(pa.binary()),
         )
         final = self.folder / f"{self.prefix}-{self.number:05d}.arrow"
-        temporary = final.with_suffix(".partial")
-        try:
-            with open(temporary, "wb") as file:
-                with pa.ipc.new_stream(file, table.schema) as writer:
-                    writer.write_table(table, max_chunksize=64)
-                file.flush()
-                os.fsync(file.fileno())
+        temporary = final.with_suffix(PARTIAL)
+        with _held(temporary) as file:
+            with pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table, max_chunksize=64)
+            file.flush()
+            os.fsync(file.fileno())
             os.replace(temporary, final)
-        finally:
-            temporary.unlink(missing_ok=True)
         self.number += 1
         self._rows, self._size = [], 0
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[BinaryIO]:
+    """A new file, locked until it is closed, as it also is by a kill; what is still under that name then is removed."""
+    try:
+        while True:
+            with open(path, "wb") as file:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if not path.exists():  # another run took it for a leftover before it was locked
+                    continue
+                yield file
+                return
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left half written in a cache of whatever key: those that nobody holds."""
+    for path in folder.glob(f"*/*{PARTIAL}"):
+        if not re.fullmatch(rf"\d{{5}}-[0-9a-f]+-\w+{re.escape(PARTIAL)}", path.name):
+            continue
+        with suppress(OSError), open(path, "r+b") as file:  # an error: it is held, or gone, or cannot be removed
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def open_cached(path: Path) -> pa.Table:

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
-from sd_recipes.data.bad_rows import NAMED, BadRows, row_name
+from sd_recipes.data.bad_rows import NAMED, BadRows, row_name, row_number
 from sd_recipes.data.captions import CaptionError, count_tokens, make_caption
 from sd_recipes.data.draws import draw
 from sd_recipes.data.images import ImageError, open_image
@@ -48,6 +48,27 @@ def check_rows(
 def check_held_out(rows: datasets.Dataset, config: Recipe, tokenizer: CLIPTokenizer, *, seed: int) -> None:
     """As `check_rows`, of the held-out split: its bad rows are named, and not counted among those of training."""
     _Examined(config, tokenizer, of=f" of --validation_split {config.validation_split}").look_at(rows, seed)
+
+
+def check_bad_rows_again(
+    rows: datasets.Dataset, config: Recipe, tokenizer: CLIPTokenizer, *, bad_rows: BadRows
+) -> None:
+    """Look again at the rows that were bad in an earlier part of the run: only those that still are count.
+
+    Raises TooManyBadRows.
+    """
+    recorded = bad_rows.recorded()
+    if not recorded:
+        return
+    numbers = sorted({number for name in recorded if (number := row_number(name)) is not None and number < len(rows)})
+    examined = _Examined(config, tokenizer)
+    for start in range(0, len(numbers), CHUNK):
+        examined.add([(number, rows[number]) for number in numbers[start : start + CHUNK]])
+    found = dict(examined.bad)
+    bad_rows.forget({name for name, reason in recorded.items() if found.get(name) != reason})
+    if usable := recorded.keys() - found.keys():
+        logger.info("%d of the %d rows that could not be used before can be used now.", len(usable), len(recorded))
+    bad_rows.add(tuple(examined.bad), 0)
 
 
 def check_stream(stream: datasets.IterableDataset, config: Recipe, tokenizer: CLIPTokenizer) -> None:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from sd_recipes.agreement import exchange
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Plans
-from sd_recipes.data.checks import check_held_out, check_rows, check_stream
+from sd_recipes.data.checks import check_bad_rows_again, check_held_out, check_rows, check_stream
 from sd_recipes.data.order import Order, plans_of_order
 from sd_recipes.data.rows import is_local, join_rows, load_held_out_rows, load_sources, load_streams
 from sd_recipes.data.shards import Shards
@@ -81,6 +81,8 @@ def load_training_data(recipe: Recipe, *, seed: int, global_batch_size: int, ran
             f"data set has {len(rows)} rows: lower one of them"
         )
     bad_rows = BadRows(output_dir, recipe.max_bad_rows, len(rows), rank, writes=not recipe.dry_run)
+    if rank == 0:
+        check_bad_rows_again(rows, recipe, load_tokenizer(recipe), bad_rows=bad_rows)
     if recipe.check_data != "off" and rank == 0:
         check_rows(rows, recipe, load_tokenizer(recipe), seed=seed, bad_rows=bad_rows)
     order = Order(lengths, global_batch_size, seed, weights, ((recipe.resolution, recipe.resolution),))
