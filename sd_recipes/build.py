@@ -24,7 +24,7 @@ from sd_recipes.agreement import StopAgreement
 from sd_recipes.checkpoint import Manifest
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
-from sd_recipes.data.cache import LatentCache, check_makers, made_by, memory_folder
+from sd_recipes.data.cache import LatentCache, check_makers, made_by, memory_folder, remove_memory_folder
 from sd_recipes.data.training_data import load_training_data, plans
 from sd_recipes.ema import AveragedWeights
 from sd_recipes.metrics import ImageTextScore
@@ -282,6 +282,10 @@ def open_cache(
     recipe: Recipe, components: Components, accelerator: Accelerator, weight_dtype: torch.dtype
 ) -> LatentCache | None:
     """The latent cache of a recipe, if it asks for one. Raises RecipeError if there is no room for it in memory."""
+    if recipe.dry_run:  # which leaves no trace, and no other run's memory
+        return None
+    if accelerator.is_local_main_process:
+        remove_memory_folder(recipe.output_dir)  # whatever this run will use
     if recipe.cache_latents == "off":
         return None
     if recipe.streaming and len(recipe.sources) > 1:
@@ -291,6 +295,7 @@ def open_cache(
         )
     folder = Path(recipe.latent_cache_dir or Path(recipe.output_dir) / "latents")
     if recipe.cache_latents == "memory":
+        accelerator.wait_for_everyone()  # until it is removed
         folder = memory_folder(recipe.output_dir)
     return LatentCache(
         folder,

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from sd_recipes.checkpoint import Progress, goes_on
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.model.latents import batch_moments, sample_latents
-from sd_recipes.recipe import Recipe, RunError
+from sd_recipes.recipe import Recipe, RecipeError, RunError
 from sd_recipes.report import FIGURES
 from sd_recipes.resume import identity_of, load_checkpoint
 from sd_recipes.saving import Checkpointer, NotSaved
@@ -51,7 +51,14 @@ def fit(training: Training) -> Progress:
     output_dir = Path(recipe.output_dir)
     identity = identity_of(training)
     progress = resume(training, identity)
-    training.tracker.start_at(progress.global_step)
+    try:
+        training.tracker.start_at(progress.global_step)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise RecipeError(
+            f"--output_dir {output_dir} cannot be written ({error}): make room, or choose another"
+        ) from error
     if progress.global_step >= training.max_train_steps:
         logger.info(
             "Nothing left to train: %d of %d steps are done. A larger --max_train_steps goes on; --overwrite starts "
@@ -67,6 +74,7 @@ def fit(training: Training) -> Progress:
     window = Window(accelerator.device, progress)
     steps_left = training.max_train_steps - progress.global_step
     with (
+        memory_given_back(training),
         Checkpointer(training, output_dir, identity) as checkpointer,
         tqdm(
             total=training.max_train_steps,
@@ -225,6 +233,22 @@ class Window:
         self.steps_from = progress.global_step
         self.restart(progress)
         return figures
+
+
+@contextmanager
+def memory_given_back(training: Training) -> Iterator[None]:
+    """A cache in memory ends with the run also where that is ended.
+
+    Of several processes only by a stop, on which they agree: one that fails must not take it away from the others, for
+    which the launcher, and the next run, are there.
+    """
+    try:
+        yield
+    except BaseException as error:
+        alone = training.accelerator.num_processes == 1
+        if training.cache and (alone or isinstance(error, (Stopped, NotSaved))):
+            training.cache.give_back()
+        raise
 
 
 def remedy(training: Training) -> str:

@@ -137,7 +137,8 @@ def _lock(output_dir: Path) -> FileLock | None:
             )
             return None
     content = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    (output_dir / OWNER).write_text(json.dumps(content) + "\n")
+    with suppress(OSError):  # it is only what another run is told
+        (output_dir / OWNER).write_text(json.dumps(content) + "\n")
     return lock
 
 

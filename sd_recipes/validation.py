@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +117,7 @@ class Validator:
                 pictures = self.pictures(training)
                 path = Path(recipe.output_dir) / "samples" / f"step-{step:06d}.png"
                 path.parent.mkdir(exist_ok=True)
-                picture_grid(pictures, recipe.validation_prompts).save(path)
+                save_whole(picture_grid(pictures, recipe.validation_prompts), path)
                 training.tracker.log_pictures(pictures, step)
                 if self.score:
                     figures["image_text_score"] = self.score(pictures, recipe.validation_prompts)
@@ -124,6 +125,16 @@ class Validator:
             unet.train()
         if figures:
             training.tracker.log(figures, step)
+
+
+def save_whole(picture: Image.Image, path: Path) -> None:
+    """Save a picture so that a kill or a full disk leaves all of it or nothing."""
+    beside = path.with_name(f".{path.name}")
+    try:
+        picture.save(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def check_for_stop(
