@@ -26,7 +26,7 @@ from sd_recipes.agreement import StopAgreement
 from sd_recipes.checkpoint import Manifest
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
-from sd_recipes.data.cache import LatentCache, check_makers, made_by, memory_folder
+from sd_recipes.data.cache import LatentCache, check_makers, made_by, memory_folder, remove_memory_folder
 from sd_recipes.data.order import Order
 from sd_recipes.data.sizes import square_side
 from sd_recipes.data.training_data import load_training_data, plans
@@ -327,6 +327,10 @@ def _batch_in_words(recipe: Recipe, global_batch_size: int, num_processes: int) 
 
 def open_cache(recipe: Recipe, made_by: dict[str, Any] | None, rank: int) -> LatentCache | None:
     """The latent cache of a recipe, if it asks for one. Raises RecipeError if there is no room for it in memory."""
+    if recipe.dry_run:  # which leaves no trace, and no other run's memory
+        return None
+    if accelerator.is_local_main_process:
+        remove_memory_folder(recipe.output_dir)  # whatever this run will use
     if recipe.cache_latents == "off":
         return None
     assert made_by is not None
@@ -337,6 +341,7 @@ def open_cache(recipe: Recipe, made_by: dict[str, Any] | None, rank: int) -> Lat
         )
     folder = Path(recipe.latent_cache_dir or Path(recipe.output_dir) / "latents")
     if recipe.cache_latents == "memory":
+        accelerator.wait_for_everyone()  # until it is removed
         folder = memory_folder(recipe.output_dir)
     if recipe.dry_run:  # no row will be asked for, and to open it is to make it
         return None

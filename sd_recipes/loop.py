@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,14 @@ def _train(training: Training) -> Progress:
         accelerator.wait_for_everyone()  # it fits on all of them
         if accelerator.is_main_process:
             begin_history(output_dir, *training.checkpoint)
-    training.tracker.start_at(progress.global_step)
+    try:
+        training.tracker.start_at(progress.global_step)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise RecipeError(
+            f"--output_dir {output_dir} cannot be written ({error}): make room, or choose another"
+        ) from error
     if progress.global_step >= training.max_train_steps:
         logger.info(
             "Nothing left to train: %d of %d steps are done. A larger %s goes on; --overwrite starts anew.",
@@ -92,6 +99,7 @@ def _train(training: Training) -> Progress:
     window = Window(accelerator.device, progress)
     steps_left = training.max_train_steps - progress.global_step
     with (
+        memory_given_back(training),
         Checkpointer(training, output_dir, identity) as checkpointer,
         tqdm(
             total=training.max_train_steps,
@@ -263,6 +271,22 @@ class Window:
         self.steps_from = progress.global_step
         self.restart(progress)
         return figures
+
+
+@contextmanager
+def memory_given_back(training: Training) -> Iterator[None]:
+    """A cache in memory ends with the run also where that is ended.
+
+    Of several processes only by a stop, on which they agree: one that fails must not take it away from the others, for
+    which the launcher, and the next run, are there.
+    """
+    try:
+        yield
+    except BaseException as error:
+        alone = training.accelerator.num_processes == 1
+        if training.cache and (alone or isinstance(error, (Stopped, NotSaved))):
+            training.cache.give_back()
+        raise
 
 
 def remedy(training: Training) -> str:

@@ -184,7 +184,8 @@ def _lock(output_dir: Path) -> FileLock | None:
             )
             return None
     content = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    replace_file(output_dir / OWNER, json.dumps(content) + "\n")
+    with suppress(OSError):  # it is only what another run is told
+        replace_file(output_dir / OWNER, json.dumps(content) + "\n")
     return lock
 
 

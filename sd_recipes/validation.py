@@ -147,9 +147,7 @@ class Validator:
             if pictures and recipe.validation_prompts:
                 path = Path(recipe.output_dir) / "samples" / f"step-{step:06d}.png"
                 path.parent.mkdir(exist_ok=True)
-                beside = path.with_name(f".{path.name}")  # a picture that has its name is whole
-                picture_grid(pictures, recipe.validation_prompts).save(beside)
-                os.replace(beside, path)
+                save_whole(picture_grid(pictures, recipe.validation_prompts), path)
                 training.tracker.log_pictures(pictures, step)
                 if self.score:
                     figures["image_text_score"] = self.score(pictures, recipe.validation_prompts)
@@ -184,6 +182,16 @@ def decoded_one_by_one(vae: AutoencoderKL) -> Iterator[None]:
         yield
     finally:
         vae.disable_slicing()
+
+
+def save_whole(picture: Image.Image, path: Path) -> None:
+    """Save a picture so that a kill or a full disk leaves all of it or nothing."""
+    beside = path.with_name(f".{path.name}")
+    try:
+        picture.save(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def check_for_stop(

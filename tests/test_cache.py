@@ -9,8 +9,9 @@ import fcntl
 import io
 import json
 import os
+import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,20 @@ from training import assert_equal, losses, train, weights
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import Training, build_training
-from sd_recipes.data.cache import LatentCache, check_made_by, made_by, model_hash, moments_of, open_cached, row_key
+from sd_recipes.checkpoint import remove
+from sd_recipes.data.cache import (
+    LatentCache,
+    check_made_by,
+    made_by,
+    memory_folder,
+    model_hash,
+    moments_of,
+    open_cached,
+    row_key,
+)
 from sd_recipes.data.order import GlobalBatch, share
 from sd_recipes.fill_cache import fill_cache, rows_of_no_data
+from sd_recipes.loop import TrainingDiverged
 from sd_recipes.model.components import load_vae
 from sd_recipes.model.latents import batch_moments
 from sd_recipes.recipe import Recipe, RecipeError
@@ -245,19 +257,19 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
                 raise OSError(errno.EROFS, "Read-only file system", str(path))
             return plain(path, mode, *arguments, **more)
 
-        def changed(path: Any, *_: Any, **__: Any) -> None:
-            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        def changing(function: Callable[..., Any], refused: Callable[[Any], bool]) -> Callable[..., Any]:
+            def changed(path: Any, *rest: Any, **more: Any) -> Any:
+                if refused(path):
+                    raise OSError(errno.EROFS, "Read-only file system", str(path))
+                return function(path, *rest, **more)
+
+            return changed
 
         plain = builtins.open
         for module in (builtins, io):
             monkeypatch.setattr(module, "open", opened)
         for name in ("mkdir", "unlink", "replace"):
-            whole = getattr(os, name)
-            monkeypatch.setattr(
-                os,
-                name,
-                lambda path, *rest, whole=whole, **more: (changed if refused(path) else whole)(path, *rest, **more),
-            )
+            monkeypatch.setattr(os, name, changing(getattr(os, name), refused))
 
     return make
 
@@ -276,8 +288,56 @@ def test_defect_28_a_read_only_cache_is_read_and_says_once_that_it_cannot_add(
         cache.put([record(number)], moments, moments)
         cache.flush()
     assert caplog.text.count("Read-only file system") == caplog.text.count("it is read, and no rows are added") == 1
-    with pytest.raises(RecipeError, match="cannot be made .Read-only file system.: choose another --latent_cache_dir"):
+    with pytest.raises(RecipeError, match=r"cannot be made \(Read-only file system\): choose another"):
         LatentCache(tmp_path / "shared", {**MADE, "size": 128}, rank=0)
+
+
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Path]:
+    """Where a run in tmp_path / "run" keeps a cache in memory; nothing is there yet."""
+    folder = memory_folder(str(tmp_path / "run"))
+    if folder.exists():  # of a test that was ended
+        remove(folder)
+    yield folder
+    if os.path.lexists(folder):
+        remove(folder)
+
+
+def test_defect_31_memory_is_for_this_user_alone(tmp_path: Path, in_memory: Path) -> None:
+    before = os.umask(0)
+    try:
+        folder = memory_folder(str(tmp_path / "run"))
+        cache, _ = filled(folder, range(3))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(in_memory.stat().st_mode) == 0o700
+    assert memory_folder(str(tmp_path / "run")) == in_memory, "by another process of the run"
+    assert cache.folder.parent == in_memory
+
+
+@pytest.mark.parametrize(
+    "planted", ["another user's folder", "a folder for all", "a link", "a link to nothing", "a file"]
+)
+def test_defect_31_what_another_user_put_there_is_refused(
+    tmp_path: Path, in_memory: Path, planted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    if "folder" in planted:
+        in_memory.mkdir()
+        in_memory.chmod(0o777 if planted == "a folder for all" else 0o700)
+    elif planted == "a file":
+        in_memory.write_text("")
+    else:
+        in_memory.symlink_to(tmp_path / ("elsewhere" if planted == "a link" else "nowhere"))
+    if planted == "another user's folder":
+        import sd_recipes.data.cache as cache
+
+        user = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+        cache.remove_memory_folder(str(tmp_path / "run"))
+        assert in_memory.exists(), "it is not ours to remove"
+    with pytest.raises(RecipeError, match=f"{in_memory}.*: remove it, use --cache_latents disk, or choose"):
+        memory_folder(str(tmp_path / "run"))
 
 
 # ------------------------------------------------------------------------------------- through the loop
@@ -395,6 +455,40 @@ def test_a_cache_in_memory_is_a_cache(settings: dict[str, Any], tmp_path: Path) 
     assert not in_memory.cache.folder.exists(), "the memory is given back at the end"
 
 
+@pytest.mark.parametrize("cache_latents", ["memory", "disk", "off"])
+def test_defect_31_memory_of_a_killed_run_is_given_back_by_the_next(
+    settings: dict[str, Any], in_memory: Path, cache_latents: str
+) -> None:
+    (in_memory / "0123456789abcdef").mkdir(parents=True)
+    (in_memory / "0123456789abcdef" / "00000-18f-00000.arrow").write_bytes(b"large")
+    other_run = memory_folder("/another/run")
+    changes = {**CACHED, "cache_latents": cache_latents}
+    look = Recipe(**{**settings, **changes, "dry_run": True})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    build_training(look, start_accelerator(look))
+    assert in_memory.exists(), "a look at what a run would do takes nothing from one that may be running"
+    train(settings, **changes)
+    assert not in_memory.exists()
+    assert other_run.exists()
+    other_run.rmdir()
+
+
+def test_defect_31_memory_is_given_back_by_a_run_that_fails(
+    settings: dict[str, Any], in_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def fail(*_: Any) -> None:
+        seen.append(in_memory.exists())
+        raise TrainingDiverged("the loss is nan")
+
+    monkeypatch.setattr("sd_recipes.loop.Window.sum_up", fail)
+    with pytest.raises(TrainingDiverged):
+        train(settings, **{**CACHED, "cache_latents": "memory"})
+    assert seen == [True]
+    assert not in_memory.exists()
+
+
 def test_a_cache_filled_before_is_used_and_trains_alone(settings: dict[str, Any], tmp_path: Path) -> None:
     changes = {**CACHED, "latent_cache_dir": str(tmp_path / "kept")}
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -466,7 +560,7 @@ def test_defect_28_a_cache_that_cannot_be_filled_is_no_success(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RecipeError, match="No space left on device.*make room"):
+    with pytest.raises(RecipeError, match=r"No space left on device.*make room"):
         fill_cache(Recipe(**{**settings, **CACHED, "latent_cache_dir": str(tmp_path / "kept")}))
 
 

@@ -19,6 +19,7 @@ import os
 import queue
 import re
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 2  # of the files, and of how images become pixels
 ROWS_PER_FILE = 2048
 BYTES_PER_FILE = 256 * 2**20
+SHARED_MEMORY = Path("/dev/shm")
 NUMBERS_TO_SORT = 2**16
 PARTIAL = ".partial"  # of a file that is being written, and locked
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -114,11 +116,44 @@ def check_makers(found: list[str], wanted: dict[str, Any]) -> None:
 
 
 def memory_folder(output_dir: str) -> Path:
-    """A folder in memory that all processes and loader workers of a run share; Linux keeps one at /dev/shm."""
-    shared = Path("/dev/shm")
-    if not shared.is_dir():
+    """A folder in memory that all processes and loader workers of a run share; Linux keeps one at /dev/shm.
+
+    Made for this user alone. Its name is known beforehand, so another may have made it: raises RecipeError then.
+    """
+    folder = _memory_folder(output_dir)
+    if not SHARED_MEMORY.is_dir():
         raise RecipeError("--cache_latents memory needs /dev/shm, which this machine has not: use --cache_latents disk")
-    return shared / f"sd-recipes-{hashlib.blake2b(os.path.abspath(output_dir).encode(), digest_size=8).hexdigest()}"
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass  # another process of the run was first, or another user
+    except OSError as error:
+        raise RecipeError(f"{folder} cannot be made ({error.strerror}): use --cache_latents disk") from None
+    found = os.lstat(folder)
+    if not _is_own(found) or found.st_mode & 0o077:
+        raise RecipeError(
+            f"{folder}, where --cache_latents memory would keep this run's latents, is not a folder of this user's "
+            "alone: remove it, use --cache_latents disk, or choose another --output_dir"
+        )
+    return folder
+
+
+def remove_memory_folder(output_dir: str) -> None:
+    """Give back the memory that a killed run in that folder left, before the next one begins."""
+    folder = _memory_folder(output_dir)
+    with suppress(FileNotFoundError):
+        if _is_own(os.lstat(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _memory_folder(output_dir: str) -> Path:
+    name = hashlib.blake2b(os.path.abspath(output_dir).encode(), digest_size=8).hexdigest()
+    return SHARED_MEMORY / f"sd-recipes-{name}"
+
+
+def _is_own(found: os.stat_result) -> bool:
+    """Whether it is a folder, no link, that this user made."""
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def to_bytes(moments: torch.Tensor) -> bytes:
@@ -273,8 +308,12 @@ class LatentCache:
             self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left; a temporary cache is removed, by whichever process comes first."""
+        """Write what is left; a temporary cache is removed."""
         self.flush()
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Remove a temporary cache; by whichever process comes first."""
         if self.temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):  # it holds another run's
