@@ -13,10 +13,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from tiny_models import build_tiny_pipeline
-from training import assert_equal, losses, train, weights
+from training import assert_equal, forget_accelerator, losses, train, weights
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import build_training
@@ -141,7 +140,7 @@ def test_a_reader_waits_until_the_epoch_before_is_written(tmp_path: Path) -> Non
 
 
 def test_a_row_that_only_stands_in_is_kept_by_the_process_that_trains_on_it(settings: dict[str, Any]) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     recipe = Recipe(**settings | {"cache_latents": "disk", "center_crop": True})
     training = build_training(recipe, start_accelerator(recipe))
     assert training.cache is not None
@@ -238,7 +237,7 @@ def test_a_cache_in_memory_is_a_cache(settings: dict[str, Any], tmp_path: Path) 
 
 def test_a_cache_filled_before_is_used_and_trains_alone(settings: dict[str, Any], tmp_path: Path) -> None:
     changes = {**CACHED, "latent_cache_dir": str(tmp_path / "kept")}
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     folder = fill_cache(Recipe(**{**settings, **changes, "cache_latents": "off"}))
     again = fill_cache(Recipe(**{**settings, **changes}))
     assert again == folder

@@ -68,7 +68,8 @@ def load_streams(config: Any, *, cache_dir: str | None = None) -> list[datasets.
     for source in config.sources:
         found = _load(source, config, cache_dir, streaming=True)
         stream = found[_split(found, source, None)]
-        features = _guarded(source, lambda stream=stream: stream.features or stream._resolve_features().features)
+        # A stream of files that do not say their features finds them in its first rows when it is joined to others.
+        features = _guarded(source, lambda stream=stream: datasets.concatenate_datasets([stream]).features)
         if features is None:
             raise RecipeError(f"{source.flag} has no rows in split {source.train_split!r}")
         streams.append(_checked(stream, features, source, config))
