@@ -11,18 +11,18 @@ On your own pictures, on a GPU:
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --train_data_dir my_pictures --mixed_precision bf16 --use_ema --output_dir my_model
 
-`--help` lists every setting, `--dry_run` shows what a run would do.
+`--help` lists every setting, `--help optimization` one group of them, `--dry_run` shows what a run would do.
 """
 
 from sd_recipes.console import mistakes_in_one_line, set_up_console
-from sd_recipes.flags import load_recipe
+from sd_recipes.flags import SCRIPT, Command, load_recipe
 from sd_recipes.signals import stop_request
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train by the flags in `argv`. A mistake leaves one line on stderr, and status 2."""
+def main(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
+    """Train by the flags in `argv`, given to `command`. A mistake leaves one line on stderr, and status 2."""
     with mistakes_in_one_line():
-        recipe = load_recipe(argv)
+        recipe = load_recipe(argv, command)
         stop_request.listen()
         # Imported here, because it takes seconds: a mistake on the command line is answered before.
         set_up_console()

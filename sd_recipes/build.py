@@ -173,7 +173,7 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     prepared_unet, prepared_optimizer = accelerator.prepare(unet, optimizer)
     ema = AveragedWeights(unet, recipe) if recipe.use_ema else None
 
-    cache = open_cache(recipe, wanted, accelerator.process_index)
+    cache = open_cache(recipe, wanted, accelerator)
     builder_settings = {
         "latent_shape": latent_shape_of(components.vae),
         "num_train_timesteps": num_train_timesteps,
@@ -325,9 +325,9 @@ def _batch_in_words(recipe: Recipe, global_batch_size: int, num_processes: int) 
     return f"{global_batch_size} = {size} a device x {accumulated} accumulated x {num_processes} processes"
 
 
-def open_cache(recipe: Recipe, made_by: dict[str, Any] | None, rank: int) -> LatentCache | None:
+def open_cache(recipe: Recipe, made_by: dict[str, Any] | None, accelerator: Accelerator) -> LatentCache | None:
     """The latent cache of a recipe, if it asks for one. Raises RecipeError if there is no room for it in memory."""
-    if recipe.dry_run:  # which leaves no trace, and no other run's memory
+    if recipe.dry_run:  # no row will be asked for, and it leaves no trace, nor takes another run's memory
         return None
     if accelerator.is_local_main_process:
         remove_memory_folder(recipe.output_dir)  # whatever this run will use
@@ -343,6 +343,4 @@ def open_cache(recipe: Recipe, made_by: dict[str, Any] | None, rank: int) -> Lat
     if recipe.cache_latents == "memory":
         accelerator.wait_for_everyone()  # until it is removed
         folder = memory_folder(recipe.output_dir)
-    if recipe.dry_run:  # no row will be asked for, and to open it is to make it
-        return None
-    return LatentCache(folder, made_by, rank, temporary=recipe.cache_latents == "memory")
+    return LatentCache(folder, made_by, accelerator.process_index, temporary=recipe.cache_latents == "memory")

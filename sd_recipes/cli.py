@@ -6,6 +6,26 @@ import argparse
 import sys
 
 from sd_recipes import __version__
+from sd_recipes.flags import SCRIPT, Command, load_recipe
+
+TRAIN = Command(
+    "sd-recipes train",
+    SCRIPT.description,
+    """
+    sd-recipes train --config quickstart
+    sd-recipes train --train_data_dir my_pictures \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
+""",
+)
+CACHE = Command(
+    "sd-recipes cache",
+    "Fill the latent cache before training, with the flags of the run that will read it.",
+    """
+    sd-recipes cache --config quickstart --cache_latents disk --center_crop
+    sd-recipes cache --train_data_dir my_pictures --cache_latents disk --center_crop \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
+""",
+)
 
 
 def main() -> None:
@@ -37,11 +57,10 @@ def main() -> None:
         return
     if arguments.command == "cache":
         from sd_recipes.console import mistakes_in_one_line, set_up_console
-        from sd_recipes.flags import load_recipe
         from sd_recipes.signals import stop_request
 
         with mistakes_in_one_line():
-            recipe = load_recipe(rest)
+            recipe = load_recipe(rest, CACHE)
             stop_request.listen()
             set_up_console()
             from sd_recipes.fill_cache import fill_cache
@@ -50,7 +69,7 @@ def main() -> None:
         return
     from train_text_to_image import main as train
 
-    train(rest)
+    train(rest, TRAIN)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -19,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from sd_recipes.reading import StrangeFile, open_regular, read_text
-from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, Recipe, RecipeError, Section
+from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, Recipe, RecipeError, Section, heading
 
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 MAX_RECIPE_BYTES = 2**20
@@ -43,13 +44,33 @@ class RecipeLoader(yaml.SafeLoader):
         return node
 
 
-def load_recipe(argv: list[str] | None = None) -> Recipe:
+@dataclass(frozen=True)
+class Command:
+    """How a command begins its `--help`: what one types, what that does, and examples of it."""
+
+    prog: str
+    description: str
+    examples: str
+
+
+SCRIPT = Command(
+    "train_text_to_image.py",
+    "Fine-tune, or train from scratch, a Stable Diffusion text-to-image model.",
+    """
+    accelerate launch --quiet train_text_to_image.py --config quickstart
+    accelerate launch --quiet train_text_to_image.py --train_data_dir my_pictures \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
+""",
+)
+
+
+def load_recipe(argv: list[str] | None = None, command: Command = SCRIPT) -> Recipe:
     """Recipe from defaults, then the `--config` file, then the flags in `argv` (default: sys.argv[1:]).
 
     Raises RecipeError for an unknown flag or key (with the nearest name), a value of the wrong type
     or out of range, and settings that contradict each other.
     """
-    flags = parse_flags(sys.argv[1:] if argv is None else argv)
+    flags = parse_flags(sys.argv[1:] if argv is None else argv, build_parser(command=command))
     settings = read_recipe_file(flags["config"]) if flags.get("config") else {}
     return build_recipe({**settings, **flags}, settings)
 
@@ -124,20 +145,39 @@ def recipe_text(recipe: Recipe) -> str:
     return "".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One flag a field, in a group a section, with the field's help and default. `--help GROUP` shows one group."""
+
+    def __init__(self, sections: Sequence[type[Section]], **options: Any) -> None:
+        super().__init__(
+            **options,
+            add_help=False,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.sections = {heading(section)[0].lower(): section for section in sections}
+        self.flags: list[str] = []
+        for section in sections:
+            self._add_section(section)
+
     def error(self, message: str) -> NoReturn:
         raise RecipeError(message)
 
+    def show_help(self, name: str) -> None:
+        """All groups, or the one of that name. Raises RecipeError."""
+        if not name:
+            self.print_help()
+            return
+        section = self.sections.get(name.lower())
+        if section is None:
+            raise RecipeError(
+                f"--help {name}: no such group of flags{_nearest(name.lower(), self.sections)}: {list(self.sections)}"
+            )
+        Parser([section], usage=argparse.SUPPRESS).print_help()
 
-def build_parser(
-    sections: Sequence[type[Section]] = SECTIONS,
-    prog: str = "train_text_to_image.py",
-    description: str = "Fine-tune, or train from scratch, a Stable Diffusion text-to-image model.",
-) -> argparse.ArgumentParser:
-    """One flag a field, grouped by section, with the field's help and default."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for section in sections:
-        group = parser.add_argument_group((section.__doc__ or "").rstrip("."))
+    def _add_section(self, section: type[Section]) -> None:
+        group = self.add_argument_group(*heading(section))
         for name, field in section.model_fields.items():
             if name in ONLY_IN_FILES:
                 continue
@@ -154,7 +194,26 @@ def build_parser(
                 }
                 if is_list:
                     options["nargs"] = "+"
-            group.add_argument(f"--{name}", **options)
+            self.flags += group.add_argument(f"--{name}", **options).option_strings
+
+
+class _Help(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parser.show_help(" ".join(values))
+        parser.exit()
+
+
+def build_parser(sections: Sequence[type[Section]] = SECTIONS, command: Command = SCRIPT) -> Parser:
+    """The flags of `sections`, and `--help`."""
+    parser = Parser(
+        sections,
+        prog=command.prog,
+        usage=f"{command.prog} [--config RECIPE] [--FLAG VALUE ...]",
+        description=f"{command.description}\n{command.examples}\n"
+        "`--help GROUP` shows one group of flags alone, such as --help images.",
+    )
+    help_flags = parser.add_argument("-h", "--help", action=_Help, nargs="*", help=argparse.SUPPRESS)
+    parser.flags += help_flags.option_strings
     return parser
 
 
@@ -173,14 +232,12 @@ def _flag_kind(annotation: Any) -> tuple[type, list[str] | None, bool]:
     return annotation, None, False
 
 
-def parse_flags(argv: list[str], parser: argparse.ArgumentParser | None = None) -> dict[str, Any]:
+def parse_flags(argv: list[str], parser: Parser) -> dict[str, Any]:
     """The flags that were given, by name. Raises RecipeError, with the nearest name of an unknown flag."""
-    parser = parser or build_parser()
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        names = [option for action in parser._actions for option in action.option_strings]
-        raise RecipeError(f"unknown flag {name}{_nearest(name, names)}; --help lists all")
+        raise RecipeError(f"unknown flag {name}{_nearest(name, parser.flags)}; --help lists all")
     return vars(flags)
 
 

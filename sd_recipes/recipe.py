@@ -42,11 +42,19 @@ Number = Annotated[float, BeforeValidator(_number_from_text)]
 
 
 class Section(BaseModel):
+    """Settings that belong together; a section's docstring is `Title: description.`, as help and docs show it."""
+
     model_config = ConfigDict(extra="forbid", validate_assignment=False, protected_namespaces=())
 
 
+def heading(section: type[Section]) -> tuple[str, str]:
+    """Title and description of a section."""
+    title, _, description = (section.__doc__ or "").partition(": ")
+    return title, description[:1].upper() + description[1:]
+
+
 class RunConfig(Section):
-    """Run and output."""
+    """Run and output: the recipe, the folder of the run, its seed, precision and device."""
 
     config: str | None = Field(None, description="A YAML recipe: a path, or the name of a shipped one (quickstart).")
     dry_run: bool = Field(False, description="Print the resolved recipe with its derived numbers, and leave.")
@@ -69,7 +77,7 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    """Model."""
+    """Model: the pipeline that training starts from."""
 
     pretrained_model_name_or_path: str | None = Field(
         None, description="A pipeline folder in diffusers format, a Hub id, or sd-recipes/tiny-emoji."
@@ -103,7 +111,7 @@ class DataSource(Section):
 
 
 class DataConfig(Section):
-    """Data."""
+    """Data: where the rows come from, and what becomes of those that cannot be used."""
 
     dataset_name: str | None = Field(
         None, description="A Hub data set, a folder, a .parquet, .arrow or .tar file (globs and URLs too), "
@@ -150,7 +158,7 @@ class DataConfig(Section):
 
 
 class ImageConfig(Section):
-    """Images."""
+    """Images: how a picture is brought to the size of training."""
 
     resolution: int = Field(512, ge=8, description="Width and height of the training images, in pixels.")
     center_crop: bool = Field(False, description="Crop the middle; otherwise crop at random. Same as --crop center.")
@@ -179,7 +187,7 @@ class ImageConfig(Section):
 
 
 class CaptionConfig(Section):
-    """Captions."""
+    """Captions: which text goes with a picture, and what becomes of missing and long ones."""
 
     caption_column: str = Field("text", description="Column with the caption, or with a list of captions.")
     caption_columns: list[str] | None = Field(
@@ -207,7 +215,7 @@ class CaptionConfig(Section):
 
 
 class CacheConfig(Section):
-    """Caches."""
+    """Caches: what is computed once and kept, instead of in every epoch."""
 
     cache_latents: Literal["disk", "memory", "off"] = Field(
         "off", description="Keep the VAE's moments, so that later epochs skip decoding and VAE; needs a fixed crop."
@@ -222,7 +230,7 @@ class CacheConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """Objective."""
+    """Objective: what the UNet learns to predict, and how its errors are weighted."""
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(
         None, description="What the UNet predicts; if not given, what the model's scheduler says."
@@ -235,7 +243,7 @@ class ObjectiveConfig(Section):
 
 
 class OptimConfig(Section):
-    """Optimization."""
+    """Optimization: batch size, steps, optimizer, learning rate and averaged weights."""
 
     train_batch_size: int = Field(16, ge=1, description="Images per device and micro-batch.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
@@ -262,7 +270,7 @@ class OptimConfig(Section):
 
 
 class MemoryConfig(Section):
-    """Memory and speed."""
+    """Memory and speed: what trades the one for the other."""
 
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
     enable_xformers_memory_efficient_attention: bool = Field(
@@ -275,7 +283,7 @@ class MemoryConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Checkpoints."""
+    """Checkpoints: how often the state of a run is saved, and from which it goes on."""
 
     checkpointing_steps: int = Field(500, ge=1, description="Save the state every so many optimizer steps.")
     checkpointing_minutes: Number | None = Field(
@@ -288,7 +296,7 @@ class CheckpointConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Validation and tracking."""
+    """Validation and tracking: what is drawn and measured on the way, and where the numbers go."""
 
     validation_prompts: list[str] | None = Field(None, description="Prompts to draw at every validation.")
     validation_epochs: int = Field(5, ge=1, description="Validate after every so many epochs.")
@@ -308,7 +316,7 @@ class ValidationConfig(Section):
 
 
 class HubConfig(Section):
-    """Hub."""
+    """Hub: publishing the pipeline on the Hugging Face Hub."""
 
     push_to_hub: bool = Field(False, description="Upload the pipeline at the end.")
     hub_model_id: str | None = Field(None, description="Repository to push to; otherwise the output folder's name.")

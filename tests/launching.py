@@ -28,9 +28,14 @@ def torchrun(processes: int, *options: str) -> list[str]:
 
 def launcher_environment(config: Path, *options: str) -> tuple[dict[str, str], Any]:
     """What `accelerate launch` gives its processes, and torchrun's arguments, by its own code."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(config), *options, "script.py"])
-    arguments, _, _ = _validate_launch_command(arguments)
+    arguments = launcher_arguments(config, *options)
     return prepare_multi_gpu_env(arguments), arguments
+
+
+def launcher_arguments(config: Path, *options: str) -> Any:
+    """The launcher's own arguments, filled in from `config` by a private function of accelerate (1.15)."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(config), *options, "script.py"])
+    return _validate_launch_command(arguments)[0]
 
 
 def flags_of(settings: dict[str, Any]) -> list[object]:

@@ -19,10 +19,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from tiny_models import build_image_folder, build_tiny_pipeline
-from training import assert_equal, losses, train, weights
+from training import assert_equal, forget_accelerator, losses, train, weights
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import Training, build_training
@@ -160,7 +159,7 @@ def test_a_reader_waits_until_the_epoch_before_is_written(tmp_path: Path) -> Non
 
 
 def test_a_row_that_only_stands_in_is_kept_by_the_process_that_trains_on_it(settings: dict[str, Any]) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     recipe = Recipe(**settings | {"cache_latents": "disk", "center_crop": True})
     training = build_training(recipe, start_accelerator(recipe))
     assert training.cache is not None
@@ -464,7 +463,7 @@ def test_defect_31_memory_of_a_killed_run_is_given_back_by_the_next(
     other_run = memory_folder("/another/run")
     changes = {**CACHED, "cache_latents": cache_latents}
     look = Recipe(**{**settings, **changes, "dry_run": True})
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     build_training(look, start_accelerator(look))
     assert in_memory.exists(), "a look at what a run would do takes nothing from one that may be running"
     train(settings, **changes)
@@ -491,7 +490,7 @@ def test_defect_31_memory_is_given_back_by_a_run_that_fails(
 
 def test_a_cache_filled_before_is_used_and_trains_alone(settings: dict[str, Any], tmp_path: Path) -> None:
     changes = {**CACHED, "latent_cache_dir": str(tmp_path / "kept")}
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     folder = fill_cache(Recipe(**{**settings, **changes, "cache_latents": "off"}))
     again = fill_cache(Recipe(**{**settings, **changes}))
     assert again == folder
@@ -517,7 +516,7 @@ def test_defect_12_a_vae_is_the_same_in_every_precision(
 ) -> None:
     """Moments that come as data, by `sd-recipes cache` and by training, and are used in another precision."""
     settings |= {**CACHED, "max_train_steps": 3}
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     filled = fill_cache(Recipe(**settings | {"mixed_precision": made_in, "latent_cache_dir": str(tmp_path / "kept")}))
     trained = train(settings, mixed_precision=made_in, output_dir=str(tmp_path / "trained")).cache
     identity = model_hash(load_vae(Recipe(**settings)))

@@ -14,16 +14,16 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from poisoned import poison
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from training import assert_equal, train, weights
+from training import assert_equal, forget_accelerator, train, weights
 
 from sd_recipes import checkpoint, saving
 from sd_recipes.accelerator import start_accelerator
@@ -198,7 +198,7 @@ def test_defect_11_a_signal_saves_it(settings: dict[str, Any], tmp_path: Path, m
 
 def train_scaled(settings: dict[str, Any], skipped: set[int], **changes: Any) -> Training:
     """With the loss scaler of fp16, on the CPU, which skips these steps of one micro-batch."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     recipe = Recipe(**{**settings, **changes})
     accelerator = start_accelerator(recipe)
     accelerator.scaler = torch.amp.GradScaler("cpu")
@@ -315,7 +315,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_seen_before_writing(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9, free=1000))
     with pytest.raises(OSError, match=r"takes 0.00105 GB and .* has 1e-06 GB free"):
         write_checkpoint(contents(12), three, limit=1)
     assert len(list_checkpoints(three)) == 3

@@ -15,14 +15,23 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from conftest import ROOT
-from launching import ACCELERATE, finish, flags_of, last_step, launcher_environment, start, torchrun, trainers, until
+from launching import (
+    ACCELERATE,
+    finish,
+    flags_of,
+    last_step,
+    launcher_arguments,
+    launcher_environment,
+    start,
+    torchrun,
+    trainers,
+    until,
+)
 from safetensors.torch import load_file
 from test_script import environment
-from training import train, weights
+from training import forget_accelerator, train, weights
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.checkpoint import UNET_WEIGHTS, list_checkpoints
@@ -140,9 +149,7 @@ def test_accelerate_reads_the_configurations_of_one_process(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "script.py"])
-    arguments, _, _ = _validate_launch_command(arguments)
-    command, variables = prepare_simple_launcher_cmd_env(arguments)
+    command, variables = prepare_simple_launcher_cmd_env(launcher_arguments(CONFIGS / f"{name}.yaml"))
     assert command[-1] == "script.py"
     assert variables["ACCELERATE_USE_CPU"].lower() == on_cpu
     assert variables["ACCELERATE_MIXED_PRECISION"] == precision
@@ -151,13 +158,10 @@ def test_accelerate_reads_the_configurations_of_one_process(
 
 def test_accelerate_knows_every_key_of_the_configurations() -> None:
     paths = sorted(CONFIGS.glob("*.yaml"))
-    assert {path.stem for path in paths} == {
-        "cpu", "single_gpu", "multi_gpu", "multi_node", "fsdp2", "deepspeed_zero2",
-    }  # fmt: skip
+    assert {path.stem for path in paths} == {"cpu", "single_gpu", "multi_gpu", "multi_node", "fsdp2"}
     for path in paths:
         config = load_config_from_file(str(path))
         assert config.num_processes >= 1
-    assert load_config_from_file(str(CONFIGS / "deepspeed_zero2.yaml")).deepspeed_config["zero_stage"] == 2
 
 
 @pytest.mark.parametrize(
@@ -180,14 +184,9 @@ def test_accelerate_reads_the_configurations(
         assert set(variables["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(",")) <= classes
 
 
-def test_what_is_not_supported_is_refused_and_says_so_in_its_first_line(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = CONFIGS / "deepspeed_zero2.yaml"
-    assert path.read_text().startswith("# NOT SUPPORTED YET")
-    assert yaml.safe_load(path.read_text())["distributed_type"] == "DEEPSPEED"
+def test_deepspeed_is_refused_in_one_line(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     with pytest.raises(RecipeError, match=r"DeepSpeed is not supported: .* accelerate_configs/fsdp2\.yaml"):
         start_accelerator(Recipe(**settings))
 

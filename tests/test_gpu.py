@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from training import assert_leaves_as_it_came
+from training import assert_leaves_as_it_came, forget_accelerator
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import Training, build_training
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def build(tiny_pipeline: Path, image_folder: Path, output_dir: Path, **changes: Any) -> Training:
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     settings = {
         "pretrained_model_name_or_path": str(tiny_pipeline), "train_data_dir": str(image_folder), "resolution": 32,
         "output_dir": str(output_dir), "train_batch_size": 4, "max_train_steps": 8, "learning_rate": 1e-3, "seed": 5,
@@ -131,7 +130,7 @@ def test_a_skipped_step_of_the_loss_scaler_advances_neither_schedule_nor_average
     )
     scaler = training.accelerator.scaler
     assert scaler is not None
-    scaler._init_scale = 2.0**40  # overflows float16 in the first backward pass
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**40})  # overflows float16 in the first backward pass
     fit(training)
     assert training.schedule.last_epoch < 3
     assert training.ema is not None

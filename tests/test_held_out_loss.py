@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
+from training import forget_accelerator
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.build import Training, build_training
@@ -38,7 +38,7 @@ def met(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
 
 def built(settings: dict[str, Any], **changes: Any) -> Training:
     recipe = Recipe(**{**settings, "validation_split": "train", "train_batch_size": 8, **changes})
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     return build_training(recipe, start_accelerator(recipe))
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
 from conftest import ROOT
 from huggingface_hub import HfApi
 from loopback_hub import Cut, LoopbackHub, Refuse, outage
+from training import forget_accelerator
 
 from sd_recipes.flags import load_recipe
 from sd_recipes.hub import PushError, publish
@@ -146,7 +146,7 @@ def test_no_rights_or_no_connection_show_before_training(
     flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Refuse | Cut, words: str
 ) -> None:
     recipe = load_recipe([str(flag) for flag in [*flags, "--push_to_hub", "--hub_model_id", "tester/discs"]])
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     with LoopbackHub() as hub:
         hub.failures = lambda asked: failure
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)

@@ -304,6 +304,15 @@ def test_near_groups_are_those_of_every_pair_compared() -> None:
     assert not near_groups(crowded, 1).complete
 
 
+def test_near_groups_join_what_many_pairs_link_and_equal_ones_stay_in_order() -> None:
+    numbers = np.arange(1 << 9, dtype=np.uint64)  # linked by single bits of the lowest band: a group
+    spread = np.stack([numbers, numbers + (np.uint64(0xFF) << np.uint64(40))], axis=1).ravel()  # and another
+    found = near_groups(spread, 5)
+    assert [group.num_rows for group in found.largest] == [len(numbers)] * 2
+    assert [group.first_rows[:3] for group in found.largest] == [[0, 2, 4], [1, 3, 5]]
+    assert near_groups(np.array([], np.uint64), 5).num_groups == 0
+
+
 def test_the_perceptual_hash_survives_recompression_and_tells_pictures_apart(tmp_path: Path) -> None:
     pictures = [photograph(seed, (512, 400)) for seed in range(6)]
     hashes = [perceptual_hash(picture) for picture in pictures]

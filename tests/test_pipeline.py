@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
-from training import assert_leaves_as_it_came
+from training import assert_leaves_as_it_came, forget_accelerator
 
 from sd_recipes.recipe import Recipe
 from sd_recipes.run import run
@@ -22,11 +21,11 @@ BUCKETS = {"aspect_ratio_buckets": True, "bucket_step": 8}
 @pytest.fixture(autouse=True)
 def _no_precision_is_left() -> Iterator[None]:
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
 
 
 def run_in_bf16(settings: dict[str, Any], **changes: Any) -> Path:
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     recipe = Recipe(**{**settings, "mixed_precision": "bf16", "max_train_steps": 3, **changes})
     run(recipe)
     return Path(recipe.output_dir)

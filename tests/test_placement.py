@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from training import train
+from training import forget_accelerator, train
 
 from sd_recipes.fill_cache import fill_cache
 from sd_recipes.inspection.latents import load_model
@@ -21,11 +20,11 @@ def _no_precision_is_left() -> Iterator[None]:
     was = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = was
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
 
 
 def fill(settings: dict[str, Any]) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     fill_cache(Recipe(**settings))
 
 

@@ -1,3 +1,5 @@
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -6,8 +8,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from sd_recipes.flags import NOT_OF_THE_RUN, SHIPPED_RECIPES, load_recipe, recipe_text
-from sd_recipes.recipe import Recipe, RecipeError, odd_settings
+from sd_recipes.flags import NOT_OF_THE_RUN, SHIPPED_RECIPES, build_parser, load_recipe, recipe_text
+from sd_recipes.inspection.command import SECTIONS as INSPECT_SECTIONS
+from sd_recipes.inspection.command import read_settings
+from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, Recipe, RecipeError, heading, odd_settings
 
 MINIMAL = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "data"]
 
@@ -254,3 +258,67 @@ def test_help_is_grouped_by_section() -> None:
     for title in ("Run and output:", "Model:", "Data:", "Objective:", "Optimization:", "Checkpoints:", "Hub:"):
         assert title in reply.stdout
     assert "--learning_rate RATE" in reply.stdout
+
+
+COMMANDS = {
+    "train_text_to_image.py": ["train_text_to_image.py"],
+    "sd-recipes train": ["-m", "sd_recipes.cli", "train"],
+    "sd-recipes cache": ["-m", "sd_recipes.cli", "cache"],
+    "sd-recipes inspect": ["-m", "sd_recipes.cli", "inspect"],
+}
+
+
+@pytest.mark.parametrize("prog", COMMANDS)
+def test_help_begins_with_what_one_types_and_examples_that_are_accepted(prog: str) -> None:
+    reply = subprocess.run(
+        [sys.executable, *COMMANDS[prog], "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = reply.stdout.splitlines()
+    assert lines[0] == f"usage: {prog} [--config RECIPE] [--FLAG VALUE ...]"
+    assert lines[1] == ""
+    head = reply.stdout.split("`--help GROUP`")[0].replace("\\\n", " ")
+    examples = [line.split(f"{prog} ")[1] for line in head.splitlines()[1:] if f"{prog} --" in line]
+    assert len(examples) == 2
+    for example in examples:
+        (read_settings if prog.endswith("inspect") else load_recipe)(shlex.split(example))
+
+
+@pytest.mark.parametrize("sections", [SECTIONS, INSPECT_SECTIONS], ids=["train", "inspect"])
+def test_every_group_of_flags_has_a_title_and_a_sentence(sections: tuple, capsys: pytest.CaptureFixture) -> None:
+    build_parser(sections).print_help()
+    told = capsys.readouterr().out
+    for section in sections:
+        title, description = heading(section)
+        assert re.fullmatch(r"[A-Z][a-z ]+", title)
+        assert re.fullmatch(r"[A-Z].{10,76}\.", description)
+        assert f"\n{title}:\n  {description}\n" in told
+
+
+def test_help_shows_one_group_alone(capsys: pytest.CaptureFixture) -> None:
+    for section in SECTIONS:
+        title, _ = heading(section)
+        for name in ([title], title.upper().split(), [title.lower()]):
+            with pytest.raises(SystemExit) as leaving:
+                load_recipe(["--help", *name])
+            assert not leaving.value.code
+            told = capsys.readouterr().out
+            assert told.startswith(f"{title}:\n")
+            shown = set(re.findall(r"^  --(\w+)", told, re.MULTILINE))
+            assert shown == set(section.model_fields) - ONLY_IN_FILES
+    with pytest.raises(RecipeError, match=r"--help optimisation: no such group of flags \(nearest: optimization\)"):
+        load_recipe(["--help", "optimisation"])
+
+
+def test_help_is_given_before_torch_is_imported() -> None:
+    code = (
+        "import sys\n"
+        "from sd_recipes.cli import main\n"
+        "for command in ('train', 'cache', 'inspect'):\n"
+        "    sys.argv = ['sd-recipes', command, '--help', 'data']\n"
+        "    try: main()\n"
+        "    except SystemExit as leaving: print('left with', leaving.code or 0)\n"
+        "print('torch' in sys.modules, 'diffusers' in sys.modules, 'datasets' in sys.modules)"
+    )
+    reply = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert reply.stdout.count("Data:\n") == reply.stdout.count("left with 0") == 3
+    assert reply.stdout.splitlines()[-1] == "False False False"

@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import UNET_CONFIG, build_image_folder, build_tiny_pipeline
-from training import assert_equal, train, weights
+from training import assert_equal, forget_accelerator, train, weights
 
 from sd_recipes.build import describe
 from sd_recipes.checkpoint import OPTIMIZER, STATE, UNET_WEIGHTS, list_checkpoints, read_manifest
@@ -37,7 +36,7 @@ from sd_recipes.tracking import Tracker
 
 def run_it(settings: dict[str, Any], **changes: Any) -> Recipe:
     """What the command does, in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     recipe = Recipe(**{**settings, **changes})
     run(recipe)
     return recipe

@@ -20,6 +20,13 @@ def recipe(**settings: Any) -> Recipe:
     return Recipe(pretrained_model_name_or_path="-", **settings)
 
 
+@pytest.mark.parametrize(("name", "text"), [("rows.jsonl", ""), ("rows.csv", "image,text\n")])
+def test_a_stream_without_rows_says_so(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError, match="has a file without rows"):
+        load_streams(recipe(dataset_name=str(tmp_path), streaming=True, max_train_steps=1))
+
+
 def test_an_image_folder_gives_encoded_images_and_captions(image_folder: Path) -> None:
     rows = load_rows(recipe(train_data_dir=str(image_folder)))
     assert rows.column_names == ["image", "text"]

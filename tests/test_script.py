@@ -12,13 +12,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import ROOT
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import UNET_CONFIG, build_tiny_pipeline
+from training import forget_accelerator
 
 from sd_recipes.flags import load_recipe
 from sd_recipes.recipe import RecipeError
@@ -196,7 +196,7 @@ def test_a_mistake_is_named_with_the_way_out(
     if torch.cuda.is_available() and "cuda" in changes:
         pytest.skip("this machine has the GPU that the test needs to be absent")
     changes = [change(tmp_path, tiny_pipeline) if callable(change) else change for change in changes]
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     with pytest.raises(RecipeError) as error:
         run(load_recipe([str(flag) for flag in [*command_of_diffusers, "--max_train_steps", 1, *changes]]))
     assert words in str(error.value)

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from launching import finish, flags_of, launcher_environment, start, torchrun
 from safetensors.torch import load_file
 from test_distributed import CONFIGS, assert_close, losses, samples, saved
 from test_loop import assert_ended_on_both
-from training import assert_equal, assert_leaves_as_it_came, train, weights
+from training import assert_equal, assert_leaves_as_it_came, forget_accelerator, train, weights
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.checkpoint import OPTIMIZER
@@ -134,7 +133,7 @@ def test_what_does_not_go_with_it_is_said_before_anything_is_loaded(
 ) -> None:
     for name, value in (fsdp | variables).items():
         monkeypatch.setenv(name, value)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     with pytest.raises(RecipeError, match=words):
         start_accelerator(Recipe(**settings | changes))
 

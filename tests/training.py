@@ -17,9 +17,14 @@ from sd_recipes.loop import fit
 from sd_recipes.recipe import Recipe
 
 
+def forget_accelerator() -> None:
+    """Let accelerate take a run's precision and device anew; what it offers for its own tests (1.15)."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def train(settings: dict[str, Any], **changes: Any) -> Training:
     recipe = Recipe(**{**settings, **changes})
-    AcceleratorState._reset_state(reset_partial_state=True)  # the last run's precision
+    forget_accelerator()
     training = build_training(recipe, start_accelerator(recipe))
     fit(training)
     return training

@@ -274,6 +274,15 @@ class _Images:
         return self._pixels[: len(self.live)]
 
 
+def end_workers(iterator: Any) -> None:
+    """End the processes of a DataLoader's iterator, and wait for them.
+
+    They ignore the signal with which Python would end them at its own end. torch (2.13) does it publicly only where
+    the iterator is deleted, which an error's traceback puts off.
+    """
+    iterator._shutdown_workers()
+
+
 class TrainingBatches:
     """This process's micro-batches from a position on, built ahead by workers or, without any, by a thread.
 
@@ -327,8 +336,7 @@ class TrainingBatches:
             raise RecipeError(str(error).rstrip().splitlines()[-1].removeprefix(f"{RECIPE_ERROR}: ")) from None
         finally:
             self._release()
-            # They ignore the signal with which Python would end them at its own end, and wait for them.
-            workers._shutdown_workers()  # type: ignore[attr-defined]
+            end_workers(workers)
 
     @staticmethod
     def _plans_of_steps(plans: Iterator[MicroBatch], num_steps: int) -> Iterator[MicroBatch]:

@@ -68,9 +68,8 @@ def load_streams(config: Any, *, cache_dir: str | None = None) -> list[datasets.
     for source in config.sources:
         found = _load(source, config, cache_dir, streaming=True)
         stream = found[_split(found, source, None)]
-        features = _guarded(source, lambda stream=stream: stream.features or stream._resolve_features().features)
-        if features is None:
-            raise RecipeError(f"{source.flag} has no rows in split {source.train_split!r}")
+        # Of files that do not say them, `datasets` reads them from the first rows where streams are joined.
+        features = _guarded(source, lambda stream=stream: datasets.concatenate_datasets([stream]).features)
         streams.append(_checked(stream, features, source, config))
     return streams
 
@@ -106,6 +105,8 @@ def _guarded(source: DataSource, read: Any) -> Any:
         return read()
     except RecipeError:
         raise
+    except StopIteration:  # where `datasets` looks at a file's first rows
+        raise RecipeError(f"{source.flag} has a file without rows: remove it, or give a folder with rows") from None
     # Whatever `datasets` raises while it reads a person's files is about those files. It has no
     # common base class, so the error is passed on in one line with its own words.
     except Exception as error:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError, model_validator
 
 from sd_recipes.console import set_up_console
-from sd_recipes.flags import build_parser, parse_flags, read_recipe_file
+from sd_recipes.flags import Command, build_parser, parse_flags, read_recipe_file
 from sd_recipes.recipe import (
     CacheConfig,
     CaptionConfig,
@@ -40,7 +40,7 @@ NAMED = 3  # rows of each kind that the console names
 
 
 class InspectConfig(Section):
-    """Inspection."""
+    """Inspection: what is looked at, and where the report is written."""
 
     config: str | None = Field(
         None,
@@ -81,9 +81,15 @@ def read_settings(argv: list[str]) -> Inspection:
     """The settings in `argv`. Raises RecipeError."""
     parser = build_parser(
         SECTIONS,
-        prog="sd-recipes inspect",
-        description="Look at a data set before training on it: broken rows, duplicates, sizes, captions, and its "
-        "pixels and latents as a distribution. Exit status: 0 clean, 1 problems, 2 unusable.",
+        Command(
+            "sd-recipes inspect",
+            "Look at a data set before training on it: broken rows, duplicates, sizes, captions,\n"
+            "and its pixels and latents as a distribution. Exit status: 0 clean, 1 problems, 2 unusable.",
+            """
+    sd-recipes inspect --train_data_dir my_pictures --output_dir inspection
+    sd-recipes inspect --dataset_name sd-recipes/emoji --resolution 64
+""",
+        ),
     )
     flags = parse_flags(argv, parser)
     recipe = read_recipe_file(flags["config"]) if flags.get("config") else {}

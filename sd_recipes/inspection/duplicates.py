@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 BANDS = 4
 NEAR_BITS = BANDS - 1  # hashes that differ in fewer bits than there are bands agree in one band
@@ -50,15 +52,14 @@ def near_groups(hashes: np.ndarray, limit: int) -> Groups:
     lie within WINDOW of each other in sorted order; `complete` is then False.
     """
     values, inverse = np.unique(hashes, return_inverse=True)
-    labels = np.arange(len(values))
+    labels = np.arange(len(values), dtype=np.int32)
     complete = True
     for band in range(BANDS):
         order, ordered = _sorted_by_band(values, band)
         bands = (ordered >> np.uint64(48)).astype(np.uint16)
         complete &= not np.any(bands[WINDOW:] == bands[:-WINDOW])
-        for left, right in _neighbours(bands):
-            near = np.bitwise_count(ordered[left] ^ ordered[right]) <= NEAR_BITS
-            labels = _link(labels, order[left[near]], order[right[near]])
+        for pairs in _near_pairs(ordered, bands):
+            labels = _link(labels, order[pairs])
     return _groups(labels[inverse], limit, complete)
 
 
@@ -82,23 +83,26 @@ def _neighbours(bands: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield left, left + distance
 
 
-def _link(labels: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Labels (n,), each the smallest member of a group, after the groups of the pairs (left, right) are joined."""
-    while len(left):
-        a, b = labels[left], labels[right]
-        low, high = np.minimum(a, b), np.maximum(a, b)
-        apart = low < high
-        if not apart.any():
-            break
-        left, right = left[apart], right[apart]
-        labels = labels.copy()
-        np.minimum.at(labels, high[apart], low[apart])
-        while True:  # follow the pointers to the smallest member
-            shorter = labels[labels]
-            if np.array_equal(shorter, labels):
-                break
-            labels = shorter
-    return labels
+def _near_pairs(ordered: np.ndarray, bands: np.ndarray) -> Iterator[np.ndarray]:
+    """Positions (2, m) of neighbours that are near, many at a time: to link them is a pass over all labels."""
+    pairs, number = [], 0
+    for left, right in _neighbours(bands):
+        near = np.bitwise_count(ordered[left] ^ ordered[right]) <= NEAR_BITS
+        pairs.append(np.stack([left[near], right[near]]))
+        number += pairs[-1].shape[1]
+        if number >= len(bands) // 4:
+            yield np.concatenate(pairs, axis=1)
+            pairs, number = [], 0
+    if number:
+        yield np.concatenate(pairs, axis=1)
+
+
+def _link(labels: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Labels (n,) after the groups of the pairs (2, m) are joined; in the order of a group's first member."""
+    left, right = labels[pairs]
+    apart = left != right
+    joined = coo_array((np.ones(apart.sum(), bool), (left[apart], right[apart])), shape=(len(labels),) * 2)
+    return connected_components(joined, directed=False)[1][labels]
 
 
 def _groups(labels: np.ndarray, limit: int, complete: bool = True) -> Groups:

@@ -38,8 +38,10 @@ def _uri(figure: Figure) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def picture_uri(picture: Image.Image) -> str:
-    """A picture as a data URI, in JPEG."""
+def thumbnail(pixels: np.ndarray, side: int) -> str:
+    """uint8 (H, W, 3) as a data URI, at most `side` pixels a side, in JPEG."""
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

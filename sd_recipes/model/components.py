@@ -114,11 +114,6 @@ def load_scheduler(config: ModelConfig) -> DDPMScheduler:
     return _source(config).load(DDPMScheduler, "scheduler")
 
 
-def load_unet(folder: Path) -> UNet2DConditionModel:
-    """The UNet in a folder that this project wrote, in float32."""
-    return UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
-
-
 @dataclass
 class _Source:
     """A pipeline folder or Hub repository, from which parts are loaded by class."""
