@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
+from sd_recipes.agreement import from_all, from_first, wait_for_all
 from sd_recipes.build import Training
 from sd_recipes.checkpoint import Progress, goes_on
 from sd_recipes.data.batches import Batch
@@ -140,7 +140,7 @@ def fit(training: Training) -> Progress:
                 if not is_saved:
                     save(training, progress, window, checkpointer)
                 checkpointer.wait()
-                accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
+                wait_for_all()  # a launcher ends the others when the first one leaves
                 if checkpointer.failure:
                     raise NotSaved(
                         f"asked to stop, and step {progress.global_step} could not be saved ({checkpointer.failure}): "
@@ -149,7 +149,7 @@ def fit(training: Training) -> Progress:
                 raise stop_request.stopped(f"saved at step {progress.global_step}")
     if training.cache:
         training.cache.flush()
-        accelerator.wait_for_everyone()
+        wait_for_all()
         training.cache.close()
     progress.not_saved = checkpointer.not_saved
     return progress
@@ -197,7 +197,7 @@ class Window:
                 f"bf16 or no, and continue with --resume_from_checkpoint latest if {training.recipe.output_dir} has one"
             )
         if bad and training.accelerator.num_processes > 1:  # several may have met the same row, in another epoch
-            bad = len(set(gather_object(list(training.bad_rows.reasons))))
+            bad = len({name for names in from_all(list(training.bad_rows.reasons)) for name in names})
         training.bad_rows.check(int(bad), progress.samples_seen)
         return loss, int(bad)
 
@@ -260,7 +260,7 @@ def is_checkpoint_step(training: Training, checkpointer: Checkpointer, progress:
         return False
     if training.accelerator.num_processes == 1:
         return checkpointer.is_overdue()
-    return is_logged and broadcast_object_list([checkpointer.is_overdue()])[0]
+    return is_logged and from_first(checkpointer.is_overdue())
 
 
 def save(training: Training, progress: Progress, window: Window, checkpointer: Checkpointer) -> None:
@@ -278,7 +278,7 @@ def finish_cached_epoch(training: Training, epoch: int) -> None:
     """What was met in an epoch is in the cache for the next one, on all processes; the VAE makes room."""
     assert training.cache is not None
     training.cache.flush()
-    training.accelerator.wait_for_everyone()
+    wait_for_all()
     training.cache.seal(epoch + 1)
     training.components.vae.to("cpu")
 
@@ -297,7 +297,7 @@ def was_validated(training: Training, step: int) -> bool:
         done = any(line["step"] == step and FIGURES.keys() & line.keys() for line in read_metrics(path))
     else:
         done = not recipe.validation_prompts or (path.parent / "samples" / f"step-{step:06d}.png").is_file()
-    return broadcast_object_list([done])[0]
+    return from_first(done)
 
 
 def validate(training: Training, progress: Progress) -> None:
@@ -320,4 +320,4 @@ def validate(training: Training, progress: Progress) -> None:
                     raise
                 logger.warning("The validation's pictures cannot be written (%s): training goes on.", error)
             vae.to(was_on)
-        training.accelerator.wait_for_everyone()
+        wait_for_all()
