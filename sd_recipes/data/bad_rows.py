@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_recipes.recipe import RunError
+from sd_recipes.redaction import in_texts, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class BadRows:
 
     def add(self, found: tuple[tuple[str, str], ...], samples_seen: int) -> None:
         """Count rows of (name, reason). Raises TooManyBadRows."""
-        for name, reason in found:
+        for name, reason in in_texts(redacted, found):
             if name in self.reasons:
                 continue
             self.reasons[name] = reason

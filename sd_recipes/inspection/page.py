@@ -16,6 +16,7 @@ from sd_recipes.inspection.distribution_page import forward_section, latents_sec
 from sd_recipes.inspection.findings import kinds
 from sd_recipes.inspection.markup import Raw, image, table, thumbnail
 from sd_recipes.inspection.summary import Inspected
+from sd_recipes.redaction import redacted
 
 THUMBNAIL = 96  # pixels a side, at most
 SHOWN = 20  # rows of a table; the JSON file has more
@@ -64,15 +65,15 @@ def write_page(inspected: Inspected, content: dict[str, Any], path: Path) -> Non
         parts += latents_section(inspected, content)
     if inspected.pictures:
         parts += forward_section(inspected, content)
-    path.write_text(
+    page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
         f"<title>{escape(inspected.source)}: inspection</title><style>{CSS}</style></head><body>\n"
         + "\n".join(parts)
-        + "\n</body></html>\n",
-        encoding="utf-8",
+        + "\n</body></html>\n"
     )
+    path.write_text(redacted(page), encoding="utf-8")  # names of files, and captions, come from anywhere
 
 
 def _head(inspected: Inspected, content: dict[str, Any]) -> Iterator[str]:
