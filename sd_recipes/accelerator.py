@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
-from sd_recipes.agreement import LONGEST_WAIT
+from sd_recipes.agreement import STEP_WAIT, open_host_group
 from sd_recipes.model.placement import DTYPES, allow_tf32
 from sd_recipes.recipe import Recipe, RecipeError
 from sd_recipes.sharding import fsdp_plugin, turn_on
@@ -48,7 +49,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=recipe.output_dir, logging_dir=str(Path(recipe.output_dir) / recipe.logging_dir)
         ),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=step_wait(recipe))],
         fsdp_plugin=plugin,
     )
     started = int(os.environ.get("WORLD_SIZE", 1))
@@ -57,7 +58,14 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             f"{started} processes were started for GPUs and torch sees none: train on the CPU with --config_file "
             "accelerate_configs/cpu.yaml"
         )
+    open_host_group()
     if plugin is not None:
         turn_on(accelerator, plugin)
     allow_tf32(recipe.allow_tf32)
     return accelerator
+
+
+def step_wait(recipe: Recipe) -> timedelta:
+    """How long processes wait for each other within a step: one of them may wait for its stream to come back."""
+    outage = recipe.stream_outage_minutes if recipe.streaming else 0
+    return STEP_WAIT + timedelta(minutes=outage)

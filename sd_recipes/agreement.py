@@ -11,12 +11,49 @@ from torch import distributed
 
 from sd_recipes.signals import stop_request
 
-# While the first process validates the others wait, longer than torch's ten minutes, or thirty of gloo.
+# For what one process does alone, such as a validation, while the others wait over the host's network.
 LONGEST_WAIT = timedelta(hours=2)
+# For what devices exchange at every step: one that hangs is noticed after it.
+STEP_WAIT = timedelta(minutes=10)
+
+_host_group: Any = None  # the process's, as the default group is; None with one process
+
+
+def open_host_group() -> None:
+    """Make the group over which the functions below wait. Every process has to call it, once it has joined the others.
+
+    A wait on the default group would keep the devices busy, be ended by their shorter time-out, and answer no signal.
+    """
+    global _host_group
+    several = distributed.is_initialized() and distributed.get_world_size() > 1
+    _host_group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT) if several else None
+
+
+def wait_for_all() -> None:
+    """Until every process is here, whatever one of them does alone before."""
+    if _host_group is not None:
+        distributed.barrier(group=_host_group)
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, on all; every process has to call it."""
+    values = [value]
+    if _host_group is not None:
+        distributed.broadcast_object_list(values, src=0, group=_host_group)
+    return values[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's value, by rank; every process has to call it."""
+    values = [value]
+    if _host_group is not None:
+        values = [None] * distributed.get_world_size()
+        distributed.all_gather_object(values, value, group=_host_group)
+    return values
 
 
 def exchange(num_processes: int) -> Callable[[Any], list[Any]]:
-    """A function that gives every process's value, by rank, for this one's; every process has to call it."""
+    """`from_all` over a group of its own, for a thread beside the training; every process has to call it."""
     if num_processes == 1:
         return lambda value: [value]
     group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)

@@ -18,11 +18,8 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    broadcast_object_list,
-)
 
-from sd_recipes.agreement import StopAgreement
+from sd_recipes.agreement import StopAgreement, from_first, wait_for_all
 from sd_recipes.checkpoint import Manifest
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
@@ -39,6 +36,7 @@ from sd_recipes.objective import DenoisingLoss
 from sd_recipes.optim import build_optimizer, build_schedule
 from sd_recipes.out_of_memory import AtOnce
 from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError, odd_settings
+from sd_recipes.redaction import redacted
 from sd_recipes.resume import choose_checkpoint, finish_epoch, global_batch_size
 from sd_recipes.sharding import check_wrapped_classes, whole_unet
 from sd_recipes.signals import stop_request
@@ -163,13 +161,14 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     contiguous = recipe.optimizer == "adamw8bit" or accelerator.is_fsdp2
     place(components, recipe, device, weight_dtype, contiguous_unet=contiguous, exports=accelerator.is_main_process)
     unet = components.unet
-    unet_config = unet.to_json_string()  # FSDP gives its class another name
+    unet_config = redacted(unet.to_json_string())  # with its place; FSDP gives its class another name
     unet.train()
     learning_rate = recipe.learning_rate * (batch_size if recipe.scale_lr else 1)
     fused = accelerator.mixed_precision != "fp16"
     optimizer = build_optimizer(unet.parameters(), recipe, learning_rate=learning_rate, fused=fused)
     schedule = build_schedule(optimizer, recipe, max_train_steps)
     check_wrapped_classes(accelerator, unet)
+    wait_for_all()  # one may have read its data or its model far longer than another
     prepared_unet, prepared_optimizer = accelerator.prepare(unet, optimizer)
     ema = AveragedWeights(unet, recipe) if recipe.use_ema else None
 
@@ -249,7 +248,7 @@ def check_output_dir(output_dir: Path, *, writes: bool = True) -> None:
 def _agree_on_seed(seed: int | None) -> int:
     """The seed, or one drawn by the first process for all."""
     drawn = int(np.random.SeedSequence().generate_state(1, np.uint32)[0]) if seed is None else seed
-    return broadcast_object_list([drawn])[0]
+    return from_first(drawn)
 
 
 def _build_validator(
@@ -341,6 +340,6 @@ def open_cache(recipe: Recipe, made_by: dict[str, Any] | None, accelerator: Acce
         )
     folder = Path(recipe.latent_cache_dir or Path(recipe.output_dir) / "latents")
     if recipe.cache_latents == "memory":
-        accelerator.wait_for_everyone()  # until it is removed
+        wait_for_all()  # until it is removed
         folder = memory_folder(recipe.output_dir)
     return LatentCache(folder, made_by, accelerator.process_index, temporary=recipe.cache_latents == "memory")

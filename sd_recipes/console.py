@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sd_recipes.recipe import RunError
+from sd_recipes.redaction import redacted
 from sd_recipes.signals import Stopped
 
 
@@ -24,15 +29,59 @@ def mistakes_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         words, status = "stopped", 130
     except RuntimeError as error:
-        if "peer" not in str(error) or "gloo" not in str(error):
+        told = _lost_another_process(error)
+        if told is None:
             raise
-        cause = " ".join(str(error).split())[:200]
-        words, status = f"error: another process has ended, and says why, or cannot be reached ({cause})", 1
+        words, status = f"error: {told} ({redacted(' '.join(str(error).split())[:200])})", 1
     else:
         return
     if words:
         print(words, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def say(words: str) -> None:
+    """What is printed for a person, without secrets."""
+    print(redacted(words), flush=True)
+
+
+def _lost_another_process(error: RuntimeError) -> str | None:
+    """What an error means that torch raises where processes wait for each other; None if it is any other."""
+    text = str(error)
+    if "gloo" in text and "peer" in text:
+        return "another process has ended, and says why, or cannot be reached"
+    # Named, since torch is not imported here. It raises them for all that goes wrong between devices, too.
+    of_torch = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    if of_torch or re.search(r"(?is)(?=.*(gloo|nccl)).*(timeout|timed out|watchdog)", text):
+        return "this process and the others cannot go on together: one has ended, and says why, or hangs, or is away"
+    return None
+
+
+class RedactedRecord(logging.LogRecord):
+    """What any logger says, a library's too, without secrets."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.exc_info and self.exc_info[0] is not None:
+            self.exc_text = _traceback(self.exc_info[1])
+
+    def getMessage(self) -> str:
+        return redacted(super().getMessage())
+
+
+def _traceback(error: BaseException | None) -> str:
+    return redacted("".join(traceback.format_exception(error))).rstrip("\n")
+
+
+def _tell_unforeseen(kind: object, error: BaseException, place: object) -> None:
+    print(_traceback(error), file=sys.stderr, flush=True)
+
+
+def _tell_unforeseen_of_thread(told: threading.ExceptHookArgs) -> None:
+    if told.exc_type is not SystemExit:
+        print(
+            f"In thread {told.thread and told.thread.name}:\n{_traceback(told.exc_value)}", file=sys.stderr, flush=True
+        )
 
 
 def is_main_process() -> bool:
@@ -51,6 +100,8 @@ def set_up_console() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     is_main = is_main_process()
+    logging.setLogRecordFactory(RedactedRecord)
+    sys.excepthook, threading.excepthook = _tell_unforeseen, _tell_unforeseen_of_thread
     logging.basicConfig(
         format="%(levelname)s %(name)s: %(message)s",
         level=logging.WARNING if is_main else logging.ERROR,

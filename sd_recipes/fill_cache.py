@@ -6,19 +6,19 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
 from sd_recipes.accelerator import start_accelerator
+from sd_recipes.agreement import from_all, wait_for_all
 from sd_recipes.build import check_output_dir
-from sd_recipes.console import hide_library_bars
+from sd_recipes.console import hide_library_bars, say
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
 from sd_recipes.data.cache import ROWS_PER_FILE, LatentCache, made_by, open_cached
 from sd_recipes.data.captions import caption_columns
@@ -28,7 +28,8 @@ from sd_recipes.hub import PushError
 from sd_recipes.model.components import latent_shape_of, load_tokenizer, load_vae
 from sd_recipes.model.latents import batch_moments
 from sd_recipes.model.placement import DTYPES, arrange
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.recipe import Recipe, RecipeError, RunError
+from sd_recipes.redaction import shown
 from sd_recipes.signals import stop_request
 
 logger = logging.getLogger(__name__)
@@ -97,27 +98,19 @@ def fill_cache(recipe: Recipe) -> Path:
             if stop_request.reason:
                 cache.flush()
                 raise stop_request.stopped(f"{bar.n} of {len(data.rows)} rows are in the cache")
-    data.bad_rows.check(len(set(gather_object(list(data.bad_rows.reasons)))), 0)
+    data.bad_rows.check(len({name for names in from_all(list(data.bad_rows.reasons)) for name in names}), 0)
     cache.flush()
     if cache.failure:
         raise RecipeError(cannot_fill(cache))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        files = list(cache.folder.glob("*.arrow"))
-        size = sum(path.stat().st_size for path in files)
-        print(f"latent cache    {cache.folder}: {len(files)} files, {size / 2**20:.1f} MiB", flush=True)
-        print(f"train on it     --cache_latents disk --latent_cache_dir {folder}, with the same data and settings")
-        strange = rows_of_no_data(files, data.rows, caption_columns(recipe))
-        if strange:
-            words = (
-                f"{strange} rows in {cache.folder} are not of this data set as it is now (captions or pictures have "
-                "changed, or rows are there twice): as a data set of its own, fill an empty --latent_cache_dir"
-            )
-            if recipe.push_to_hub:
-                raise RecipeError(f"not pushed: {words}")
-            logger.warning("%s", words)
-        if recipe.push_to_hub:
-            print(f"pushed          {push_cache(cache.folder, recipe)}", flush=True)
+    wait_for_all()
+    try:
+        if accelerator.is_main_process:
+            finish(cache, folder, data.rows, recipe)
+    except RunError:  # as in run.py: the others end as they would have
+        with suppress(RuntimeError):
+            wait_for_all()
+        raise
+    wait_for_all()
     accelerator.end_training()
     return cache.folder
 
@@ -127,6 +120,25 @@ def cannot_fill(cache: LatentCache) -> str:
         f"{cache.folder} cannot be written ({cache.failure}): make room, or choose another --latent_cache_dir; started "
         "again, the command goes on where the files end"
     )
+
+
+def finish(cache: LatentCache, folder: Path, rows: datasets.Dataset, recipe: Recipe) -> None:
+    """Say what is in the cache, and push it. Raises RecipeError and PushError."""
+    files = list(cache.folder.glob("*.arrow"))
+    size = sum(path.stat().st_size for path in files)
+    say(f"latent cache    {cache.folder}: {len(files)} files, {size / 2**20:.1f} MiB")
+    say(f"train on it     --cache_latents disk --latent_cache_dir {folder}, with the same data and settings")
+    strange = rows_of_no_data(files, rows, caption_columns(recipe))
+    if strange:
+        words = (
+            f"{strange} rows in {cache.folder} are not of this data set as it is now (captions or pictures have "
+            "changed, or rows are there twice): as a data set of its own, fill an empty --latent_cache_dir"
+        )
+        if recipe.push_to_hub:
+            raise RecipeError(f"not pushed: {words}")
+        logger.warning("%s", words)
+    if recipe.push_to_hub:
+        say(f"pushed          {push_cache(cache.folder, recipe)}")
 
 
 def rows_of_no_data(files: list[Path], rows: datasets.Dataset, columns: list[str]) -> int:
@@ -169,9 +181,10 @@ def push_cache(folder: Path, recipe: Recipe) -> str:
     """Upload a cache as a data set repository; its address. Raises PushError."""
     api = HfApi()
     name: Any = recipe.hub_model_id or Path(recipe.output_dir).resolve().name
+    base = shown(recipe.pretrained_model_name_or_path or "")
     (folder / "README.md").write_text(
         f"---\ntags:\n- latents\n---\n\n# VAE moments\n\nMade by `sd-recipes cache` with the VAE of "
-        f"`{recipe.pretrained_model_name_or_path}`; `made_by.json` says with what settings. Train on it with "
+        f"`{base}`; `made_by.json` says with what settings. Train on it with "
         f"`--dataset_name {name}`, and `--streaming` if it is large.\n"
     )
     try:

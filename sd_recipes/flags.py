@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from sd_recipes.reading import StrangeFile, open_regular, read_text
 from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, Recipe, RecipeError, Section, heading
+from sd_recipes.redaction import LEFT_OUT, in_texts, redacted, without_folders
 
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 MAX_RECIPE_BYTES = 2**20
@@ -88,7 +89,8 @@ def _explain(problem: Any, from_file: dict[str, Any]) -> str:
         return problem["msg"].removeprefix("Value error, ")
     name = str(problem["loc"][0])
     place = f"key {name} of the recipe file" if name in from_file else f"--{name}"
-    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]} (it is {problem['input']!r})"
+    words = problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {words[0].lower()}{words[1:]} (it is {problem['input']!r})"
 
 
 def read_recipe_file(name: str) -> dict[str, Any]:
@@ -132,12 +134,27 @@ def is_resolved_recipe(path: Path) -> bool:
         return False
 
 
-def recipe_text(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `--config` with a file of it gives the same run again."""
-    settings = recipe.model_dump(exclude=NOT_OF_THE_RUN)
+def written_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings of the run as they may be written down: without secrets."""
+    settings: dict[str, Any] = in_texts(redacted, recipe.model_dump(mode="json", exclude=NOT_OF_THE_RUN))
+    return settings
+
+
+def recipe_text(recipe: Recipe, *, shared: bool = False) -> str:
+    """The resolved recipe as YAML; `--config` with a file of it gives the same run again.
+
+    Secrets are left out and, of a file that is `shared`, the folders of paths. The file says so.
+    """
+    settings = written_settings(recipe)
     if not recipe.data_sources:
         settings.pop("data_sources")
     lines = [RESOLVED]
+    if secret := [name for name, value in settings.items() if LEFT_OUT in str(value)]:
+        ways = [f"--{name}" if name not in ONLY_IN_FILES else f"{name} in a copy of this file" for name in secret]
+        lines.append(f"# {LEFT_OUT} stands for what looks like a secret. Give anew: {', '.join(ways)}.\n")
+    if shared:
+        settings = in_texts(without_folders, settings)
+        lines.append("# Of paths the last part is left: give those that are yours.\n")
     for section in SECTIONS:
         names = [name for name in section.model_fields if name in settings]
         lines.append(f"\n# {section.__doc__}\n")

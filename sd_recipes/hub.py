@@ -7,20 +7,24 @@ import logging
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import filter_repo_objects
 
 from sd_recipes.assets import ASSETS
+from sd_recipes.flags import recipe_text
+from sd_recipes.pipeline import PARTS
 from sd_recipes.recipe import Recipe, RecipeError, RunError
+from sd_recipes.redaction import in_texts, redacted, shown
 
 logger = logging.getLogger(__name__)
 
-# Never checkpoints, logs or the data: a run's folder may hold a great deal more than a model.
+# Never checkpoints, logs or the data: a run's folder may hold a great deal more than a model. Nor its recipe as it is
+# there, with this machine's paths.
 ALLOWED = [
     "model_index.json",
     "README.md",
-    "recipe.yaml",
     "samples.png",
-    *(f"{part}/*" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")),
+    *(f"{part}/*" for part in PARTS),
 ]
 
 
@@ -48,10 +52,14 @@ def publish(output_dir: Path, repo_id: str, recipe: Recipe) -> str:
     """Write the model card and upload the pipeline; the repository's address. Raises PushError."""
     write_model_card(output_dir, repo_id, recipe)
     api = HfApi()
+    names = (path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file())
+    chosen = sorted(filter_repo_objects(names, allow_patterns=ALLOWED))
+    files = [
+        *(CommitOperationAdd(name, output_dir / name) for name in chosen),
+        CommitOperationAdd("recipe.yaml", recipe_text(recipe, shared=True).encode()),
+    ]
     try:
-        api.upload_folder(
-            repo_id=repo_id, folder_path=output_dir, allow_patterns=ALLOWED, commit_message="End of training"
-        )
+        api.create_commit(repo_id, files, commit_message="End of training")
     except Exception as error:  # as above; the model is saved, and the error is passed on
         includes = " ".join(f"--include '{pattern}'" for pattern in ALLOWED)
         raise PushError(
@@ -63,7 +71,13 @@ def publish(output_dir: Path, repo_id: str, recipe: Recipe) -> str:
 
 def _hub_id(name: str | None) -> str | None:
     """The name, if it is of a repository; a folder's or an asset's would make the card's metadata invalid."""
-    if name is None or name in ASSETS or Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if (
+        name is None
+        or redacted(name) != name
+        or name in ASSETS
+        or Path(name).exists()
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    ):
         return None
     return name
 
@@ -72,6 +86,7 @@ def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe) -> None:
     """README.md of the model: what it was made from, with what settings, and how to use it."""
     base = _hub_id(recipe.pretrained_model_name_or_path)
     data_set = _hub_id(recipe.dataset_name)
+    made_from, with_data = in_texts(shown, [recipe.pretrained_model_name_or_path, recipe.dataset_name])
     data = ModelCardData(
         base_model=base if not recipe.train_from_scratch else None,
         datasets=[data_set] if data_set else None,
@@ -79,7 +94,7 @@ def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe) -> None:
         library_name="diffusers",
         pipeline_tag="text-to-image",
     )
-    prompts = recipe.validation_prompts or ["a photo"]
+    prompts = in_texts(redacted, recipe.validation_prompts or ["a photo"])
     pictures = "![samples](samples.png)\n" if (output_dir / "samples.png").is_file() else ""
     content = f"""---
 {data.to_yaml()}
@@ -87,7 +102,7 @@ def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe) -> None:
 
 # {repo_id}
 
-Made from **{recipe.pretrained_model_name_or_path}** with **{recipe.dataset_name or "images of its own"}**
+Made from **{made_from}** with **{with_data or "images of its own"}**
 by sd-recipes. All settings are in `recipe.yaml`.
 
 {pictures}
@@ -98,4 +113,4 @@ pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(repo_id)})
 pipeline({json.dumps(prompts[0])}).images[0].save("image.png")
 ```
 """
-    ModelCard(content).save(output_dir / "README.md")
+    ModelCard(redacted(content)).save(output_dir / "README.md")

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from sd_recipes.agreement import from_all, from_first, wait_for_all
 from sd_recipes.build import Training
 from sd_recipes.checkpoint import Progress, command_of, goes_on, list_checkpoints
 from sd_recipes.data.batches import Batch
@@ -55,7 +55,7 @@ def fit(training: Training) -> Progress:
     try:
         return _train(training)
     except TrainingDiverged as error:
-        training.accelerator.wait_for_everyone()  # until the first process has written what it was writing
+        wait_for_all()  # until the first process has written what it was writing
         output_dir = Path(training.recipe.output_dir)
         advice = "lower --learning_rate"
         if training.accelerator.mixed_precision == "fp16":
@@ -73,7 +73,7 @@ def _train(training: Training) -> Progress:
     identity = identity_of(training)
     progress = resume(training, identity)
     if training.checkpoint:
-        accelerator.wait_for_everyone()  # it fits on all of them
+        wait_for_all()  # it fits on all of them
         if accelerator.is_main_process:
             begin_history(output_dir, *training.checkpoint)
     try:
@@ -180,7 +180,7 @@ def _train(training: Training) -> Progress:
                     save(training, progress, window, checkpointer)
                 checkpointer.wait()
                 stop_request.way_on = command_of(recipe)
-                accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
+                wait_for_all()  # a launcher ends the others when the first one leaves
                 if checkpointer.failure:
                     raise NotSaved(
                         f"asked to stop, and step {progress.global_step} could not be saved ({checkpointer.failure}): "
@@ -189,7 +189,7 @@ def _train(training: Training) -> Progress:
                 raise stop_request.stopped(f"saved at step {progress.global_step}")
     if training.cache:
         training.cache.flush()
-        accelerator.wait_for_everyone()
+        wait_for_all()
         training.cache.close()
     progress.not_saved = checkpointer.not_saved
     return progress
@@ -240,7 +240,7 @@ class Window:
         if not math.isfinite(loss):
             raise TrainingDiverged(f"the loss is {loss} by step {progress.global_step}")
         if bad and training.accelerator.num_processes > 1:  # several may have met the same row, in another epoch
-            bad = len(set(gather_object(list(training.bad_rows.reasons))))
+            bad = len({name for names in from_all(list(training.bad_rows.reasons)) for name in names})
         training.bad_rows.check(int(bad), progress.samples_seen)
         return loss, int(bad)
 
@@ -335,7 +335,7 @@ def is_checkpoint_step(training: Training, checkpointer: Checkpointer, progress:
         return False
     if training.accelerator.num_processes == 1:
         return checkpointer.is_overdue()
-    return is_logged and broadcast_object_list([checkpointer.is_overdue()])[0]
+    return is_logged and from_first(checkpointer.is_overdue())
 
 
 def save(training: Training, progress: Progress, window: Window, checkpointer: Checkpointer) -> None:
@@ -371,7 +371,7 @@ def finish_cached_epoch(training: Training, epoch: int) -> None:
     """What was met in an epoch is in the cache for the next one, on all processes; the VAE makes room."""
     assert training.cache is not None
     training.cache.flush()
-    training.accelerator.wait_for_everyone()
+    wait_for_all()
     training.cache.seal(epoch + 1)
     training.components.vae.to("cpu")
 
@@ -390,7 +390,7 @@ def was_validated(training: Training, step: int) -> bool:
         done = any(line["step"] == step and FIGURES.keys() & line.keys() for line in read_metrics(path))
     else:
         done = not recipe.validation_prompts or (path.parent / "samples" / f"step-{step:06d}.png").is_file()
-    return broadcast_object_list([done])[0]
+    return from_first(done)
 
 
 def validate(training: Training, progress: Progress) -> None:
@@ -419,4 +419,4 @@ def validate(training: Training, progress: Progress) -> None:
                     "No memory for this validation: training goes on. %s", " ".join(str(error).split())[:200]
                 )
             vae.to(was_on)
-        training.accelerator.wait_for_everyone()
+        wait_for_all()

@@ -8,13 +8,18 @@ This module imports neither torch nor diffusers, so that a mistake on the comman
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from sd_recipes.redaction import LEFT_OUT, has_login, in_texts, redacted
 
 
 class RunError(Exception):
     """An end of a run that is told in one line, without a traceback; `status` is the process's exit status."""
 
     status = 1
+
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*in_texts(redacted, words))  # an address, or another program's error, may hold a secret
 
 
 class RecipeError(RunError, ValueError):
@@ -38,13 +43,35 @@ def _no_from_false(value: Any) -> Any:
     return "no" if value is False else value
 
 
+def _check_no_password(text: str) -> str:
+    if has_login(text):
+        raise ValueError(
+            "a user's name or password in an address is refused, because recipes are written down and shared: give it "
+            "in ~/.netrc (https), in the environment (HF_TOKEN of the Hub, AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY of s3), or in fsspec's configuration (~/.config/fsspec)"
+        )
+    if LEFT_OUT in text:
+        raise ValueError(f"{LEFT_OUT} stands for a secret that was not written down: give the whole value")
+    return text
+
+
 Number = Annotated[float, BeforeValidator(_number_from_text)]
 
 
 class Section(BaseModel):
     """Settings that belong together; a section's docstring is `Title: description.`, as help and docs show it."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=False, protected_namespaces=())
+    # A ValidationError would print what was given, which may hold a password.
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=False, protected_namespaces=(), hide_input_in_errors=True
+    )
+
+    @field_validator("*")
+    @classmethod
+    def hold_no_password(cls, value: Any) -> Any:
+        """Refuse what would be written down with the recipe. Raises ValueError."""
+        in_texts(_check_no_password, value)
+        return value
 
 
 def heading(section: type[Section]) -> tuple[str, str]:
@@ -370,12 +397,12 @@ class Recipe(
             raise ValueError("--validation_clip_model scores the pictures of --validation_prompts: give some prompts")
         if not re.fullmatch(r"[A-Za-z0-9._-]+", self.tracker_project_name) or set(self.tracker_project_name) == {"."}:
             raise ValueError(
-                f"--tracker_project_name {self.tracker_project_name!r} becomes a folder's name: "
+                f"--tracker_project_name {redacted(self.tracker_project_name)!r} becomes a folder's name: "
                 "use letters, digits, dot, dash and underscore"
             )
         trackers = {"tensorboard", "wandb", "comet_ml", "all", "none"}
         if self.report_to not in trackers:
-            raise ValueError(f"--report_to {self.report_to!r} is not one of: {', '.join(sorted(trackers))}")
+            raise ValueError(f"--report_to {redacted(self.report_to)!r} is not one of: {', '.join(sorted(trackers))}")
         if self.use_8bit_adam:
             self.optimizer = "adamw8bit"
         if self.optimizer == "adamw8bit" and self.channels_last == "always":

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate.utils import broadcast_object_list
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from sd_recipes.agreement import from_first
 from sd_recipes.checkpoint import (
     MANIFEST,
     OPTIMIZER,
@@ -34,6 +34,7 @@ from sd_recipes.data.identity import data_fingerprint
 from sd_recipes.data.order import Order
 from sd_recipes.data.stream import joined_states
 from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.sharding import divided_like
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def choose_checkpoint(recipe: Recipe, is_main: bool) -> tuple[Path, Manifest] | 
             answer = [str(found[0]) if found else None, None]
         except RecipeError as error:
             answer = [None, str(error)]
-    path, problem = broadcast_object_list(answer)
+    path, problem = from_first(answer)
     if problem:
         raise RecipeError(problem)
     if path is None:
@@ -205,11 +206,11 @@ def choose_checkpoint(recipe: Recipe, is_main: bool) -> tuple[Path, Manifest] | 
 
 def compare_settings(recipe: Recipe, manifest: Manifest, path: Path | str) -> None:
     """Tell what changed since the checkpoint. Raises RecipeError for what would not fit."""
-    now = recipe.model_dump(mode="json")
-    changed = [name for name, saved in manifest.settings.items() if name in now and now[name] != saved]
+    now, then = (in_texts(redacted, settings) for settings in (recipe.model_dump(mode="json"), manifest.settings))
+    changed = [name for name, saved in then.items() if name in now and now[name] != saved]
     refused, told = [], []
     for name in changed:
-        words = f"--{name} is {_one_line(now[name])} and was {_one_line(manifest.settings[name])}"
+        words = f"--{name} is {_one_line(now[name])} and was {_one_line(then[name])}"
         effect = EFFECTS[name]
         if name == "use_ema":
             effect = "refused" if recipe.use_ema else "told"
@@ -231,11 +232,11 @@ def identity_of(training: Training) -> dict[str, Any]:
     fingerprint = data_fingerprint(recipe) if training.accelerator.is_main_process else None
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     return {
-        "base": recipe.pretrained_model_name_or_path,
+        "base": redacted(recipe.pretrained_model_name_or_path or ""),
         "unet": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
         "prediction_type": training.objective.prediction_type,
-        "data": " + ".join(source.flag for source in recipe.sources),
-        "data_fingerprint": broadcast_object_list([fingerprint])[0],
+        "data": redacted(" + ".join(source.flag for source in recipe.sources)),
+        "data_fingerprint": from_first(fingerprint),
         "num_rows": training.num_rows,
         "global_batch_size": training.global_batch_size,
         "begun": training.order and training.order.begun and list(training.order.begun),
@@ -274,7 +275,7 @@ def finish_epoch(order: Order, manifest: Manifest) -> Order:
 
 def compare_identity(now: dict[str, Any], manifest: Manifest, path: Path) -> None:
     """As `compare_settings`, for what is known once data and model are loaded."""
-    then = manifest.identity
+    then = in_texts(redacted, manifest.identity)
     differs = {name for name, value in now.items() if name in then and then[name] != value}
     if "unet" in differs:
         raise RecipeError(

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import closing, suppress
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from sd_recipes.accelerator import start_accelerator
-from sd_recipes.build import build_training, describe
+from sd_recipes.agreement import from_first, wait_for_all
+from sd_recipes.build import Training, build_training, describe
 from sd_recipes.checkpoint import command_of, goes_on
-from sd_recipes.console import hide_library_bars
+from sd_recipes.console import hide_library_bars, say
 from sd_recipes.flags import recipe_text
 from sd_recipes.hub import create_repository, publish
 from sd_recipes.loop import fit, length_of
 from sd_recipes.model.components import Components
 from sd_recipes.pipeline import export_pipeline
-from sd_recipes.recipe import Recipe
+from sd_recipes.recipe import Recipe, RecipeError, RunError
 from sd_recipes.report import write_report
 from sd_recipes.resume import compare_identity, identity_of
 from sd_recipes.run_folder import look_at, of_other_history, owned
@@ -46,15 +46,15 @@ def run(recipe: Recipe) -> None:
                 names = ", ".join(other.name for other in others)
                 logger.warning("Set aside would be what did not lead up to %s: %s.", path, names)
         if accelerator.is_main_process:
-            print(f"{describe(training)}\n\n{recipe_text(recipe)}", end="", flush=True)
+            say(f"{describe(training)}\n\n{recipe_text(recipe).rstrip()}")
         accelerator.end_training()
         return
     # Until it has saved something, a run from a checkpoint that was named goes on from there again.
     stop_request.way_on = command_of(recipe) if recipe.overwrite else "the same command"
-    pushes = recipe.push_to_hub and accelerator.is_main_process
-    repo_id = create_repository(recipe) if pushes else None
     with owned(recipe, accelerator.is_main_process):
-        _run(recipe, accelerator, repo_id)
+        training = build_training(recipe, accelerator)
+        with closing(training.tracker):
+            _run(training)
 
 
 def write_results(components: Components, recipe: Recipe) -> list[str]:
@@ -74,24 +74,48 @@ def write_results(components: Components, recipe: Recipe) -> list[str]:
         ) from error
 
 
-def _run(recipe: Recipe, accelerator: Accelerator, repo_id: str | None) -> None:
-    training = build_training(recipe, accelerator)
+def _repository(recipe: Recipe, is_main: bool) -> str | None:
+    """The repository to push to, made by the first process for all. Raises RecipeError, on all."""
+    answer: list[str | None] = [None, None]
+    if is_main and recipe.push_to_hub:
+        try:
+            answer = [create_repository(recipe), None]
+        except RecipeError as error:
+            answer = [None, str(error)]
+    repo_id, problem = from_first(answer)
+    if problem:
+        raise RecipeError(problem)
+    return repo_id
+
+
+def _run(training: Training) -> None:
+    recipe, accelerator = training.recipe, training.accelerator
     output_dir = Path(recipe.output_dir)
     if accelerator.is_main_process:
-        print(describe(training), flush=True)
+        say(describe(training))
+    # Only now that folder, data and model are in order, and before a step is made in vain.
+    repo_id = _repository(recipe, accelerator.is_main_process)
 
     try:
         progress = fit(training)
-    except (Stopped, NotSaved):
-        training.tracker.close()  # trackers write what they hold
+    except (Stopped, NotSaved):  # on all processes at once
+        training.tracker.close()
+        accelerator.end_training()
         raise
-    with training.evaluated_weights():
-        if accelerator.is_main_process:
-            report = write_results(training.components, recipe)
-            print("\n".join(["", f"pipeline        {output_dir}", *report]), flush=True)
-    if repo_id:
-        print(f"pushed          {publish(output_dir, repo_id, recipe)}", flush=True)
-    training.tracker.close()
+    try:
+        with training.evaluated_weights():
+            if accelerator.is_main_process:
+                report = write_results(training.components, recipe)
+                say("\n".join(["", f"pipeline        {output_dir}", *report]))
+        if repo_id and accelerator.is_main_process:
+            say(f"pushed          {publish(output_dir, repo_id, recipe)}")
+        training.tracker.close()
+    except RunError:  # of the first process, which does this alone: the others end as they would have
+        with suppress(RuntimeError):
+            wait_for_all()
+        raise
+    wait_for_all()
+    accelerator.end_training()
     if progress.not_saved:
         raise NotSaved(
             f"the pipeline is in {output_dir}, but no checkpoint could be written ({progress.not_saved}): with a "

@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
+from sd_recipes.agreement import from_first
 from sd_recipes.build import check_output_dir
 from sd_recipes.checkpoint import MANIFEST, Manifest, list_checkpoints, remove, remove_leftovers, step_of
 from sd_recipes.flags import is_resolved_recipe
@@ -65,7 +65,7 @@ def owned(recipe: Recipe, is_main: bool) -> Iterator[None]:
         except RecipeError as error:
             answer = [None, str(error)]
     try:
-        resume, problem = broadcast_object_list(answer)
+        resume, problem = from_first(answer)
         if problem:
             raise RecipeError(problem)
         recipe.resume_from_checkpoint = resume

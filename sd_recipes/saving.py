@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 import sd_recipes
+from sd_recipes.agreement import from_all
 from sd_recipes.checkpoint import (
     CONFIG,
     FORMAT,
@@ -29,7 +29,7 @@ from sd_recipes.checkpoint import (
     Progress,
     write_checkpoint,
 )
-from sd_recipes.flags import NOT_OF_THE_RUN
+from sd_recipes.flags import written_settings
 from sd_recipes.recipe import RunError
 from sd_recipes.resume import flatten
 from sd_recipes.sharding import gathered
@@ -125,14 +125,14 @@ class Checkpointer:
 
         One that is still being written is waited for. What cannot be written is told, and the run goes on.
         """
-        streams = gather_object([progress.stream_state])
+        asked = time.monotonic()
+        self.wait()
+        self._saved_at = time.monotonic()
+        streams = from_all(progress.stream_state)  # here the others wait until the first has written
         if not self.training.accelerator.is_main_process:
             for part in self._parts():
                 gathered(part.tensor)  # which the first process asks for
             return
-        asked = time.monotonic()
-        self.wait()
-        self._saved_at = time.monotonic()
         was_writing = self.num_written > 0 or self.failure is not None
         if was_writing and self._saved_at - asked > LONG_WAIT and not self._told_of_waiting:
             self._told_of_waiting = True
@@ -236,7 +236,7 @@ class Checkpointer:
                 "torch": str(torch.__version__),
                 "diffusers": diffusers.__version__,
             },
-            settings=recipe.model_dump(mode="json", exclude=NOT_OF_THE_RUN),
+            settings=written_settings(recipe),
             identity=self._identity,
         )
         return Contents(manifest, texts)

@@ -7,8 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from PIL import Image
 from sd_recipes.flags import recipe_text
 from sd_recipes.reading import StrangeFile, open_regular
 from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.redaction import in_texts, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ def check_tracker(report_to: str) -> None:
 class Tracker:
     """Logs to `--report_to` and to metrics.jsonl: one line a step, {"step": …, name: value, …}.
 
-    A disk that is full, or no longer there, is told once and ends the logging, not the run.
+    Each by itself: one that fails, on a full disk or without its server, is told once and not tried again. The others
+    and the run go on. Only metrics.jsonl is tried again, for the disk may have room by then.
     """
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
@@ -51,14 +52,22 @@ class Tracker:
         """Open the trackers, save the resolved recipe, and drop what an earlier run logged and drew after `step`."""
         recipe = self.recipe
         settings = {
-            key: value for key, value in recipe.model_dump().items() if value is not None and key != "hub_token"
+            key: value
+            for key, value in in_texts(redacted, recipe.model_dump(exclude={"hub_token"})).items()
+            if value is not None
         }
         settings = {
             key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in settings.items()
         }
         # TensorBoard then drops, in what it reads, all events from this step on that stand in earlier files.
         purges = {"tensorboard": {"purge_step": step + 1 if step else 0}}
-        self.accelerator.init_trackers(recipe.tracker_project_name, None if step else settings, init_kwargs=purges)
+        try:
+            self.accelerator.init_trackers(recipe.tracker_project_name, None if step else settings, init_kwargs=purges)
+        except Exception as error:  # as below
+            raise RecipeError(
+                f"--report_to {recipe.report_to} cannot be started ({' '.join(str(error).split())[:300]}): mend it, or "
+                "use none"
+            ) from error
         if self.accelerator.is_main_process:
             replace_file(self.path.parent / "recipe.yaml", recipe_text(recipe))
             for picture in list_samples(self.path.parent):
@@ -68,43 +77,50 @@ class Tracker:
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        with self._tolerating():
-            self.accelerator.log(values, step=step)
+        self._each(lambda tracker: tracker.log(values, step=step))
         if self.accelerator.is_main_process:
-            with self._tolerating():
-                begun, self.line_is_torn = "\n" if self.line_is_torn else "", True
+            begun, self.line_is_torn = "\n" if self.line_is_torn else "", True
+            try:
                 with self.path.open("a") as file:
                     file.write(f"{begun}{json.dumps({'step': step, **values})}\n")
                 self.line_is_torn = False
+            except OSError as error:  # a disk may have room again
+                if not self.failed:
+                    self.failed = True
+                    logger.warning("%s cannot be written (%s): training goes on without it.", self.path, error)
 
     def flush(self) -> None:
         """Hand over what the trackers hold back, so that a kill does not lose it."""
-        with self._tolerating():
-            for tracker in self.accelerator.trackers:
-                if tracker.name == "tensorboard" and self.accelerator.is_main_process:
-                    tracker.writer.flush()
+        if self.accelerator.is_main_process:
+            self._each(lambda tracker: tracker.writer.flush() if tracker.name == "tensorboard" else None)
 
     def close(self) -> None:
-        with self._tolerating():
-            self.accelerator.end_training()
+        """Let the trackers write what they hold, however the run ends. Waits for no other process."""
+        self._each(lambda tracker: tracker.finish())
+        self.accelerator.trackers = []
 
-    @contextmanager
-    def _tolerating(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not self.failed:
-                self.failed = True
-                logger.warning("The run's figures cannot be written (%s): training goes on.", error)
+    def _each(self, call: Callable[[Any], None]) -> None:
+        """Do something with each tracker. One that fails is told, and is none any more."""
+        for tracker in list(self.accelerator.trackers):
+            try:
+                call(tracker)
+            # They have no common base for their errors: a full disk's OSError, a server's that is away, wandb's own.
+            except Exception as error:
+                self.accelerator.trackers.remove(tracker)
+                words = " ".join(str(error).split())[:300] or type(error).__name__
+                logger.warning("%s fails (%s): training goes on without it.", tracker.name, words)
 
     def log_pictures(self, pictures: list[Image.Image], step: int) -> None:
         """(N, H, W, 3) under the name `validation`, where the tracker takes pictures."""
         array = np.stack([np.asarray(picture) for picture in pictures])
-        for tracker in self.accelerator.trackers:
+
+        def log_images(tracker: Any) -> None:
             if tracker.name == "tensorboard":
                 tracker.log_images({"validation": array}, step=step, dataformats="NHWC")
             elif hasattr(tracker, "log_images"):
                 tracker.log_images({"validation": pictures}, step=step)
+
+        self._each(log_images)
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from sd_recipes.model.conditioning import encode_text
 from sd_recipes.model.latents import batch_moments, sample_latents
 from sd_recipes.out_of_memory import AtOnce
 from sd_recipes.pipeline import build_pipeline
+from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.signals import stop_request
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class Validator:
             if pictures and recipe.validation_prompts:
                 path = Path(recipe.output_dir) / "samples" / f"step-{step:06d}.png"
                 path.parent.mkdir(exist_ok=True)
-                save_whole(picture_grid(pictures, recipe.validation_prompts), path)
+                save_whole(picture_grid(pictures, in_texts(redacted, recipe.validation_prompts)), path)
                 training.tracker.log_pictures(pictures, step)
                 if self.score:
                     figures["image_text_score"] = self.score(pictures, recipe.validation_prompts)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,10 +34,12 @@ from launching import (
 )
 from safetensors.torch import load_file
 from test_script import environment
+from torch import distributed
 from training import forget_accelerator, train, weights
 
 from sd_recipes.accelerator import start_accelerator
 from sd_recipes.checkpoint import UNET_WEIGHTS, list_checkpoints
+from sd_recipes.console import mistakes_in_one_line
 from sd_recipes.recipe import Recipe, RecipeError
 
 CONFIGS = ROOT / "accelerate_configs"
@@ -316,3 +321,81 @@ def test_the_slurm_job_tells_torchrun_less_time_than_it_has() -> None:
     seconds = int(script.split("--signal=B:USR1@")[1].split()[0])
     assert int(script.split("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=")[1].split()[0]) < seconds
     assert script.index("#SBATCH") < script.index("MASTER_ADDR="), "Slurm reads them up to the first command"
+
+
+# ------------------------------------------------------------------------------------------------- waiting
+
+
+def test_defect_13_devices_wait_minutes_for_each_other_and_the_host_hours(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waits(**changes: Any) -> tuple[timedelta, list[tuple[str, timedelta]]]:
+        """Time-outs of the default group, which is NCCL's on GPUs, and of the groups that are made besides."""
+        taken: list[Any] = []
+        made: list[tuple[str, timedelta]] = []
+
+        def accelerator(**options: Any) -> Any:
+            taken.extend(options["kwargs_handlers"])
+            return SimpleNamespace(num_processes=2)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("sd_recipes.accelerator.Accelerator", accelerator)
+            patch.setattr("torch.distributed.is_initialized", lambda: True)
+            patch.setattr("torch.distributed.get_world_size", lambda *_: 2)
+            patch.setattr("torch.distributed.new_group", lambda backend, timeout: made.append((backend, timeout)))
+            start_accelerator(Recipe(**settings | changes))
+        return taken[0].timeout, made
+
+    default, made = waits()
+    assert timedelta(minutes=5) <= default <= timedelta(minutes=15)
+    assert made == [("gloo", timedelta(hours=2))]
+    # A process whose stream is away must not be taken for one that hangs.
+    streamed, _ = waits(streaming=True, stream_outage_minutes=30, max_train_samples=None)
+    assert streamed == default + timedelta(minutes=30)
+
+
+def test_defect_13_what_one_process_does_alone_may_take_longer_than_devices_wait(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {
+        "train_batch_size": 2, "max_train_steps": 2, "checkpointing_steps": 1, "validation_prompts": "a disc",
+        "validation_inference_steps": 1, "validation_steps": 1,
+    }  # fmt: skip
+    output = finish(start(torchrun(2), *flags_of(settings), script="tests/slow_first.py"), timeout=240)
+    for work in ("_prepare", "data_fingerprint", "load_components", "Validator.__call__", "wait", "write_results"):
+        assert f"{work} takes long" in output
+    assert saved(Path(settings["output_dir"]), 2, "unet")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        distributed.DistBackendError(
+            "NCCL communicator was aborted on rank 1. Original reason for failure was: [Rank 1] Watchdog caught\n"
+            "collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, Timeout(ms)=600000)"
+        ),
+        distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3384, remote process exited or there was a\n"
+            "network error, NCCL version 2.27.5"),
+        distributed.DistStoreError("Socket Timeout"),
+        RuntimeError("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=BROADCAST)"),
+        RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv operation"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:13374"),
+    ],
+)  # fmt: skip
+def test_defect_13_an_error_between_processes_is_one_line(
+    error: RuntimeError, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left, mistakes_in_one_line():
+        raise error
+    assert left.value.code == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert re.match("error: .*(ended|hangs).*says why", told)
+    assert " ".join(str(error).split())[:60] in told
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 must have the same dtype"), torch.OutOfMemoryError("x")])
+def test_other_errors_keep_their_traceback(error: RuntimeError) -> None:
+    with pytest.raises(type(error)) as raised, mistakes_in_one_line():
+        raise error
+    assert raised.value is error

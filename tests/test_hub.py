@@ -153,7 +153,34 @@ def test_no_rights_or_no_connection_show_before_training(
         with pytest.raises(RecipeError, match=f"--push_to_hub: cannot create tester/discs .*{words}") as error:
             run(recipe)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {".lock", "logs"}, "nothing was trained"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--caption_column", "nothing"], "--caption_column nothing"),
+        (["--train_data_dir", "nowhere"], "no such folder"),
+        (["--resolution", "30"], "not a multiple"),
+        ([], "holds no run of this program"),
+    ],
+    ids=["column", "data", "size", "folder"],
+)
+def test_defect_8_a_mistake_leaves_no_repository(
+    flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], words: str
+) -> None:
+    if not changes:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("")
+    flags = [*flags, *changes, "--push_to_hub", "--hub_model_id", "tester/discs"]
+    recipe = load_recipe([str(flag) for flag in flags])
+    forget_accelerator()
+    with LoopbackHub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        with pytest.raises(RecipeError, match=words):
+            run(recipe)
+    assert [asked.path for asked in hub.requests if asked.method == "POST"] == []
+    assert "tester/discs" not in hub.models
 
 
 def test_a_card_that_the_hub_refuses_fails_the_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from launching import flags_of, start, torchrun
 from poisoned import poison
 from safetensors.torch import load_file
-from training import train
+from training import forget_accelerator, train
 
 from sd_recipes import loop
 from sd_recipes.accelerator import start_accelerator
@@ -25,7 +24,7 @@ from sd_recipes.recipe import Recipe, RecipeError
 
 
 def train_poisoned(settings: dict[str, Any], steps: set[int], **changes: Any) -> Training:
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     recipe = Recipe(**{**settings, **changes})
     training = build_training(recipe, start_accelerator(recipe))
     poison(training, steps)

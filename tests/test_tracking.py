@@ -1,137 +1,209 @@
-"""What stands beside a run: its figures and pictures, torn, strange, or the person's own."""
+"""Trackers get what was logged, however a run ends, and one that fails stops nothing else."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-from io import TextIOWrapper
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_resume import figures, run_it
-from training import train
+from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import forget_accelerator
 
-from sd_recipes.recipe import RecipeError
-from sd_recipes.report import write_report
-from sd_recipes.tracking import list_samples, read_metrics
+from sd_recipes.build import Training
+from sd_recipes.data.bad_rows import TooManyBadRows
+from sd_recipes.hub import PushError
+from sd_recipes.loop import TrainingDiverged
+from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.run import run
+from sd_recipes.signals import Stopped
+from sd_recipes.tracking import Tracker, read_metrics
 
-TORN = ['{"step": 2, "tr', '{"step": 2, "tr}', "[1, 2]", '{"train_loss": 1.0}', '{"step": "2"}', "\0\0}", "[" * 10**4]
+# ------------------------------------------------------------------------------------- however a run ends
 
 
-def test_defect_27_torn_lines_of_the_metrics_do_not_block_a_resume(
-    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def finished(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The trackers that were told to end."""
+    found: list[Any] = []
+    finish = TensorBoardTracker.finish
+    monkeypatch.setattr(TensorBoardTracker, "finish", lambda self: (found.append(self), finish(self)))
+    return found
+
+
+def logged_steps(output_dir: Path) -> list[int]:
+    """Steps of which TensorBoard reads a loss."""
+    events = EventAccumulator(str(output_dir / "logs" / "text2image-fine-tune"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.step for event in events.Scalars("train_loss")] if "train_loss" in events.Tags()["scalars"] else []
+
+
+@pytest.fixture
+def recipe(settings: dict[str, Any]) -> Recipe:
+    forget_accelerator()
+    return Recipe(**settings | {"report_to": "tensorboard"})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TrainingDiverged("the loss is nan"), RecipeError("a mistake in mid-run"), TooManyBadRows("7 rows"),
+        Stopped("by SIGTERM"), ValueError("a bug"), KeyboardInterrupt(),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_defect_7_the_trackers_have_all_events_however_a_run_ends(
+    recipe: Recipe, error: BaseException, finished: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "run" / "metrics.jsonl"
-    train(settings, max_train_steps=2)
-    first, second = path.read_text().splitlines()
-    path.write_text("\n".join([first, *TORN, second, '{"step": 3, "train']))
-    train(settings, resume_from_checkpoint="latest")
-    assert caplog.text.count(f"{path}: dropped 8 of its lines, torn or strange: 2, 3, 4, 5, 6 and more") == 1
-    assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2, 3, 4]
-    assert write_report(tmp_path / "run") == [f"loss curve      {tmp_path / 'run' / 'loss_curve.png'}"]
+    ended: list[str] = []
+    end_training = Accelerator.end_training
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: (ended.append("group"), end_training(self)))
+
+    def fit(training: Training) -> None:
+        training.tracker.start_at(0)
+        training.tracker.log({"train_loss": 1.0}, 1)
+        raise error
+
+    monkeypatch.setattr("sd_recipes.run.fit", fit)
+    with pytest.raises(type(error)) as raised:
+        run(recipe)
+    assert raised.value is error
+    assert len(finished) == 1
+    assert logged_steps(Path(recipe.output_dir)) == [1]
+    # What one process meets alone must not wait for the others, as the end of their group may.
+    assert ended == (["group"] if isinstance(error, Stopped) else [])
 
 
-def test_defect_27_the_line_after_a_torn_one_is_not_lost(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_defect_7_a_run_that_diverges_keeps_its_last_events(recipe: Recipe, finished: list[Any]) -> None:
+    recipe.learning_rate = 1e30
+    with pytest.raises(TrainingDiverged):
+        run(recipe)
+    lines = read_metrics(Path(recipe.output_dir) / "metrics.jsonl")
+    assert logged_steps(Path(recipe.output_dir)) == [line["step"] for line in lines]
+    assert len(lines) >= 1
+    assert len(finished) == 1
+
+
+def test_defect_7_a_failed_push_keeps_the_last_events(
+    recipe: Recipe, finished: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full in the middle of the second step's line, and has room again for the third's."""
-    opened = Path.open
+    def publish(*_: object) -> str:
+        raise PushError("not pushed")
 
-    class Full:
-        def __init__(self, file: TextIOWrapper) -> None:
-            self.file = file
-
-        def __enter__(self) -> Full:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()
-
-        def write(self, text: str) -> None:
-            if '"step": 2' in text:
-                self.file.write(text[: len(text) // 2])
-                raise OSError(errno.ENOSPC, "No space left on device")
-            self.file.write(text)
-
-    def open_full(path: Path, mode: str = "r", **options: Any) -> Any:
-        file = opened(path, mode, **options)
-        return Full(file) if mode == "a" and path.name == "metrics.jsonl" else file
-
-    monkeypatch.setattr(Path, "open", open_full)
-    train(settings)
-    monkeypatch.undo()
-    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 3, 4]
+    monkeypatch.setattr("sd_recipes.run.create_repository", lambda _: "tester/discs")
+    monkeypatch.setattr("sd_recipes.run.publish", publish)
+    recipe.push_to_hub, recipe.max_train_steps = True, 1
+    with pytest.raises(PushError):
+        run(recipe)
+    assert len(finished) == 1
+    assert logged_steps(Path(recipe.output_dir)) == [1]
 
 
-def test_defect_27_pictures_of_the_persons_own_are_left_alone(settings: dict[str, Any], tmp_path: Path) -> None:
-    """By a resume, by --overwrite and by the report."""
-    samples = tmp_path / "run" / "samples"
-    settings |= {"validation_prompts": ["a disc"], "validation_steps": 2, "validation_inference_steps": 1}
-    run_it(settings, max_train_steps=2, validate_before_training=True)
-    drawn = (samples / "step-000002.png").read_bytes()
-    own = {"step-best.png": b"mine", "step-9.png": drawn, "step-١٢٣٤٥٦.png": b"mine", "notes.txt": b"mine"}
-    for name, content in own.items():
-        (samples / name).write_bytes(content)
-    (samples / "step-000099.png").write_bytes(drawn)  # of steps that were not saved
-    run_it(settings)
-    assert [path.name for path in list_samples(tmp_path / "run")] == [f"step-00000{n}.png" for n in (0, 2, 4)]
-    assert (tmp_path / "run" / "samples.png").read_bytes() == (samples / "step-000004.png").read_bytes()
-    run_it(settings, overwrite=True, max_train_steps=2)
-    assert [path.name for path in list_samples(tmp_path / "run")] == ["step-000002.png"]
-    assert {name: (samples / name).read_bytes() for name in own} == own
+def test_defect_7_a_tracker_that_cannot_end_hides_no_error(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def finish(self: object) -> None:
+        raise OSError("no space left")
+
+    def fit(training: Training) -> None:
+        training.tracker.start_at(0)
+        raise TrainingDiverged("the loss is nan")
+
+    monkeypatch.setattr("sd_recipes.run.fit", fit)
+    monkeypatch.setattr(TensorBoardTracker, "finish", finish)
+    with pytest.raises(TrainingDiverged):
+        run(recipe)
 
 
-def test_defect_27_a_torn_picture_is_told_and_costs_no_pipeline(
-    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+# --------------------------------------------------------------------------------------- one that fails
+
+
+class CommunicationError(Exception):
+    """As wandb's and comet's own, which are no OSError."""
+
+
+class FakeTracker:
+    def __init__(self, name: str, error: Exception | None = None) -> None:
+        self.name, self.error, self.calls = name, error, 0
+        self.writer = SimpleNamespace(flush=self.call)
+
+    def call(self, *_: object, **__: object) -> None:
+        self.calls += 1
+        if self.error:
+            raise self.error
+
+    log = log_images = finish = call
+
+
+def tracker_of(tmp_path: Path, *trackers: FakeTracker) -> Tracker:
+    recipe = Recipe(pretrained_model_name_or_path="a", train_data_dir="b", output_dir=str(tmp_path))
+    accelerator: Any = SimpleNamespace(trackers=list(trackers), is_main_process=True, log=None)
+
+    def log(values: dict[str, float], step: int) -> None:  # as accelerate's
+        for tracker in accelerator.trackers:
+            tracker.log(values, step=step)
+
+    accelerator.log = log
+    return Tracker(accelerator, recipe)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), CommunicationError("server is away")])
+def test_defect_9_a_failing_tracker_is_told_once_and_not_tried_again(
+    tmp_path: Path, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings |= {"validation_prompts": ["a disc"], "validation_steps": 2, "validation_inference_steps": 1}
-    run_it(settings, max_train_steps=2, validate_before_training=True)
-    os.truncate(tmp_path / "run" / "samples" / "step-000000.png", 100)
-    run_it(settings)
-    assert "No before_after.png: a picture in" in caplog.text
+    caplog.set_level(logging.WARNING)
+    fails, works = FakeTracker("wandb", error), FakeTracker("tensorboard")
+    tracker = tracker_of(tmp_path, fails, works)
+    for step in (1, 2, 3):
+        tracker.log({"train_loss": 1.0}, step)
+    tracker.log_pictures([Image.new("RGB", (8, 8))], 3)
+    tracker.flush()
+    tracker.close()
+    assert fails.calls == 1
+    assert works.calls == 6, "three logs, pictures, a flush and the end"
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == ["wandb fails"]
 
 
-STRANGE = {
-    "a link to an endless file": lambda path: path.symlink_to("/dev/zero"),
-    "a FIFO": os.mkfifo,
-    "a folder": Path.mkdir,
-}
+@pytest.mark.parametrize("call", ["log_pictures", "flush", "close"])
+def test_defect_9_no_call_of_a_failing_tracker_ends_the_run(tmp_path: Path, call: str) -> None:
+    fails = FakeTracker("tensorboard", CommunicationError("server is away"))
+    tracker = tracker_of(tmp_path, fails)
+    arguments: dict[str, list[Any]] = {"log_pictures": [[Image.new("RGB", (8, 8))], 1]}
+    for _ in range(2):
+        getattr(tracker, call)(*arguments.get(call, []))
+    assert fails.calls == 1
 
 
-@pytest.mark.usefixtures("seconds")
-@pytest.mark.parametrize("kind", STRANGE)
-def test_defect_30_metrics_that_are_no_file_are_named(settings: dict[str, Any], tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "run" / "metrics.jsonl"
-    train(settings, max_train_steps=1)
-    path.unlink()
-    STRANGE[kind](path)
-    with pytest.raises(RecipeError, match=r"metrics\.jsonl is no regular file: remove it, or choose another"):
-        train(settings, resume_from_checkpoint="latest")
-
-
-@pytest.mark.usefixtures("seconds")
-@pytest.mark.parametrize("kind", STRANGE)
-def test_defect_30_a_folder_whose_recipe_is_no_file_is_no_runs(
-    settings: dict[str, Any], tmp_path: Path, kind: str
+def test_defect_9_a_full_disk_ends_the_curve_and_no_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "run").mkdir()
-    STRANGE[kind](tmp_path / "run" / "recipe.yaml")
-    with pytest.raises(RecipeError, match=r"holds no run of this program, but 'recipe\.yaml'"):
-        run_it(settings)
+    works = FakeTracker("wandb")
+    tracker = tracker_of(tmp_path, works)
+    tracker.log({"train_loss": 1.0}, 1)
+    opened = []
+
+    def full(self: Path, *_: object) -> None:
+        opened.append(self)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        for step in (2, 3):
+            tracker.log({"train_loss": 1.0}, step)
+    assert works.calls == 3
+    assert opened == [tmp_path / "metrics.jsonl"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert len(caplog.records) == 1
 
 
-@pytest.mark.usefixtures("seconds")
-def test_defect_30_an_owner_that_is_no_file_is_nobody(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Nor is anything written through a link that stands in its place."""
-    out, others = tmp_path / "run", tmp_path / "others"
-    others.write_text("theirs")
-    run_it(settings, max_train_steps=1)
-    for name in (".owner.json", ".metrics.jsonl", ".recipe.yaml"):
-        (out / name).symlink_to(others)
-    run_it(settings, max_train_steps=2)
-    assert others.read_text() == "theirs"
-    os.mkfifo(out / ".owner.json")
-    run_it(settings, max_train_steps=3)
-    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+def test_a_tracker_that_cannot_be_started_is_a_mistake(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init_trackers(self: Accelerator, *_: object, **__: object) -> None:
+        raise CommunicationError("no API key configured")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", init_trackers)
+    with pytest.raises(RecipeError, match=r"--report_to tensorboard cannot be started \(no API key configured\)"):
+        run(recipe)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sd_recipes.recipe import RunError
+from sd_recipes.redaction import in_texts, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class BadRows:
         """Count rows of (name, reason). Raises TooManyBadRows."""
         if found and self._recorded is None:
             self._recorded = self._read(self.path)
-        for name, reason in found:
+        for name, reason in in_texts(redacted, found):
             if name in self.reasons:
                 continue
             self.reasons[name] = reason

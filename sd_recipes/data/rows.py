@@ -121,8 +121,9 @@ def _load(source: DataSource, config: Any, cache_dir: str | None, *, streaming: 
     options: dict[str, Any] = {"cache_dir": cache_dir, "streaming": streaming}
     if source.dataset_name is not None:
         name = assets.resolve(source.dataset_name)
-        builder = FILE_BUILDERS.get(Path(name).suffix)
-        if builder and ("://" in name or "*" in name or Path(name).is_file()):
+        is_address = "://" in name
+        builder = FILE_BUILDERS.get(Path(name.partition("?")[0] if is_address else name).suffix)
+        if builder and (is_address or "*" in name or Path(name).is_file()):
             for other in ("train_data_dir", "dataset_config_name", "dataset_revision"):
                 if getattr(source, other) is not None:
                     raise RecipeError(f"{source.flag} names files, which --{other} contradicts: drop one")

@@ -13,6 +13,7 @@ import numpy as np
 from sd_recipes.data.captions import CaptionError, caption_columns, count_tokens, is_missing, make_caption
 from sd_recipes.data.draws import draw
 from sd_recipes.inspection.findings import BoundedCounter, Finding
+from sd_recipes.redaction import redacted
 
 MAX_WORDS = 50_000  # different words that are counted
 LONGEST = 512  # words or tokens of a caption; longer ones are counted as this long
@@ -59,7 +60,7 @@ class CaptionSummary:
             captions += found
             owners += [(row, name)] * len(found)
         for (row, _), caption in zip(owners, captions, strict=True):
-            words = WORD.findall(caption.lower())
+            words = WORD.findall(redacted(caption).lower())
             self.words.update(words)
             self.word_counts[min(len(words), LONGEST)] += 1
             self._rows.append(row)

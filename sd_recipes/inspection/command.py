@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from sd_recipes.console import set_up_console
+from sd_recipes.console import say, set_up_console
 from sd_recipes.flags import Command, build_parser, parse_flags, read_recipe_file
 from sd_recipes.recipe import (
     CacheConfig,
@@ -32,6 +32,7 @@ from sd_recipes.recipe import (
     Section,
     check_data_settings,
 )
+from sd_recipes.redaction import in_texts, redacted
 
 if TYPE_CHECKING:
     from sd_recipes.inspection.summary import Inspected
@@ -103,7 +104,8 @@ def read_settings(argv: list[str]) -> Inspection:
 def _explain(problem: Any) -> str:
     if not problem["loc"]:
         return problem["msg"].removeprefix("Value error, ")
-    return f"--{problem['loc'][0]}: {problem['msg'][0].lower()}{problem['msg'][1:]} (it is {problem['input']!r})"
+    words = problem["msg"].removeprefix("Value error, ")
+    return f"--{problem['loc'][0]}: {words[0].lower()}{words[1:]} (it is {problem['input']!r})"
 
 
 def main(argv: list[str]) -> None:
@@ -133,10 +135,10 @@ def run(config: Inspection) -> int:
     from sd_recipes.inspection.page import write_page
     from sd_recipes.inspection.summary import as_json
 
-    content = as_json(inspected)
+    content = in_texts(redacted, as_json(inspected))
     (output_dir / "inspection.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     write_page(inspected, content, output_dir / "inspection.html")
-    print(_summary(content, output_dir))
+    say(_summary(content, output_dir))
     return inspected.status
 
 

@@ -14,6 +14,7 @@ from sd_recipes.inspection.distribution_page import forward_section, latents_sec
 from sd_recipes.inspection.findings import kinds
 from sd_recipes.inspection.summary import Inspected
 from sd_recipes.pages import render_page
+from sd_recipes.redaction import redacted
 
 THUMBNAIL = 96  # pixels a side, at most
 SHOWN = 20  # rows of a table; the JSON file has more
@@ -38,7 +39,7 @@ def write_page(inspected: Inspected, content: dict[str, Any], path: Path) -> Non
         latents=latents_section(inspected) if "latents" in content else None,
         forward=forward_section(inspected) if inspected.pictures else None,
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(redacted(page), encoding="utf-8")  # names of files, and captions, come from anywhere
 
 
 def _findings(inspected: Inspected, content: dict[str, Any]) -> dict[str, Any]:
