@@ -16,10 +16,10 @@ On your own pictures, on a GPU:
 
 import sys
 
-from sd_recipes.console import mistakes_in_one_line, set_up_console
 from sd_recipes.flags import SCRIPT, Command, load_recipe
 from sd_recipes.redaction import redacted
-from sd_recipes.signals import stop_request
+from sd_recipes.runtime.console import mistakes_in_one_line, set_up_console
+from sd_recipes.runtime.signals import stop_request
 
 
 def main(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
         stop_request.listen()
         # Imported here, because it takes seconds: a mistake on the command line is answered before.
         set_up_console()
-        from sd_recipes.run import run
+        from sd_recipes.commands.train import run
 
         run(recipe)
 

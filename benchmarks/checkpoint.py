@@ -45,13 +45,13 @@ def spread(seconds: list[float]) -> str:
 
 def measure_stall(work: Path, runs: int) -> None:
     """Time of `save`, for which the loop stands still, and of the same with the wait for the written checkpoint."""
-    from sd_recipes.accelerator import start_accelerator
-    from sd_recipes.build import build_training
-    from sd_recipes.checkpoint import Progress, write_checkpoint
-    from sd_recipes.loop import fit
+    from sd_recipes.checkpoints.format import Progress, write_checkpoint
+    from sd_recipes.checkpoints.resume import identity_of
+    from sd_recipes.checkpoints.saver import Checkpointer
     from sd_recipes.recipe import Recipe
-    from sd_recipes.resume import identity_of
-    from sd_recipes.saving import Checkpointer
+    from sd_recipes.runtime.accelerator import start_accelerator
+    from sd_recipes.training.build import build_training
+    from sd_recipes.training.loop import fit
 
     settings = recipe_of(work, "run") | {"max_train_steps": 2, "checkpoints_total_limit": 2}
     recipe = Recipe(**settings)

@@ -209,7 +209,7 @@ def measure_epochs(args: argparse.Namespace) -> None:
 
 def cached_row_time(work: Path, folder: Path) -> None:
     """Milliseconds in the loader for a cached row, at 512²: 64 x 64 latents."""
-    from sd_recipes.data.cache import LatentCache, moments_of, row_key
+    from sd_recipes.data.latent_store import LatentCache, moments_of, row_key
     from sd_recipes.data.rows import load_rows
     from sd_recipes.recipe import Recipe
 
@@ -313,7 +313,7 @@ def inspect(flags: list[object]) -> tuple[float, int]:
     """Seconds of one inspection, and the most memory that its processes held together, but for mapped files."""
     import psutil
 
-    command = [sys.executable, "-m", "sd_recipes.cli", "inspect", "--resolution", "512", *map(str, flags)]
+    command = [sys.executable, "-m", "sd_recipes.commands.cli", "inspect", "--resolution", "512", *map(str, flags)]
     started, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=errors, stderr=errors) as process:
         while process.poll() is None:

@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal, NoReturn
 import yaml
 from pydantic import ValidationError
 
+from sd_recipes.errors import RecipeError
 from sd_recipes.reading import StrangeFile, open_regular, read_text
-from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, Recipe, RecipeError, Section, heading
+from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, Recipe, Section, heading
 from sd_recipes.redaction import LEFT_OUT, in_texts, redacted, without_folders
 
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"

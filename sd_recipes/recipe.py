@@ -13,21 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from sd_recipes.redaction import LEFT_OUT, has_login, in_texts, redacted
 
 
-class RunError(Exception):
-    """An end of a run that is told in one line, without a traceback; `status` is the process's exit status."""
-
-    status = 1
-
-    def __init__(self, *words: Any) -> None:
-        super().__init__(*in_texts(redacted, words))  # an address, or another program's error, may hold a secret
-
-
-class RecipeError(RunError, ValueError):
-    """A person's mistake: the line names the flag or the file, and the way out."""
-
-    status = 2
-
-
 def _number_from_text(value: Any) -> Any:
     """YAML 1.1 reads `1e-5` as text; the command line reads it as a number. Here both are numbers."""
     if isinstance(value, str):

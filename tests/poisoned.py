@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sd_recipes import build
-from sd_recipes.build import Training
+from sd_recipes.training import build
+from sd_recipes.training.build import Training
 
 
 def poison(training: Training, steps: set[int]) -> None:
@@ -26,7 +26,7 @@ def poison(training: Training, steps: set[int]) -> None:
 
 
 if __name__ == "__main__":
-    from sd_recipes import run
+    from sd_recipes.commands import train as run
     from train_text_to_image import main
 
     def build_poisoned(*arguments: Any) -> Training:

@@ -32,7 +32,11 @@ def slowly(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def main() -> None:
-    from sd_recipes import build, resume, run, run_folder, saving, validation
+    from sd_recipes.checkpoints import resume, run_folder
+    from sd_recipes.checkpoints import saver as saving
+    from sd_recipes.commands import train as run
+    from sd_recipes.evaluation import validation
+    from sd_recipes.training import build
     from train_text_to_image import main as train
 
     start = run.start_accelerator

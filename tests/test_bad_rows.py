@@ -52,7 +52,7 @@ def test_defect_3_a_run_goes_on_when_its_rows_were_repaired(
 def test_defect_3_rows_that_are_still_bad_end_the_run_before_a_model_is_loaded(
     broken: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("sd_recipes.build.load_components")
+    monkeypatch.delattr("sd_recipes.training.build.load_components")
     with pytest.raises(TooManyBadRows, match="2 rows cannot be used, more than the 1"):
         train(broken)
 

@@ -5,7 +5,7 @@ import pytest
 
 from sd_recipes.data.buckets import MAX_ASPECT_RATIO, Buckets
 from sd_recipes.data.images import ImageError
-from sd_recipes.recipe import RecipeError
+from sd_recipes.errors import RecipeError
 
 TABLES = [Buckets(512, 64, 2.0), Buckets(1024, 64, 1.0), Buckets(500, 64, 1.5), Buckets(64, 8, 2.0), Buckets(64, 64, 2)]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from training import train
 
-from sd_recipes.recipe import RecipeError
+from sd_recipes.errors import RecipeError
 
 
 def test_more_denoising_steps_than_the_model_has_timesteps(settings: dict[str, Any]) -> None:

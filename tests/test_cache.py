@@ -23,12 +23,11 @@ from PIL import Image
 from tiny_models import build_image_folder, build_tiny_pipeline
 from training import assert_equal, forget_accelerator, losses, train, weights
 
-from sd_recipes.accelerator import start_accelerator
-from sd_recipes.build import Training, build_training
-from sd_recipes.checkpoint import remove
-from sd_recipes.data.cache import (
+from sd_recipes.checkpoints.format import remove
+from sd_recipes.commands.cache import fill_cache, rows_of_no_data
+from sd_recipes.data.latent_store import (
     LatentCache,
-    check_made_by,
+    check_provenance,
     made_by,
     memory_folder,
     model_hash,
@@ -37,11 +36,13 @@ from sd_recipes.data.cache import (
     row_key,
 )
 from sd_recipes.data.order import GlobalBatch, share
-from sd_recipes.fill_cache import fill_cache, rows_of_no_data
-from sd_recipes.loop import TrainingDiverged
+from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import load_vae
 from sd_recipes.model.latents import batch_moments
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.training.build import Training, build_training
+from sd_recipes.training.loop import TrainingDiverged
 
 MADE = {"format": 1, "dtype": "fp16", "flips": True, "vae": "x", "size": 64}
 
@@ -192,7 +193,7 @@ def test_a_full_disk_ends_the_writing_and_not_the_run(
 def test_defect_5_a_row_is_kept_once_and_one_picture_with_two_captions_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sd_recipes.data.cache.NUMBERS_TO_SORT", 2, raising=False)
+    monkeypatch.setattr("sd_recipes.data.latent_store.NUMBERS_TO_SORT", 2, raising=False)
     cache = LatentCache(tmp_path, MADE, rank=0)
     rows = [record(0), record(1), record(1), record(1) | {"text": "another"}, record(2), record(0)]
     moments = torch.arange(len(rows), dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 8, 4, 4)
@@ -329,7 +330,7 @@ def test_defect_31_what_another_user_put_there_is_refused(
     else:
         in_memory.symlink_to(tmp_path / ("elsewhere" if planted == "a link" else "nowhere"))
     if planted == "another user's folder":
-        import sd_recipes.data.cache as cache
+        import sd_recipes.data.latent_store as cache
 
         user = os.geteuid()
         monkeypatch.setattr(os, "geteuid", lambda: user + 1)
@@ -481,7 +482,7 @@ def test_defect_31_memory_is_given_back_by_a_run_that_fails(
         seen.append(in_memory.exists())
         raise TrainingDiverged("the loss is nan")
 
-    monkeypatch.setattr("sd_recipes.loop.Window.sum_up", fail)
+    monkeypatch.setattr("sd_recipes.training.loop.Window.sum_up", fail)
     with pytest.raises(TrainingDiverged):
         train(settings, **{**CACHED, "cache_latents": "memory"})
     assert seen == [True]
@@ -536,9 +537,9 @@ def test_defect_12_a_vae_is_the_same_in_every_precision(
 def test_defect_12_the_words_about_another_format_are_true(settings: dict[str, Any]) -> None:
     vae = load_vae(Recipe(**settings))
     wanted = made_by(Recipe(**settings, center_crop=True), vae, torch.float32)
-    check_made_by(json.dumps(wanted), wanted)
+    check_provenance(json.dumps(wanted), wanted)
     with pytest.raises(RecipeError, match=r"in format 1, .* another version .* make them anew with `sd-recipes cache`"):
-        check_made_by(json.dumps({**wanted, "format": 1}), wanted)
+        check_provenance(json.dumps({**wanted, "format": 1}), wanted)
 
 
 def test_defect_28_a_run_trains_on_a_read_only_cache(

@@ -18,15 +18,15 @@ from test_hub import run_against
 from test_script import environment
 from tiny_models import build_image_folder
 
-from sd_recipes.fill_cache import fill_cache
+from sd_recipes.commands.cache import fill_cache
+from sd_recipes.errors import RecipeError
 from sd_recipes.flags import load_recipe
-from sd_recipes.recipe import RecipeError
 
 
 def command(*flags: object, processes: int = 1) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
     launcher = [*torchrun, "--nproc_per_node", processes, "-m"] if processes > 1 else [sys.executable, "-m"]
-    return [str(part) for part in [*launcher, "sd_recipes.cli", "cache", "--device", "cpu", *flags]]
+    return [str(part) for part in [*launcher, "sd_recipes.commands.cli", "cache", "--device", "cpu", *flags]]
 
 
 def fill(*flags: object, processes: int = 1, **extra: str) -> subprocess.CompletedProcess[str]:

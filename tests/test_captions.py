@@ -12,7 +12,8 @@ from transformers import CLIPTokenizer
 import sd_recipes
 from sd_recipes.data.captions import CaptionError, caption_columns, count_tokens, make_caption, tokenize
 from sd_recipes.data.draws import Draws, draw
-from sd_recipes.recipe import CaptionConfig, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import CaptionConfig
 
 
 def drawn(position: int = 0) -> Draws:

@@ -25,10 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from training import assert_equal, forget_accelerator, train, weights
 
-from sd_recipes import checkpoint, saving
-from sd_recipes.accelerator import start_accelerator
-from sd_recipes.build import Training, build_training
-from sd_recipes.checkpoint import (
+from sd_recipes.checkpoints import format as checkpoint
+from sd_recipes.checkpoints import saver as saving
+from sd_recipes.checkpoints.format import (
     FORMAT,
     MANIFEST,
     OPTIMIZER,
@@ -43,12 +42,15 @@ from sd_recipes.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from sd_recipes.loop import fit
-from sd_recipes.recipe import Recipe, RecipeError
-from sd_recipes.run import run
-from sd_recipes.saving import NotSaved
-from sd_recipes.signals import Stopped, stop_request
-from sd_recipes.tracking import Tracker, read_metrics
+from sd_recipes.checkpoints.saver import NotSaved
+from sd_recipes.commands.train import run
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.runtime.signals import Stopped, stop_request
+from sd_recipes.runtime.trackers import Tracker, read_metrics
+from sd_recipes.training.build import Training, build_training
+from sd_recipes.training.loop import fit
 
 
 def contents(step: int, **changes: Any) -> Contents:
@@ -402,7 +404,11 @@ def test_a_folder_that_becomes_read_only_in_the_middle_of_a_run(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     unlink = Path.unlink
-    for place in ("sd_recipes.saving.write_checkpoint", "sd_recipes.run.export_pipeline", "PIL.Image.Image.save"):
+    for place in (
+        "sd_recipes.checkpoints.saver.write_checkpoint",
+        "sd_recipes.commands.train.export_pipeline",
+        "PIL.Image.Image.save",
+    ):
         monkeypatch.setattr(place, denied)
     monkeypatch.setattr(Path, "unlink", lambda path, **o: denied() if path.name == ".owner.json" else unlink(path, **o))
     settings |= {"validation_prompts": ["a disc"], "validation_steps": 2, "validation_inference_steps": 1}
@@ -622,13 +628,13 @@ def mapping_fails(*_: Any, **__: Any) -> None:
     ("place", "failure", "words"),
     [
         ("torch.nn.Module.load_state_dict", full, "not enough memory to load"),
-        ("sd_recipes.resume._load_optimizer", host_full, "not enough memory to load"),
-        ("sd_recipes.resume.load_file", without_memory, "not enough memory to load"),
-        ("sd_recipes.resume.load_file", disk_fails, "cannot be read"),
-        ("sd_recipes.resume.load_file", mapping_fails, "cannot be read"),
-        ("sd_recipes.resume.read_json", disk_fails, "cannot be read"),
-        ("sd_recipes.checkpoint.read_json", disk_fails, "cannot be read"),
-        ("sd_recipes.checkpoint._entry", disk_fails, "cannot be read"),
+        ("sd_recipes.checkpoints.resume._load_optimizer", host_full, "not enough memory to load"),
+        ("sd_recipes.checkpoints.resume.load_file", without_memory, "not enough memory to load"),
+        ("sd_recipes.checkpoints.resume.load_file", disk_fails, "cannot be read"),
+        ("sd_recipes.checkpoints.resume.load_file", mapping_fails, "cannot be read"),
+        ("sd_recipes.checkpoints.resume.read_json", disk_fails, "cannot be read"),
+        ("sd_recipes.checkpoints.format.read_json", disk_fails, "cannot be read"),
+        ("sd_recipes.checkpoints.format._entry", disk_fails, "cannot be read"),
     ],
 )
 @pytest.mark.parametrize("wanted", ["latest", "checkpoint-2"])
@@ -660,7 +666,7 @@ def test_defect_4_a_bug_while_loading_is_a_bug(settings: dict[str, Any], monkeyp
     def broken(*_: Any) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("sd_recipes.resume._load_schedule", broken)
+    monkeypatch.setattr("sd_recipes.checkpoints.resume._load_schedule", broken)
     with pytest.raises(KeyError, match="a bug"):
         train(settings, resume_from_checkpoint="latest")
 

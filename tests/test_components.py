@@ -15,8 +15,9 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from tiny_models import UNET_CONFIG
 
 from sd_recipes.data.rows import load_rows
+from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import Components, load_components
-from sd_recipes.recipe import ModelConfig, Recipe, RecipeError
+from sd_recipes.recipe import ModelConfig, Recipe
 
 
 def load(pipeline: Path, unet_config: Path | None = None) -> Components:

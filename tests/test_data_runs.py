@@ -16,8 +16,8 @@ from tiny_models import build_image_folder
 from training import assert_equal, losses, train, weights
 
 from sd_recipes.data.bad_rows import TooManyBadRows
+from sd_recipes.errors import RecipeError
 from sd_recipes.model.conditioning import CachedText, encode_text
-from sd_recipes.recipe import RecipeError
 
 
 @pytest.fixture

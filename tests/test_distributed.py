@@ -37,10 +37,11 @@ from test_script import environment
 from torch import distributed
 from training import forget_accelerator, train, weights
 
-from sd_recipes.accelerator import start_accelerator
-from sd_recipes.checkpoint import UNET_WEIGHTS, list_checkpoints
-from sd_recipes.console import mistakes_in_one_line
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.checkpoints.format import UNET_WEIGHTS, list_checkpoints
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.runtime.console import mistakes_in_one_line
 
 CONFIGS = ROOT / "accelerate_configs"
 EXAMPLES = ROOT / "examples"
@@ -339,7 +340,7 @@ def test_defect_13_devices_wait_minutes_for_each_other_and_the_host_hours(
             return SimpleNamespace(num_processes=2)
 
         with monkeypatch.context() as patch:
-            patch.setattr("sd_recipes.accelerator.Accelerator", accelerator)
+            patch.setattr("sd_recipes.runtime.accelerator.Accelerator", accelerator)
             patch.setattr("torch.distributed.is_initialized", lambda: True)
             patch.setattr("torch.distributed.get_world_size", lambda *_: 2)
             patch.setattr("torch.distributed.new_group", lambda backend, timeout: made.append((backend, timeout)))

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from training import train
 
-from sd_recipes.recipe import Recipe, RecipeError
-from sd_recipes.run_folder import OWNER, owned
+from sd_recipes.checkpoints.run_folder import OWNER, output_dir_lock
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import Recipe
 
 
 def no_room(*_: Any) -> None:
@@ -43,13 +44,13 @@ def test_defect_28_no_room_for_the_owners_name_is_no_reason_to_end(
     )
     recipe = Recipe(**settings)
     in_use = pytest.raises(RecipeError, match="in use by another run")
-    with owned(recipe, is_main=True), in_use, owned(recipe, is_main=True):
+    with output_dir_lock(recipe, is_main=True), in_use, output_dir_lock(recipe, is_main=True):
         pass
 
 
 def test_defect_28_no_room_for_the_recipe_is_told_in_one_line(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sd_recipes.tracking._replace", no_room)
+    monkeypatch.setattr("sd_recipes.runtime.trackers._replace", no_room)
     with pytest.raises(RecipeError, match=r"--output_dir .* cannot be written .*No space left on device.*make room"):
         train(settings)

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from training import assert_leaves_as_it_came, forget_accelerator
 
-from sd_recipes.accelerator import start_accelerator
-from sd_recipes.build import Training, build_training
-from sd_recipes.checkpoint import UNET_WEIGHTS, Progress
-from sd_recipes.loop import Window, fit
-from sd_recipes.pipeline import export_pipeline
+from sd_recipes.checkpoints.format import UNET_WEIGHTS, Progress
+from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.recipe import Recipe
-from sd_recipes.tracking import read_metrics
+from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.runtime.trackers import read_metrics
+from sd_recipes.training.build import Training, build_training
+from sd_recipes.training.loop import Window, fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

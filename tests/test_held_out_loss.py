@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from training import forget_accelerator
 
-from sd_recipes.accelerator import start_accelerator
-from sd_recipes.build import Training, build_training
 from sd_recipes.data.batches import Batch
 from sd_recipes.model.latents import batch_moments
 from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.training.build import Training, build_training
 
 
 @pytest.fixture
 def met(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
     """The timesteps that each of 8 held-out rows met, filled by every held-out loss with 8 of each."""
-    monkeypatch.setattr("sd_recipes.validation.MIN_HELD_OUT_SAMPLES", 64)
+    monkeypatch.setattr("sd_recipes.evaluation.validation.MIN_HELD_OUT_SAMPLES", 64)
     timesteps: dict[int, list[int]] = defaultdict(list)
 
     def noted(vae: Any, batch: Batch, *rest: Any) -> Any:
@@ -32,7 +32,7 @@ def met(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
             timesteps[row] += [timestep] if weight else []
         return batch_moments(vae, batch, *rest)
 
-    monkeypatch.setattr("sd_recipes.validation.batch_moments", noted)
+    monkeypatch.setattr("sd_recipes.evaluation.validation.batch_moments", noted)
     return timesteps
 
 

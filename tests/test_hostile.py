@@ -16,8 +16,9 @@ from PIL import Image
 from test_checkpoint import Marker
 
 from sd_recipes.data.rows import load_rows, load_streams
+from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import load_components
-from sd_recipes.recipe import ModelConfig, Recipe, RecipeError
+from sd_recipes.recipe import ModelConfig, Recipe
 
 EVIL_MODULE = "from pathlib import Path\nPath({marker!r}).touch()\nclass Evil: ...\n"
 

@@ -20,10 +20,11 @@ from huggingface_hub import HfApi
 from loopback_hub import Cut, LoopbackHub, Refuse, outage
 from training import forget_accelerator
 
+from sd_recipes.commands.train import run
+from sd_recipes.errors import RecipeError
+from sd_recipes.export.hub import PushError, publish
 from sd_recipes.flags import load_recipe
-from sd_recipes.hub import PushError, publish
-from sd_recipes.recipe import Recipe, RecipeError
-from sd_recipes.run import run
+from sd_recipes.recipe import Recipe
 
 TOKEN = "hf_secretsecretsecretsecretsecret"
 PARQUET = "data/train-00000-of-00001.parquet"

@@ -12,12 +12,12 @@ from hostile_images import build_hostile_folder, mixed_captions
 from PIL import Image
 from tiny_models import build_image_folder, tiny_tokenizer
 
+from sd_recipes.commands.inspect import inspect, main, read_settings, run
+from sd_recipes.errors import RecipeError
 from sd_recipes.inspection.caption_checks import CaptionSummary
-from sd_recipes.inspection.command import inspect, main, read_settings, run
 from sd_recipes.inspection.duplicates import NEAR_BITS, WINDOW, equal_groups, near_groups
 from sd_recipes.inspection.findings import LISTED, BoundedCounter, Finding, Findings
 from sd_recipes.inspection.image_checks import perceptual_hash, sample_pixels
-from sd_recipes.recipe import RecipeError
 
 SHAPES = ((96, 64), (64, 96), (80, 80))
 
@@ -252,7 +252,7 @@ def test_the_documented_commands_are_accepted() -> None:
 
 def test_the_console_script_tells_findings_and_leaves_with_the_status(photographs: Path, tmp_path: Path) -> None:
     (photographs / "4.jpg").write_bytes((photographs / "4.jpg").read_bytes()[:600])
-    command = [sys.executable, "-m", "sd_recipes.cli", "inspect", "--train_data_dir", str(photographs)]
+    command = [sys.executable, "-m", "sd_recipes.commands.cli", "inspect", "--train_data_dir", str(photographs)]
     command += ["--resolution", "64", "--output_dir", str(tmp_path / "out"), "--num_workers", "1"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 1, finished.stderr

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from tiny_models import build_image_folder, training_scheduler
 from training import assert_equal, losses, train, weights
 
-from sd_recipes.accelerator import start_accelerator
-from sd_recipes.build import build_training
-from sd_recipes.checkpoint import UNET_WEIGHTS
-from sd_recipes.loop import fit
+from sd_recipes.checkpoints.format import UNET_WEIGHTS
 from sd_recipes.model.conditioning import encode_text
 from sd_recipes.model.latents import encode_pixels
 from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.training.build import build_training
+from sd_recipes.training.loop import fit
 
 
 def test_accumulation_is_one_big_batch(settings: dict[str, Any], tmp_path: Path) -> None:

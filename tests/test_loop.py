@@ -15,12 +15,13 @@ from poisoned import poison
 from safetensors.torch import load_file
 from training import forget_accelerator, train
 
-from sd_recipes import loop
-from sd_recipes.accelerator import start_accelerator
-from sd_recipes.build import Training, build_training
-from sd_recipes.checkpoint import UNET_WEIGHTS, find_checkpoint, list_checkpoints
-from sd_recipes.loop import TrainingDiverged, fit
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.checkpoints.format import UNET_WEIGHTS, find_checkpoint, list_checkpoints
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.training import loop
+from sd_recipes.training.build import Training, build_training
+from sd_recipes.training.loop import TrainingDiverged, fit
 
 
 def train_poisoned(settings: dict[str, Any], steps: set[int], **changes: Any) -> Training:

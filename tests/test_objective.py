@@ -10,8 +10,8 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_dream_and_update_latents
 from training import losses, train
 
-from sd_recipes.objective import DenoisingLoss
 from sd_recipes.recipe import ObjectiveConfig
+from sd_recipes.training.objective import DenoisingLoss
 
 SHAPE = (5, 4, 8, 8)
 TIMESTEPS = torch.tensor([0, 10, 400, 700, 999])

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from sd_recipes.checkpoint import Manifest
+from sd_recipes.checkpoints.format import Manifest
+from sd_recipes.checkpoints.resume import finish_epoch
 from sd_recipes.data.draws import draw
 from sd_recipes.data.order import Order, apportion, share
-from sd_recipes.resume import finish_epoch
 
 
 def take(order: Order, samples_seen: int, number: int) -> list:

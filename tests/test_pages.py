@@ -7,7 +7,7 @@ import jinja2
 import pytest
 from conftest import ROOT
 
-from sd_recipes.pages import ENVIRONMENT
+from sd_recipes.export.pages import ENVIRONMENT
 
 TEMPLATES = ROOT / "sd_recipes" / "templates"
 

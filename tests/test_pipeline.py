@@ -11,8 +11,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from training import assert_leaves_as_it_came, forget_accelerator
 
+from sd_recipes.commands.train import run
 from sd_recipes.recipe import Recipe
-from sd_recipes.run import run
 
 CACHED = {"cache_latents": "disk", "center_crop": True, "random_flip": True}
 BUCKETS = {"aspect_ratio_buckets": True, "bucket_step": 8}

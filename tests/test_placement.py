@@ -9,7 +9,7 @@ import pytest
 import torch
 from training import forget_accelerator, train
 
-from sd_recipes.fill_cache import fill_cache
+from sd_recipes.commands.cache import fill_cache
 from sd_recipes.inspection.latents import load_model
 from sd_recipes.model.placement import allow_tf32
 from sd_recipes.recipe import Recipe

@@ -16,7 +16,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from sd_recipes.data import images
 from sd_recipes.data.batches import end_workers
-from sd_recipes.signals import outlive_signals
+from sd_recipes.runtime.signals import outlive_signals
 
 USED = {
     "_shutdown_workers": "torch",

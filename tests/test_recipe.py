@@ -8,10 +8,11 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from sd_recipes.commands.inspect import SECTIONS as INSPECT_SECTIONS
+from sd_recipes.commands.inspect import read_settings
+from sd_recipes.errors import RecipeError
 from sd_recipes.flags import NOT_OF_THE_RUN, SHIPPED_RECIPES, build_parser, load_recipe, recipe_text
-from sd_recipes.inspection.command import SECTIONS as INSPECT_SECTIONS
-from sd_recipes.inspection.command import read_settings
-from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, Recipe, RecipeError, heading, odd_settings
+from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, Recipe, heading, odd_settings
 
 MINIMAL = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "data"]
 
@@ -262,9 +263,9 @@ def test_help_is_grouped_by_section() -> None:
 
 COMMANDS = {
     "train_text_to_image.py": ["train_text_to_image.py"],
-    "sd-recipes train": ["-m", "sd_recipes.cli", "train"],
-    "sd-recipes cache": ["-m", "sd_recipes.cli", "cache"],
-    "sd-recipes inspect": ["-m", "sd_recipes.cli", "inspect"],
+    "sd-recipes train": ["-m", "sd_recipes.commands.cli", "train"],
+    "sd-recipes cache": ["-m", "sd_recipes.commands.cli", "cache"],
+    "sd-recipes inspect": ["-m", "sd_recipes.commands.cli", "inspect"],
 }
 
 
@@ -312,7 +313,7 @@ def test_help_shows_one_group_alone(capsys: pytest.CaptureFixture) -> None:
 def test_help_is_given_before_torch_is_imported() -> None:
     code = (
         "import sys\n"
-        "from sd_recipes.cli import main\n"
+        "from sd_recipes.commands.cli import main\n"
         "for command in ('train', 'cache', 'inspect'):\n"
         "    sys.argv = ['sd-recipes', command, '--help', 'data']\n"
         "    try: main()\n"

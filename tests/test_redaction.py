@@ -18,12 +18,13 @@ from test_hub import shard
 from tiny_models import build_image_folder
 from training import forget_accelerator
 
-from sd_recipes.console import RedactedRecord, say
+from sd_recipes.checkpoints.resume import compare_settings
+from sd_recipes.commands.inspect import main as inspect
+from sd_recipes.errors import RecipeError
 from sd_recipes.flags import build_recipe, is_resolved_recipe, load_recipe, read_recipe_file, recipe_text
-from sd_recipes.inspection.command import main as inspect
-from sd_recipes.recipe import DataSource, Recipe, RecipeError
+from sd_recipes.recipe import DataSource, Recipe
 from sd_recipes.redaction import LEFT_OUT, redacted, without_folders
-from sd_recipes.resume import compare_settings
+from sd_recipes.runtime.console import RedactedRecord, say
 from train_text_to_image import main
 
 PASSWORD = "open-sesame"
@@ -132,7 +133,7 @@ def test_defect_29_a_new_signature_is_no_change_for_a_resumed_run(caplog: pytest
 @pytest.fixture
 def console(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What main() sets for its whole process is taken back."""
-    monkeypatch.setattr("sd_recipes.signals.stop_request.listen", lambda: None)
+    monkeypatch.setattr("sd_recipes.runtime.signals.stop_request.listen", lambda: None)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr("threading.excepthook", sys.modules["threading"].excepthook)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
@@ -260,7 +261,7 @@ def test_defect_29_a_bad_row_is_noted_without_its_signature(tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("console")
 def test_defect_29_libraries_and_tracebacks_tell_no_secret(capfd: pytest.CaptureFixture[str]) -> None:
-    from sd_recipes.console import set_up_console
+    from sd_recipes.runtime.console import set_up_console
 
     set_up_console()
     address = f"https://host.test/a?X-Goog-Signature={SECRET}"

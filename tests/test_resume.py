@@ -21,17 +21,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_models import UNET_CONFIG, build_image_folder, build_tiny_pipeline
 from training import assert_equal, forget_accelerator, train, weights
 
-from sd_recipes.build import describe
-from sd_recipes.checkpoint import OPTIMIZER, STATE, UNET_WEIGHTS, list_checkpoints, read_manifest
+from sd_recipes.checkpoints.format import OPTIMIZER, STATE, UNET_WEIGHTS, list_checkpoints, read_manifest
+from sd_recipes.checkpoints.resume import EFFECTS
+from sd_recipes.checkpoints.run_folder import output_dir_lock
+from sd_recipes.checkpoints.saver import NotSaved
+from sd_recipes.commands.train import run
 from sd_recipes.data.batches import BatchBuilder
+from sd_recipes.errors import RecipeError
 from sd_recipes.flags import NOT_OF_THE_RUN, recipe_text
-from sd_recipes.recipe import Recipe, RecipeError
-from sd_recipes.resume import EFFECTS
-from sd_recipes.run import run
-from sd_recipes.run_folder import owned
-from sd_recipes.saving import NotSaved
-from sd_recipes.signals import Stopped, stop_request
-from sd_recipes.tracking import Tracker
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.signals import Stopped, stop_request
+from sd_recipes.runtime.trackers import Tracker
+from sd_recipes.training.build import describe
 
 
 def run_it(settings: dict[str, Any], **changes: Any) -> Recipe:
@@ -255,7 +256,7 @@ def test_what_changes_the_result_is_told_with_both_values(
     }  # fmt: skip
     caplog.clear()
     train(settings, **changes, resume_from_checkpoint="latest")
-    told = [record.getMessage() for record in caplog.records if record.name == "sd_recipes.resume"]
+    told = [record.getMessage() for record in caplog.records if record.name == "sd_recipes.checkpoints.resume"]
     for words in (
         "--learning_rate is 0.0005 and was 0.001 in", "--resolution is 64 and was 32",
         "The learning rate's schedule is cosine over 2 steps and was constant in",
@@ -281,7 +282,9 @@ def test_what_the_weights_do_not_depend_on_is_free(
         "gradient_accumulation_steps": 1, "check_data": "off",
     }  # fmt: skip
     resumed = train(settings, **changes, resume_from_checkpoint="latest")
-    assert [r.getMessage() for r in caplog.records if r.name == "sd_recipes.resume" and r.levelname == "WARNING"] == []
+    assert [
+        r.getMessage() for r in caplog.records if r.name == "sd_recipes.checkpoints.resume" and r.levelname == "WARNING"
+    ] == []
     assert_equal(weights(quiet), weights(resumed))
 
 
@@ -536,14 +539,14 @@ def test_defect_2_advice_names_the_checkpoint_that_is_gone_on_from(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sd_recipes.run.export_pipeline", full)
-    for changes, way_on in (
+    monkeypatch.setattr("sd_recipes.commands.train.export_pipeline", full)
+    for changes, resume_command in (
         (named, "with --resume_from_checkpoint latest goes on from checkpoint-2"),
         ({"overwrite": True, "max_train_steps": 2}, "without --overwrite goes on from checkpoint-2"),
     ):
-        with pytest.raises(NotSaved, match=f"make room, and the same command {way_on}"):
+        with pytest.raises(NotSaved, match=f"make room, and the same command {resume_command}"):
             run_it(settings, **changes)
-    monkeypatch.setattr("sd_recipes.saving.write_checkpoint", full)
+    monkeypatch.setattr("sd_recipes.checkpoints.saver.write_checkpoint", full)
     source = str(shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "copy"))
     with pytest.raises(NotSaved, match=f"make room, and the same command goes on from {source}"):
         run_it(settings, resume_from_checkpoint=source)
@@ -599,7 +602,7 @@ def test_a_validation_that_was_missed_is_made(settings: dict[str, Any], tmp_path
 
 def test_a_second_run_in_a_folder_is_refused_by_name(settings: dict[str, Any]) -> None:
     with (
-        owned(Recipe(**settings), is_main=True),
+        output_dir_lock(Recipe(**settings), is_main=True),
         pytest.raises(RecipeError, match=rf"is in use by process {os.getpid()} on .* since 2.*: wait for it, stop it"),
     ):
         run_it(settings)
@@ -624,12 +627,15 @@ def test_the_lock_of_a_dead_run_is_none(settings: dict[str, Any], tmp_path: Path
     holder = subprocess.Popen([sys.executable, "-c", HOLD, out], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(RecipeError, match=f"in use by process {holder.pid}"), owned(Recipe(**settings), is_main=True):
+    with (
+        pytest.raises(RecipeError, match=f"in use by process {holder.pid}"),
+        output_dir_lock(Recipe(**settings), is_main=True),
+    ):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     started = time.monotonic()
-    with owned(Recipe(**settings), is_main=True):
+    with output_dir_lock(Recipe(**settings), is_main=True):
         assert json.loads((out / ".owner.json").read_text())["pid"] == os.getpid()
     assert time.monotonic() - started < 2
     assert not (out / ".owner.json").exists()
@@ -637,13 +643,13 @@ def test_the_lock_of_a_dead_run_is_none(settings: dict[str, Any], tmp_path: Path
 
 
 def test_a_forked_loader_worker_does_not_keep_the_lock(settings: dict[str, Any], tmp_path: Path) -> None:
-    with owned(Recipe(**settings), is_main=True):
+    with output_dir_lock(Recipe(**settings), is_main=True):
         child = os.fork()
         if child == 0:
             time.sleep(30)
             os._exit(0)
     try:
-        with owned(Recipe(**settings), is_main=True):
+        with output_dir_lock(Recipe(**settings), is_main=True):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -694,7 +700,7 @@ def test_defect_32_dry_run_changes_nothing_in_a_run_that_another_owns(
     out = tmp_path / "run"
     run_it(with_a_bad_row, max_train_steps=2, checkpointing_steps=1)
     (out / "bad_rows.jsonl").unlink()
-    with owned(Recipe(**with_a_bad_row), is_main=True):
+    with output_dir_lock(Recipe(**with_a_bad_row), is_main=True):
         (out / ".checkpoint-3.partial").mkdir()  # which the other run is writing
         before = tree(tmp_path)
         run_it(with_a_bad_row, dry_run=True)

@@ -13,7 +13,8 @@ from PIL import Image
 from sd_recipes.data.images import open_image
 from sd_recipes.data.rows import load_held_out_rows, load_rows, load_sources, load_streams
 from sd_recipes.data.sizes import check_held_out_sizes
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import Recipe
 
 
 def recipe(**settings: Any) -> Recipe:

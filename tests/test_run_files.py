@@ -13,9 +13,9 @@ import pytest
 from test_resume import figures, run_it
 from training import train
 
-from sd_recipes.recipe import RecipeError
-from sd_recipes.report import write_report
-from sd_recipes.tracking import list_samples, read_metrics
+from sd_recipes.errors import RecipeError
+from sd_recipes.export.report import write_report
+from sd_recipes.runtime.trackers import list_samples, read_metrics
 
 TORN = ['{"step": 2, "tr', '{"step": 2, "tr}', "[1, 2]", '{"train_loss": 1.0}', '{"step": "2"}', "\0\0}", "[" * 10**4]
 

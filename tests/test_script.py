@@ -20,9 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_models import UNET_CONFIG, build_tiny_pipeline
 from training import forget_accelerator
 
+from sd_recipes.commands.train import run
+from sd_recipes.errors import RecipeError
 from sd_recipes.flags import load_recipe
-from sd_recipes.recipe import RecipeError
-from sd_recipes.run import run
 
 ACCELERATE = Path(sys.executable).parent / "accelerate"
 

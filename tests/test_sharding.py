@@ -14,9 +14,10 @@ from test_distributed import CONFIGS, assert_close, losses, samples, saved
 from test_loop import assert_ended_on_both
 from training import assert_equal, assert_leaves_as_it_came, forget_accelerator, train, weights
 
-from sd_recipes.accelerator import start_accelerator
-from sd_recipes.checkpoint import OPTIMIZER
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.checkpoints.format import OPTIMIZER
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.accelerator import start_accelerator
 
 
 @pytest.fixture

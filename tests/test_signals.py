@@ -20,11 +20,11 @@ from test_script import environment
 from tiny_models import build_image_folder
 from training import assert_equal, losses, train, weights
 
-from sd_recipes.checkpoint import list_checkpoints
-from sd_recipes.console import mistakes_in_one_line
-from sd_recipes.fill_cache import fill_cache
+from sd_recipes.checkpoints.format import list_checkpoints
+from sd_recipes.commands.cache import fill_cache
 from sd_recipes.recipe import Recipe
-from sd_recipes.signals import Stopped, stop_request
+from sd_recipes.runtime.console import mistakes_in_one_line
+from sd_recipes.runtime.signals import Stopped, stop_request
 
 DIRECT = [sys.executable]
 
@@ -102,7 +102,7 @@ def test_a_signal_saves_the_run_within_ten_seconds_and_leaves_nobody(
 
 LISTENS = """
 import sys, time
-from sd_recipes.signals import stop_request
+from sd_recipes.runtime.signals import stop_request
 stop_request.listen()
 print("listening", flush=True)
 until = time.monotonic() + 30
@@ -216,12 +216,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     }  # fmt: skip
     quiet = train(settings, output_dir=str(tmp_path / "quiet"))
     with monkeypatch.context() as patch:
-        asked_after(patch, asked, "sd_recipes.loop.sample_latents", 3)
+        asked_after(patch, asked, "sd_recipes.training.loop.sample_latents", 3)
         with pytest.raises(Stopped, match="stopped by SIGTERM: saved at step 2; the same command"):
             train(settings)
     stop_request.reason = None
     with monkeypatch.context() as patch:
-        asked_after(patch, asked, "sd_recipes.validation.check_for_stop", 2)
+        asked_after(patch, asked, "sd_recipes.evaluation.validation.check_for_stop", 2)
         with pytest.raises(Stopped, match="saved at step 3"):
             train(settings)
     output_dir = Path(settings["output_dir"])
@@ -239,7 +239,7 @@ def test_the_held_out_loss_and_loading_are_broken_off(
 ) -> None:
     settings |= {"validation_split": "train", "validation_steps": 1, "train_batch_size": 1}
     with monkeypatch.context() as patch:
-        asked_after(patch, asked, "sd_recipes.validation.sample_latents", 2)
+        asked_after(patch, asked, "sd_recipes.evaluation.validation.sample_latents", 2)
         with pytest.raises(Stopped, match="saved at step 1"):
             train(settings)
     with pytest.raises(Stopped, match="while it was loading"):
@@ -263,15 +263,15 @@ def test_filling_a_cache_keeps_what_is_done(
 ) -> None:
     recipe = Recipe(**{**settings, "train_batch_size": 2, "cache_latents": "disk", "center_crop": True})
     with monkeypatch.context() as patch:
-        asked_after(patch, asked, "sd_recipes.fill_cache.batch_moments", 2)
+        asked_after(patch, asked, "sd_recipes.commands.cache.batch_moments", 2)
         with pytest.raises(Stopped, match="4 of 8 rows are in the cache"):
             fill_cache(recipe)
     stop_request.reason = None
     encoded = []
     with monkeypatch.context() as patch:
-        inner = pytest.importorskip("sd_recipes.fill_cache").batch_moments
+        inner = pytest.importorskip("sd_recipes.commands.cache").batch_moments
         patch.setattr(
-            "sd_recipes.fill_cache.batch_moments",
+            "sd_recipes.commands.cache.batch_moments",
             lambda vae, batch, *rest: (encoded.append(len(batch.live)), inner(vae, batch, *rest))[1],
         )
         fill_cache(recipe)
@@ -282,7 +282,7 @@ def test_filling_a_cache_keeps_what_is_done(
 def test_the_cache_command_keeps_what_is_done_at_a_signal(tiny_pipeline: Path, tmp_path: Path) -> None:
     pictures = build_image_folder(tmp_path / "pictures", num_images=1000)
     command = [
-        sys.executable, "-m", "sd_recipes.cli", "cache", "--pretrained_model_name_or_path", tiny_pipeline,
+        sys.executable, "-m", "sd_recipes.commands.cli", "cache", "--pretrained_model_name_or_path", tiny_pipeline,
         "--train_data_dir", pictures, "--resolution", 32, "--center_crop", "--train_batch_size", 1, "--cache_latents",
         "disk", "--device", "cpu", "--output_dir", tmp_path / "out",
     ]  # fmt: skip

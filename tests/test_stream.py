@@ -23,7 +23,8 @@ from sd_recipes.data.order import MicroBatch
 from sd_recipes.data.shards import Shards, SourceReader, StreamClosed, StreamLost
 from sd_recipes.data.sizes import size_of_row
 from sd_recipes.data.stream import Stream, joined_states
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import Recipe
 
 
 def parquet_shards(folder: Path, lengths: list[int], first: int = 0) -> Path:
@@ -119,7 +120,7 @@ def test_a_stream_continues_exactly_where_it_stood(tmp_path: Path, steps: int) -
 def in_processes(
     shards: Shards, world_size: int, take: Take = one_epoch, samples_seen: int = 0, state: Any = None, **changes: Any
 ) -> list[list[MicroBatch]]:
-    """What every process of a group takes, each in a thread with a real exchange between them."""
+    """What every process of a group takes, each in a thread with a real all_gather_in_thread between them."""
     barrier = threading.Barrier(world_size)
     values: list[Any] = [None] * world_size
     results: list[list[MicroBatch]] = [[] for _ in range(world_size)]

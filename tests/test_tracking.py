@@ -15,14 +15,15 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import forget_accelerator
 
-from sd_recipes.build import Training
+from sd_recipes.commands.train import run
 from sd_recipes.data.bad_rows import TooManyBadRows
-from sd_recipes.hub import PushError
-from sd_recipes.loop import TrainingDiverged
-from sd_recipes.recipe import Recipe, RecipeError
-from sd_recipes.run import run
-from sd_recipes.signals import Stopped
-from sd_recipes.tracking import Tracker, read_metrics
+from sd_recipes.errors import RecipeError
+from sd_recipes.export.hub import PushError
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.signals import Stopped
+from sd_recipes.runtime.trackers import Tracker, read_metrics
+from sd_recipes.training.build import Training
+from sd_recipes.training.loop import TrainingDiverged
 
 # ------------------------------------------------------------------------------------- however a run ends
 
@@ -69,7 +70,7 @@ def test_defect_7_the_trackers_have_all_events_however_a_run_ends(
         training.tracker.log({"train_loss": 1.0}, 1)
         raise error
 
-    monkeypatch.setattr("sd_recipes.run.fit", fit)
+    monkeypatch.setattr("sd_recipes.commands.train.fit", fit)
     with pytest.raises(type(error)) as raised:
         run(recipe)
     assert raised.value is error
@@ -95,8 +96,8 @@ def test_defect_7_a_failed_push_keeps_the_last_events(
     def publish(*_: object) -> str:
         raise PushError("not pushed")
 
-    monkeypatch.setattr("sd_recipes.run.create_repository", lambda _: "tester/discs")
-    monkeypatch.setattr("sd_recipes.run.publish", publish)
+    monkeypatch.setattr("sd_recipes.commands.train.create_repository", lambda _: "tester/discs")
+    monkeypatch.setattr("sd_recipes.commands.train.publish", publish)
     recipe.push_to_hub, recipe.max_train_steps = True, 1
     with pytest.raises(PushError):
         run(recipe)
@@ -112,7 +113,7 @@ def test_defect_7_a_tracker_that_cannot_end_hides_no_error(recipe: Recipe, monke
         training.tracker.start_at(0)
         raise TrainingDiverged("the loss is nan")
 
-    monkeypatch.setattr("sd_recipes.run.fit", fit)
+    monkeypatch.setattr("sd_recipes.commands.train.fit", fit)
     monkeypatch.setattr(TensorBoardTracker, "finish", finish)
     with pytest.raises(TrainingDiverged):
         run(recipe)

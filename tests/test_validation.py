@@ -17,10 +17,10 @@ from diffusers.models.autoencoders.vae import Decoder
 from PIL import Image
 from training import assert_equal, train, weights
 
-from sd_recipes.build import Training
-from sd_recipes.out_of_memory import AtOnce
-from sd_recipes.recipe import RecipeError
-from sd_recipes.tracking import read_metrics
+from sd_recipes.errors import RecipeError
+from sd_recipes.runtime.out_of_memory import AtOnce
+from sd_recipes.runtime.trackers import read_metrics
+from sd_recipes.training.build import Training
 
 PROMPTS = ["a disc", "a red disc", "disc number 3", "two discs"]
 VALIDATED = {"validation_prompts": PROMPTS, "validation_inference_steps": 2, "validation_steps": 2}
@@ -29,7 +29,7 @@ HELD_OUT = {"validation_split": "train"}
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sd_recipes.validation.MIN_HELD_OUT_SAMPLES", 16)
+    monkeypatch.setattr("sd_recipes.evaluation.validation.MIN_HELD_OUT_SAMPLES", 16)
 
 
 def figures(training: Training, name: str) -> list[float]:
@@ -137,7 +137,7 @@ def test_defect_16_a_validation_without_memory_draws_fewer_at_once_and_trains_on
 def test_defect_16_memory_that_ends_beside_the_drawing_ends_no_run(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sd_recipes.validation.picture_grid", lambda *_: bytearray(2**62))
+    monkeypatch.setattr("sd_recipes.evaluation.validation.picture_grid", lambda *_: bytearray(2**62))
     training = train(settings | VALIDATED)
     assert len(figures(training, "train_loss")) == 4
     assert "No memory for this validation" in caplog.text
@@ -202,7 +202,7 @@ def split(settings: dict[str, Any], tmp_path: Path) -> Callable[[list[str | None
 def test_defect_26_a_held_out_split_of_unusable_rows_is_told_before_a_model_is_loaded(
     split: Callable, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("sd_recipes.build.load_components", lambda recipe: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("sd_recipes.training.build.load_components", lambda recipe: pytest.fail("a model was loaded"))
     with pytest.raises(RecipeError, match="of --validation_split test") as error:
         train(split([None, " ", ""]), **changes)
     assert "blank or missing in text" in str(error.value)

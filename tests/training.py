@@ -11,10 +11,10 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 
-from sd_recipes.accelerator import start_accelerator
-from sd_recipes.build import Training, build_training
-from sd_recipes.loop import fit
 from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.training.build import Training, build_training
+from sd_recipes.training.loop import fit
 
 
 def forget_accelerator() -> None:

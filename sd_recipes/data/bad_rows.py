@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sd_recipes.recipe import RunError
+from sd_recipes.errors import RunError
 from sd_recipes.redaction import in_texts, redacted
 
 logger = logging.getLogger(__name__)

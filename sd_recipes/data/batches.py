@@ -15,13 +15,14 @@ import torch
 from transformers import CLIPTokenizer
 
 from sd_recipes.data.bad_rows import row_name
-from sd_recipes.data.cache import LatentCache, check_made_by, moments_of, row_key
 from sd_recipes.data.captions import CaptionError, caption_columns, make_caption, tokenize
 from sd_recipes.data.draws import Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_image
+from sd_recipes.data.latent_store import LatentCache, check_provenance, moments_of, row_key
 from sd_recipes.data.order import MicroBatch
-from sd_recipes.recipe import Recipe, RecipeError
-from sd_recipes.signals import outlive_signals
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.signals import outlive_signals
 
 RECIPE_ERROR = f"{RecipeError.__module__}.{RecipeError.__qualname__}"
 SMALL = 2**14  # bytes of a tensor that a worker sends through its pipe: sharing memory takes longer
@@ -202,7 +203,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         """Moments that come as data must be this VAE's, those of every row. Raises RecipeError."""
         if found not in self._known_makers:
             assert self.made_by is not None
-            check_made_by(found, self.made_by)
+            check_provenance(found, self.made_by)
             self._known_makers.add(found)
 
     def _add_image(self, images: _Images, place: int, row: Row, drawn: Draws) -> None:

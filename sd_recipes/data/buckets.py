@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from sd_recipes.data.images import ImageError
-from sd_recipes.recipe import RecipeError
+from sd_recipes.errors import RecipeError
 
 MAX_ASPECT_RATIO = 4
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sd_recipes.data.draws import Draws
-from sd_recipes.recipe import CaptionConfig, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import CaptionConfig
 
 if TYPE_CHECKING:
     import torch

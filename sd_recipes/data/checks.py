@@ -17,7 +17,8 @@ from sd_recipes.data.captions import CaptionError, count_tokens, make_caption
 from sd_recipes.data.draws import draw
 from sd_recipes.data.images import ImageError, open_image
 from sd_recipes.data.shards import with_bytes
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def check_rows(
     by a sample, if that is all but certain.
     """
     examined = _Examined(config, tokenizer)
-    everything = examined.look_at(rows, seed)
+    everything = examined.find_resume_point(rows, seed)
     found = examined.bad
     if everything:
         bad_rows.add(tuple(found), 0)
@@ -47,7 +48,7 @@ def check_rows(
 
 def check_held_out(rows: datasets.Dataset, config: Recipe, tokenizer: CLIPTokenizer, *, seed: int) -> None:
     """As `check_rows`, of the held-out split: its bad rows are named, and not counted among those of training."""
-    _Examined(config, tokenizer, of=f" of --validation_split {config.validation_split}").look_at(rows, seed)
+    _Examined(config, tokenizer, of=f" of --validation_split {config.validation_split}").find_resume_point(rows, seed)
 
 
 def check_bad_rows_again(
@@ -91,7 +92,7 @@ class _Examined:
         self.long_captions = 0
         self.draws = draw(0, 0, stratum=0, global_batch_size=1, latent_shape=(1, 1, 1), num_train_timesteps=1)
 
-    def look_at(self, rows: datasets.Dataset, seed: int) -> bool:
+    def find_resume_point(self, rows: datasets.Dataset, seed: int) -> bool:
         """Add all rows, or a sample, and tell of them; whether it was all. Raises RecipeError as `add` and `tell`."""
         everything = self.config.check_data == "full" or len(rows) <= SAMPLED_ROWS
         numbers = np.arange(len(rows))

@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from sd_recipes.recipe import RecipeError
+from sd_recipes.errors import RecipeError
 
 logger = logging.getLogger(__name__)
 

@@ -175,7 +175,7 @@ def share(batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_size: i
     strata = np.arange(len(batch.rows))[rank::world_size]  # the places: rows come in another order every epoch
     largest_share = math.ceil(len(batch.rows) / world_size)
     starts = range(0, largest_share, micro_batch_size)
-    stand_in = np.zeros(1, dtype=np.int64)  # the other processes wait for this one's forward pass or gradients
+    padding_sample = np.zeros(1, dtype=np.int64)  # the other processes wait for this one's forward pass or gradients
     return [
         MicroBatch(
             rows=batch.rows[chosen],
@@ -190,7 +190,7 @@ def share(batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_size: i
             size=batch.size,
         )
         for start in starts
-        for chosen in [strata[start : start + micro_batch_size] if start < len(strata) else stand_in]
+        for chosen in [strata[start : start + micro_batch_size] if start < len(strata) else padding_sample]
     ]
 
 

@@ -15,7 +15,8 @@ from sd_recipes.data.captions import caption_columns
 from sd_recipes.data.folder import read_folder
 from sd_recipes.data.parquet_files import load_parquet
 from sd_recipes.data.shards import with_bytes
-from sd_recipes.recipe import DataSource, Recipe, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import DataSource, Recipe
 
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 FOLDER_SHARDS = 64  # of a folder that is read as a stream

@@ -16,7 +16,7 @@ import fsspec
 import numpy as np
 
 from sd_recipes.data.order import generator
-from sd_recipes.recipe import RunError
+from sd_recipes.errors import RunError
 
 logger = logging.getLogger(__name__)
 

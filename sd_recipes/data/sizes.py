@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from sd_recipes.data.buckets import Buckets
 from sd_recipes.data.images import ImageError, read_size
-from sd_recipes.recipe import ImageConfig, Recipe, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import ImageConfig, Recipe
 
 Size = tuple[int, int]  # (height, width)
 CHUNK = 256

@@ -25,7 +25,7 @@ import numpy as np
 
 from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch, generator, portion
 from sd_recipes.data.shards import Shards, SourceReader
-from sd_recipes.recipe import RecipeError
+from sd_recipes.errors import RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +277,7 @@ class Stream:
         for start in starts:
             chosen, size_of_chosen = own[start : start + self.micro_batch_size], size
             if not chosen:
-                size_of_chosen, row = _stand_in(lanes)
+                size_of_chosen, row = _padding_sample(lanes)
                 chosen = [(0, row)]
             places = np.array([place for place, _ in chosen], dtype=np.int64)
             yield MicroBatch(
@@ -322,7 +322,7 @@ def _place(turn: int, lane: int, rows_of: list[int]) -> int:
     return sum(min(count, turn) for count in rows_of) + sum(count > turn for count in rows_of[:lane])
 
 
-def _stand_in(lanes: list[Lane]) -> tuple[tuple[int, int], dict[str, Any]]:
+def _padding_sample(lanes: list[Lane]) -> tuple[tuple[int, int], dict[str, Any]]:
     """A row, with its own size, for a process without a share, which only joins the others' collectives."""
     for lane in lanes:
         for size, rows in lane.block.examples.items():

@@ -9,7 +9,6 @@ from pathlib import Path
 import datasets
 from accelerate import Accelerator
 
-from sd_recipes.agreement import exchange
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Plans
 from sd_recipes.data.checks import check_bad_rows_again, check_held_out, check_rows, check_stream
@@ -18,8 +17,10 @@ from sd_recipes.data.rows import is_local, join_rows, load_held_out_rows, load_s
 from sd_recipes.data.shards import Shards
 from sd_recipes.data.sizes import assign_buckets, check_held_out_sizes, has_buckets, size_of_row
 from sd_recipes.data.stream import Stream
+from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import load_scheduler, load_tokenizer
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.agreement import all_gather_in_thread
 
 
 @dataclass
@@ -110,6 +111,6 @@ def plans(data: TrainingData, recipe: Recipe, accelerator: Accelerator, *, seed:
         shuffle_block=recipe.shuffle_block,
         micro_batch_size=recipe.train_batch_size,
         size_of=size_of_row(recipe),
-        agree=exchange(accelerator.num_processes),
+        agree=all_gather_in_thread(accelerator.num_processes),
         **place,
     ).micro_batches

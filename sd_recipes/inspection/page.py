@@ -9,11 +9,11 @@ import numpy as np
 
 from sd_recipes.data.captions import CaptionError
 from sd_recipes.data.images import ImageError, open_image
+from sd_recipes.export.pages import render_page
 from sd_recipes.inspection import figures
 from sd_recipes.inspection.distribution_page import forward_section, latents_section, pixels_section
 from sd_recipes.inspection.findings import kinds
 from sd_recipes.inspection.summary import Inspected
-from sd_recipes.pages import render_page
 from sd_recipes.redaction import redacted
 
 THUMBNAIL = 96  # pixels a side, at most

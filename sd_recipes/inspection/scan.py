@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from sd_recipes.data.buckets import Buckets
 from sd_recipes.data.rows import load_rows, load_streams
+from sd_recipes.errors import RecipeError
 from sd_recipes.inspection.caption_checks import CaptionSummary
 from sd_recipes.inspection.findings import Findings, kinds
 from sd_recipes.inspection.image_checks import ImageSettings, ImageSummary, row_name
 from sd_recipes.inspection.workers import Images, ImageWorkers
-from sd_recipes.recipe import RecipeError
 
 CHUNK_ROWS = 32
 CHUNK_BYTES = 16 * 2**20

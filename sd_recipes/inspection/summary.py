@@ -8,11 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sd_recipes.inspection.distribution import (
-    LatentDistribution,
-    forward_kl,
-    stable_diffusion_alphas_cumprod,
-)
+from sd_recipes.inspection.distribution import LatentDistribution, forward_kl, stable_diffusion_alphas_cumprod
 from sd_recipes.inspection.duplicates import Groups, equal_groups, near_groups
 from sd_recipes.inspection.findings import LISTED, kinds
 from sd_recipes.inspection.image_checks import SAMPLED_SIDE, row_name

@@ -9,8 +9,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from sd_recipes.errors import RecipeError
 from sd_recipes.inspection.image_checks import ImageSettings, InspectedImages, get_ready, inspect_images
-from sd_recipes.recipe import RecipeError
 
 CHUNKS_AHEAD = 3  # a worker's, so that it never waits for the next
 

@@ -21,7 +21,8 @@ from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, Eul
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sd_recipes import assets
-from sd_recipes.recipe import ModelConfig, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import ModelConfig
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 
 if TYPE_CHECKING:
     from sd_recipes.data.batches import Batch
-    from sd_recipes.data.cache import LatentCache
+    from sd_recipes.data.latent_store import LatentCache
 
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # bounds of diffusers' DiagonalGaussianDistribution
 

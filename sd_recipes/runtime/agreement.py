@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import distributed
 
-from sd_recipes.signals import stop_request
+from sd_recipes.runtime.signals import stop_request
 
 # For what one process does alone, such as a validation, while the others wait over the host's network.
 LONGEST_WAIT = timedelta(hours=2)
-# For what devices exchange at every step: one that hangs is noticed after it.
+# For what devices all_gather_in_thread at every step: one that hangs is noticed after it.
 STEP_WAIT = timedelta(minutes=10)
 
 _host_group: Any = None  # the process's, as the default group is; None with one process
@@ -35,7 +35,7 @@ def wait_for_all() -> None:
         distributed.barrier(group=_host_group)
 
 
-def from_first(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The first process's value, on all; every process has to call it."""
     values = [value]
     if _host_group is not None:
@@ -43,7 +43,7 @@ def from_first(value: Any) -> Any:
     return values[0]
 
 
-def from_all(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """Every process's value, by rank; every process has to call it."""
     values = [value]
     if _host_group is not None:
@@ -52,8 +52,8 @@ def from_all(value: Any) -> list[Any]:
     return values
 
 
-def exchange(num_processes: int) -> Callable[[Any], list[Any]]:
-    """`from_all` over a group of its own, for a thread beside the training; every process has to call it."""
+def all_gather_in_thread(num_processes: int) -> Callable[[Any], list[Any]]:
+    """`all_gather` over a group of its own, for a thread beside the training; every process has to call it."""
     if num_processes == 1:
         return lambda value: [value]
     group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)

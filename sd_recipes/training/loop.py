@@ -17,21 +17,22 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from sd_recipes.agreement import from_all, from_first, wait_for_all
-from sd_recipes.build import Training
-from sd_recipes.checkpoint import Progress, command_of, goes_on, list_checkpoints
+from sd_recipes.checkpoints.format import Progress, list_checkpoints, resume_command, resume_hint
+from sd_recipes.checkpoints.resume import identity_of, load_checkpoint
+from sd_recipes.checkpoints.run_folder import begin_history
+from sd_recipes.checkpoints.saver import Checkpointer, NotSaved
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.order import MicroBatch
+from sd_recipes.errors import RecipeError, RunError
+from sd_recipes.export.report import FIGURES
 from sd_recipes.model.latents import batch_moments, sample_latents
-from sd_recipes.out_of_memory import is_out_of_memory
-from sd_recipes.recipe import Recipe, RecipeError, RunError
-from sd_recipes.report import FIGURES
-from sd_recipes.resume import identity_of, load_checkpoint
-from sd_recipes.run_folder import begin_history
-from sd_recipes.saving import Checkpointer, NotSaved
-from sd_recipes.sharding import gathered
-from sd_recipes.signals import Stopped, stop_request
-from sd_recipes.tracking import read_metrics
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.agreement import all_gather, broadcast, wait_for_all
+from sd_recipes.runtime.fsdp import full_tensor
+from sd_recipes.runtime.out_of_memory import is_out_of_memory
+from sd_recipes.runtime.signals import Stopped, stop_request
+from sd_recipes.runtime.trackers import read_metrics
+from sd_recipes.training.build import Training
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def fit(training: Training) -> Progress:
             advice += ", or use --mixed_precision bf16 or no"
         there_is = f"{output_dir} has no checkpoint"
         if list_checkpoints(output_dir):
-            there_is = f"{command_of(training.recipe)} then {goes_on(training.recipe)}"
+            there_is = f"{resume_command(training.recipe)} then {resume_hint(training.recipe)}"
         raise TrainingDiverged(f"{error}: {advice}; {there_is}") from None
 
 
@@ -94,7 +95,7 @@ def _train(training: Training) -> Progress:
     begins = recipe.validate_before_training and progress.global_step == 0
     if begins or (progress.awaits_validation and not was_validated(training, progress.global_step)):
         validate(training, progress)
-    if training.stop_agreed(wait=True):
+    if training.any_rank_stopping(wait=True):
         raise stop_request.stopped(f"at step {progress.global_step}, before another was made")
     window = Window(accelerator.device, progress)
     steps_left = training.max_train_steps - progress.global_step
@@ -137,7 +138,7 @@ def _train(training: Training) -> Progress:
             # Clip, step, schedule, average. A step that the loss scaler skipped advances neither of the last; without
             # one the host waits here for the norm, the same on all processes, so that the weights stay finite.
             grad_norm = accelerator.clip_grad_norm_(training.unet.parameters(), recipe.max_grad_norm)
-            window.grad_norm = gathered(grad_norm).item()
+            window.grad_norm = full_tensor(grad_norm).item()
             if accelerator.scaler is None and not math.isfinite(window.grad_norm):
                 raise TrainingDiverged(
                     f"the gradient's norm is {window.grad_norm} at step {progress.global_step + 1}, which is not made"
@@ -169,22 +170,22 @@ def _train(training: Training) -> Progress:
             if is_saved:
                 save(training, progress, window, checkpointer)
             else:
-                checkpointer.make_room()
+                checkpointer.allocate_buffers()
             if training.cache and plan.ends_epoch:
                 finish_cached_epoch(training, plan.epoch)
             if validates:
                 validate(training, progress)
                 window.restart(progress)
-            if training.stop_agreed(wait=validates):
+            if training.any_rank_stopping(wait=validates):
                 if not is_saved:
                     save(training, progress, window, checkpointer)
                 checkpointer.wait()
-                stop_request.way_on = command_of(recipe)
+                stop_request.resume_command = resume_command(recipe)
                 wait_for_all()  # a launcher ends the others when the first one leaves
                 if checkpointer.failure:
                     raise NotSaved(
                         f"asked to stop, and step {progress.global_step} could not be saved ({checkpointer.failure}): "
-                        f"make room, and {stop_request.way_on} {goes_on(recipe)}"
+                        f"make room, and {stop_request.resume_command} {resume_hint(recipe)}"
                     )
                 raise stop_request.stopped(f"saved at step {progress.global_step}")
     if training.cache:
@@ -208,7 +209,7 @@ class Window:
         self.steps_from = progress.logged_step
         self.grad_norm = 0.0  # of the last step, before clipping
         self.waited_in_all = self.elapsed_in_all = 0.0
-        self.told_of_waiting = False
+        self.warned_of_waiting = False
         self.restart(progress)
 
     def restart(self, progress: Progress) -> None:
@@ -240,7 +241,7 @@ class Window:
         if not math.isfinite(loss):
             raise TrainingDiverged(f"the loss is {loss} by step {progress.global_step}")
         if bad and training.accelerator.num_processes > 1:  # several may have met the same row, in another epoch
-            bad = len({name for names in from_all(list(training.bad_rows.reasons)) for name in names})
+            bad = len({name for names in all_gather(list(training.bad_rows.reasons)) for name in names})
         training.bad_rows.check(int(bad), progress.samples_seen)
         return loss, int(bad)
 
@@ -264,8 +265,8 @@ class Window:
         self.waited_in_all += self.waited
         self.elapsed_in_all += elapsed
         share = self.waited_in_all / self.elapsed_in_all
-        if share > MUCH_WAITING and self.elapsed_in_all > SECONDS_TO_JUDGE and not self.told_of_waiting:
-            self.told_of_waiting = True
+        if share > MUCH_WAITING and self.elapsed_in_all > SECONDS_TO_JUDGE and not self.warned_of_waiting:
+            self.warned_of_waiting = True
             logger.warning("%.0f %% of the time goes into waiting for data: try %s", 100 * share, remedy(training))
         self.loss.zero_()
         self.steps_from = progress.global_step
@@ -335,7 +336,7 @@ def is_checkpoint_step(training: Training, checkpointer: Checkpointer, progress:
         return False
     if training.accelerator.num_processes == 1:
         return checkpointer.is_overdue()
-    return is_logged and from_first(checkpointer.is_overdue())
+    return is_logged and broadcast(checkpointer.is_overdue())
 
 
 def save(training: Training, progress: Progress, window: Window, checkpointer: Checkpointer) -> None:
@@ -390,7 +391,7 @@ def was_validated(training: Training, step: int) -> bool:
         done = any(line["step"] == step and FIGURES.keys() & line.keys() for line in read_metrics(path))
     else:
         done = not recipe.validation_prompts or (path.parent / "samples" / f"step-{step:06d}.png").is_file()
-    return from_first(done)
+    return broadcast(done)
 
 
 def validate(training: Training, progress: Progress) -> None:

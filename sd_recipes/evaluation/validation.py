@@ -21,16 +21,16 @@ from tqdm.auto import tqdm
 
 from sd_recipes.data.batches import BatchBuilder
 from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch, generator
-from sd_recipes.metrics import ImageTextScore
+from sd_recipes.evaluation.metrics import ImageTextScore
+from sd_recipes.export.pipeline import build_pipeline
 from sd_recipes.model.conditioning import encode_text
 from sd_recipes.model.latents import batch_moments, sample_latents
-from sd_recipes.out_of_memory import AtOnce
-from sd_recipes.pipeline import build_pipeline
 from sd_recipes.redaction import in_texts, redacted
-from sd_recipes.signals import stop_request
+from sd_recipes.runtime.out_of_memory import AtOnce
+from sd_recipes.runtime.signals import stop_request
 
 if TYPE_CHECKING:
-    from sd_recipes.build import Training
+    from sd_recipes.training.build import Training
 
 logger = logging.getLogger(__name__)
 

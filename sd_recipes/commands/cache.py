@@ -15,22 +15,23 @@ import numpy as np
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
-from sd_recipes.accelerator import start_accelerator
-from sd_recipes.agreement import from_all, wait_for_all
-from sd_recipes.build import check_output_dir
-from sd_recipes.console import hide_library_bars, say
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
-from sd_recipes.data.cache import ROWS_PER_FILE, LatentCache, made_by, open_cached
 from sd_recipes.data.captions import caption_columns
+from sd_recipes.data.latent_store import ROWS_PER_FILE, LatentCache, made_by, open_cached
 from sd_recipes.data.order import MicroBatch, Order
 from sd_recipes.data.training_data import load_training_data
-from sd_recipes.hub import PushError
+from sd_recipes.errors import RecipeError, RunError
+from sd_recipes.export.hub import PushError
 from sd_recipes.model.components import latent_shape_of, load_tokenizer, load_vae
 from sd_recipes.model.latents import batch_moments
 from sd_recipes.model.placement import DTYPES, arrange
-from sd_recipes.recipe import Recipe, RecipeError, RunError
+from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import shown
-from sd_recipes.signals import stop_request
+from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.runtime.agreement import all_gather, wait_for_all
+from sd_recipes.runtime.console import hide_library_bars, say
+from sd_recipes.runtime.signals import stop_request
+from sd_recipes.training.build import check_output_dir
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def fill_cache(recipe: Recipe) -> Path:
             if stop_request.reason:
                 cache.flush()
                 raise stop_request.stopped(f"{bar.n} of {len(data.rows)} rows are in the cache")
-    data.bad_rows.check(len({name for names in from_all(list(data.bad_rows.reasons)) for name in names}), 0)
+    data.bad_rows.check(len({name for names in all_gather(list(data.bad_rows.reasons)) for name in names}), 0)
     cache.flush()
     if cache.failure:
         raise RecipeError(cannot_fill(cache))

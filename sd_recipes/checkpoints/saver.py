@@ -17,8 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 import sd_recipes
-from sd_recipes.agreement import from_all
-from sd_recipes.checkpoint import (
+from sd_recipes.checkpoints.format import (
     CONFIG,
     FORMAT,
     OPTIMIZER,
@@ -29,13 +28,14 @@ from sd_recipes.checkpoint import (
     Progress,
     write_checkpoint,
 )
+from sd_recipes.checkpoints.resume import flatten
+from sd_recipes.errors import RunError
 from sd_recipes.flags import written_settings
-from sd_recipes.recipe import RunError
-from sd_recipes.resume import flatten
-from sd_recipes.sharding import gathered
+from sd_recipes.runtime.agreement import all_gather
+from sd_recipes.runtime.fsdp import full_tensor
 
 if TYPE_CHECKING:
-    from sd_recipes.build import Training
+    from sd_recipes.training.build import Training
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Checkpointer:
         self.failure: str | None = None  # of the last one, if it could not be written
         self._identity = identity
         self._saved_at = time.monotonic()
-        self._has_room = self._told_of_waiting = False
+        self._has_room = self._warned_of_waiting = False
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
@@ -111,7 +111,7 @@ class Checkpointer:
         elif self._running is not None and (bug := self._running.exception()):
             logger.error("The last checkpoint was not written either: %r", bug)
 
-    def make_room(self) -> None:
+    def allocate_buffers(self) -> None:
         """Make the buffers, in the thread and once; when the optimizer has its state, that is after a step."""
         recipe = self.training.recipe
         is_far = recipe.checkpointing_steps > self.training.max_train_steps and recipe.checkpointing_minutes is None
@@ -128,14 +128,14 @@ class Checkpointer:
         asked = time.monotonic()
         self.wait()
         self._saved_at = time.monotonic()
-        streams = from_all(progress.stream_state)  # here the others wait until the first has written
+        streams = all_gather(progress.stream_state)  # here the others wait until the first has written
         if not self.training.accelerator.is_main_process:
             for part in self._parts():
-                gathered(part.tensor)  # which the first process asks for
+                full_tensor(part.tensor)  # which the first process asks for
             return
         was_writing = self.num_written > 0 or self.failure is not None
-        if was_writing and self._saved_at - asked > LONG_WAIT and not self._told_of_waiting:
-            self._told_of_waiting = True
+        if was_writing and self._saved_at - asked > LONG_WAIT and not self._warned_of_waiting:
+            self._warned_of_waiting = True
             logger.warning(
                 "Training stood still for %.0f s, until the checkpoint before was written: a larger "
                 "--checkpointing_steps, or a faster disk, would spare that.",
@@ -152,7 +152,7 @@ class Checkpointer:
                 buffer = self._buffers[part.file, part.name]
                 # A copy from the GPU is queued there before the next step's kernels, which change its source. Only
                 # what is pinned is waited for by the writer.
-                buffer.copy_(gathered(part.tensor), non_blocking=buffer.is_pinned())
+                buffer.copy_(full_tensor(part.tensor), non_blocking=buffer.is_pinned())
                 contents.tensors.setdefault(part.file, {})[part.name] = buffer
         copied = torch.cuda.Event() if self.training.accelerator.device.type == "cuda" else None
         if copied:

@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from sd_recipes.agreement import from_first
-from sd_recipes.checkpoint import (
+from sd_recipes.checkpoints.format import (
     MANIFEST,
     OPTIMIZER,
     STATE,
@@ -33,12 +32,14 @@ from sd_recipes.checkpoint import (
 from sd_recipes.data.identity import data_fingerprint
 from sd_recipes.data.order import Order
 from sd_recipes.data.stream import joined_states
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted
-from sd_recipes.sharding import divided_like
+from sd_recipes.runtime.agreement import broadcast
+from sd_recipes.runtime.fsdp import shard_like
 
 if TYPE_CHECKING:
-    from sd_recipes.build import Training
+    from sd_recipes.training.build import Training
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ def choose_checkpoint(recipe: Recipe, is_main: bool) -> tuple[Path, Manifest] | 
             answer = [str(found[0]) if found else None, None]
         except RecipeError as error:
             answer = [None, str(error)]
-    path, problem = from_first(answer)
+    path, problem = broadcast(answer)
     if problem:
         raise RecipeError(problem)
     if path is None:
@@ -236,7 +237,7 @@ def identity_of(training: Training) -> dict[str, Any]:
         "unet": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
         "prediction_type": training.objective.prediction_type,
         "data": redacted(" + ".join(source.flag for source in recipe.sources)),
-        "data_fingerprint": from_first(fingerprint),
+        "data_fingerprint": broadcast(fingerprint),
         "num_rows": training.num_rows,
         "global_batch_size": training.global_batch_size,
         "begun": training.order and training.order.begun and list(training.order.begun),
@@ -398,7 +399,7 @@ def _restore(
 ) -> Progress:
     weights = training.components.unet.state_dict()
     training.components.unet.load_state_dict(
-        {name: divided_like(weights[name], tensor) for name, tensor in unet_tensors.items()}
+        {name: shard_like(weights[name], tensor) for name, tensor in unet_tensors.items()}
     )
     _load_optimizer(training, optimizer_state)
     _load_schedule(training, state.schedule_step)
@@ -451,7 +452,7 @@ def _laid_out_as(parameter: torch.Tensor, state: dict[str, Any]) -> dict[str, An
 
 def _tensor_laid_out_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     if isinstance(parameter, DTensor):
-        return divided_like(parameter, value)
+        return shard_like(parameter, value)
     # Fused optimizers walk the raw memory.
     return torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
 

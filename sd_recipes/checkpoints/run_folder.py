@@ -15,13 +15,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sd_recipes.agreement import from_first
-from sd_recipes.build import check_output_dir
-from sd_recipes.checkpoint import MANIFEST, Manifest, list_checkpoints, remove, remove_leftovers, step_of
+from sd_recipes.checkpoints.format import MANIFEST, Manifest, list_checkpoints, remove, remove_leftovers, step_of
+from sd_recipes.errors import RecipeError
 from sd_recipes.flags import is_resolved_recipe
 from sd_recipes.reading import read_text
-from sd_recipes.recipe import Recipe, RecipeError
-from sd_recipes.tracking import list_samples, read_metrics, replace_file
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.agreement import broadcast
+from sd_recipes.runtime.trackers import list_samples, read_metrics, replace_file
+from sd_recipes.training.build import check_output_dir
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ DYING_SECONDS = 10.0  # for which the children of a killed run may outlive it
 HARMLESS = re.compile(r"\..*|latents|bad_rows.*\.jsonl|lost\+found|.*\.(log|out|err)")
 # What a run writes and a new one would mix with its own; not the latent cache, nor the exported pipeline, which is
 # replaced when the new one is done.
-OF_A_RUN = (
+RUN_ARTIFACTS = (
     "metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png",
     f"checkpoint-*{ABANDONED}*", f"metrics.jsonl{ABANDONED}*", f"samples{ABANDONED}*",
 )  # fmt: skip
@@ -47,7 +48,7 @@ def holds_run(output_dir: Path) -> bool:
 
 
 @contextmanager
-def owned(recipe: Recipe, is_main: bool) -> Iterator[None]:
+def output_dir_lock(recipe: Recipe, is_main: bool) -> Iterator[None]:
     """Own `--output_dir`, on the first process for all; within it no other run can.
 
     A run that is there is continued (`recipe.resume_from_checkpoint` becomes `latest`), or removed with
@@ -65,7 +66,7 @@ def owned(recipe: Recipe, is_main: bool) -> Iterator[None]:
         except RecipeError as error:
             answer = [None, str(error)]
     try:
-        resume, problem = from_first(answer)
+        resume, problem = broadcast(answer)
         if problem:
             raise RecipeError(problem)
         recipe.resume_from_checkpoint = resume
@@ -77,7 +78,7 @@ def owned(recipe: Recipe, is_main: bool) -> Iterator[None]:
             lock.release()
 
 
-def look_at(recipe: Recipe) -> str | None:
+def find_resume_point(recipe: Recipe) -> str | None:
     """From what a run by this recipe would resume, found without changing anything. Raises RecipeError."""
     output_dir = Path(recipe.output_dir)
     _check_not_foreign(output_dir)
@@ -91,7 +92,7 @@ def _prepare(recipe: Recipe, output_dir: Path) -> str | None:
     remove_leftovers(output_dir)
     if recipe.overwrite:
         remove_run(output_dir, recipe.logging_dir)
-    return look_at(recipe)
+    return find_resume_point(recipe)
 
 
 def of_other_history(output_dir: Path, source: Path, manifest: Manifest) -> list[Path]:
@@ -140,7 +141,7 @@ def remove_run(output_dir: Path, logging_dir: str) -> None:
     logger.info("Removing the run in %s (--overwrite).", output_dir)
     for path in list_checkpoints(output_dir):
         remove(path)
-    for pattern in OF_A_RUN:
+    for pattern in RUN_ARTIFACTS:
         for path in output_dir.glob(pattern):
             remove(path)
     for path in list_samples(output_dir):

@@ -7,23 +7,24 @@ import shutil
 from contextlib import closing, suppress
 from pathlib import Path
 
-from sd_recipes.accelerator import start_accelerator
-from sd_recipes.agreement import from_first, wait_for_all
-from sd_recipes.build import Training, build_training, describe
-from sd_recipes.checkpoint import command_of, goes_on
-from sd_recipes.console import hide_library_bars, say
+from sd_recipes.checkpoints.format import resume_command, resume_hint
+from sd_recipes.checkpoints.resume import compare_identity, identity_of
+from sd_recipes.checkpoints.run_folder import find_resume_point, of_other_history, output_dir_lock
+from sd_recipes.checkpoints.saver import FAILURES, NotSaved
+from sd_recipes.errors import RecipeError, RunError
+from sd_recipes.export.hub import create_repository, publish
+from sd_recipes.export.pipeline import export_pipeline
+from sd_recipes.export.report import write_report
 from sd_recipes.flags import recipe_text
-from sd_recipes.hub import create_repository, publish
-from sd_recipes.loop import fit, length_of
 from sd_recipes.model.components import Components
-from sd_recipes.pipeline import export_pipeline
-from sd_recipes.recipe import Recipe, RecipeError, RunError
-from sd_recipes.report import write_report
-from sd_recipes.resume import compare_identity, identity_of
-from sd_recipes.run_folder import look_at, of_other_history, owned
-from sd_recipes.saving import FAILURES, NotSaved
-from sd_recipes.signals import Stopped, stop_request
-from sd_recipes.tracking import list_samples
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.runtime.agreement import broadcast, wait_for_all
+from sd_recipes.runtime.console import hide_library_bars, say
+from sd_recipes.runtime.signals import Stopped, stop_request
+from sd_recipes.runtime.trackers import list_samples
+from sd_recipes.training.build import Training, build_training, describe
+from sd_recipes.training.loop import fit, length_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def run(recipe: Recipe) -> None:
     hide_library_bars()
     accelerator = start_accelerator(recipe)
     if recipe.dry_run:
-        recipe.resume_from_checkpoint = look_at(recipe)
+        recipe.resume_from_checkpoint = find_resume_point(recipe)
         training = build_training(recipe, accelerator)
         if training.checkpoint:
             path, manifest = training.checkpoint
@@ -50,8 +51,8 @@ def run(recipe: Recipe) -> None:
         accelerator.end_training()
         return
     # Until it has saved something, a run from a checkpoint that was named goes on from there again.
-    stop_request.way_on = command_of(recipe) if recipe.overwrite else "the same command"
-    with owned(recipe, accelerator.is_main_process):
+    stop_request.resume_command = resume_command(recipe) if recipe.overwrite else "the same command"
+    with output_dir_lock(recipe, accelerator.is_main_process):
         training = build_training(recipe, accelerator)
         with closing(training.tracker):
             _run(training)
@@ -69,8 +70,8 @@ def write_results(components: Components, recipe: Recipe) -> list[str]:
     except FAILURES as error:
         words = " ".join(str(error).split())
         raise NotSaved(
-            f"the pipeline cannot be written to {output_dir} ({words}): make room, and {command_of(recipe)} "
-            f"{goes_on(recipe)}"
+            f"the pipeline cannot be written to {output_dir} ({words}): make room, and {resume_command(recipe)} "
+            f"{resume_hint(recipe)}"
         ) from error
 
 
@@ -82,7 +83,7 @@ def _repository(recipe: Recipe, is_main: bool) -> str | None:
             answer = [create_repository(recipe), None]
         except RecipeError as error:
             answer = [None, str(error)]
-    repo_id, problem = from_first(answer)
+    repo_id, problem = broadcast(answer)
     if problem:
         raise RecipeError(problem)
     return repo_id
@@ -119,6 +120,6 @@ def _run(training: Training) -> None:
     if progress.not_saved:
         raise NotSaved(
             f"the pipeline is in {output_dir}, but no checkpoint could be written ({progress.not_saved}): with a "
-            f"larger {length_of(recipe)} {command_of(recipe)} {goes_on(recipe)}; make room, or choose another "
+            f"larger {length_of(recipe)} {resume_command(recipe)} {resume_hint(recipe)}; make room, or choose another "
             "--output_dir"
         )

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
 from sd_recipes.recipe import OptimConfig
-from sd_recipes.sharding import divided_like
+from sd_recipes.runtime.fsdp import shard_like
 
 
 class AveragedWeights:
@@ -53,5 +53,5 @@ class AveragedWeights:
     def load(self, tensors: dict[str, torch.Tensor], optimization_step: int) -> None:
         """Restore what `named_tensors` gave, and the number of steps behind it."""
         for name, shadow in self.named_tensors().items():
-            shadow.copy_(divided_like(shadow, tensors[name]))
+            shadow.copy_(shard_like(shadow, tensors[name]))
         self.model.optimization_step = optimization_step

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from sd_recipes.console import say, set_up_console
+from sd_recipes.errors import RecipeError, RunError
 from sd_recipes.flags import Command, build_parser, parse_flags, read_recipe_file
 from sd_recipes.recipe import (
     CacheConfig,
@@ -27,12 +27,11 @@ from sd_recipes.recipe import (
     DataConfig,
     ImageConfig,
     ModelConfig,
-    RecipeError,
-    RunError,
     Section,
     check_data_settings,
 )
 from sd_recipes.redaction import in_texts, redacted
+from sd_recipes.runtime.console import say, set_up_console
 
 if TYPE_CHECKING:
     from sd_recipes.inspection.summary import Inspected
@@ -155,8 +154,8 @@ def inspect(config: Inspection) -> Inspected:
         rows = Rows(config)
         model = None
         if config.pretrained_model_name_or_path is not None:
-            from sd_recipes.console import hide_library_bars
             from sd_recipes.inspection.latents import latent_distribution, load_model
+            from sd_recipes.runtime.console import hide_library_bars
 
             hide_library_bars()
             model = load_model(config)

@@ -10,11 +10,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
-from sd_recipes.agreement import STEP_WAIT, open_host_group
+from sd_recipes.errors import RecipeError
 from sd_recipes.model.placement import DTYPES, allow_tf32
-from sd_recipes.recipe import Recipe, RecipeError
-from sd_recipes.sharding import fsdp_plugin, turn_on
-from sd_recipes.tracking import check_tracker
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.agreement import STEP_WAIT, open_host_group
+from sd_recipes.runtime.fsdp import fsdp_plugin, turn_on
+from sd_recipes.runtime.trackers import check_tracker
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:

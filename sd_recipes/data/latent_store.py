@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from sd_recipes.recipe import RecipeError
+from sd_recipes.errors import RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def made_by(config: Any, vae: torch.nn.Module, vae_dtype: torch.dtype) -> dict[s
     }
 
 
-def check_made_by(found: str, wanted: dict[str, Any]) -> None:
+def check_provenance(found: str, wanted: dict[str, Any]) -> None:
     """Moments that come as data must be this VAE's. Raises RecipeError."""
     made = json.loads(found)
     if made["format"] != FORMAT:
@@ -102,10 +102,10 @@ def check_made_by(found: str, wanted: dict[str, Any]) -> None:
         raise RecipeError("the moments of this data set are not mirrored: drop --random_flip")
 
 
-def check_makers(found: list[str], wanted: dict[str, Any]) -> None:
-    """As `check_made_by`, of all that made the moments of a data set; they are to be one. Raises RecipeError."""
+def check_one_provenance(found: list[str], wanted: dict[str, Any]) -> None:
+    """As `check_provenance`, of all that made the moments of a data set; they are to be one. Raises RecipeError."""
     for each in found:
-        check_made_by(each, wanted)
+        check_provenance(each, wanted)
     if len(found) > 1:
         ways = [json.loads(each) for each in found]
         differ = sorted(name for name in ways[0] if len({str(way.get(name)) for way in ways}) > 1)

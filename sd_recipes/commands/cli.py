@@ -51,19 +51,19 @@ def main() -> None:
         sys.stdout.write(recipe_schema())
         return
     if arguments.command == "inspect":
-        from sd_recipes.inspection.command import main as inspect
+        from sd_recipes.commands.inspect import main as inspect
 
         inspect(rest)
         return
     if arguments.command == "cache":
-        from sd_recipes.console import mistakes_in_one_line, set_up_console
-        from sd_recipes.signals import stop_request
+        from sd_recipes.runtime.console import mistakes_in_one_line, set_up_console
+        from sd_recipes.runtime.signals import stop_request
 
         with mistakes_in_one_line():
             recipe = load_recipe(rest, CACHE)
             stop_request.listen()
             set_up_console()
-            from sd_recipes.fill_cache import fill_cache
+            from sd_recipes.commands.cache import fill_cache
 
             fill_cache(recipe)
         return

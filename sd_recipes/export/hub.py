@@ -11,9 +11,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import filter_repo_objects
 
 from sd_recipes.assets import ASSETS
+from sd_recipes.errors import RecipeError, RunError
+from sd_recipes.export.pipeline import PARTS
 from sd_recipes.flags import recipe_text
-from sd_recipes.pipeline import PARTS
-from sd_recipes.recipe import Recipe, RecipeError, RunError
+from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted, shown
 
 logger = logging.getLogger(__name__)

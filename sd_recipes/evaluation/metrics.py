@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from sd_recipes import assets
-from sd_recipes.recipe import RecipeError
+from sd_recipes.errors import RecipeError
 
 
 class ImageTextScore:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 
-from sd_recipes.recipe import OptimConfig, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import OptimConfig
 
 
 def build_optimizer(

@@ -13,7 +13,7 @@ import threading
 import time
 from types import FrameType
 
-from sd_recipes.recipe import RunError
+from sd_recipes.errors import RunError
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 # Set by `accelerate launch` and by torchrun for the processes that they start.
@@ -34,7 +34,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self.way_on = "the same command"
+        self.resume_command = "the same command"
         self._interrupted: float | None = None
 
     def listen(self) -> None:
@@ -76,7 +76,7 @@ class StopRequest:
     def stopped(self, where: str) -> Stopped:
         """The exception that says why the run ends, where it stands, and how it goes on."""
         reason = self.reason or "a signal to another process"
-        return Stopped(f"stopped by {reason}: {where}; {self.way_on} goes on from there")
+        return Stopped(f"stopped by {reason}: {where}; {self.resume_command} goes on from there")
 
 
 def outlive_signals(worker: int) -> None:

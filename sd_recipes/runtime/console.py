@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sd_recipes.recipe import RunError
+from sd_recipes.errors import RunError
 from sd_recipes.redaction import redacted
-from sd_recipes.signals import Stopped
+from sd_recipes.runtime.signals import Stopped
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from diffusers import UNet2DConditionModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +84,12 @@ def check_wrapped_classes(accelerator: Accelerator, unet: torch.nn.Module) -> No
             )
 
 
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor, which every process has to ask for if it is divided; of another the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def divided_like(reference: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+def shard_like(reference: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a whole tensor, on the device of `reference`, if that is divided."""
     if not isinstance(reference, DTensor):
         return tensor
@@ -96,7 +97,7 @@ def divided_like(reference: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, reference.device_mesh, reference.placements, src_data_rank=None)
 
 
-def whole_unet(
+def gather_unet(
     config: str, tensors: dict[str, torch.Tensor], device: torch.device, *, is_wanted: bool
 ) -> UNet2DConditionModel | None:
     """A UNet of the JSON `config` with the whole of `tensors`, by name; None where it is not wanted.
@@ -105,7 +106,7 @@ def whole_unet(
     """
     whole: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        part = gathered(tensor.detach())
+        part = full_tensor(tensor.detach())
         if is_wanted:
             whole[name] = part.to(device)
     if not is_wanted:

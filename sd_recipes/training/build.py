@@ -19,29 +19,30 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from sd_recipes.agreement import StopAgreement, from_first, wait_for_all
-from sd_recipes.checkpoint import Manifest
+from sd_recipes.checkpoints.format import Manifest
+from sd_recipes.checkpoints.resume import choose_checkpoint, finish_epoch, global_batch_size
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
-from sd_recipes.data.cache import LatentCache, check_makers, made_by, memory_folder, remove_memory_folder
+from sd_recipes.data.latent_store import LatentCache, check_one_provenance, made_by, memory_folder, remove_memory_folder
 from sd_recipes.data.order import Order
 from sd_recipes.data.sizes import square_side
 from sd_recipes.data.training_data import load_training_data, plans
-from sd_recipes.ema import AveragedWeights
-from sd_recipes.metrics import ImageTextScore
+from sd_recipes.errors import RecipeError
+from sd_recipes.evaluation.metrics import ImageTextScore
+from sd_recipes.evaluation.validation import HELD_OUT_SEED, Validator
 from sd_recipes.model.components import Components, latent_shape_of, load_components
 from sd_recipes.model.conditioning import CachedText, encode_text
 from sd_recipes.model.placement import DTYPES, place
-from sd_recipes.objective import DenoisingLoss
-from sd_recipes.optim import build_optimizer, build_schedule
-from sd_recipes.out_of_memory import AtOnce
-from sd_recipes.recipe import ObjectiveConfig, Recipe, RecipeError, odd_settings
+from sd_recipes.recipe import ObjectiveConfig, Recipe, odd_settings
 from sd_recipes.redaction import redacted
-from sd_recipes.resume import choose_checkpoint, finish_epoch, global_batch_size
-from sd_recipes.sharding import check_wrapped_classes, whole_unet
-from sd_recipes.signals import stop_request
-from sd_recipes.tracking import Tracker
-from sd_recipes.validation import HELD_OUT_SEED, Validator
+from sd_recipes.runtime.agreement import StopAgreement, broadcast, wait_for_all
+from sd_recipes.runtime.fsdp import check_wrapped_classes, gather_unet
+from sd_recipes.runtime.out_of_memory import AtOnce
+from sd_recipes.runtime.signals import stop_request
+from sd_recipes.runtime.trackers import Tracker
+from sd_recipes.training.ema import AveragedWeights
+from sd_recipes.training.objective import DenoisingLoss
+from sd_recipes.training.optim import build_optimizer, build_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Training:
     encode_text: Callable[[torch.Tensor], torch.Tensor]  # input_ids in the host's memory to states on the device
     validator: Validator
     tracker: Tracker
-    stop_agreed: StopAgreement
+    any_rank_stopping: StopAgreement
     checkpoint: tuple[Path, Manifest] | None  # from which it goes on
     weight_dtype: torch.dtype  # of the frozen models
     global_batch_size: int  # images of an optimizer step, over all processes
@@ -86,7 +87,7 @@ class Training:
         unet, is_main = self.components.unet, self.accelerator.is_main_process
         if self.accelerator.is_fsdp2:
             tensors = self.ema.named_tensors() if self.ema else unet.state_dict()
-            whole = whole_unet(self.unet_config, tensors, self.accelerator.device, is_wanted=is_main)
+            whole = gather_unet(self.unet_config, tensors, self.accelerator.device, is_wanted=is_main)
             self.components.unet = whole or unet
             try:
                 yield
@@ -155,7 +156,7 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
     wanted = None
     if (makers := data.makers) or recipe.cache_latents != "off":
         wanted = made_by(recipe, components.vae, weight_dtype)
-        check_makers(makers, wanted)
+        check_one_provenance(makers, wanted)
     # bitsandbytes makes parameters contiguous at their first step, after its state took their layout, and FSDP divides
     # no others.
     contiguous = recipe.optimizer == "adamw8bit" or accelerator.is_fsdp2
@@ -218,7 +219,7 @@ def build_training(recipe: Recipe, accelerator: Accelerator) -> Training:
             recipe, components, data.held_out_rows, builder_settings, scores=accelerator.is_main_process
         ),
         tracker=Tracker(accelerator, recipe),
-        stop_agreed=StopAgreement(accelerator.num_processes),
+        any_rank_stopping=StopAgreement(accelerator.num_processes),
         checkpoint=checkpoint,
         weight_dtype=weight_dtype,
         global_batch_size=batch_size,
@@ -248,7 +249,7 @@ def check_output_dir(output_dir: Path, *, writes: bool = True) -> None:
 def _agree_on_seed(seed: int | None) -> int:
     """The seed, or one drawn by the first process for all."""
     drawn = int(np.random.SeedSequence().generate_state(1, np.uint32)[0]) if seed is None else seed
-    return from_first(drawn)
+    return broadcast(drawn)
 
 
 def _build_validator(

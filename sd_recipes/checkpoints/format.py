@@ -28,8 +28,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 
+from sd_recipes.errors import RecipeError
 from sd_recipes.reading import StrangeFile, open_regular, read_text
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -297,7 +298,7 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def command_of(recipe: Recipe) -> str:
+def resume_command(recipe: Recipe) -> str:
     """The command by which a run goes on from what it has saved: what began it may do something else."""
     if recipe.overwrite:
         return "the same command without --overwrite"
@@ -306,7 +307,7 @@ def command_of(recipe: Recipe) -> str:
     return "the same command"
 
 
-def goes_on(recipe: Recipe) -> str:
+def resume_hint(recipe: Recipe) -> str:
     """What that command does, by the checkpoints that are there once a run has begun."""
     if checkpoints := list_checkpoints(Path(recipe.output_dir)):
         return f"goes on from {checkpoints[-1].name}"

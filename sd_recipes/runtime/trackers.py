@@ -15,9 +15,10 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from sd_recipes.errors import RecipeError
 from sd_recipes.flags import recipe_text
 from sd_recipes.reading import StrangeFile, open_regular
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted
 
 logger = logging.getLogger(__name__)

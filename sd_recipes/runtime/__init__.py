@@ -1,0 +1,1 @@
+"""Processes, signals, devices, the console: what a run stands on."""
