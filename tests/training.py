@@ -11,10 +11,11 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 
+from sd_recipes.commands.train import fit_from, resolve
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
-from sd_recipes.training.build import Training, build_training
-from sd_recipes.training.loop import fit
+from sd_recipes.runtime.output_dir import check_output_dir
+from sd_recipes.training.build import Run, build_run
 
 
 def forget_accelerator() -> None:
@@ -22,20 +23,28 @@ def forget_accelerator() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def train(settings: dict[str, Any], **changes: Any) -> Training:
+def build(settings: dict[str, Any], **changes: Any) -> Run:
+    """The run of these settings, put together and not begun."""
     recipe = Recipe(**{**settings, **changes})
+    check_output_dir(Path(recipe.output_dir))
     forget_accelerator()
-    training = build_training(recipe, start_accelerator(recipe))
-    fit(training)
-    return training
+    accelerator = start_accelerator(recipe)
+    recipe, checkpoint = resolve(recipe, accelerator, recipe.resume_from_checkpoint)
+    return build_run(recipe, accelerator, checkpoint)
 
 
-def weights(training: Training) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in training.components.unet.state_dict().items()}
+def train(settings: dict[str, Any], **changes: Any) -> Run:
+    run = build(settings, **changes)
+    fit_from(run)
+    return run
 
 
-def losses(training: Training) -> list[float]:
-    lines = (Path(training.recipe.output_dir) / "metrics.jsonl").read_text().splitlines()
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in run.model.components.unet.state_dict().items()}
+
+
+def losses(run: Run) -> list[float]:
+    lines = (Path(run.recipe.output_dir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["train_loss"] for line in lines if "train_loss" in line]
 
 

@@ -1,9 +1,9 @@
 """The state of a run in a folder: safetensors and JSON, nothing that runs code when it is read.
 
 checkpoint-500/
-  unet/                  loads as a UNet2DConditionModel
-  unet_ema/              the averaged weights, likewise, with --use_ema
-  optimizer.safetensors  the optimizer's tensors, named PARAMETER/KEY
+  PART/                  a trained part; unet/ loads as a UNet2DConditionModel
+  PART_ema/              its averaged weights, likewise, with --use_ema
+  optimizer.safetensors  the optimizer's tensors, named PART/PARAMETER/KEY
   state.json             position, schedule, loss scaler and the optimizer's other values
   manifest.json          what run this is of, and size and SHA-256 of every other file; written last
 
@@ -28,16 +28,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 
-from sd_recipes.errors import RecipeError
+from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.reading import StrangeFile, open_regular, read_text
 from sd_recipes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
-MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
-CONFIG, UNET_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-FILES = {STATE, OPTIMIZER, *(f"{part}/{name}" for part in ("unet", "unet_ema") for name in (CONFIG, UNET_WEIGHTS))}
+FORMAT = 3
+MANIFEST, STATE = "manifest.json", "state.json"
+# What a checkpoint may consist of: data only, at most one folder deep.
+FILE = re.compile(r"(\w+/)?\w+\.(json|safetensors)")
 MAX_JSON_BYTES = 64 * 2**20  # of a manifest, state or configuration; real ones are far below 1 MiB
 # Folders that a kill may leave, and the next start removes: half written, and on their way out.
 PARTIAL, REMOVED = ".partial", ".removed"
@@ -72,19 +72,6 @@ class Manifest(BaseModel):
         """The file's content, which ends with a digest of the rest."""
         content = self.model_dump()
         return json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n"
-
-
-@dataclass
-class Progress:
-    """Where a run stands. `samples_seen` is its position in the data and in the random draws."""
-
-    global_step: int = 0  # global batches done
-    samples_seen: int = 0
-    loss_sum: float = 0.0  # of the steps that were not logged yet
-    logged_step: int = 0
-    awaits_validation: bool = False  # of this very step: it comes after the checkpoint
-    stream_state: dict[str, Any] | None = None  # where this process's stream stands, if there is one
-    not_saved: str | None = None  # why, at the end of a run none of whose checkpoints could be written
 
 
 @dataclass
@@ -217,7 +204,7 @@ def read_json(path: Path) -> Any:
     except StrangeFile as error:
         raise DamagedCheckpoint(f"{path.name} {error}") from None
     except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path.name} cannot be read: {_short(error)}") from None
+        raise DamagedCheckpoint(f"{path.name} cannot be read: {one_line(error, 200)}") from None
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -233,7 +220,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return Manifest(**content)
     except ValidationError as error:
-        raise DamagedCheckpoint(f"{MANIFEST}: {_short(error)}") from None
+        raise DamagedCheckpoint(f"{MANIFEST}: {one_line(error, 200)}") from None
 
 
 def verify_checkpoint(path: Path) -> Manifest:
@@ -243,11 +230,11 @@ def verify_checkpoint(path: Path) -> Manifest:
     manifest that a link or a path leads out to.
     """
     manifest = read_manifest(path)
-    if strange := sorted(set(manifest.files) - FILES):
-        raise DamagedCheckpoint(f"{MANIFEST} names {strange[0]!r}, which is no file of a checkpoint")
-    for name in (STATE, OPTIMIZER, f"unet/{CONFIG}", f"unet/{UNET_WEIGHTS}"):
-        if name not in manifest.files:
-            raise DamagedCheckpoint(f"{MANIFEST} does not name {name}")
+    for name in sorted(manifest.files):
+        if not FILE.fullmatch(name):
+            raise DamagedCheckpoint(f"{MANIFEST} names {name!r}, which is no file of a checkpoint")
+    if STATE not in manifest.files:
+        raise DamagedCheckpoint(f"{MANIFEST} does not name {STATE}")
     for folder, folders, files in os.walk(path):
         for name in [*folders, *files]:
             found = Path(folder, name)
@@ -277,10 +264,6 @@ def _compare(path: Path, entry: FileEntry) -> str | None:
     except StrangeFile as error:
         return f"{path.parent.name}/{path.name} {error}"
     return None
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -356,8 +339,8 @@ def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path, Manifest] | No
 
 def _unreadable(path: Path, error: OSError) -> str:
     return (
-        f"{path} cannot be read ({_short(error)}), which says nothing about what it holds: see to the disk and to the "
-        "rights there, and repeat the command; or name another one with --resume_from_checkpoint"
+        f"{path} cannot be read ({one_line(error, 200)}), which says nothing about what it holds: see to the disk and "
+        "to the rights there, and repeat the command; or name another one with --resume_from_checkpoint"
     )
 
 

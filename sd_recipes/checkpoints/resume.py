@@ -5,26 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 
 from sd_recipes.checkpoints.format import (
     MANIFEST,
-    OPTIMIZER,
     STATE,
-    UNET_WEIGHTS,
     DamagedCheckpoint,
     Manifest,
-    Progress,
     find_checkpoint,
     read_json,
     read_manifest,
@@ -32,14 +25,12 @@ from sd_recipes.checkpoints.format import (
 from sd_recipes.data.identity import data_fingerprint
 from sd_recipes.data.order import Order
 from sd_recipes.data.stream import joined_states
-from sd_recipes.errors import RecipeError
+from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.runtime.agreement import broadcast
-from sd_recipes.runtime.fsdp import shard_like
-
-if TYPE_CHECKING:
-    from sd_recipes.training.build import Training
+from sd_recipes.runtime.out_of_memory import is_out_of_memory
+from sd_recipes.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +74,6 @@ EFFECTS: dict[str, Effect] = {
         "free",
     ),
 }
-NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|Cannot allocate memory")
 WAY_OUT = "go back to it, start anew with --overwrite, or choose another --output_dir"
 
 
@@ -129,16 +119,16 @@ class StreamState(BaseModel):
     lanes: dict[str, LaneState]
 
 
-class State(BaseModel):
-    """state.json of a checkpoint."""
+class StateFile(BaseModel):
+    """state.json of a checkpoint: TrainState's values, and where the stream of each process stands."""
 
     model_config = ConfigDict(extra="forbid")
     progress: SavedProgress
-    streams: list[StreamState | None] = Field(min_length=1)
-    optimizer_values: dict[str, Any]
+    optimizer: dict[str, Any]
     schedule_step: int = Field(ge=0)
     scaler: dict[str, Any] | None
-    ema_step: int | None = Field(ge=0)
+    averages: dict[str, Annotated[int, Field(ge=0)]]
+    streams: list[StreamState | None] = Field(min_length=1)
 
 
 class SavedSettings(BaseModel):
@@ -155,7 +145,7 @@ class SavedIdentity(BaseModel):
 
     model_config = ConfigDict(strict=True)
     base: str
-    unet: str
+    parts: dict[str, str]
     prediction_type: str
     data: str
     data_fingerprint: Any
@@ -169,8 +159,7 @@ class SavedIdentity(BaseModel):
 def choose_checkpoint(recipe: Recipe, is_main: bool) -> tuple[Path, Manifest] | None:
     """The checkpoint that a recipe asks for, verified by the first process for all; None to begin at step 0.
 
-    A recipe without a seed gets that of the run. Raises RecipeError if there is no such checkpoint, or if the
-    recipe's settings do not fit it.
+    Raises RecipeError if there is no such checkpoint, or if the recipe's settings do not fit it.
     """
     wanted = recipe.resume_from_checkpoint
     if wanted is None:
@@ -198,9 +187,7 @@ def choose_checkpoint(recipe: Recipe, is_main: bool) -> tuple[Path, Manifest] | 
         SavedSettings.model_validate(manifest.settings)
         SavedIdentity.model_validate(manifest.identity)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {MANIFEST} is not of a run ({_one_line(error)}): {WAY_OUT}") from None
-    if recipe.seed is None:
-        recipe.seed = manifest.settings["seed"]
+        raise RecipeError(f"{path}: {MANIFEST} is not of a run ({one_line(error)}): {WAY_OUT}") from None
     compare_settings(recipe, manifest, path)
     return Path(path), manifest
 
@@ -208,10 +195,12 @@ def choose_checkpoint(recipe: Recipe, is_main: bool) -> tuple[Path, Manifest] | 
 def compare_settings(recipe: Recipe, manifest: Manifest, path: Path | str) -> None:
     """Tell what changed since the checkpoint. Raises RecipeError for what would not fit."""
     now, then = (in_texts(redacted, settings) for settings in (recipe.model_dump(mode="json"), manifest.settings))
+    if recipe.seed is None:
+        now["seed"] = then["seed"]  # which the run then takes
     changed = [name for name, saved in then.items() if name in now and now[name] != saved]
     refused, told = [], []
     for name in changed:
-        words = f"--{name} is {_one_line(now[name])} and was {_one_line(then[name])}"
+        words = f"--{name} is {one_line(now[name])} and was {one_line(then[name])}"
         effect = EFFECTS[name]
         if name == "use_ema":
             effect = "refused" if recipe.use_ema else "told"
@@ -227,28 +216,41 @@ def compare_settings(recipe: Recipe, manifest: Manifest, path: Path | str) -> No
         logger.warning("%s in %s: the run goes on with the new value.", words, path)
 
 
-def identity_of(training: Training) -> dict[str, Any]:
+def identity_of(
+    recipe: Recipe,
+    state: TrainState,
+    order: Order | None,
+    *,
+    prediction_type: str,
+    num_rows: int | None,
+    global_batch_size: int,
+    num_steps: int,
+    is_main: bool,
+) -> dict[str, Any]:
     """What the settings that are `compared` stand for; the same on all processes, which all have to call it."""
-    recipe, unet = training.recipe, training.components.unet
-    fingerprint = data_fingerprint(recipe) if training.accelerator.is_main_process else None
-    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     return {
         "base": redacted(recipe.pretrained_model_name_or_path or ""),
-        "unet": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
-        "prediction_type": training.objective.prediction_type,
+        "parts": {name: _config_hash(part.config) for name, part in state.parts.items()},
+        "prediction_type": prediction_type,
         "data": redacted(" + ".join(source.flag for source in recipe.sources)),
-        "data_fingerprint": broadcast(fingerprint),
-        "num_rows": training.num_rows,
-        "global_batch_size": training.global_batch_size,
-        "begun": training.order and training.order.begun and list(training.order.begun),
-        "schedule": schedule_in_words(recipe, training.max_train_steps),
+        "data_fingerprint": broadcast(data_fingerprint(recipe) if is_main else None),
+        "num_rows": num_rows,
+        "global_batch_size": global_batch_size,
+        "begun": order and order.begun and list(order.begun),
+        "schedule": schedule_in_words(recipe, num_steps),
     }
 
 
-def schedule_in_words(recipe: Recipe, max_train_steps: int) -> str:
+def _config_hash(config: str) -> str:
+    """Of a model's configuration, without what does not change it: names that begin with an underscore."""
+    settings = {name: value for name, value in json.loads(config).items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def schedule_in_words(recipe: Recipe, num_steps: int) -> str:
     """A schedule's name and, where the rates depend on it, its length."""
     name = recipe.lr_scheduler
-    return name if name.startswith("constant") else f"{name} over {max_train_steps} steps"
+    return name if name.startswith("constant") else f"{name} over {num_steps} steps"
 
 
 def global_batch_size(recipe: Recipe, num_processes: int, manifest: Manifest | None) -> int:
@@ -278,11 +280,17 @@ def compare_identity(now: dict[str, Any], manifest: Manifest, path: Path) -> Non
     """As `compare_settings`, for what is known once data and model are loaded."""
     then = in_texts(redacted, manifest.identity)
     differs = {name for name, value in now.items() if name in then and then[name] != value}
-    if "unet" in differs:
+    if now["parts"].keys() != then["parts"].keys():
         raise RecipeError(
-            f"the UNet of {now['base']} (configuration {now['unet']}) is another than that of {path} (of "
-            f"{then['base']}, configuration {then['unet']}): {WAY_OUT}"
+            f"this run trains {', '.join(now['parts'])}, and {path} is of one that trains {', '.join(then['parts'])}: "
+            f"{WAY_OUT}"
         )
+    for name, config in now["parts"].items():
+        if config != then["parts"][name]:
+            raise RecipeError(
+                f"the {name} of {now['base']} (configuration {config}) is another than that of {path} (of "
+                f"{then['base']}, configuration {then['parts'][name]}): {WAY_OUT}"
+            )
     if "prediction_type" in differs:
         raise RecipeError(
             f"--prediction_type is {now['prediction_type']} and was {then['prediction_type']} in {path}: {WAY_OUT}"
@@ -321,158 +329,46 @@ def compare_identity(now: dict[str, Any], manifest: Manifest, path: Path) -> Non
 # ------------------------------------------------------------------------------------------------ load
 
 
-def load_checkpoint(training: Training, path: Path, manifest: Manifest, identity: dict[str, Any]) -> Progress:
-    """Restore weights, average, optimizer, schedule and scaler.
+def load_checkpoint(state: TrainState, path: Path, manifest: Manifest, *, is_main: bool) -> None:
+    """Restore the state of a checkpoint that was compared with this run.
 
-    Raises RecipeError if they do not fit, or if there is no memory for them or they cannot be read, as what it is.
+    Raises RecipeError if it does not fit, or if there is no memory for it or it cannot be read, as what it is.
     """
-    compare_identity(identity, manifest, path)
     try:
         # Its hashes are right: if it does not fit it was written by another version, or made up.
         try:
-            saved = _read(training, path, manifest)
+            saved = StateFile(**read_json(path / STATE))
+            if (saved.progress.global_step, saved.progress.samples_seen) != (manifest.step, manifest.samples_seen):
+                raise ValueError(f"{STATE} and {MANIFEST} name different steps")
+            if saved.schedule_step > manifest.step:
+                raise ValueError(f"{STATE} has a schedule at step {saved.schedule_step} after {manifest.step} steps")
+            values = saved.model_dump(exclude={"streams"})
+            wanted = state.state_dict().tensors
+            if missing := sorted(wanted.keys() - manifest.files.keys()):
+                raise ValueError(f"it has no {missing[0]}")
+            tensors = {name: load_file(path / name) for name in wanted}
+            state.check_state_dict(tensors, values)
         except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             if "os error" in str(error):  # in a SafetensorError, which is no OSError
                 raise OSError(str(error)) from error
             raise RecipeError(
-                f"{path} does not fit this run ({type(error).__name__}: {_one_line(error)}): {WAY_OUT}"
+                f"{path} does not fit this run ({type(error).__name__}: {one_line(error)}): {WAY_OUT}"
             ) from error
-        return _restore(training, *saved)
+        state.load_state_dict(tensors, values)
     except OSError as error:
         raise RecipeError(
-            f"{path} cannot be read ({_one_line(error)}): see to the disk and to the rights there, and repeat the "
+            f"{path} cannot be read ({one_line(error)}): see to the disk and to the rights there, and repeat the "
             "command"
         ) from error
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not NO_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         raise RecipeError(
-            f"there is not enough memory to load {path} ({_one_line(error) or 'MemoryError'}): make room on "
-            f"{training.accelerator.device} and in the host's memory, and repeat the command; the checkpoint is whole"
+            f"there is not enough memory to load {path} ({one_line(error)}): make room on the device and in the host's "
+            "memory, and repeat the command; the checkpoint is whole"
         ) from error
-
-
-def _read(
-    training: Training, path: Path, manifest: Manifest
-) -> tuple[State, dict[str, torch.Tensor], dict[int, Any], dict[str, torch.Tensor]]:
-    """State, weights, optimizer's state and average of a checkpoint, which fit. Raises ValueError and the like."""
-    state = State(**read_json(path / STATE))
-    if (state.progress.global_step, state.progress.samples_seen) != (manifest.step, manifest.samples_seen):
-        raise ValueError(f"{STATE} and {MANIFEST} name different steps")
-    if state.schedule_step > manifest.step:
-        raise ValueError(f"{STATE} has a schedule at step {state.schedule_step} after {manifest.step} steps")
-    scaler = training.accelerator.scaler
-    if scaler and state.scaler and state.scaler.keys() != scaler.state_dict().keys():
-        raise ValueError(f"{STATE} has another loss scaler")
-    unet_tensors = load_file(path / "unet" / UNET_WEIGHTS)
-    _check_fit(f"unet/{UNET_WEIGHTS}", unet_tensors, training.components.unet.state_dict())
-    optimizer_tensors = load_file(path / OPTIMIZER)
-    parameters = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
-    optimizer_state = unflatten({**optimizer_tensors, **state.optimizer_values})
-    if optimizer_state and set(optimizer_state) != set(range(len(parameters))):
-        raise ValueError(
-            f"the optimizer's state is of {len(optimizer_state)} parameters and the model has {len(parameters)}"
-        )
-    ema_tensors = {}
-    if training.ema:
-        if state.ema_step is None:
-            raise ValueError(f"{STATE} has no step of an average")
-        ema_tensors = load_file(path / "unet_ema" / UNET_WEIGHTS)
-        _check_fit(f"unet_ema/{UNET_WEIGHTS}", ema_tensors, training.ema.named_tensors())
-    return state, unet_tensors, optimizer_state, ema_tensors
-
-
-def _check_fit(file: str, tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    if different := sorted(tensors.keys() ^ wanted.keys()):
-        raise ValueError(f"{file} and the model differ in {different[0]}")
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{name} of {file} is {[*tensor.shape]} and the model's {[*wanted[name].shape]}")
-
-
-def _restore(
-    training: Training,
-    state: State,
-    unet_tensors: dict[str, torch.Tensor],
-    optimizer_state: dict[int, Any],
-    ema_tensors: dict[str, torch.Tensor],
-) -> Progress:
-    weights = training.components.unet.state_dict()
-    training.components.unet.load_state_dict(
-        {name: shard_like(weights[name], tensor) for name, tensor in unet_tensors.items()}
-    )
-    _load_optimizer(training, optimizer_state)
-    _load_schedule(training, state.schedule_step)
-    if training.accelerator.scaler and state.scaler:
-        training.accelerator.scaler.load_state_dict(state.scaler)
-    if training.ema:
-        assert state.ema_step is not None
-        training.ema.load(ema_tensors, state.ema_step)
-    progress = Progress(**state.progress.model_dump())
-    if training.recipe.streaming:
-        progress.stream_state = joined_states([each.model_dump() if each else None for each in state.streams])
-    return progress
-
-
-def _one_line(value: object) -> str:
-    return " ".join(str(value).split())[:300]
-
-
-def _load_optimizer(training: Training, saved: dict[int, Any]) -> None:
-    """The state is the checkpoint's; learning rate, decay and the like are the recipe's, which may have changed."""
-    optimizer = training.optimizer
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    optimizer.load_state_dict(
-        {
-            "state": {number: _laid_out_as(parameters[number], values) for number, values in saved.items()},
-            "param_groups": optimizer.state_dict()["param_groups"],
-        }
-    )
-
-
-def _load_schedule(training: Training, step: int) -> None:
-    schedule = training.schedule
-    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step, "_last_lr": rates})
-    for group, rate in zip(training.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-
-
-def _laid_out_as(parameter: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """Divide tensors of the parameter's shape as it is, and give them its memory format."""
-    return {
-        key: _laid_out_as(parameter, value)
-        if isinstance(value, dict)
-        else _tensor_laid_out_as(parameter, value)
-        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
-        else value
-        for key, value in state.items()
-    }
-
-
-def _tensor_laid_out_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    if isinstance(parameter, DTensor):
-        return shard_like(parameter, value)
-    # Fused optimizers walk the raw memory.
-    return torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
-
-
-def flatten(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(PARAMETER/KEY, value) of an optimizer's state, whose values may be mappings again."""
-    for key, value in state.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def unflatten(flat: dict[str, Any]) -> dict[int, Any]:
-    """The inverse of `flatten`; the first level's keys are parameter numbers."""
-    state: dict[Any, Any] = {}
-    for name, value in flat.items():
-        *parents, key = name.split("/")
-        place = state
-        for depth, parent in enumerate(parents):
-            place = place.setdefault(int(parent) if depth == 0 else parent, {})
-        place[key] = value
-    return state
+    progress = state.progress
+    progress.stream_state = joined_states([each.model_dump() if each else None for each in saved.streams])
+    if not is_main:
+        progress.loss_sum = 0.0  # it is over all processes
+    logger.info("Resuming from %s: step %d, %d samples.", path, progress.global_step, progress.samples_seen)

@@ -1,35 +1,25 @@
-"""A run's folder: whose it is, one owner at a time, and what of an old run makes way for a new one."""
+"""What run is in a folder, whether it is continued, and what of it makes way for a new one."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
 
 from sd_recipes.checkpoints.format import MANIFEST, Manifest, list_checkpoints, remove, remove_leftovers, step_of
 from sd_recipes.errors import RecipeError
 from sd_recipes.flags import is_resolved_recipe
-from sd_recipes.reading import read_text
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import broadcast
-from sd_recipes.runtime.trackers import list_samples, read_metrics, replace_file
-from sd_recipes.training.build import check_output_dir
+from sd_recipes.runtime.output_dir import check_output_dir, lock_output_dir, release
+from sd_recipes.runtime.trackers import list_samples, read_metrics
 
 logger = logging.getLogger(__name__)
 
-LOCK, OWNER = ".lock", ".owner.json"
-MAX_OWNER_BYTES = 2**16
 ABANDONED = ".abandoned"  # ends the names of what is of another line of history than the run that goes on
-DYING_SECONDS = 10.0  # for which the children of a killed run may outlive it
 # What may stand in a folder before its first run: the output that a shell wrote there, and what `sd-recipes cache` did.
 HARMLESS = re.compile(r"\..*|latents|bad_rows.*\.jsonl|lost\+found|.*\.(log|out|err)")
 # What a run writes and a new one would mix with its own; not the latent cache, nor the exported pipeline, which is
@@ -48,11 +38,11 @@ def holds_run(output_dir: Path) -> bool:
 
 
 @contextmanager
-def output_dir_lock(recipe: Recipe, is_main: bool) -> Iterator[None]:
-    """Own `--output_dir`, on the first process for all; within it no other run can.
+def output_dir_lock(recipe: Recipe, is_main: bool) -> Iterator[str | None]:
+    """Own `--output_dir`, on the first process for all; within it no other run can. From what the run goes on.
 
-    A run that is there is continued (`recipe.resume_from_checkpoint` becomes `latest`), or removed with
-    `--overwrite`. Raises RecipeError if another run owns the folder, or if it holds anything else.
+    A run that is there is continued, from `latest` if nothing else was asked for, or removed with `--overwrite`. Raises
+    RecipeError if another run owns the folder, or if it holds anything else.
     """
     output_dir = Path(recipe.output_dir)
     lock = None
@@ -61,7 +51,7 @@ def output_dir_lock(recipe: Recipe, is_main: bool) -> Iterator[None]:
         try:
             _check_not_foreign(output_dir)
             check_output_dir(output_dir)
-            lock = _lock(output_dir)
+            lock = lock_output_dir(output_dir)
             answer = [_prepare(recipe, output_dir), None]
         except RecipeError as error:
             answer = [None, str(error)]
@@ -69,13 +59,10 @@ def output_dir_lock(recipe: Recipe, is_main: bool) -> Iterator[None]:
         resume, problem = broadcast(answer)
         if problem:
             raise RecipeError(problem)
-        recipe.resume_from_checkpoint = resume
-        yield
+        yield resume
     finally:
         if lock is not None:
-            with suppress(OSError):  # the folder has become read-only: the lock goes with the process
-                (output_dir / OWNER).unlink(missing_ok=True)
-            lock.release()
+            release(lock, output_dir)
 
 
 def find_resume_point(recipe: Recipe) -> str | None:
@@ -164,60 +151,3 @@ def _check_not_foreign(output_dir: Path) -> None:
             f"--output_dir {output_dir} holds no run of this program, but {', '.join(map(repr, foreign[:3]))}"
             f"{' and more' if len(foreign) > 3 else ''}: choose a new or an empty folder"
         )
-
-
-def _lock(output_dir: Path) -> FileLock | None:
-    """The folder's lock, held; None, with a warning, where the file system has no locks."""
-    lock = FileLock(output_dir / LOCK, timeout=0, fallback_to_soft=False)
-    given_up = time.monotonic() + DYING_SECONDS
-    while True:
-        try:
-            lock.acquire()
-            break
-        except Timeout:
-            owner = _owner(output_dir)
-            if not _is_dead(owner) or time.monotonic() > given_up:
-                raise RecipeError(_in_use(output_dir, owner)) from None
-            time.sleep(0.1)
-        except OSError as error:
-            logger.warning(
-                "%s cannot be locked (%s): make sure yourself that no other run writes to it.", output_dir, error
-            )
-            return None
-    content = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    with suppress(OSError):  # it is only what another run is told
-        replace_file(output_dir / OWNER, json.dumps(content) + "\n")
-    return lock
-
-
-def _owner(output_dir: Path) -> dict[str, Any]:
-    try:
-        owner = json.loads(read_text(output_dir / OWNER, MAX_OWNER_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
-
-
-def _is_dead(owner: dict[str, Any]) -> bool:
-    """Whether the owner was a process of this machine that is no more: then the lock goes with its last child."""
-    if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
-        return False
-    if not 0 < owner["pid"] < 2**31:
-        return False
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
-
-
-def _in_use(output_dir: Path, owner: dict[str, Any]) -> str:
-    if not owner:
-        return f"--output_dir {output_dir} is in use by another run: wait for it, or choose another folder"
-    pid, host, since = (" ".join(str(owner.get(name)).split())[:80] for name in ("pid", "host", "since"))
-    return (
-        f"--output_dir {output_dir} is in use by process {pid} on {host} since {since}: wait for it, stop it, or "
-        "choose another folder"
-    )

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,22 @@ from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
-from sd_recipes.data.captions import caption_columns
+from sd_recipes.data.captions import caption_columns, tokenize
 from sd_recipes.data.latent_store import ROWS_PER_FILE, LatentCache, made_by, open_cached
 from sd_recipes.data.order import MicroBatch, Order
 from sd_recipes.data.training_data import load_training_data
 from sd_recipes.errors import RecipeError, RunError
 from sd_recipes.export.hub import PushError
-from sd_recipes.model.components import latent_shape_of, load_tokenizer, load_vae
-from sd_recipes.model.latents import batch_moments
-from sd_recipes.model.placement import DTYPES, arrange
+from sd_recipes.model.components import latent_shape_of, load_scheduler, load_vae
+from sd_recipes.model.families import family_of
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import shown
-from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.runtime.accelerator import DTYPES, start_accelerator
 from sd_recipes.runtime.agreement import all_gather, wait_for_all
 from sd_recipes.runtime.console import hide_library_bars, say
+from sd_recipes.runtime.output_dir import check_output_dir
 from sd_recipes.runtime.signals import stop_request
-from sd_recipes.training.build import check_output_dir
+from sd_recipes.training.build import build_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -56,27 +57,28 @@ def fill_cache(recipe: Recipe) -> Path:
     accelerator = start_accelerator(recipe)
     output_dir = Path(recipe.output_dir)
     check_output_dir(output_dir)
-    data = load_training_data(recipe, seed=recipe.seed or 0, global_batch_size=1, rank=accelerator.process_index)
+    scheduler, tokenizer = load_scheduler(recipe), family_of(recipe).load_tokenizer(recipe)
+    data = load_training_data(
+        recipe, tokenizer, seed=recipe.seed or 0, global_batch_size=1, rank=accelerator.process_index
+    )
     assert data.rows is not None
     assert data.order is not None
     if "moments" in data.rows.column_names:
         raise RecipeError("this data set is a latent cache already: train on it")
 
-    dtype = DTYPES[accelerator.mixed_precision]
     vae = load_vae(recipe)
-    wanted = made_by(recipe, vae, dtype)
-    vae.to(accelerator.device, dtype=dtype)
-    arrange(vae, recipe, accelerator.device, dtype)
+    provenance = made_by(recipe, vae, DTYPES[accelerator.mixed_precision])  # of the weights as they were loaded
+    encoder = build_encoder(recipe, vae, accelerator)
     folder = Path(recipe.latent_cache_dir or output_dir / "latents")
-    cache = LatentCache(folder, wanted, accelerator.process_index)
+    store = LatentCache(folder, provenance, accelerator.process_index)
     builder = BatchBuilder(
         data.rows,
-        load_tokenizer(recipe),
         recipe,
         seed=0,
+        tokenize=partial(tokenize, tokenizer),
         latent_shape=latent_shape_of(vae),
-        num_train_timesteps=1,
-        cache=cache,
+        num_train_timesteps=scheduler.config.num_train_timesteps,
+        store=store,
     )
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     plans = list(_plans(data.order, recipe.train_batch_size, **place))
@@ -87,33 +89,33 @@ def fill_cache(recipe: Recipe) -> Path:
         pin_memory=accelerator.device.type == "cuda",
     )
     with (
-        closing(batches(0, len(plans))) as filled,
+        closing(batches(0, len(plans))) as steps,
         tqdm(total=len(data.rows), desc="Latents", unit="row", disable=not accelerator.is_local_main_process) as bar,
     ):
-        for batch in filled:
+        for (batch,) in steps:
             data.bad_rows.add(batch.bad, 0)
-            batch_moments(vae, batch.to(accelerator.device), dtype, cache)
-            if cache.failure:
-                raise RecipeError(cannot_fill(cache))
+            batch.to(accelerator.device).all_moments(encoder.encode, store)
+            if store.failure:
+                raise RecipeError(cannot_fill(store))
             bar.update(min(len(batch.weights) * accelerator.num_processes, len(data.rows) - bar.n))
             if stop_request.reason:
-                cache.flush()
+                store.flush()
                 raise stop_request.stopped(f"{bar.n} of {len(data.rows)} rows are in the cache")
     data.bad_rows.check(len({name for names in all_gather(list(data.bad_rows.reasons)) for name in names}), 0)
-    cache.flush()
-    if cache.failure:
-        raise RecipeError(cannot_fill(cache))
+    store.flush()
+    if store.failure:
+        raise RecipeError(cannot_fill(store))
     wait_for_all()
     try:
         if accelerator.is_main_process:
-            finish(cache, folder, data.rows, recipe)
-    except RunError:  # as in run.py: the others end as they would have
+            finish(store, folder, data.rows, recipe)
+    except RunError:  # as in commands/train.py: the others end as they would have
         with suppress(RuntimeError):
             wait_for_all()
         raise
     wait_for_all()
     accelerator.end_training()
-    return cache.folder
+    return store.folder
 
 
 def cannot_fill(cache: LatentCache) -> str:

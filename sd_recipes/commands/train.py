@@ -1,4 +1,4 @@
-"""A whole run: build, train, export, report, publish."""
+"""`sd-recipes train` and train_text_to_image.py: a whole run: build, train, export, report, publish."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ import logging
 import shutil
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
-from sd_recipes.checkpoints.format import resume_command, resume_hint
-from sd_recipes.checkpoints.resume import compare_identity, identity_of
-from sd_recipes.checkpoints.run_folder import find_resume_point, of_other_history, output_dir_lock
-from sd_recipes.checkpoints.saver import FAILURES, NotSaved
-from sd_recipes.errors import RecipeError, RunError
+import numpy as np
+from accelerate import Accelerator
+
+from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resume_hint
+from sd_recipes.checkpoints.resume import choose_checkpoint, compare_identity, identity_of, load_checkpoint
+from sd_recipes.checkpoints.run_folder import begin_history, find_resume_point, of_other_history, output_dir_lock
+from sd_recipes.checkpoints.saver import FAILURES, BackgroundSaver, NotSaved
+from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.export.hub import create_repository, publish
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.export.report import write_report
-from sd_recipes.flags import recipe_text
-from sd_recipes.model.components import Components
+from sd_recipes.flags import recipe_text, written_settings
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.agreement import broadcast, wait_for_all
 from sd_recipes.runtime.console import hide_library_bars, say
+from sd_recipes.runtime.output_dir import NO_ROOM, check_output_dir
 from sd_recipes.runtime.signals import Stopped, stop_request
 from sd_recipes.runtime.trackers import list_samples
-from sd_recipes.training.build import Training, build_training, describe
-from sd_recipes.training.loop import fit, length_of
+from sd_recipes.training.build import Checkpoint, Run, build_run, describe
+from sd_recipes.training.finite import are_finite, has_finite_weights
+from sd_recipes.training.loop import fit, length_flag
 
 logger = logging.getLogger(__name__)
 
@@ -38,44 +43,156 @@ def run(recipe: Recipe) -> None:
     hide_library_bars()
     accelerator = start_accelerator(recipe)
     if recipe.dry_run:
-        recipe.resume_from_checkpoint = find_resume_point(recipe)
-        training = build_training(recipe, accelerator)
-        if training.checkpoint:
-            path, manifest = training.checkpoint
-            compare_identity(identity_of(training), manifest, path)
-            if others := of_other_history(Path(recipe.output_dir), path, manifest):
-                names = ", ".join(other.name for other in others)
-                logger.warning("Set aside would be what did not lead up to %s: %s.", path, names)
-        if accelerator.is_main_process:
-            say(f"{describe(training)}\n\n{recipe_text(recipe).rstrip()}")
-        accelerator.end_training()
+        show(recipe, accelerator)
         return
     # Until it has saved something, a run from a checkpoint that was named goes on from there again.
     stop_request.resume_command = resume_command(recipe) if recipe.overwrite else "the same command"
-    with output_dir_lock(recipe, accelerator.is_main_process):
-        training = build_training(recipe, accelerator)
-        with closing(training.tracker):
-            _run(training)
+    with output_dir_lock(recipe, accelerator.is_main_process) as resume_point:
+        recipe, checkpoint = resolve(recipe, accelerator, resume_point)
+        built = build_run(recipe, accelerator, checkpoint)
+        with closing(built.tracker):
+            train(built)
 
 
-def write_results(components: Components, recipe: Recipe) -> list[str]:
-    """The pipeline with its pictures and figures; lines that sum these up. Raises NotSaved if there is no room."""
-    output_dir = Path(recipe.output_dir)
+def show(recipe: Recipe, accelerator: Accelerator) -> None:
+    """A dry run: what the run would be, and would refuse; nothing is written."""
+    check_output_dir(Path(recipe.output_dir), writes=False)
+    recipe, checkpoint = resolve(recipe, accelerator, find_resume_point(recipe))
+    built = build_run(recipe, accelerator, checkpoint)
+    if checkpoint:
+        path, manifest = checkpoint
+        compare_identity(identity(built), manifest, path)
+        if others := of_other_history(built.output_dir, path, manifest):
+            names = ", ".join(other.name for other in others)
+            logger.warning("Set aside would be what did not lead up to %s: %s.", path, names)
+    if accelerator.is_main_process:
+        say(f"{describe(built)}\n\n{recipe_text(recipe).rstrip()}")
+    accelerator.end_training()
+
+
+def resolve(recipe: Recipe, accelerator: Accelerator, resume_point: str | None) -> tuple[Recipe, Checkpoint | None]:
+    """The recipe with everything decided that it left open, the same on all processes, and where the run goes on.
+
+    Precision as accelerate's configuration may have set it; the seed given, that of the checkpoint's run, or one drawn
+    by the first process for all. Raises RecipeError if there is no such checkpoint, or if its run had other settings
+    that do not carry over.
+    """
+    recipe = recipe.model_copy(
+        update={"mixed_precision": accelerator.mixed_precision, "resume_from_checkpoint": resume_point}
+    )
+    checkpoint = choose_checkpoint(recipe, accelerator.is_main_process)
+    seed = recipe.seed
+    if seed is None:
+        drawn = int(np.random.SeedSequence().generate_state(1, np.uint32)[0])
+        seed = broadcast(drawn) if checkpoint is None else checkpoint[1].settings["seed"]
+    return recipe.model_copy(update={"seed": seed}), checkpoint
+
+
+def train(built: Run) -> None:
+    """Train to the end, export, report, and publish."""
+    recipe, accelerator = built.recipe, built.accelerator
+    if accelerator.is_main_process:
+        say(describe(built))
+    # Only now that folder, data and model are in order, and before a step is made in vain.
+    repo_id = repository(recipe, accelerator.is_main_process)
     try:
-        export_pipeline(components, output_dir)
-        samples = list_samples(output_dir)
-        if samples:
-            shutil.copy(samples[-1], output_dir / "samples.png")
-        return write_report(output_dir)
-    except FAILURES as error:
-        words = " ".join(str(error).split())
+        saver = fit_from(built)
+    except (Stopped, NotSaved):  # on all processes at once
+        built.tracker.close()
+        accelerator.end_training()
+        raise
+    try:
+        with built.state.evaluated(built.model.components, wanted=accelerator.is_main_process):
+            if accelerator.is_main_process:
+                report = write_results(built)
+                say("\n".join(["", f"pipeline        {built.output_dir}", *report]))
+        if repo_id and accelerator.is_main_process:
+            say(f"pushed          {publish(built.output_dir, repo_id, recipe, built.model.family.folders)}")
+        built.tracker.close()
+    except RunError:  # of the first process, which does this alone: the others end as they would have
+        with suppress(RuntimeError):
+            wait_for_all()
+        raise
+    wait_for_all()
+    accelerator.end_training()
+    if saver.not_saved:
         raise NotSaved(
-            f"the pipeline cannot be written to {output_dir} ({words}): make room, and {resume_command(recipe)} "
-            f"{resume_hint(recipe)}"
+            f"the pipeline is in {built.output_dir}, but no checkpoint could be written ({saver.not_saved}): with a "
+            f"larger {length_flag(recipe)} {resume_command(recipe)} {resume_hint(recipe)}; make room, or choose "
+            "another --output_dir"
+        )
+
+
+def fit_from(built: Run) -> BackgroundSaver:
+    """Restore the checkpoint from which the run goes on, if there is one, and train to the end; what saved the run."""
+    recipe, accelerator, state = built.recipe, built.accelerator, built.state
+    known = identity(built)
+    check_loaded(built)
+    if built.checkpoint is not None:
+        path, manifest = built.checkpoint
+        compare_identity(known, manifest, path)
+        load_checkpoint(state, path, manifest, is_main=accelerator.is_main_process)
+        if not has_finite_weights(state, accelerator):
+            others = [each.name for each in list_checkpoints(path.parent) if each.resolve() != path.resolve()]
+            raise RecipeError(
+                f"{path} holds weights that are not finite: go back with --resume_from_checkpoint to an older one "
+                f"of {others or 'none'}, or start anew with --overwrite"
+            )
+        wait_for_all()  # it fits on all of them
+        if accelerator.is_main_process:
+            begin_history(built.output_dir, path, manifest)
+    try:
+        built.tracker.start_at(state.progress.global_step)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise RecipeError(
+            f"--output_dir {built.output_dir} cannot be written ({error}): make room, or choose another"
         ) from error
+    saver = BackgroundSaver(
+        state,
+        accelerator,
+        recipe,
+        built.output_dir,
+        settings=written_settings(recipe),
+        identity=known,
+        num_steps=built.num_steps,
+    )
+    fit(built, saver)
+    if built.store is not None:
+        built.store.flush()
+        wait_for_all()
+        built.store.close()
+    return saver
 
 
-def _repository(recipe: Recipe, is_main: bool) -> str | None:
+def identity(built: Run) -> dict[str, Any]:
+    """What run this is, as its checkpoints say it."""
+    return identity_of(
+        built.recipe,
+        built.state,
+        built.data.order,
+        prediction_type=built.model.objective.prediction_type,
+        num_rows=built.data.num_rows,
+        global_batch_size=built.data.global_batch_size,
+        num_steps=built.num_steps,
+        is_main=built.accelerator.is_main_process,
+    )
+
+
+def check_loaded(built: Run) -> None:
+    """Raises RecipeError for a model whose weights are not finite in the run's precision."""
+    recipe = built.recipe
+    for name in ("unet", "vae", *built.model.family.text_models):
+        if not are_finite(built.accelerator, getattr(built.model.components, name).parameters()):
+            raise RecipeError(
+                f"--pretrained_model_name_or_path {recipe.pretrained_model_name_or_path}: {name} holds weights that "
+                f"are not finite in {recipe.mixed_precision} mixed precision: use another copy or --variant of the "
+                "model, or --mixed_precision no"
+            )
+
+
+def repository(recipe: Recipe, is_main: bool) -> str | None:
     """The repository to push to, made by the first process for all. Raises RecipeError, on all."""
     answer: list[str | None] = [None, None]
     if is_main and recipe.push_to_hub:
@@ -89,37 +206,17 @@ def _repository(recipe: Recipe, is_main: bool) -> str | None:
     return repo_id
 
 
-def _run(training: Training) -> None:
-    recipe, accelerator = training.recipe, training.accelerator
-    output_dir = Path(recipe.output_dir)
-    if accelerator.is_main_process:
-        say(describe(training))
-    # Only now that folder, data and model are in order, and before a step is made in vain.
-    repo_id = _repository(recipe, accelerator.is_main_process)
-
+def write_results(built: Run) -> list[str]:
+    """The pipeline with its pictures and figures; lines that sum these up. Raises NotSaved if there is no room."""
+    output_dir, recipe = built.output_dir, built.recipe
     try:
-        progress = fit(training)
-    except (Stopped, NotSaved):  # on all processes at once
-        training.tracker.close()
-        accelerator.end_training()
-        raise
-    try:
-        with training.evaluated_weights():
-            if accelerator.is_main_process:
-                report = write_results(training.components, recipe)
-                say("\n".join(["", f"pipeline        {output_dir}", *report]))
-        if repo_id and accelerator.is_main_process:
-            say(f"pushed          {publish(output_dir, repo_id, recipe)}")
-        training.tracker.close()
-    except RunError:  # of the first process, which does this alone: the others end as they would have
-        with suppress(RuntimeError):
-            wait_for_all()
-        raise
-    wait_for_all()
-    accelerator.end_training()
-    if progress.not_saved:
+        export_pipeline(built.model.family, built.model.components, output_dir)
+        samples = list_samples(output_dir)
+        if samples:
+            shutil.copy(samples[-1], output_dir / "samples.png")
+        return write_report(output_dir)
+    except FAILURES as error:
         raise NotSaved(
-            f"the pipeline is in {output_dir}, but no checkpoint could be written ({progress.not_saved}): with a "
-            f"larger {length_of(recipe)} {resume_command(recipe)} {resume_hint(recipe)}; make room, or choose another "
-            "--output_dir"
-        )
+            f"the pipeline cannot be written to {output_dir} ({one_line(error)}): make room, and "
+            f"{resume_command(recipe)} {resume_hint(recipe)}"
+        ) from error

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from itertools import chain, islice
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from transformers import CLIPTokenizer
 
 from sd_recipes.data.bad_rows import row_name
-from sd_recipes.data.captions import CaptionError, caption_columns, make_caption, tokenize
+from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
 from sd_recipes.data.draws import Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_image
 from sd_recipes.data.latent_store import LatentCache, check_provenance, moments_of, row_key
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import RecipeError
-from sd_recipes.recipe import Recipe
+from sd_recipes.recipe import CaptionConfig, Recipe
 from sd_recipes.runtime.signals import outlive_signals
 
 RECIPE_ERROR = f"{RecipeError.__module__}.{RecipeError.__qualname__}"
@@ -30,6 +30,7 @@ READ_AHEAD = 2  # micro-batches, of the reading thread and of each worker proces
 END = 2**62  # an epoch that is never reached
 
 Row = dict[str, Any]
+Encode = Callable[[torch.Tensor], torch.Tensor]  # uint8 pixels (U, 3, H, W) to moments (U, 2C, h, w)
 Plans = Callable[[int, dict[str, Any] | None], Iterator[MicroBatch]]  # from (samples seen, state of the stream) on
 
 
@@ -37,13 +38,13 @@ Plans = Callable[[int, dict[str, Any] | None], Iterator[MicroBatch]]  # from (sa
 class Batch:
     """A micro-batch with everything the training step needs: the step is a function of it and the weights.
 
-    Of each image it has the pixels or, where these were found in a cache, the moments.
+    Of each image it has the pixels or, where these were found in the latent store, the moments.
     """
 
-    pixel_values: torch.Tensor  # (U, 3, H, W) uint8, of the rows in `live`
-    live: torch.Tensor  # (U,) int64: the places in the batch whose moments are still to be made
+    pixels: torch.Tensor  # (U, 3, H, W) uint8, of the rows in `to_encode`
+    to_encode: torch.Tensor  # (U,) int64: the places in the batch whose moments are still to be made
     moments: torch.Tensor | None  # (B, 2C, h, w) float32 of the other rows; None if there are none
-    flip: torch.Tensor  # (B,) bool: still to be mirrored, where the cache keeps both
+    flip: torch.Tensor  # (B,) bool: still to be mirrored, where the store keeps both
     input_ids: torch.Tensor  # (B, L) int64
     timesteps: torch.Tensor  # (B,) int64
     noise: torch.Tensor  # (B, C, h, w) float32, the noise offset included
@@ -52,11 +53,55 @@ class Batch:
     weights: torch.Tensor  # (B,) float32: 0 for a row that cannot be used
     plan: MicroBatch
     bad: tuple[tuple[str, str], ...]  # (name, reason) of the rows that cannot be used
-    records: list[Row]  # of the rows in `live`: what the cache keeps beside their moments
+    records: list[Row]  # of the rows in `to_encode`: what the store keeps beside their moments
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, copied without waiting for it."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def all_moments(self, encode: Encode, store: LatentCache | None = None) -> torch.Tensor:
+        """Moments (B, 2C, h, w): those that came along, and those of the pixels, which the store keeps."""
+        if len(self.to_encode) == len(self.weights) and store is None:
+            return encode(self.pixels)
+        batch_size, channels, height, width = self.noise.shape
+        moments = self.moments
+        if moments is None:
+            moments = torch.zeros(batch_size, 2 * channels, height, width, device=self.noise.device)
+        if len(self.to_encode) == 0:
+            return moments
+        made = encode(self.pixels)
+        if store is not None:
+            made = store.round(made)
+            mirrored = store.round(encode(self.pixels.flip(-1))) if store.keeps_flips else None
+            if self.plan.weight:  # otherwise another process trains on the row, and keeps it
+                store.put(self.records, made, mirrored)
+            if mirrored is not None:
+                made = torch.where(self.flip[self.to_encode][:, None, None, None], mirrored, made)
+        moments[self.to_encode] = made
+        return moments
+
+    def split(self, number: int) -> list[Batch]:
+        """The same samples with the same draws in `number` batches at most, as even as can be."""
+        bounds = np.linspace(0, len(self.weights), min(number, len(self.weights)) + 1).round().astype(int).tolist()
+        return [self._part(start, end, is_last=end == bounds[-1]) for start, end in itertools.pairwise(bounds)]
+
+    def _part(self, start: int, end: int, *, is_last: bool) -> Batch:
+        live = (self.to_encode >= start) & (self.to_encode < end)
+        plan = replace(
+            self.plan,
+            rows=self.plan.rows[start:end],
+            positions=self.plan.positions[start:end],
+            strata=self.plan.strata[start:end],
+            is_last=self.plan.is_last and is_last,
+            examples=None if self.plan.examples is None else self.plan.examples[start:end],
+        )
+        own: dict[str, Any] = {"plan": plan, "pixels": self.pixels[live], "to_encode": self.to_encode[live] - start}
+        own["records"] = [self.records[number] for number in live.nonzero()[:, 0].tolist()]
+        own["bad"] = self.bad if start == 0 else ()
+        for name in (field.name for field in fields(self) if field.name not in own):
+            whole = getattr(self, name)
+            own[name] = None if whole is None else whole[start:end]
+        return Batch(**own)
 
     def pin_memory(self) -> Batch:
         """Called by the loader: copies from pinned memory need not wait."""
@@ -86,30 +131,30 @@ class BatchBuilder(torch.utils.data.Dataset):
     """Builds the batch of a MicroBatch; runs in the loader's workers.
 
     `latent_shape` gives (C, h, w) for an image size (height, width). `rows` is None for a stream, whose
-    rows come with the MicroBatch; `made_by` is what the moments must be made by, where rows have such. A row
+    rows come with the MicroBatch; `provenance` is what the moments must be made by, where rows have such. A row
     whose image or caption is unusable gets weight 0 and is named; settings that say so raise RecipeError for it.
     """
 
     def __init__(
         self,
         rows: datasets.Dataset | None,
-        tokenizer: CLIPTokenizer,
         config: Recipe,
         *,
         seed: int,
+        tokenize: Callable[[list[str], CaptionConfig], torch.Tensor],
         latent_shape: Callable[[tuple[int, int]], tuple[int, int, int]],
         num_train_timesteps: int,
         noise_offset: float = 0.0,
         input_perturbation: float = 0.0,
-        cache: LatentCache | None = None,
-        made_by: dict[str, Any] | None = None,
+        store: LatentCache | None = None,
+        provenance: dict[str, Any] | None = None,
     ) -> None:
         self.rows = rows
-        self.made_by = made_by
-        self._known_makers: set[str] = set()
-        # Its own: a fast tokenizer keeps padding and truncation as state, and this one is used from another thread
+        self.provenance = provenance
+        self._known_provenances: set[str] = set()
+        # A copy: a fast tokenizer keeps padding and truncation as state, and this one is used from another thread
         # than the pipeline's, which would meet "Already borrowed" (huggingface/transformers#47085).
-        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenize = copy.deepcopy(tokenize)
         self.config = config
         self.captions = caption_columns(config)
         self.seed = seed
@@ -117,11 +162,11 @@ class BatchBuilder(torch.utils.data.Dataset):
         self.num_train_timesteps = num_train_timesteps
         self.noise_offset = noise_offset
         self.input_perturbation = input_perturbation
-        self.cache = cache
+        self.store = store
 
     def __getitem__(self, plan: MicroBatch) -> Batch:
-        if self.cache is not None:
-            self.cache.begin_epoch(plan.epoch)
+        if self.store is not None:
+            self.store.begin_epoch(plan.epoch)
         latent_shape = self.latent_shape(plan.size)
         drawn = [
             draw(
@@ -148,7 +193,7 @@ class BatchBuilder(torch.utils.data.Dataset):
                 bad.append((name, str(error)))
                 weights[place] = 0
                 caption = ""
-                if self.cache is None:
+                if self.store is None:
                     images.add_pixels(place, np.zeros((3, *plan.size), dtype=np.uint8), {})
             captions.append(caption)
         noise = np.stack([sample.noise for sample in drawn])  # (B, C, h, w)
@@ -158,10 +203,10 @@ class BatchBuilder(torch.utils.data.Dataset):
         if self.input_perturbation:
             perturbation = [s.perturbation_noise for s in drawn if s.perturbation_noise is not None]
             input_noise = torch.from_numpy(noise + self.input_perturbation * np.stack(perturbation))
-        keeps_both = self.cache is not None and self.config.random_flip
+        keeps_both = self.store is not None and self.config.random_flip
         return Batch(
-            pixel_values=images.pixel_values,
-            live=torch.tensor(images.live, dtype=torch.int64),
+            pixels=images.pixels,
+            to_encode=torch.tensor(images.to_encode, dtype=torch.int64),
             moments=images.moments,
             flip=torch.tensor([keeps_both and self._flips(sample) for sample in drawn]),
             input_ids=self._input_ids(captions),
@@ -195,31 +240,31 @@ class BatchBuilder(torch.utils.data.Dataset):
 
     def _input_ids(self, captions: list[str]) -> torch.Tensor:
         try:
-            return tokenize(self.tokenizer, captions, self.config)
+            return self.tokenize(captions, self.config)
         except CaptionError as error:  # --long_captions error
             raise RecipeError(str(error)) from error
 
-    def _check_maker(self, found: str) -> None:
+    def _check_provenance(self, found: str) -> None:
         """Moments that come as data must be this VAE's, those of every row. Raises RecipeError."""
-        if found not in self._known_makers:
-            assert self.made_by is not None
-            check_provenance(found, self.made_by)
-            self._known_makers.add(found)
+        if found not in self._known_provenances:
+            assert self.provenance is not None
+            check_provenance(found, self.provenance)
+            self._known_provenances.add(found)
 
     def _add_image(self, images: _Images, place: int, row: Row, drawn: Draws) -> None:
         """The row's moments where they are known, otherwise its pixels. Raises ImageError."""
         if "moments" in row:
-            self._check_maker(row["made_by"])
+            self._check_provenance(row["made_by"])
             images.add_moments(place, moments_of(row, flip=self._flips(drawn), latent_shape=images.latent_shape))
             return
         encoded, config = row[self.config.image_column], self.config
         record: Row = {}
-        if self.cache is not None:
+        if self.store is not None:
             try:
                 key = row_key(encoded)
             except (OSError, TypeError) as error:
                 raise ImageError(f"no image: {error}") from error
-            kept = self.cache.find(key)
+            kept = self.store.find(key)
             if kept is not None:
                 images.add_moments(place, moments_of(kept, flip=self._flips(drawn), latent_shape=images.latent_shape))
                 return
@@ -236,7 +281,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             images.size,
             interpolation=config.image_interpolation_mode,
             crop_u=crop_u,
-            flip=self._flips(drawn) and self.cache is None,
+            flip=self._flips(drawn) and self.store is None,
         )
         images.add_pixels(place, pixels, record)
 
@@ -248,7 +293,7 @@ class _Images:
         self.size = size
         self.latent_shape = latent_shape
         self.number = number
-        self.live: list[int] = []
+        self.to_encode: list[int] = []
         self.records: list[Row] = []
         self.moments: torch.Tensor | None = None
         self._pixels: torch.Tensor | None = None
@@ -258,8 +303,8 @@ class _Images:
             self._pixels = torch.empty((self.number, 3, *self.size), dtype=torch.uint8)
             if torch.utils.data.get_worker_info() is not None:
                 self._pixels.share_memory_()  # where the loop reads them
-        self._pixels.numpy()[len(self.live)] = pixels
-        self.live.append(place)
+        self._pixels.numpy()[len(self.to_encode)] = pixels
+        self.to_encode.append(place)
         self.records.append(record)
 
     def add_moments(self, place: int, moments: torch.Tensor) -> None:
@@ -269,10 +314,10 @@ class _Images:
         self.moments[place] = moments
 
     @property
-    def pixel_values(self) -> torch.Tensor:
+    def pixels(self) -> torch.Tensor:
         if self._pixels is None:
             return torch.zeros((0, 3, *self.size), dtype=torch.uint8)
-        return self._pixels[: len(self.live)]
+        return self._pixels[: len(self.to_encode)]
 
 
 def end_workers(iterator: Any) -> None:
@@ -285,28 +330,45 @@ def end_workers(iterator: Any) -> None:
 
 
 class TrainingBatches:
-    """This process's micro-batches from a position on, built ahead by workers or, without any, by a thread.
+    """This process's optimizer steps from a position on, each a list of its micro-batches.
+
+    Built ahead by workers or, without any, by a thread, a whole step ahead at least.
 
     Not sharded again by accelerate: the share of each process is part of the plans.
     """
 
-    def __init__(self, builder: BatchBuilder, plans: Plans, *, num_workers: int, pin_memory: bool) -> None:
+    def __init__(
+        self, builder: BatchBuilder, plans: Plans, *, num_workers: int, pin_memory: bool, read_ahead: int = READ_AHEAD
+    ) -> None:
+        """`read_ahead` micro-batches are built before they are asked for, at least."""
         self.builder = builder
         self.plans = plans
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.read_ahead = max(READ_AHEAD, read_ahead)
 
     def __call__(
         self, samples_seen: int, num_steps: int, stream_state: dict[str, Any] | None = None
+    ) -> Generator[list[Batch], None, None]:
+        """The micro-batches of the next `num_steps` global batches; to be closed, since the workers end with it."""
+        step: list[Batch] = []
+        with closing(self._micro_batches(samples_seen, num_steps, stream_state)) as micro_batches:
+            for batch in micro_batches:
+                step.append(batch)
+                if batch.plan.is_last:
+                    yield step
+                    step = []
+
+    def _micro_batches(
+        self, samples_seen: int, num_steps: int, stream_state: dict[str, Any] | None
     ) -> Generator[Batch, None, None]:
-        """The batches of the next `num_steps` global batches; to be closed, since the workers end with it."""
         plans = self._plans_of_steps(self.plans(samples_seen, stream_state), num_steps)
-        if self.builder.cache is not None:
+        if self.builder.store is not None:
             if (first := next(plans, None)) is None:
                 return
             # An epoch may have fewer micro-batches than there are workers: some meet a later one first.
-            self.builder.cache.start_at(first.epoch)
-            plans = chain([first], plans)
+            self.builder.store.start_at(first.epoch)
+            plans = itertools.chain([first], plans)
         if self.num_workers == 0:
             yield from self._read_ahead(plans)
             return
@@ -323,7 +385,7 @@ class TrainingBatches:
             sampler=plans_until_failure(),  # read by the main process only
             batch_size=None,
             num_workers=self.num_workers,
-            prefetch_factor=READ_AHEAD,
+            prefetch_factor=max(READ_AHEAD, -(-self.read_ahead // self.num_workers)),
             pin_memory=self.pin_memory,
             worker_init_fn=outlive_signals,
         )
@@ -350,18 +412,20 @@ class TrainingBatches:
         # One thread of torch's for scaling images: the others are the model's.
         with ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,)) as reader:
             try:
-                waiting: list[Future[Batch]] = [reader.submit(self._build, plan) for plan in islice(plans, READ_AHEAD)]
+                waiting: list[Future[Batch]] = [
+                    reader.submit(self._build, plan) for plan in itertools.islice(plans, self.read_ahead)
+                ]
                 while waiting:
                     batch = waiting.pop(0).result()
-                    waiting += [reader.submit(self._build, plan) for plan in islice(plans, 1)]
+                    waiting += [reader.submit(self._build, plan) for plan in itertools.islice(plans, 1)]
                     yield batch
             finally:
                 self._release()
 
     def _release(self) -> None:
         """Let readers end that wait for an epoch to be written."""
-        if self.builder.cache is not None:
-            self.builder.cache.seal(END)
+        if self.builder.store is not None:
+            self.builder.store.publish_epoch(END)
 
     def _build(self, plan: MicroBatch) -> Batch:
         batch = self.builder[plan]

@@ -32,6 +32,7 @@ import pyarrow as pa
 import torch
 
 from sd_recipes.errors import RecipeError
+from sd_recipes.runtime.agreement import wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ class LatentCache:
 
     Copies in loader workers read; the one in the training process also writes, in a thread. Readers see
     what was there when they last looked: at the start, and at the beginning of every epoch, for which
-    they wait until `seal` said that the epoch before is written. So which rows come from the cache does
+    they wait until `publish_epoch` said that the epoch before is written. So which rows come from the cache does
     not depend on timing.
     """
 
@@ -248,7 +249,13 @@ class LatentCache:
         self._seen_epoch = epoch
         self._look()
 
-    def seal(self, epoch: int) -> None:
+    def end_epoch(self, epoch: int) -> None:
+        """What was met in an epoch is there for the next one, on all processes, all of which have to call it."""
+        self.flush()
+        wait_for_all()
+        self.publish_epoch(epoch + 1)
+
+    def publish_epoch(self, epoch: int) -> None:
         """Let readers go on to `epoch`: everything before it is written, by all processes."""
         self._sealed.fill_(epoch)
 

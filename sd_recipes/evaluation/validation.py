@@ -1,36 +1,36 @@
-"""What a run has learnt: loss on held-out rows under fixed noise, and pictures of fixed prompts."""
+"""What a run has learnt: loss on held-out rows under fixed noise, and pictures of fixed prompts, on all processes."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont
+from accelerate import Accelerator
+from PIL import Image
 from tqdm.auto import tqdm
 
 from sd_recipes.data.batches import BatchBuilder
 from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch, generator
+from sd_recipes.errors import one_line
 from sd_recipes.evaluation.metrics import ImageTextScore
-from sd_recipes.export.pipeline import build_pipeline
-from sd_recipes.model.conditioning import encode_text
-from sd_recipes.model.latents import batch_moments, sample_latents
+from sd_recipes.evaluation.pictures import BROKEN_OFF, draw_pictures, picture_grid, save_whole
+from sd_recipes.model.components import Components
+from sd_recipes.model.family import Family
+from sd_recipes.model.latents import LatentEncoder
+from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted
-from sd_recipes.runtime.out_of_memory import AtOnce
-from sd_recipes.runtime.signals import stop_request
-
-if TYPE_CHECKING:
-    from sd_recipes.training.build import Training
+from sd_recipes.runtime.agreement import all_gather, broadcast, wait_for_all
+from sd_recipes.runtime.out_of_memory import AtOnce, is_out_of_memory
+from sd_recipes.runtime.output_dir import NO_ROOM
+from sd_recipes.runtime.signals import Stopped, stop_request
+from sd_recipes.runtime.trackers import Tracker, read_metrics
+from sd_recipes.training.objective import DenoisingLoss
+from sd_recipes.training.state import Progress, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -38,24 +38,128 @@ logger = logging.getLogger(__name__)
 HELD_OUT_SEED = 0
 # Below this many (row, timestep, noise) samples the loss of a small split says more about its noise.
 MIN_HELD_OUT_SAMPLES = 256
-BROKEN_OFF = "in the middle of a validation, which is broken off"
+NAMED = 20  # held-out rows that cannot be used
+FIGURES = {"validation_loss": "held-out loss", "image_text_score": "image-text score"}
+
+
+@dataclass
+class Share:
+    """What one process did of a validation."""
+
+    loss: float = 0.0  # summed over its held-out samples
+    weight: float = 0.0  # the number of those that count
+    bad: dict[str, str] = field(default_factory=dict)  # held-out rows that cannot be used, and why
+    has_loss: bool = False  # whether it got through its held-out samples
+    pictures: dict[int, Image.Image] = field(default_factory=dict)  # by the prompt's number
 
 
 @dataclass
 class Validator:
-    """Validates a training run: its held-out loss, its pictures and their image-text score."""
+    """Validates what a run has learnt: its held-out loss, its pictures and their image-text score.
 
+    Rows and prompts are shared out over the processes; each has the weights that are judged.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    family: Family
+    components: Components
+    encoder: LatentEncoder
+    objective: DenoisingLoss
     held_out: BatchBuilder | None
-    score: ImageTextScore | None
+    score: ImageTextScore | None  # on the first process
     held_out_size: tuple[int, int]  # (height, width)
     picture_size: tuple[int, int]
     held_out_at_once: AtOnce
     pictures_at_once: AtOnce
     bad_rows: dict[str, str] = field(default_factory=dict)  # held-out rows that cannot be used, and why
 
+    def is_due(self, progress: Progress, plan: MicroBatch) -> bool:
+        """Every so many steps; or, as in diffusers' script, after the first epoch and then every so many."""
+        if self.recipe.validation_steps:
+            return progress.global_step % self.recipe.validation_steps == 0
+        return plan.ends_epoch and plan.epoch % self.recipe.validation_epochs == 0
+
+    def is_due_at_start(self, progress: Progress, metrics: Path) -> bool:
+        """Before training, where that is asked for; or where the run ended before it had validated its last step."""
+        if progress.global_step == 0 and self.recipe.validate_before_training:
+            return True
+        return progress.awaits_validation and not self._was_done(progress.global_step, metrics)
+
+    def _was_done(self, step: int, metrics: Path) -> bool:
+        if self.recipe.validation_split or self.recipe.validation_clip_model:
+            done = any(line["step"] == step and FIGURES.keys() & line.keys() for line in read_metrics(metrics))
+        else:
+            done = not self.recipe.validation_prompts or self._grid_path(step).is_file()
+        return broadcast(done)
+
+    def _grid_path(self, step: int) -> Path:
+        return Path(self.recipe.output_dir) / "samples" / f"step-{step:06d}.png"
+
     @torch.no_grad()
-    def held_out_loss(self, training: Training, size: int) -> float | None:
-        """Mean loss over the held-out rows that can be used, `size` at once, with the UNet as it is; None if none can.
+    def __call__(self, state: TrainState, tracker: Tracker) -> None:
+        """Validate the weights that are exported; log, and write the grid of pictures.
+
+        Broken off as soon as a process is asked to end: all of them then stop at the step's end. Every process has to
+        call it. What a process cannot do for want of memory, it leaves out.
+        """
+        progress = state.progress
+        if self.held_out is None and not self.recipe.validation_prompts:
+            progress.awaits_validation = False
+            return
+        share: Share | None = Share()
+        with state.evaluated(self.components):
+            try:
+                with self.encoder.on_device():
+                    share = self._own_share()
+            except Stopped:
+                share = None
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning("No memory for this validation: training goes on. %s", one_line(error, 200))
+        shares = all_gather(share)
+        finished = [each for each in shares if each is not None]
+        if len(finished) < len(shares):
+            return
+        progress.awaits_validation = False
+        try:
+            self._conclude(finished, progress.global_step, tracker)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            logger.warning("The validation's pictures cannot be written (%s): training goes on.", error)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("No memory for this validation: training goes on. %s", one_line(error, 200))
+        wait_for_all()
+
+    def _own_share(self) -> Share:
+        """What this process does of a validation. Raises Stopped."""
+        share, unet = Share(), self.components.unet
+        was_training = unet.training
+        unet.eval()
+        try:
+            if self.held_out is not None:
+                share = self.held_out_at_once.attempt(self._held_out_share) or share
+            numbers = range(len(self.recipe.validation_prompts or []))[self._own]
+            if numbers:
+                pipeline = self.family.build_pipeline(self.components)
+                draw = partial(draw_pictures, pipeline, self.recipe, self.picture_size, numbers)
+                with self.accelerator.autocast():
+                    pictures = self.pictures_at_once.attempt(draw)
+                share.pictures = dict(zip(numbers, pictures or [], strict=False))
+        finally:
+            unet.train(was_training)
+        return share
+
+    @property
+    def _own(self) -> slice:
+        return slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+
+    def _held_out_share(self, at_once: int) -> Share:
+        """Loss of this process's held-out samples, `at_once` of them at a time, with the UNet as it is.
 
         Timesteps are stratified over all samples, and over those of each row, which so meets early and late ones.
         """
@@ -64,11 +168,17 @@ class Validator:
         num_rows = len(self.held_out.rows)
         num_samples = num_rows * math.ceil(MIN_HELD_OUT_SAMPLES / num_rows)
         strata = held_out_strata(num_rows, num_samples // num_rows).reshape(-1)
-        bad: dict[str, str] = {}
-        total = torch.zeros(2, device=training.accelerator.device)
-        for start in tqdm(range(0, num_samples, size), desc="Held-out loss", leave=False):
+        own = np.arange(num_samples)[self._own]
+        share = Share(has_loss=True)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        for start in tqdm(
+            range(0, len(own), at_once),
+            desc="Held-out loss",
+            leave=False,
+            disable=not self.accelerator.is_local_main_process,
+        ):
             stop_request.check(BROKEN_OFF)
-            chosen = np.arange(start, min(start + size, num_samples))
+            chosen = own[start : start + at_once]
             plan = MicroBatch(
                 rows=chosen % num_rows,
                 positions=chosen,
@@ -81,81 +191,57 @@ class Validator:
                 epoch=0,
                 size=self.held_out_size,
             )
-            batch = self.held_out[plan].to(training.accelerator.device)
-            bad |= dict(batch.bad)
-            components = training.components
-            moments = batch_moments(components.vae, batch, training.weight_dtype)
-            latents = sample_latents(components.vae, moments, batch.posterior_noise)
-            states = encode_text(components.text_encoder, batch.input_ids)
-            with training.accelerator.autocast():
-                losses = training.held_out_objective(components.unet, latents, states, batch.timesteps, batch.noise)
-            total += torch.stack([(batch.weights * losses).sum(), batch.weights.sum()])
-        if new := bad.keys() - self.bad_rows.keys():
+            batch = self.held_out[plan]
+            share.bad |= dict(batch.bad)
+            states = self.family.encode_text(self.components, batch.input_ids)
+            batch = batch.to(self.accelerator.device)
+            latents = self.encoder.sample(batch.all_moments(self.encoder.encode), batch.posterior_noise)
+            conditioning = self.family.conditioning(states, batch)
+            with self.accelerator.autocast():
+                losses = self.objective(self.components.unet, latents, conditioning, batch.timesteps, batch.noise)
+            sums += torch.stack([(batch.weights * losses).sum(), batch.weights.sum()])
+        share.loss, share.weight = sums.tolist()
+        return share
+
+    def _conclude(self, shares: list[Share], step: int, tracker: Tracker) -> None:
+        """Figures and pictures of all processes: to the trackers, and into the run's folder."""
+        figures: dict[str, float] = {}
+        if self.held_out is not None and all(share.has_loss for share in shares):
+            loss = self._held_out_loss(shares)
+            if loss is not None:
+                figures["validation_loss"] = loss
+        drawn = {number: picture for share in shares for number, picture in share.pictures.items()}
+        prompts = self.recipe.validation_prompts or []
+        if self.accelerator.is_main_process and drawn and len(drawn) == len(prompts):
+            pictures = [drawn[number] for number in range(len(prompts))]
+            path = self._grid_path(step)
+            path.parent.mkdir(exist_ok=True)
+            save_whole(picture_grid(pictures, in_texts(redacted, prompts)), path)
+            tracker.log_pictures(pictures, step)
+            if self.score:
+                figures["image_text_score"] = self.score(pictures, prompts)
+        if self.accelerator.is_main_process and figures:
+            tracker.log(figures, step)
+
+    def _held_out_loss(self, shares: list[Share]) -> float | None:
+        """Mean loss over the held-out samples of all processes; None if none of the rows can be used."""
+        bad = {row: why for share in shares for row, why in share.bad.items()}
+        if new := [row for row in bad if row not in self.bad_rows]:
             self.bad_rows |= bad
+            rest = f" and {len(new) - NAMED} more" if len(new) > NAMED else ""
+            assert self.held_out is not None
+            assert self.held_out.rows is not None
             logger.warning(
-                "%d of %d held-out rows cannot be used and are left out of the held-out loss: %s",
-                len(self.bad_rows), num_rows, "; ".join(f"{row}: {bad[row]}" for row in bad if row in new),
+                "%d of %d held-out rows cannot be used and are left out of the held-out loss: %s%s",
+                len(self.bad_rows), len(self.held_out.rows),
+                "; ".join(f"{row}: {bad[row]}" for row in new[:NAMED]), rest,
             )  # fmt: skip
-        loss, weight = total.tolist()
+        weight = sum(share.weight for share in shares)
         if not weight:
             logger.warning("No row of --validation_split can be used: there is no held-out loss.")
             self.held_out = None
             return None
-        return loss / weight
-
-    def pictures(self, training: Training, size: int) -> list[Image.Image]:
-        """A picture of each prompt, `size` at once: the same noise for the same seed and prompt, at every step."""
-        recipe = training.recipe
-        prompts = recipe.validation_prompts or []
-        pipeline = build_pipeline(training.components)
-        pipeline.set_progress_bar_config(desc="Validation pictures", leave=False)
-        pictures: list[Image.Image] = []
-        height, width = self.picture_size
-        with training.accelerator.autocast(), decoded_one_by_one(training.components.vae):
-            for start in range(0, len(prompts), size):
-                some = prompts[start : start + size]
-                generators = [
-                    torch.Generator("cpu").manual_seed((training.seed + start + number) % 2**63)
-                    for number in range(len(some))
-                ]
-                pictures += pipeline(
-                    some,
-                    height=height,
-                    width=width,
-                    num_inference_steps=recipe.validation_inference_steps,
-                    guidance_scale=recipe.validation_guidance_scale,
-                    generator=generators,
-                    callback_on_step_end=check_for_stop,
-                ).images
-        return pictures
-
-    def __call__(self, training: Training, step: int) -> None:
-        """Validate the UNet as it is, within `training.evaluated_weights()`; log, and write the grid of pictures.
-
-        Raises Stopped, with the UNet as it was, as soon as the process is asked to end.
-        """
-        unet, recipe = training.components.unet, training.recipe
-        figures: dict[str, float] = {}
-        unet.eval()
-        try:
-            if self.held_out is not None:
-                loss = self.held_out_at_once.attempt(partial(self.held_out_loss, training))
-                if loss is not None:
-                    figures["validation_loss"] = loss
-            pictures = None
-            if recipe.validation_prompts:
-                pictures = self.pictures_at_once.attempt(partial(self.pictures, training))
-            if pictures and recipe.validation_prompts:
-                path = Path(recipe.output_dir) / "samples" / f"step-{step:06d}.png"
-                path.parent.mkdir(exist_ok=True)
-                save_whole(picture_grid(pictures, in_texts(redacted, recipe.validation_prompts)), path)
-                training.tracker.log_pictures(pictures, step)
-                if self.score:
-                    figures["image_text_score"] = self.score(pictures, recipe.validation_prompts)
-        finally:
-            unet.train()
-        if figures:
-            training.tracker.log(figures, step)
+        return sum(share.loss for share in shares) / weight
 
 
 def held_out_strata(num_rows: int, num_passes: int) -> np.ndarray:
@@ -170,68 +256,3 @@ def held_out_strata(num_rows: int, num_passes: int) -> np.ndarray:
             for number in range(num_passes)
         ]
     )
-
-
-@contextmanager
-def decoded_one_by_one(vae: AutoencoderKL) -> Iterator[None]:
-    """Within it the VAE decodes one picture after the other: together they can take more memory than a training step.
-
-    It encodes so too, and not after it: training's batches stay what they were, to the bit.
-    """
-    vae.enable_slicing()
-    try:
-        yield
-    finally:
-        vae.disable_slicing()
-
-
-def save_whole(picture: Image.Image, path: Path) -> None:
-    """Save a picture so that a kill or a full disk leaves all of it or nothing."""
-    beside = path.with_name(f".{path.name}")
-    try:
-        picture.save(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def check_for_stop(
-    pipeline: DiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
-) -> dict[str, Any]:
-    """What diffusers calls after every denoising step. Raises Stopped."""
-    stop_request.check(BROKEN_OFF)
-    return tensors
-
-
-def picture_grid(
-    pictures: list[Image.Image], captions: list[str], columns: int | None = None, cell: int | None = None
-) -> Image.Image:
-    """Pictures in rows, each over its caption; small pictures are enlarged to `cell` pixels (default: 128 at least)."""
-    columns = columns or min(len(pictures), max(4, math.ceil(math.sqrt(len(pictures)))))
-    width = cell or max(128, pictures[0].width)
-    font_size = max(11, width // 12)
-    # matplotlib's own font has letters that Pillow's lacks.
-    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", font_size)
-    line = font_size + 3
-    height = width * pictures[0].height // pictures[0].width + 2 * line + 6
-    rows = math.ceil(len(pictures) / columns)
-    grid = Image.new("RGB", (columns * (width + 6), rows * height), "white")
-    pen = ImageDraw.Draw(grid)
-    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        left, top = number % columns * (width + 6) + 3, number // columns * height
-        scaled = picture.resize((width, width * picture.height // picture.width), Image.Resampling.LANCZOS)
-        grid.paste(scaled, (left, top))
-        for row, text in enumerate(_wrap(caption, font, width)[:2]):
-            pen.text((left, top + scaled.height + row * line), text, fill="black", font=font)
-    return grid
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
@@ -12,7 +13,6 @@ from huggingface_hub.utils import filter_repo_objects
 
 from sd_recipes.assets import ASSETS
 from sd_recipes.errors import RecipeError, RunError
-from sd_recipes.export.pipeline import PARTS
 from sd_recipes.flags import recipe_text
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted, shown
@@ -25,7 +25,6 @@ ALLOWED = [
     "model_index.json",
     "README.md",
     "samples.png",
-    *(f"{part}/*" for part in PARTS),
 ]
 
 
@@ -49,12 +48,13 @@ def create_repository(recipe: Recipe) -> str:
         ) from error
 
 
-def publish(output_dir: Path, repo_id: str, recipe: Recipe) -> str:
-    """Write the model card and upload the pipeline; the repository's address. Raises PushError."""
+def publish(output_dir: Path, repo_id: str, recipe: Recipe, folders: Sequence[str]) -> str:
+    """Write the model card and upload the pipeline, of these folders; the repository's address. Raises PushError."""
     write_model_card(output_dir, repo_id, recipe)
+    allowed = [*ALLOWED, *(f"{folder}/*" for folder in folders)]
     api = HfApi()
     names = (path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file())
-    chosen = sorted(filter_repo_objects(names, allow_patterns=ALLOWED))
+    chosen = sorted(filter_repo_objects(names, allow_patterns=allowed))
     files = [
         *(CommitOperationAdd(name, output_dir / name) for name in chosen),
         CommitOperationAdd("recipe.yaml", recipe_text(recipe, shared=True).encode()),
@@ -62,7 +62,7 @@ def publish(output_dir: Path, repo_id: str, recipe: Recipe) -> str:
     try:
         api.create_commit(repo_id, files, commit_message="End of training")
     except Exception as error:  # as above; the model is saved, and the error is passed on
-        includes = " ".join(f"--include '{pattern}'" for pattern in ALLOWED)
+        includes = " ".join(f"--include '{pattern}'" for pattern in allowed)
         raise PushError(
             f"the model is saved in {output_dir} and was not pushed ({' '.join(str(error).split())[:200]}). "
             f"Push it with: hf upload {repo_id} {output_dir} . {includes}"

@@ -10,14 +10,13 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sd_recipes.evaluation.validation import FIGURES
 from sd_recipes.runtime.trackers import list_samples, read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 logger = logging.getLogger(__name__)
-
-FIGURES = {"validation_loss": "held-out loss", "image_text_score": "image-text score"}
 
 
 def write_report(output_dir: Path) -> list[str]:

@@ -12,9 +12,10 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from sd_recipes.inspection.distribution import LatentDistribution
-from sd_recipes.model.components import load_scheduler, load_tokenizer, load_vae
+from sd_recipes.model.components import load_scheduler, load_vae
+from sd_recipes.model.families import family_of
 from sd_recipes.model.latents import encode_pixels, sample_latents, to_pixel_values
-from sd_recipes.model.placement import allow_tf32
+from sd_recipes.runtime.accelerator import allow_tf32
 
 
 @dataclass
@@ -30,7 +31,7 @@ def load_model(config: Any) -> Model:
     """The VAE, on the GPU if there is one, the tokenizer and the schedule. Raises RecipeError."""
     allow_tf32(False)  # figures are float32's
     vae = load_vae(config).to("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(vae, load_tokenizer(config), load_scheduler(config).alphas_cumprod.double().numpy())
+    return Model(vae, family_of(config).load_tokenizer(config), load_scheduler(config).alphas_cumprod.double().numpy())
 
 
 def encode_picture(vae: AutoencoderKL, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The parts of a Stable Diffusion pipeline, each loaded by its own class, in safetensors only.
+"""The parts that pipelines of all families have, each loaded by its own class, in safetensors only.
 
 No class is taken from the repository's own say, and no code of a repository is run.
 """
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
 from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from sd_recipes import assets
 from sd_recipes.errors import RecipeError
@@ -41,16 +40,14 @@ SAMPLERS: dict[str, type[SchedulerMixin]] = {
 
 @dataclass
 class Components:
-    """Everything that a StableDiffusionPipeline is made of."""
+    """What every pipeline is made of; a family adds its text models and tokenizers."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
     scheduler: DDPMScheduler  # of training
     sampler: SchedulerMixin  # of the pipeline
-    # The frozen parts as they were loaded, where they run rounded to another type; see `placement.place`.
-    as_loaded: dict[str, Any] = field(default_factory=dict)
+    # The frozen parts as they were loaded, where they run rounded to another type; see `placement.keep_as_loaded`.
+    as_loaded: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -80,43 +77,40 @@ def _latent_shape(channels: int, factor: int, size: tuple[int, int]) -> tuple[in
     return channels, height // factor, width // factor
 
 
-def load_components(config: ModelConfig) -> Components:
-    """Load every part in float32, the VAE and the text encoder frozen. Raises RecipeError naming what is missing."""
-    source = _source(config)
-    scheduler = load_scheduler(config)
-    tokenizer = load_tokenizer(config)
-    text_encoder = source.load_model(CLIPTextModel, "text_encoder", dtype=torch.float32)
-    vae = load_vae(config)
-    if config.train_from_scratch:
-        unet = _new_unet(config, source)
-    else:
-        unet = source.load_model(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
-    components = Components(unet, vae, text_encoder, tokenizer, scheduler, _load_sampler(source, scheduler))
-    _check_fit(components, config)
-    text_encoder.requires_grad_(False)
-    text_encoder.eval()
-    return components
-
-
 def load_vae(config: ModelConfig) -> AutoencoderKL:
     """The VAE in float32, frozen. Raises RecipeError."""
-    vae = _source(config).load_model(AutoencoderKL, "vae", torch_dtype=torch.float32)
+    vae = source_of(config).load_model(AutoencoderKL, "vae", torch_dtype=torch.float32)
     vae.requires_grad_(False)
     return vae.eval()
 
 
-def load_tokenizer(config: ModelConfig) -> CLIPTokenizer:
-    """Raises RecipeError."""
-    return _source(config).load(CLIPTokenizer, "tokenizer")
-
-
 def load_scheduler(config: ModelConfig) -> DDPMScheduler:
     """The scheduler of training. Raises RecipeError."""
-    return _source(config).load(DDPMScheduler, "scheduler")
+    return source_of(config).load(DDPMScheduler, "scheduler")
+
+
+def load_unet(config: ModelConfig) -> UNet2DConditionModel:
+    """The UNet in float32, or a new one with random weights. Raises RecipeError."""
+    source = source_of(config)
+    if config.train_from_scratch:
+        return _new_unet(config, source)
+    return source.load_model(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
+
+
+def load_sampler(config: ModelConfig, scheduler: DDPMScheduler) -> SchedulerMixin:
+    """The scheduler class that the model's own scheduler_config.json names, if it is a known one."""
+    source = source_of(config)
+    saved = DDPMScheduler.load_config(
+        source.name, subfolder="scheduler", revision=config.revision, cache_dir=config.cache_dir
+    )
+    name = str(saved.get("_class_name", "DDIMScheduler"))
+    if name not in SAMPLERS:
+        logger.warning("The model's scheduler %s is not one of %s: DDIM is used.", name, ", ".join(SAMPLERS))
+    return SAMPLERS.get(name, DDIMScheduler).from_config(saved)
 
 
 @dataclass
-class _Source:
+class Source:
     """A pipeline folder or Hub repository, from which parts are loaded by class."""
 
     name: str
@@ -160,11 +154,11 @@ class _Source:
         return self.load(part, subfolder, **options)
 
 
-def _source(config: ModelConfig) -> _Source:
-    return _Source(assets.resolve(config.pretrained_model_name_or_path or ""), config)
+def source_of(config: ModelConfig) -> Source:
+    return Source(assets.resolve(config.pretrained_model_name_or_path or ""), config)
 
 
-def _new_unet(config: ModelConfig, source: _Source) -> UNet2DConditionModel:
+def _new_unet(config: ModelConfig, source: Source) -> UNet2DConditionModel:
     unet_config = _read_unet_config(config, source)
     try:
         return UNet2DConditionModel.from_config(unet_config)
@@ -175,7 +169,7 @@ def _new_unet(config: ModelConfig, source: _Source) -> UNet2DConditionModel:
         raise RecipeError(f"{place} does not describe a UNet2DConditionModel: {words}") from error
 
 
-def _read_unet_config(config: ModelConfig, source: _Source) -> dict[str, Any]:
+def _read_unet_config(config: ModelConfig, source: Source) -> dict[str, Any]:
     if config.unet_config is None:
         try:
             return UNet2DConditionModel.load_config(
@@ -202,32 +196,3 @@ def _read_unet_config(config: ModelConfig, source: _Source) -> dict[str, Any]:
             hint = f" (nearest: {near[0]})" if near else ""
             raise RecipeError(f"--unet_config {path}: unknown key {key!r}{hint}")
     return unet_config
-
-
-def _load_sampler(source: _Source, scheduler: DDPMScheduler) -> SchedulerMixin:
-    """The scheduler class that the model's own scheduler_config.json names, if it is a known one."""
-    saved = DDPMScheduler.load_config(
-        source.name, subfolder="scheduler", revision=source.config.revision, cache_dir=source.config.cache_dir
-    )
-    name = str(saved.get("_class_name", "DDIMScheduler"))
-    if name not in SAMPLERS:
-        logger.warning("The model's scheduler %s is not one of %s: DDIM is used.", name, ", ".join(SAMPLERS))
-    return SAMPLERS.get(name, DDIMScheduler).from_config(saved)
-
-
-def _check_fit(components: Components, config: ModelConfig) -> None:
-    unet, vae, text_encoder = components.unet.config, components.vae.config, components.text_encoder.config
-    place = "the model's unet/config.json" if config.unet_config is None else f"--unet_config {config.unet_config}"
-    if not unet.in_channels == unet.out_channels == vae.latent_channels:
-        raise RecipeError(
-            f"{place}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels, the VAE's latents "
-            f"have {vae.latent_channels}: set in_channels and out_channels to {vae.latent_channels}"
-        )
-    if unet.cross_attention_dim != text_encoder.hidden_size:
-        raise RecipeError(
-            f"{place}: cross_attention_dim is {unet.cross_attention_dim}, the text encoder's states have "
-            f"{text_encoder.hidden_size} values: set cross_attention_dim to {text_encoder.hidden_size}"
-        )
-    for name in ("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim"):
-        if unet.get(name) is not None:
-            raise RecipeError(f"{place}: {name} asks for a condition beside the caption, and there is none: drop it")

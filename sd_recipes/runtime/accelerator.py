@@ -11,11 +11,22 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
 from sd_recipes.errors import RecipeError
-from sd_recipes.model.placement import DTYPES, allow_tf32
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import STEP_WAIT, open_host_group
 from sd_recipes.runtime.fsdp import fsdp_plugin, turn_on
 from sd_recipes.runtime.trackers import check_tracker
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU may round float32 to TF32, in matrix products and convolutions alike.
+
+    By itself torch allows it in convolutions only.
+    """
+    # Not by torch's newer `fp32_precision`: accelerate sets these, and what then reads them refuses a mixture.
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:

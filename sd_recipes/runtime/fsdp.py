@@ -7,14 +7,13 @@ or not, on any number of processes.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from diffusers import UNet2DConditionModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -97,21 +96,11 @@ def shard_like(reference: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, reference.device_mesh, reference.placements, src_data_rank=None)
 
 
-def gather_unet(
-    config: str, tensors: dict[str, torch.Tensor], device: torch.device, *, is_wanted: bool
-) -> UNet2DConditionModel | None:
-    """A UNet of the JSON `config` with the whole of `tensors`, by name; None where it is not wanted.
-
-    Every process has to call it.
-    """
-    whole: dict[str, torch.Tensor] = {}
+def gather(tensors: Mapping[str, torch.Tensor], *, is_wanted: bool) -> dict[str, torch.Tensor]:
+    """The whole of each tensor, where it is wanted; every process has to call it, for the sharded ones."""
+    whole = {}
     for name, tensor in tensors.items():
-        part = full_tensor(tensor.detach())
+        gathered = full_tensor(tensor.detach())
         if is_wanted:
-            whole[name] = part.to(device)
-    if not is_wanted:
-        return None
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads(config))
-    unet.load_state_dict(whole, assign=True)
-    return unet.requires_grad_(False).eval()
+            whole[name] = gathered
+    return whole

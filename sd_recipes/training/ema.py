@@ -1,12 +1,11 @@
-"""The exponential moving average of the UNet's weights: diffusers' EMAModel, kept on the right device."""
+"""The exponential moving average of a trained part's parameters: diffusers' EMAModel, kept on the right device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
 from sd_recipes.recipe import OptimConfig
@@ -14,44 +13,48 @@ from sd_recipes.runtime.fsdp import shard_like
 
 
 class AveragedWeights:
-    """EMA of a UNet's parameters, updated once an optimizer step with foreach operations.
+    """EMA of named parameters, updated once an optimizer step with foreach operations.
 
     The decay of update n is that of diffusers: 0 for the first, then min(ema_decay, n / (9 + n)).
     """
 
-    def __init__(self, unet: UNet2DConditionModel, config: OptimConfig) -> None:
-        self.unet = unet
-        self.device = unet.device
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: OptimConfig) -> None:
+        self.names, self.parameters = list(parameters), list(parameters.values())
+        self.device = self.parameters[0].device
         self.offload = config.offload_ema
-        self.model = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
+        self.model = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
         if self.offload:
             self.model.to("cpu")
 
+    @property
+    def num_updates(self) -> int:
+        return self.model.optimization_step
+
     def step(self) -> None:
+        """One update, after an optimizer step."""
         if self.offload:
             self.model.to(self.device, non_blocking=True)
-        self.model.step(self.unet.parameters())
+        self.model.step(self.parameters)
         if self.offload:
             # Blocking: the next step must not read what is still on its way.
             self.model.to("cpu")
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the UNet has the averaged weights."""
-        self.model.store(self.unet.parameters())
-        self.model.copy_to(self.unet.parameters())
+        """Within it the parameters have the averaged values."""
+        self.model.store(self.parameters)
+        self.model.copy_to(self.parameters)
         try:
             yield
         finally:
-            self.model.restore(self.unet.parameters())
+            self.model.restore(self.parameters)
 
     def named_tensors(self) -> dict[str, torch.Tensor]:
-        """The averaged weights under the UNet's parameter names."""
-        names = (name for name, _ in self.unet.named_parameters())
-        return dict(zip(names, self.model.shadow_params, strict=True))
+        """The averages under the parameters' names."""
+        return dict(zip(self.names, self.model.shadow_params, strict=True))
 
-    def load(self, tensors: dict[str, torch.Tensor], optimization_step: int) -> None:
-        """Restore what `named_tensors` gave, and the number of steps behind it."""
+    def load(self, tensors: Mapping[str, torch.Tensor], num_updates: int) -> None:
+        """Restore what `named_tensors` gave, and the number of updates behind it."""
         for name, shadow in self.named_tensors().items():
             shadow.copy_(shard_like(shadow, tensors[name]))
-        self.model.optimization_step = optimization_step
+        self.model.optimization_step = num_updates

@@ -1,4 +1,4 @@
-"""Parameters to an optimizer and its learning-rate schedule."""
+"""Trained parts to an optimizer and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ from diffusers.optimization import get_scheduler
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import OptimConfig
+from sd_recipes.training.state import TrainedPart
 
 
-def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: OptimConfig, *, learning_rate: float, fused: bool
-) -> torch.optim.Optimizer:
-    """The optimizer of `config.optimizer`.
+def build_optimizer(parts: Iterable[TrainedPart], config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
+    """The optimizer of `config.optimizer`, with a group for each part, which has a learning rate of its own.
 
     `fused` asks for AdamW's single kernel; not with a loss scaler, since then a skipped step cannot be
     seen from outside. Raises RecipeError if bitsandbytes is needed and absent.
     """
-    parameters = list(parameters)
+    groups = [{"params": list(part.parameters.values()), "lr": part.learning_rate} for part in parts]
     decay = config.adam_weight_decay
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=learning_rate, momentum=config.sgd_momentum, weight_decay=decay)
+        return torch.optim.SGD(groups, momentum=config.sgd_momentum, weight_decay=decay)
     if config.optimizer == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=decay)
+        return torch.optim.Adafactor(groups, weight_decay=decay)
     adam: dict[str, Any] = {
-        "lr": learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
         "weight_decay": decay,
@@ -39,8 +37,8 @@ def build_optimizer(
             raise RecipeError(
                 "--use_8bit_adam needs bitsandbytes: pip install 'sd-recipes[bitsandbytes]', or drop the flag"
             ) from error
-        return bitsandbytes.optim.AdamW8bit(parameters, **adam)
-    return torch.optim.AdamW(parameters, fused=fused, **adam)
+        return bitsandbytes.optim.AdamW8bit(groups, **adam)
+    return torch.optim.AdamW(groups, fused=fused, **adam)
 
 
 def build_schedule(

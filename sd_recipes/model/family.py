@@ -1,0 +1,49 @@
+"""What kinds of pipelines there are: a file each, and this interface between them and everything else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from transformers import CLIPTokenizer
+
+from sd_recipes.model.components import Components
+from sd_recipes.recipe import ModelConfig
+
+if TYPE_CHECKING:
+    from sd_recipes.data.batches import Batch
+
+TextStates = Mapping[str, torch.Tensor]  # what the text models say, (B, …) each
+Conditioning = Mapping[str, Any]  # keyword arguments of the UNet beside noisy latents and timesteps
+
+
+class Family(ABC):
+    """One kind of pipeline: how it is loaded, how captions become what its UNet is called with, how it is exported."""
+
+    name: ClassVar[str]  # as people call it
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    text_models: ClassVar[tuple[str, ...]]  # attributes of the components: frozen, and moved with them
+    folders: ClassVar[tuple[str, ...]]  # of the exported pipeline
+
+    @abstractmethod
+    def load_tokenizer(self, config: ModelConfig) -> CLIPTokenizer:
+        """The tokenizer, by which captions are checked before a model is loaded. Raises RecipeError."""
+
+    @abstractmethod
+    def load(self, config: ModelConfig, scheduler: DDPMScheduler, tokenizer: CLIPTokenizer) -> Components:
+        """All parts in float32, all but the UNet frozen, checked to fit together. Raises RecipeError."""
+
+    @abstractmethod
+    def encode_text(self, components: Components, input_ids: torch.Tensor) -> TextStates:
+        """(B, L) int64, on any device, to text states on the text models' device; a row's depend on its ids only."""
+
+    @abstractmethod
+    def conditioning(self, states: TextStates, batch: Batch) -> Conditioning:
+        """What the UNet is called with, from a batch's text states and whatever else the batch carries."""
+
+    @abstractmethod
+    def build_pipeline(self, components: Components) -> DiffusionPipeline:
+        """A pipeline over the live components; without a safety checker, as none was loaded."""

@@ -1,0 +1,244 @@
+"""What a run has learnt so far: its trained parts by name, optimizer, schedule, loss scaler and position.
+
+A checkpoint is written from a `TrainState` and restored into one, and knows nothing else of a run. All tensors are
+whole there and named by the parameter they belong to, whether a part is sharded or not: so the number of processes,
+and how a part is laid out among them, may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from sd_recipes.runtime.fsdp import gather, shard_like
+from sd_recipes.training.ema import AveragedWeights
+
+OPTIMIZER = "optimizer.safetensors"
+CONFIG = "config.json"
+AVERAGE = "_ema"  # of the name of the folder with a part's averaged weights
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `samples_seen` is its position in the data and in the random draws."""
+
+    global_step: int = 0  # global batches done
+    samples_seen: int = 0
+    loss_sum: float = 0.0  # of the steps that were not logged yet
+    logged_step: int = 0
+    awaits_validation: bool = False  # of this very step: it comes after the checkpoint
+    stream_state: dict[str, Any] | None = None  # where this process's stream stands, if there is one
+
+
+@dataclass
+class TrainedPart:
+    """One model of the pipeline that is trained: now the UNet.
+
+    `name` is its folder in a checkpoint and its attribute of the components. `rebuild` makes a model of the same kind
+    from whole tensors by name: what evaluation and export use where the part itself is sharded.
+    """
+
+    name: str
+    module: torch.nn.Module  # with its own parameter names, so not wrapped; FSDP2 shards it in place
+    weights_file: str  # in its folder, beside config.json
+    config: str  # the content of that config.json
+    learning_rate: float
+    rebuild: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module]
+    average: AveragedWeights | None = None
+    prepared: torch.nn.Module = field(init=False)  # as accelerate wraps it, for training steps to call
+
+    def __post_init__(self) -> None:
+        self.prepared = self.module
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Those that are trained, by name."""
+        return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
+
+    @property
+    def is_sharded(self) -> bool:
+        return any(isinstance(each, DTensor) for each in self.module.parameters())
+
+    def evaluated_tensors(self) -> dict[str, torch.Tensor]:
+        """The weights that are judged and exported, by name: the averaged ones, where there is an average."""
+        return self.module.state_dict() | (self.average.named_tensors() if self.average else {})
+
+
+@dataclass
+class StateDict:
+    """A TrainState as files: tensors by file and name, texts by file, and values that JSON can hold."""
+
+    tensors: dict[str, dict[str, torch.Tensor]]
+    texts: dict[str, str]
+    values: dict[str, Any]
+
+
+@dataclass
+class TrainState:
+    """All that a run changes from step to step, beside its data's position in a stream."""
+
+    parts: dict[str, TrainedPart]
+    optimizer: Any  # accelerate's wrapper
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler | None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """All trained parameters as PART/NAME, in the optimizer's order."""
+        return {
+            f"{part.name}/{name}": parameter
+            for part in self.parts.values()
+            for name, parameter in part.parameters.items()
+        }
+
+    def update_averages(self) -> None:
+        for part in self.parts.values():
+            if part.average:
+                part.average.step()
+
+    @contextmanager
+    def evaluated(self, components: Any, *, wanted: bool = True) -> Iterator[None]:
+        """Within it, `components` have the weights that are judged and exported, where they are `wanted`.
+
+        Every process has to enter it, since a sharded part is gathered.
+        """
+        with ExitStack() as undo:
+            for part in self.parts.values():
+                if part.is_sharded:
+                    whole = gather(part.evaluated_tensors(), is_wanted=wanted)
+                    if wanted:
+                        undo.callback(setattr, components, part.name, getattr(components, part.name))
+                        setattr(components, part.name, part.rebuild(whole))
+                elif part.average and wanted:
+                    undo.enter_context(part.average.applied())
+            yield
+
+    def state_dict(self) -> StateDict:
+        """The state; the tensors are the live ones, and may be sharded. The same files and names on all processes."""
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        texts: dict[str, str] = {}
+        for part in self.parts.values():
+            folders = {part.name: part.module.state_dict()}
+            if part.average:
+                folders[part.name + AVERAGE] = part.average.named_tensors()
+            for folder, named in folders.items():
+                tensors[f"{folder}/{part.weights_file}"] = dict(named)
+                texts[f"{folder}/{CONFIG}"] = part.config
+        optimizer = dict(_flat(self._optimizer_state()))
+        tensors[OPTIMIZER] = {name: value for name, value in optimizer.items() if isinstance(value, torch.Tensor)}
+        values = {
+            # Where a stream stands differs between the processes.
+            "progress": {name: value for name, value in asdict(self.progress).items() if name != "stream_state"},
+            "optimizer": {name: value for name, value in optimizer.items() if not isinstance(value, torch.Tensor)},
+            "schedule_step": self.schedule.last_epoch,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "averages": {part.name: part.average.num_updates for part in self.parts.values() if part.average},
+        }
+        return StateDict(tensors, texts, values)
+
+    def check_state_dict(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], values: Mapping[str, Any]) -> None:
+        """Raises ValueError if the state is not of these parts, parameters and shapes; nothing is changed."""
+        for file, here in self.state_dict().tensors.items():
+            saved = tensors[file]
+            if file == OPTIMIZER:
+                continue  # it has none before the first step
+            if different := sorted(saved.keys() ^ here.keys()):
+                raise ValueError(f"{file} and the model differ in {different[0]}")
+            for name, tensor in saved.items():
+                if tensor.shape != here[name].shape:
+                    raise ValueError(f"{name} of {file} is {[*tensor.shape]} and the model's {[*here[name].shape]}")
+        of_optimizer = _unflat({**tensors[OPTIMIZER], **values["optimizer"]})
+        if of_optimizer and of_optimizer.keys() != self.parameters.keys():
+            raise ValueError(
+                f"the optimizer's state is of {len(of_optimizer)} parameters, of which "
+                f"{len(of_optimizer.keys() & self.parameters.keys())} are among the model's {len(self.parameters)}"
+            )
+        if self.scaler and values["scaler"] and values["scaler"].keys() != self.scaler.state_dict().keys():
+            raise ValueError("it has another loss scaler")
+        for part in self.parts.values():
+            if part.average and part.name not in values["averages"]:
+                raise ValueError(f"it has no average of {part.name}")
+
+    def load_state_dict(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], values: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave, of whole tensors.
+
+        It fits, as `check_state_dict` says. Learning rate, decay and the like stay those of this run, whose settings
+        may have changed.
+        """
+        for part in self.parts.values():
+            here = part.module.state_dict()
+            saved = tensors[f"{part.name}/{part.weights_file}"]
+            part.module.load_state_dict({name: shard_like(here[name], tensor) for name, tensor in saved.items()})
+            if part.average:
+                part.average.load(tensors[f"{part.name}{AVERAGE}/{part.weights_file}"], values["averages"][part.name])
+        self._load_optimizer({**tensors[OPTIMIZER], **values["optimizer"]})
+        self._load_schedule(values["schedule_step"])
+        if self.scaler and values["scaler"]:
+            self.scaler.load_state_dict(values["scaler"])
+        self.progress = Progress(**values["progress"])
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state by parameter; torch counts the parameters in the order of its groups."""
+        names = list(self.parameters)
+        return {names[number]: each for number, each in self.optimizer.state_dict()["state"].items()}
+
+    def _load_optimizer(self, flat: Mapping[str, Any]) -> None:
+        saved = _unflat(flat)
+        here = self.parameters
+        self.optimizer.load_state_dict(
+            {
+                "state": {
+                    number: _laid_out_as(parameter, saved[name])
+                    for number, (name, parameter) in enumerate(here.items())
+                    if name in saved
+                },
+                "param_groups": self.optimizer.state_dict()["param_groups"],
+            }
+        )
+
+    def _load_schedule(self, step: int) -> None:
+        schedule = self.schedule
+        rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step, "_last_lr": rates})
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def _laid_out_as(parameter: torch.Tensor, value: Any) -> Any:
+    """Shard tensors of the parameter's shape as it is, and give them its memory format; in mappings too."""
+    if isinstance(value, Mapping):
+        return {key: _laid_out_as(parameter, each) for key, each in value.items()}
+    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        return value
+    if isinstance(parameter, DTensor):
+        return shard_like(parameter, value)
+    # Fused optimizers walk the raw memory.
+    return torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
+
+
+# An optimizer's state in one level: PART/PARAMETER/KEY, where the values of a key may be mappings again.
+
+
+def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _unflat(flat: Mapping[str, Any]) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for name, value in flat.items():
+        part, parameter, *parents, key = name.split("/")
+        place = state.setdefault(f"{part}/{parameter}", {})
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[key] = value
+    return state
