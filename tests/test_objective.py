@@ -26,8 +26,14 @@ def alpha_bar() -> np.ndarray:
     return np.cumprod(1 - betas)
 
 
-def fake_unet(noisy_latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor, return_dict: bool) -> tuple:
-    return (0.3 * noisy_latents + 0.001 * timesteps[:, None, None, None] + states.mean(),)
+def fake_unet(
+    noisy_latents: torch.Tensor, timesteps: torch.Tensor, encoder_hidden_states: torch.Tensor, return_dict: bool
+) -> tuple:
+    return (0.3 * noisy_latents + 0.001 * timesteps[:, None, None, None] + encoder_hidden_states.mean(),)
+
+
+def conditioning(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"encoder_hidden_states": tensors["states"]}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,7 @@ def test_loss_equals_an_independent_computation(
     config = ObjectiveConfig(prediction_type=prediction_type, snr_gamma=snr_gamma)
     loss = DenoisingLoss(scheduler(), config, torch.device("cpu"))
     input_noise = tensors["input_noise"] if perturbed else None
-    losses = loss(fake_unet, tensors["latents"], tensors["states"], TIMESTEPS, tensors["noise"], input_noise)
+    losses = loss(fake_unet, tensors["latents"], conditioning(tensors), TIMESTEPS, tensors["noise"], input_noise)
     assert losses.shape == (5,)
 
     x0, eps, states = (tensors[name].double().numpy() for name in ("latents", "noise", "states"))
@@ -73,11 +79,11 @@ def test_loss_equals_an_independent_computation(
 def test_a_perfect_prediction_has_no_loss(tensors: dict[str, torch.Tensor]) -> None:
     for prediction_type in ("epsilon", "v_prediction", "sample"):
         loss = DenoisingLoss(scheduler(), ObjectiveConfig(prediction_type=prediction_type), torch.device("cpu"))
-        perfect = loss.target(tensors["latents"], tensors["noise"], TIMESTEPS)
+        perfect = loss.target(loss.schedule, tensors["latents"], tensors["noise"], TIMESTEPS)
         losses = loss(
             lambda *_, perfect=perfect, **__: (perfect,),
             tensors["latents"],
-            tensors["states"],
+            conditioning(tensors),
             TIMESTEPS,
             tensors["noise"],
         )
@@ -88,7 +94,7 @@ def test_dream_moves_input_and_target_along_the_error(tensors: dict[str, torch.T
     """Zhou et al. 2023, algorithm 2, in float64."""
     config = ObjectiveConfig(prediction_type="epsilon", dream_training=True, dream_detail_preservation=0.5)
     loss = DenoisingLoss(scheduler(), config, torch.device("cpu"))
-    losses = loss(fake_unet, tensors["latents"], tensors["states"], TIMESTEPS, tensors["noise"])
+    losses = loss(fake_unet, tensors["latents"], conditioning(tensors), TIMESTEPS, tensors["noise"])
     x0, eps, states = (tensors[name].double().numpy() for name in ("latents", "noise", "states"))
     for number, t in enumerate(TIMESTEPS.tolist()):
         a = alpha_bar()[t]

@@ -1,12 +1,17 @@
-"""The console script: `sd-recipes train` is train_text_to_image.py without a checkout."""
+"""The command line: `sd-recipes` and its commands, of which `train` is train_text_to_image.py without a checkout."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from sd_recipes import __version__
 from sd_recipes.flags import SCRIPT, Command, load_recipe
+from sd_recipes.recipe import Recipe
+from sd_recipes.redaction import redacted
+from sd_recipes.runtime.console import mistakes_in_one_line, set_up_console
+from sd_recipes.runtime.signals import stop_request
 
 TRAIN = Command(
     "sd-recipes train",
@@ -50,26 +55,51 @@ def main() -> None:
 
         sys.stdout.write(recipe_schema())
         return
-    if arguments.command == "inspect":
-        from sd_recipes.commands.inspect import main as inspect
+    COMMANDS[arguments.command](rest)
 
-        inspect(rest)
-        return
-    if arguments.command == "cache":
-        from sd_recipes.runtime.console import mistakes_in_one_line, set_up_console
-        from sd_recipes.runtime.signals import stop_request
 
-        with mistakes_in_one_line():
-            recipe = load_recipe(rest, CACHE)
-            stop_request.listen()
-            set_up_console()
-            from sd_recipes.commands.cache import fill_cache
+def start(argv: list[str] | None, command: Command) -> Recipe:
+    """The recipe that `command` is given in `argv`, with signals noted and the console set up.
 
-            fill_cache(recipe)
-        return
-    from train_text_to_image import main as train
+    What takes seconds to import is imported after it: a mistake on the command line is answered before.
+    """
+    recipe = load_recipe(argv, command)
+    sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers publish the command line
+    stop_request.listen()
+    set_up_console()
+    return recipe
 
-    train(rest, TRAIN)
+
+def train(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
+    """Train by the flags in `argv` (default: sys.argv[1:]). A mistake leaves one line on stderr, and status 2."""
+    with mistakes_in_one_line():
+        recipe = start(argv, command)
+        from sd_recipes.commands.train import run
+
+        run(recipe)
+
+
+def cache(argv: list[str]) -> None:
+    """Fill the latent cache by the flags in `argv`, which are those of `train`."""
+    with mistakes_in_one_line():
+        recipe = start(argv, CACHE)
+        from sd_recipes.commands.cache import fill_cache
+
+        fill_cache(recipe)
+
+
+def inspect(argv: list[str]) -> None:
+    """Look at a data set by the flags in `argv`."""
+    from sd_recipes.commands.inspect import main
+
+    main(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": lambda argv: train(argv, TRAIN),
+    "cache": cache,
+    "inspect": inspect,
+}
 
 
 if __name__ == "__main__":
