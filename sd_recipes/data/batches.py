@@ -17,8 +17,8 @@ import torch
 from sd_recipes.data.bad_rows import row_name
 from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
 from sd_recipes.data.draws import Draws, draw
-from sd_recipes.data.images import ImageError, fit_image, open_image
-from sd_recipes.data.latent_store import LatentCache, check_provenance, moments_of, row_key
+from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
+from sd_recipes.data.latent_store import SIZE_COLUMNS, LatentCache, check_provenance, moments_of, row_key
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import CaptionConfig, Recipe
@@ -50,6 +50,11 @@ class Batch:
     noise: torch.Tensor  # (B, C, h, w) float32, the noise offset included
     input_noise: torch.Tensor | None  # (B, C, h, w) float32: the noise with the input perturbation on top
     posterior_noise: torch.Tensor  # (B, C, h, w) float32
+    # What some families condition on (Podell et al. 2023, section 2.2), in pixels as (height, width) or (top, left);
+    # zeros for a row that cannot be used.
+    original_size: torch.Tensor  # (B, 2) int64: of the picture in its file, upright
+    crop_corner: torch.Tensor  # (B, 2) int64: of the crop in the scaled picture, mirrored where that is
+    target_size: torch.Tensor  # (B, 2) int64: of the images
     weights: torch.Tensor  # (B,) float32: 0 for a row that cannot be used
     plan: MicroBatch
     bad: tuple[tuple[str, str], ...]  # (name, reason) of the rows that cannot be used
@@ -194,7 +199,7 @@ class BatchBuilder(torch.utils.data.Dataset):
                 weights[place] = 0
                 caption = ""
                 if self.store is None:
-                    images.add_pixels(place, np.zeros((3, *plan.size), dtype=np.uint8), {})
+                    images.add_pixels(place, np.zeros((3, *plan.size), dtype=np.uint8), (0, 0), {})
             captions.append(caption)
         noise = np.stack([sample.noise for sample in drawn])  # (B, C, h, w)
         if self.noise_offset:
@@ -214,6 +219,14 @@ class BatchBuilder(torch.utils.data.Dataset):
             noise=torch.from_numpy(noise),
             input_noise=input_noise,
             posterior_noise=torch.from_numpy(np.stack([sample.posterior_noise for sample in drawn])),
+            original_size=torch.tensor(images.original_sizes),
+            crop_corner=torch.tensor(
+                [
+                    self._crop_corner(images.original_sizes[place], plan.size, drawn[place])
+                    for place in range(len(drawn))
+                ]
+            ),
+            target_size=torch.tensor([plan.size] * len(drawn)),
             weights=weights,
             plan=plan,
             bad=tuple(bad),
@@ -226,6 +239,15 @@ class BatchBuilder(torch.utils.data.Dataset):
         assert self.rows is not None
         columns = self.rows[plan.rows.tolist()]
         return [{name: values[number] for name, values in columns.items()} for number in range(len(plan.rows))]
+
+    def _crop_u(self, drawn: Draws) -> tuple[float, float] | None:
+        return {"random": drawn.crop_u, "center": (0.5, 0.5), "none": None}[self.config.cropping]
+
+    def _crop_corner(self, original_size: tuple[int, int], size: tuple[int, int], drawn: Draws) -> tuple[int, int]:
+        if 0 in original_size:
+            return 0, 0
+        (_, width), (top, left) = place_crop(original_size, size, self._crop_u(drawn))
+        return top, width - left - size[1] if self._flips(drawn) else left
 
     def _flips(self, drawn: Draws) -> bool:
         return self.config.random_flip and drawn.flip_u < 0.5
@@ -255,7 +277,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         """The row's moments where they are known, otherwise its pixels. Raises ImageError."""
         if "moments" in row:
             self._check_provenance(row["made_by"])
-            images.add_moments(place, moments_of(row, flip=self._flips(drawn), latent_shape=images.latent_shape))
+            images.add_moments(place, row, flip=self._flips(drawn))
             return
         encoded, config = row[self.config.image_column], self.config
         record: Row = {}
@@ -266,24 +288,21 @@ class BatchBuilder(torch.utils.data.Dataset):
                 raise ImageError(f"no image: {error}") from error
             kept = self.store.find(key)
             if kept is not None:
-                images.add_moments(place, moments_of(kept, flip=self._flips(drawn), latent_shape=images.latent_shape))
+                images.add_moments(place, kept, flip=self._flips(drawn))
                 return
-            record = {
-                "key": key,
-                "height": images.size[0],
-                "width": images.size[1],
-                **{name: row[name] for name in self.captions},
-            }
-        crop_u = {"random": drawn.crop_u, "center": (0.5, 0.5), "none": None}[config.cropping]
+            record = {"key": key, **{name: row[name] for name in self.captions}}
         height, width = images.size
+        image, original_size = open_with_size(
+            encoded, at_least=(width, height), max_megapixels=config.max_image_megapixels
+        )
         pixels = fit_image(
-            open_image(encoded, at_least=(width, height), max_megapixels=config.max_image_megapixels),
+            image,
             images.size,
             interpolation=config.image_interpolation_mode,
-            crop_u=crop_u,
+            crop_u=self._crop_u(drawn),
             flip=self._flips(drawn) and self.store is None,
         )
-        images.add_pixels(place, pixels, record)
+        images.add_pixels(place, pixels, original_size, record)
 
 
 class _Images:
@@ -293,25 +312,29 @@ class _Images:
         self.size = size
         self.latent_shape = latent_shape
         self.number = number
+        self.original_sizes = [(0, 0)] * number
         self.to_encode: list[int] = []
         self.records: list[Row] = []
         self.moments: torch.Tensor | None = None
         self._pixels: torch.Tensor | None = None
 
-    def add_pixels(self, place: int, pixels: np.ndarray, record: Row) -> None:
+    def add_pixels(self, place: int, pixels: np.ndarray, original_size: tuple[int, int], record: Row) -> None:
         if self._pixels is None:
             self._pixels = torch.empty((self.number, 3, *self.size), dtype=torch.uint8)
             if torch.utils.data.get_worker_info() is not None:
                 self._pixels.share_memory_()  # where the loop reads them
         self._pixels.numpy()[len(self.to_encode)] = pixels
         self.to_encode.append(place)
-        self.records.append(record)
+        self.original_sizes[place] = original_size
+        sizes = zip(SIZE_COLUMNS, (*self.size, *original_size), strict=True)
+        self.records.append({**record, **dict(sizes)})
 
-    def add_moments(self, place: int, moments: torch.Tensor) -> None:
+    def add_moments(self, place: int, row: Row, *, flip: bool) -> None:
+        moments = moments_of(row, flip=flip, latent_shape=self.latent_shape)
         if self.moments is None:
-            channels, height, width = self.latent_shape
-            self.moments = torch.zeros(self.number, 2 * channels, height, width)
+            self.moments = torch.zeros(self.number, *moments.shape)
         self.moments[place] = moments
+        self.original_sizes[place] = row["original_height"], row["original_width"]
 
     @property
     def pixels(self) -> torch.Tensor:

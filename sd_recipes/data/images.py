@@ -82,7 +82,16 @@ def read_size(encoded: dict[str, Any] | None, *, max_megapixels: float = 100.0) 
 def open_image(
     encoded: dict[str, Any] | None, *, at_least: tuple[int, int] | None = None, max_megapixels: float = 100.0
 ) -> Image.Image:
-    """The picture in {"bytes", "path"} as upright sRGB, transparency on white; of an animation, the first frame.
+    """As `open_with_size`, without the size."""
+    return open_with_size(encoded, at_least=at_least, max_megapixels=max_megapixels)[0]
+
+
+def open_with_size(
+    encoded: dict[str, Any] | None, *, at_least: tuple[int, int] | None = None, max_megapixels: float = 100.0
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture in {"bytes", "path"} as upright sRGB, and the upright (height, width) that it has in its file.
+
+    Transparency is laid on white; of an animation it is the first frame.
 
     With `at_least`, the upright (width, height) that it will be made to cover, a JPEG may be decoded at a reduced
     size that still covers it, which for a 12-megapixel picture is several times faster. A colour profile is
@@ -91,11 +100,29 @@ def open_image(
     """
     with _opened(encoded, max_megapixels) as image:
         transposition = _transposition(image)
+        across, down = image.size
+        original_size = (across, down) if transposition in SWAP_SIDES else (down, across)
         if at_least is not None:
             width, height = (int(side * DRAFT_MARGIN) for side in at_least)
             image.draft(None, (height, width) if transposition in SWAP_SIDES else (width, height))
         upright = image if transposition is None else image.transpose(transposition)
-        return _to_rgb(upright)
+        return _to_rgb(upright), original_size
+
+
+def place_crop(
+    original_size: tuple[int, int], size: tuple[int, int], crop_u: tuple[float, float] | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The (height, width) to which a picture is scaled to cover `size`, and the crop's corner (top, left) in it.
+
+    `crop_u` places the crop, each in [0, 1): horizontally and vertically; 0.5 crops the middle. None crops nothing
+    and changes the picture's shape instead.
+    """
+    if crop_u is None:
+        return size, (0, 0)
+    scale = max(wanted / side for wanted, side in zip(size, original_size, strict=True))
+    height, width = (max(wanted, round(side * scale)) for wanted, side in zip(size, original_size, strict=True))
+    across, down = crop_u
+    return (height, width), (int(down * (height - size[0] + 1)), int(across * (width - size[1] + 1)))
 
 
 def fit_image(
@@ -106,17 +133,10 @@ def fit_image(
     crop_u: tuple[float, float] | None,
     flip: bool,
 ) -> np.ndarray:
-    """Scale to cover `size` (height, width), crop, mirror: uint8 (3, height, width).
-
-    `crop_u` places the crop, each in [0, 1): horizontally and vertically; 0.5 crops the middle. None crops nothing
-    and changes the picture's shape instead.
-    """
+    """Scale to cover `size` (height, width), crop as `place_crop`, mirror: uint8 (3, height, width)."""
     height, width = size
-    covering, left, top = (width, height), 0, 0
-    if crop_u is not None:
-        scale = max(width / image.width, height / image.height)
-        covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-        left, top = (int(u * (side - cut + 1)) for u, side, cut in zip(crop_u, covering, (width, height), strict=True))
+    covered, (top, left) = place_crop((image.height, image.width), size, crop_u)
+    covering = covered[::-1]
     # Only what the crop shows is scaled: a picture of 1 × 100000 must not become one of 512 × 51200000.
     across, down = image.width / covering[0], image.height / covering[1]
     right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)

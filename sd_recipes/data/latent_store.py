@@ -2,7 +2,7 @@
 
 FOLDER/KEY/                 KEY stands for everything that made the moments; another VAE, size or crop has another
   made_by.json              those things in words
-  RANK-TIME-NUMBER.arrow    up to 2,048 rows: key, height, width, moments, moments_flipped, the captions, made_by
+  RANK-TIME-NUMBER.arrow    up to 2,048 rows: key, four sizes, moments, moments_flipped, the captions, made_by
 
 A row's key is of its bytes, or of its file's path, size and time of change, so a changed picture is a
 miss and never a wrong hit. Files are written beside, synced and renamed; what a kill leaves is the rows
@@ -36,12 +36,13 @@ from sd_recipes.runtime.agreement import wait_for_all
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files, and of how images become pixels
+FORMAT = 3  # of the files, and of how images become pixels
 ROWS_PER_FILE = 2048
 BYTES_PER_FILE = 256 * 2**20
 SHARED_MEMORY = Path("/dev/shm")
 NUMBERS_TO_SORT = 2**16
 PARTIAL = ".partial"  # of a file that is being written, and locked
+SIZE_COLUMNS = ("height", "width", "original_height", "original_width")  # of the crop, and of the picture in its file
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -284,7 +285,8 @@ class LatentCache:
                 self._tables[file] = open_cached(self._files[file])
             table = self._tables[file]
             if table.column("key")[row].as_py() == key:
-                return {name: table.column(name)[row].as_py() for name in ("moments", "moments_flipped", "made_by")}
+                wanted = ("moments", "moments_flipped", "made_by", *SIZE_COLUMNS)
+                return {name: table.column(name)[row].as_py() for name in wanted}
             place += 1
         return None
 

@@ -13,6 +13,7 @@ import datasets
 from sd_recipes import assets
 from sd_recipes.data.captions import caption_columns
 from sd_recipes.data.folder import read_folder
+from sd_recipes.data.latent_store import SIZE_COLUMNS
 from sd_recipes.data.parquet_files import load_parquet
 from sd_recipes.data.shards import with_bytes
 from sd_recipes.errors import RecipeError
@@ -22,7 +23,7 @@ FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 FOLDER_SHARDS = 64  # of a folder that is read as a stream
 MAX_HELD_OUT_STREAM_ROWS = 1000  # a held-out split of a stream is kept in memory
 # A row of a latent cache holds these instead of an image (see cache.py).
-MOMENTS_COLUMNS = ("moments", "moments_flipped", "height", "width", "made_by")
+MOMENTS_COLUMNS = ("moments", "moments_flipped", *SIZE_COLUMNS, "made_by")
 
 
 def load_rows(
