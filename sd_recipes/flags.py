@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import yaml
 from pydantic import ValidationError
 
-from sd_recipes.errors import RecipeError
+from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.reading import StrangeFile, open_regular, read_text
 from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, Recipe, Section, heading
 from sd_recipes.redaction import LEFT_OUT, in_texts, redacted, without_folders
@@ -106,7 +106,7 @@ def read_recipe_file(name: str) -> dict[str, Any]:
         # It may be linked.
         settings = yaml.load(read_text(path.resolve(), MAX_RECIPE_BYTES), RecipeLoader) or {}
     except (OSError, StrangeFile, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise RecipeError(f"--config {path}: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"--config {path}: {one_line(error)}") from None
     if not isinstance(settings, dict):
         raise RecipeError(f"--config {path}: a recipe is a list of `key: value` lines, not a {type(settings).__name__}")
     for key in settings:

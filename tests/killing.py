@@ -102,7 +102,7 @@ def watch(phases: Phases, trace: Path) -> None:
     """In the child: mark its phases, and write down what each micro-batch is made of."""
     import sd_recipes.checkpoints.format as checkpoint
     import sd_recipes.checkpoints.saver as saving
-    import sd_recipes.training.loop as loop
+    from sd_recipes.data.batches import Batch
     from sd_recipes.data.latent_store import _Writer
     from sd_recipes.evaluation.validation import Validator
 
@@ -111,9 +111,9 @@ def watch(phases: Phases, trace: Path) -> None:
     Validator.__call__ = phases.during("validating", Validator.__call__)  # type: ignore[method-assign]
     _Writer._write = phases.during("caching", _Writer._write)  # type: ignore[method-assign]
     file = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    batch_moments = loop.batch_moments
+    all_moments = Batch.all_moments
 
-    def recorded(vae: Any, batch: Any, *rest: Any) -> Any:
+    def recorded(batch: Batch, *arguments: Any) -> Any:
         phases.begin_batch()
         line = {
             "samples_seen": batch.plan.samples_seen,
@@ -125,9 +125,9 @@ def watch(phases: Phases, trace: Path) -> None:
             "input_ids": batch.input_ids.sum().item(),
         }
         os.write(file, (json.dumps(line) + "\n").encode())
-        return batch_moments(vae, batch, *rest)
+        return all_moments(batch, *arguments)
 
-    loop.batch_moments = recorded  # type: ignore[assignment]
+    Batch.all_moments = recorded  # type: ignore[method-assign]
 
 
 def kill_often(plan: dict[str, Any]) -> dict[str, Any]:

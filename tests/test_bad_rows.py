@@ -11,6 +11,7 @@ import pytest
 from training import train
 
 from sd_recipes.data.bad_rows import BadRows, TooManyBadRows
+from sd_recipes.model.stable_diffusion import StableDiffusion
 
 
 def names(path: Path) -> list[str]:
@@ -39,20 +40,20 @@ def test_defect_3_a_run_goes_on_when_its_rows_were_repaired(
 ) -> None:
     shutil.copy(image_folder / "0.png", broken["train_data_dir"])
     caplog.clear()
-    training = train(broken, max_train_steps=4)
-    assert [Path(name.rstrip(")")).name for name in training.bad_rows.reasons] == ["1.png"]
+    run = train(broken, max_train_steps=4)
+    assert [Path(name.rstrip(")")).name for name in run.data.bad_rows.reasons] == ["1.png"]
     records = sorted(Path(broken["output_dir"]).glob("bad_rows*.jsonl"))
     left = [name for path in records for name in names(path)]
     assert left, "the record still names the row that is bad"
     assert {Path(name.rstrip(")")).name for name in left} == {"1.png"}, "and no other"
-    metrics = [json.loads(line) for line in training.tracker.path.read_text().splitlines()]
+    metrics = [json.loads(line) for line in run.tracker.path.read_text().splitlines()]
     assert metrics[-1]["bad_rows"] == 1
 
 
 def test_defect_3_rows_that_are_still_bad_end_the_run_before_a_model_is_loaded(
     broken: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("sd_recipes.training.build.load_components")
+    monkeypatch.setattr(StableDiffusion, "load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(TooManyBadRows, match="2 rows cannot be used, more than the 1"):
         train(broken)
 

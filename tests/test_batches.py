@@ -24,7 +24,7 @@ def gradient_of(run: Any, micro_batches: list[Any]) -> tuple[torch.Tensor, torch
 
 @pytest.mark.parametrize("number", [2, 3, 4, 9])
 def test_a_divided_step_has_the_same_gradient(settings: dict[str, Any], number: int) -> None:
-    run, _ = build(settings, input_perturbation=0.1, caption_dropout=0.3)
+    run = build(settings, input_perturbation=0.1, caption_dropout=0.3)
     micro_batches = next(run.batches(0, 1))
     pieces = [piece for batch in micro_batches for piece in batch.split(number)]
     assert len(pieces) == min(number, 4)
@@ -37,7 +37,7 @@ def test_a_divided_step_has_the_same_gradient(settings: dict[str, Any], number: 
 
 def test_what_comes_from_the_store_is_divided_with_the_rest(settings: dict[str, Any]) -> None:
     """Of a batch some of whose rows have moments and others pixels, each piece has its own."""
-    run, _ = build(settings, center_crop=True, cache_latents="disk")
+    run = build(settings, center_crop=True, cache_latents="disk")
     assert run.store is not None
     batch = next(run.batches(0, 1))[0]
     made = torch.arange(4.0)[:, None, None, None].expand(4, 8, 8, 8)
@@ -63,7 +63,7 @@ def test_what_comes_from_the_store_is_divided_with_the_rest(settings: dict[str, 
 @pytest.mark.parametrize("changes", [{}, {"center_crop": True}, {"crop": "none"}], ids=["random", "center", "none"])
 def test_a_batch_says_where_its_crops_come_from(settings: dict[str, Any], image_folder: Path, changes: Any) -> None:
     """The crop that the batch tells of, taken from the picture, is what its pixels show: also mirrored."""
-    run, _ = build(settings, random_flip=True, resolution=24, train_batch_size=8, **changes)
+    run = build(settings, random_flip=True, resolution=24, train_batch_size=8, **changes)
     batch = next(run.batches(0, 1))[0]
     assert batch.original_size.tolist() == [[32, 40]] * 8
     assert batch.target_size.tolist() == [[24, 24]] * 8
@@ -84,12 +84,12 @@ def test_a_batch_says_where_its_crops_come_from(settings: dict[str, Any], image_
 
 
 def test_stored_rows_tell_the_same_as_pictures(settings: dict[str, Any]) -> None:
-    run, _ = build(settings, center_crop=True, cache_latents="disk", random_flip=True)
+    run = build(settings, center_crop=True, cache_latents="disk", random_flip=True)
     fresh = next(run.batches(0, 1))[0]
     assert run.store is not None
     fresh.all_moments(run.model.encoder.encode, run.store)
     run.store.flush()
-    again, _ = build(settings, center_crop=True, cache_latents="disk", random_flip=True)
+    again = build(settings, center_crop=True, cache_latents="disk", random_flip=True)
     stored = next(again.batches(0, 1))[0]
     assert len(stored.to_encode) == 0
     for name in ("original_size", "crop_corner", "target_size"):

@@ -21,11 +21,12 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import build_image_folder, build_tiny_pipeline
-from training import assert_equal, forget_accelerator, losses, train, weights
+from training import assert_equal, build, forget_accelerator, losses, train, weights
 
 from sd_recipes.checkpoints.format import remove
 from sd_recipes.commands.cache import fill_cache, rows_of_no_data
 from sd_recipes.data.latent_store import (
+    SIZE_COLUMNS,
     LatentCache,
     check_provenance,
     made_by,
@@ -33,22 +34,22 @@ from sd_recipes.data.latent_store import (
     model_hash,
     moments_of,
     open_cached,
+    remove_memory_folder,
     row_key,
 )
 from sd_recipes.data.order import GlobalBatch, share
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import load_vae
-from sd_recipes.model.latents import batch_moments
 from sd_recipes.recipe import Recipe
-from sd_recipes.runtime.accelerator import start_accelerator
-from sd_recipes.training.build import Training, build_training
-from sd_recipes.training.loop import TrainingDiverged
+from sd_recipes.training.build import Run
+from sd_recipes.training.finite import TrainingDiverged
 
 MADE = {"format": 1, "dtype": "fp16", "flips": True, "vae": "x", "size": 64}
 
 
 def record(number: int) -> dict[str, Any]:
-    return {"key": row_key({"bytes": b"%d" % number, "path": None}), "height": 64, "width": 64, "text": f"row {number}"}
+    key = row_key({"bytes": b"%d" % number, "path": None})
+    return {"key": key, **dict.fromkeys(SIZE_COLUMNS, 64), "text": f"row {number}"}
 
 
 def filled(folder: Path, numbers: range, **changes: Any) -> tuple[LatentCache, torch.Tensor]:
@@ -153,24 +154,22 @@ def test_a_reader_waits_until_the_epoch_before_is_written(tmp_path: Path) -> Non
     waiting.join(0.1)
     assert waiting.is_alive()
     assert reader.find(record(0)["key"]) is None
-    writer.seal(5)
+    writer.publish_epoch(5)
     waiting.join(5)
     assert not waiting.is_alive()
     assert reader.find(record(0)["key"]) is not None
 
 
 def test_a_row_that_only_stands_in_is_kept_by_the_process_that_trains_on_it(settings: dict[str, Any]) -> None:
-    forget_accelerator()
-    recipe = Recipe(**settings | {"cache_latents": "disk", "center_crop": True})
-    training = build_training(recipe, start_accelerator(recipe))
-    assert training.cache is not None
+    run = build(settings, cache_latents="disk", center_crop=True)
+    assert run.store is not None
     alone = GlobalBatch(np.array([3]), position=0, ends_epoch=True, epoch=0, size=(32, 32))
     for rank, files in ((1, 0), (0, 1)):
         (plan,) = share(alone, rank=rank, world_size=2, micro_batch_size=4)
-        batch = training.batches.builder[plan]
-        assert batch_moments(training.components.vae, batch, torch.float32, training.cache).shape[0] == 1
-        training.cache.flush()
-        assert len(list(training.cache.folder.glob("*.arrow"))) == files
+        batch = run.batches.builder[plan]
+        assert batch.all_moments(run.model.encoder.encode, run.store).shape[0] == 1
+        run.store.flush()
+        assert len(list(run.store.folder.glob("*.arrow"))) == files
 
 
 def test_a_full_disk_ends_the_writing_and_not_the_run(
@@ -330,11 +329,9 @@ def test_defect_31_what_another_user_put_there_is_refused(
     else:
         in_memory.symlink_to(tmp_path / ("elsewhere" if planted == "a link" else "nowhere"))
     if planted == "another user's folder":
-        import sd_recipes.data.latent_store as cache
-
         user = os.geteuid()
         monkeypatch.setattr(os, "geteuid", lambda: user + 1)
-        cache.remove_memory_folder(str(tmp_path / "run"))
+        remove_memory_folder(str(tmp_path / "run"))
         assert in_memory.exists(), "it is not ours to remove"
     with pytest.raises(RecipeError, match=f"{in_memory}.*: remove it, use --cache_latents disk, or choose"):
         memory_folder(str(tmp_path / "run"))
@@ -347,9 +344,9 @@ def stored(cache: LatentCache) -> list[Path]:
     return sorted(cache.folder.glob("*.arrow"))
 
 
-def stored_captions(training: Training) -> list[str]:
-    assert training.cache is not None
-    return sorted(text for path in stored(training.cache) for text in open_cached(path)["text"].to_pylist())
+def stored_captions(run: Run) -> list[str]:
+    assert run.store is not None
+    return sorted(text for path in stored(run.store) for text in open_cached(path)["text"].to_pylist())
 
 
 CACHED = {
@@ -367,7 +364,7 @@ def test_cached_is_live_up_to_the_stored_precision(settings: dict[str, Any], tmp
     cached = train(settings, **changes, output_dir=str(tmp_path / "cached"))
     np.testing.assert_allclose(losses(cached), losses(live), rtol=2e-3)
     assert losses(cached) != losses(live), "the moments are rounded"
-    assert LatentCache(tmp_path / "cached" / "latents", json.loads(cached.cache.made_by), 0).num_rows == 8
+    assert LatentCache(tmp_path / "cached" / "latents", json.loads(cached.store.made_by), 0).num_rows == 8
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -387,8 +384,8 @@ def test_later_epochs_neither_decode_nor_encode(
     import sd_recipes.data.batches as batches
     import sd_recipes.model.latents as latents
 
-    open_image, encode_pixels = batches.open_image, latents.encode_pixels
-    monkeypatch.setattr(batches, "open_image", lambda *a, **k: decoded.append(1) or open_image(*a, **k))
+    open_with_size, encode_pixels = batches.open_with_size, latents.encode_pixels
+    monkeypatch.setattr(batches, "open_with_size", lambda *a, **k: decoded.append(1) or open_with_size(*a, **k))
     monkeypatch.setattr(latents, "encode_pixels", lambda vae, p: encoded.append(len(p)) or encode_pixels(vae, p))
     train(settings, **{**CACHED, "max_train_steps": 12, "check_data": "off"})  # four epochs of 8 rows in threes
     assert len(decoded) == 8
@@ -442,8 +439,8 @@ def test_defect_5_several_streams_keep_each_row_once(
         sources.append({"dataset_name": str(tmp_path / f"{name}.parquet"), "weight": 1})
     del settings["train_data_dir"]
     streams = {**CACHED, "data_sources": sources, "streaming": True, "shuffle_block": 4, "max_train_steps": 20}
-    training = train(settings, **streams)
-    assert stored_captions(training) == [f"{name}: disc number {number}" for name in "ab" for number in range(8)]
+    run = train(settings, **streams)
+    assert stored_captions(run) == [f"{name}: disc number {number}" for name in "ab" for number in range(8)]
     assert "Several streams have no common epoch" in caplog.text
 
 
@@ -452,7 +449,7 @@ def test_a_cache_in_memory_is_a_cache(settings: dict[str, Any], tmp_path: Path) 
     in_memory = train(settings, **{**CACHED, "cache_latents": "memory"}, output_dir=str(tmp_path / "memory"))
     assert_equal(weights(on_disk), weights(in_memory))
     assert not (tmp_path / "memory" / "latents").exists()
-    assert not in_memory.cache.folder.exists(), "the memory is given back at the end"
+    assert not in_memory.store.folder.exists(), "the memory is given back at the end"
 
 
 @pytest.mark.parametrize("cache_latents", ["memory", "disk", "off"])
@@ -463,9 +460,7 @@ def test_defect_31_memory_of_a_killed_run_is_given_back_by_the_next(
     (in_memory / "0123456789abcdef" / "00000-18f-00000.arrow").write_bytes(b"large")
     other_run = memory_folder("/another/run")
     changes = {**CACHED, "cache_latents": cache_latents}
-    look = Recipe(**{**settings, **changes, "dry_run": True})
-    forget_accelerator()
-    build_training(look, start_accelerator(look))
+    build(settings, **changes, dry_run=True)
     assert in_memory.exists(), "a look at what a run would do takes nothing from one that may be running"
     train(settings, **changes)
     assert not in_memory.exists()
@@ -482,7 +477,7 @@ def test_defect_31_memory_is_given_back_by_a_run_that_fails(
         seen.append(in_memory.exists())
         raise TrainingDiverged("the loss is nan")
 
-    monkeypatch.setattr("sd_recipes.training.loop.Window.sum_up", fail)
+    monkeypatch.setattr("sd_recipes.training.loop.sum_up", fail)
     with pytest.raises(TrainingDiverged):
         train(settings, **{**CACHED, "cache_latents": "memory"})
     assert seen == [True]
@@ -519,7 +514,7 @@ def test_defect_12_a_vae_is_the_same_in_every_precision(
     settings |= {**CACHED, "max_train_steps": 3}
     forget_accelerator()
     filled = fill_cache(Recipe(**settings | {"mixed_precision": made_in, "latent_cache_dir": str(tmp_path / "kept")}))
-    trained = train(settings, mixed_precision=made_in, output_dir=str(tmp_path / "trained")).cache
+    trained = train(settings, mixed_precision=made_in, output_dir=str(tmp_path / "trained")).store
     identity = model_hash(load_vae(Recipe(**settings)))
     used = settings | {"train_data_dir": None, "cache_latents": "off", "mixed_precision": used_in}
     for number, folder in enumerate((filled, trained.folder)):

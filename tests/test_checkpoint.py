@@ -30,9 +30,7 @@ from sd_recipes.checkpoints import saver as saving
 from sd_recipes.checkpoints.format import (
     FORMAT,
     MANIFEST,
-    OPTIMIZER,
     STATE,
-    UNET_WEIGHTS,
     Contents,
     DamagedCheckpoint,
     Manifest,
@@ -43,14 +41,14 @@ from sd_recipes.checkpoints.format import (
     write_checkpoint,
 )
 from sd_recipes.checkpoints.saver import NotSaved
-from sd_recipes.commands.train import run
+from sd_recipes.commands.train import fit_from, resolve, run
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.signals import Stopped, stop_request
 from sd_recipes.runtime.trackers import Tracker, read_metrics
-from sd_recipes.training.build import Training, build_training
-from sd_recipes.training.loop import fit
+from sd_recipes.training.build import UNET_WEIGHTS, Run, build_run
+from sd_recipes.training.state import OPTIMIZER, TrainState
 
 
 def contents(step: int, **changes: Any) -> Contents:
@@ -60,7 +58,7 @@ def contents(step: int, **changes: Any) -> Contents:
     return Contents(
         manifest,
         {STATE: json.dumps({"step": step}), "unet/config.json": "{}"},
-        {f"unet/{UNET_WEIGHTS}": {"w": torch.full((64,), float(step))}, OPTIMIZER: {"0/m": torch.arange(9.0)}},
+        {f"unet/{UNET_WEIGHTS}": {"w": torch.full((64,), float(step))}, OPTIMIZER: {"unet/w/m": torch.arange(9.0)}},
     )
 
 
@@ -198,16 +196,17 @@ def test_defect_11_a_signal_saves_it(settings: dict[str, Any], tmp_path: Path, m
     assert verify_checkpoint(tmp_path / "run" / "checkpoint-1").step == 1
 
 
-def train_scaled(settings: dict[str, Any], skipped: set[int], **changes: Any) -> Training:
+def train_scaled(settings: dict[str, Any], skipped: set[int], **changes: Any) -> Run:
     """With the loss scaler of fp16, on the CPU, which skips these steps of one micro-batch."""
     forget_accelerator()
     recipe = Recipe(**{**settings, **changes})
     accelerator = start_accelerator(recipe)
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    training = build_training(recipe, accelerator)
-    poison(training, skipped)
-    fit(training)
-    return training
+    recipe, found = resolve(recipe, accelerator, recipe.resume_from_checkpoint)
+    built = build_run(recipe, accelerator, found)
+    poison(built, skipped)
+    fit_from(built)
+    return built
 
 
 def test_defect_11_a_checkpoint_before_the_scaler_lets_a_step_pass(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -239,6 +238,14 @@ def test_the_newest_is_the_highest_step_whatever_the_clock_says(three: Path) -> 
     assert list_checkpoints(three) == [three / "checkpoint-10", newest]
 
 
+def of_older_format(path: Path) -> None:
+    """Format 2 as it was: the optimizer's tensors named by number, and of the UNet alone."""
+    tensors = {name.replace("unet/w", "0"): tensor for name, tensor in load_file(path / OPTIMIZER).items()}
+    save_file(tensors, path / OPTIMIZER)
+    data = (path / OPTIMIZER).read_bytes()
+    rewrite_manifest(path, lambda m: m.update(format=2, files=m["files"] | {OPTIMIZER: entry(data)}))
+
+
 def flip(path: Path, at: int = -3) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
@@ -255,7 +262,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda c: (c / MANIFEST).write_text((c / MANIFEST).read_text().replace('"step": 10', '"step": 11')),
         "manifest.json is not as it was written",
     ),
-    "an older format": (lambda c: (c / MANIFEST).write_text('{"format": 1}'), "it has format 1"),
+    "an older format": (lambda c: of_older_format(c), "it has format 2 and this version reads 3"),
+    "a far older format": (lambda c: (c / MANIFEST).write_text('{"format": 1}'), "it has format 1"),
     "empty": (lambda c: [shutil.rmtree(c), c.mkdir()], "it has no manifest.json"),
 }
 
@@ -273,6 +281,24 @@ def test_a_damaged_one_is_skipped_and_named(three: Path, caplog: pytest.LogCaptu
         find_checkpoint(three, "checkpoint-10")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wanted", ["latest", "checkpoint-1"])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_run_of_an_older_format_is_refused_by_name_in_one_line(
+    settings: dict[str, Any], tmp_path: Path, wanted: str, dry_run: bool
+) -> None:
+    path = tmp_path / "run" / "checkpoint-1"
+    train(settings, max_train_steps=1)
+    of_older_format(path)
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    with pytest.raises(RecipeError) as error:
+        run(Recipe(**settings, resume_from_checkpoint=wanted, dry_run=dry_run))
+    told = str(error.value)
+    assert "checkpoint-1: it has format 2 and this version reads 3: only the version that wrote it goes on" in told
+    assert str(path.parent) in told
+    assert "\n" not in told
+    assert before == {file: file.stat().st_mtime_ns for file in path.rglob("*")}
 
 
 def test_when_none_is_whole_the_run_does_not_start_anew_in_silence(three: Path) -> None:
@@ -361,13 +387,13 @@ def test_a_quota_in_mid_file_drops_what_was_written(
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     monkeypatch.setattr(saving, "write_checkpoint", limited)
-    save = saving.Checkpointer.save
+    save = saving.BackgroundSaver.save
 
-    def save_and_wait(checkpointer: saving.Checkpointer, progress: checkpoint.Progress) -> None:
-        save(checkpointer, progress)
-        checkpointer.wait()  # the limit is the process's: nothing else may be written meanwhile
+    def save_and_wait(saver: saving.BackgroundSaver) -> None:
+        save(saver)
+        saver.wait()  # the limit is the process's: nothing else may be written meanwhile
 
-    monkeypatch.setattr(saving.Checkpointer, "save", save_and_wait)
+    monkeypatch.setattr(saving.BackgroundSaver, "save", save_and_wait)
     train(settings, checkpointing_steps=2)
     assert all(f"checkpoint-{step} cannot be written" in caplog.text for step in (2, 4))
     assert not [path for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name]
@@ -514,7 +540,7 @@ def hostile(path: Path, name: str, marker: Path) -> str:
         rewrite_manifest(path, lambda m: m.update(step="__import__('os')"))
         return "manifest.json: 1 validation error"
     assert name == "state of another shape"
-    data = json.dumps({"progress": {}, "streams": [], "optimizer_values": {}}).encode()
+    data = json.dumps({"progress": {}, "streams": [], "optimizer": {}}).encode()
     (path / STATE).write_bytes(data)
     rewrite_manifest(path, lambda m: m["files"].update({STATE: entry(data)}))
     return "does not fit this run (ValidationError"
@@ -570,7 +596,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no seed": (rewritten(lambda m: m["settings"].pop("seed")), "is not of a run (1 validation error"),
     "no batch size": (rewritten(lambda m: m["settings"].pop("train_batch_size")), "train_batch_size Field required"),
     "no global batch": (rewritten(lambda m: m["identity"].pop("global_batch_size")), "_batch_size Field required"),
-    "no base": (rewritten(lambda m: m["identity"].update(unet="x", base=None)), "base Input should be a valid string"),
+    "no base": (rewritten(lambda m: m["identity"].update(parts={"unet": "x"}, base=None)), "base Input should be a valid string"),
     "lines in a setting": (rewritten(lambda m: m["settings"].update(optimizer="a\n\nb")), "was a b"),
     "a step beyond all numbers": (rewritten(lambda m: m.update(step=10**300)), "manifest.json: 1 validation error"),
     "a loss that is NaN": (state_changed(lambda s: s["progress"].update(loss_sum=float("nan"))), "does not fit this"),
@@ -579,10 +605,10 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a schedule beyond": (state_changed(lambda s: s.update(schedule_step=10**300)), "does not fit this run (Val"),
     "a stream of nothing": (state_changed(lambda s: s.update(streams=[{}])), "does not fit this run (ValidationError"),
     "values of no parameter": (
-        state_changed(lambda s: s["optimizer_values"].update({"x/y/z": 1})), "does not fit this run (ValueError"
+        state_changed(lambda s: s["optimizer"].update({"x/y/z": 1})), "does not fit this run (ValueError"
     ),
     "a value under a tensor": (
-        state_changed(lambda s: s["optimizer_values"].update({"0/exp_avg/z": 1})), "does not fit this run (TypeError"
+        state_changed(lambda s: s["optimizer"].update({"unet/conv_in.weight/exp_avg/z": 1})), "does not fit this run (TypeError"
     ),
 }  # fmt: skip
 
@@ -628,7 +654,7 @@ def mapping_fails(*_: Any, **__: Any) -> None:
     ("place", "failure", "words"),
     [
         ("torch.nn.Module.load_state_dict", full, "not enough memory to load"),
-        ("sd_recipes.checkpoints.resume._load_optimizer", host_full, "not enough memory to load"),
+        ("sd_recipes.training.state.TrainState._load_optimizer", host_full, "not enough memory to load"),
         ("sd_recipes.checkpoints.resume.load_file", without_memory, "not enough memory to load"),
         ("sd_recipes.checkpoints.resume.load_file", disk_fails, "cannot be read"),
         ("sd_recipes.checkpoints.resume.load_file", mapping_fails, "cannot be read"),
@@ -657,7 +683,7 @@ def test_defect_4_what_is_no_misfit_is_told_as_what_it_is(
     assert "fit" not in str(error.value)
     assert "overwrite" not in str(error.value)
     assert "\n" not in str(error.value)
-    assert train(settings, resume_from_checkpoint=wanted).max_train_steps == 4, "nothing is lost"
+    assert train(settings, resume_from_checkpoint=wanted).num_steps == 4, "nothing is lost"
 
 
 def test_defect_4_a_bug_while_loading_is_a_bug(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -666,7 +692,7 @@ def test_defect_4_a_bug_while_loading_is_a_bug(settings: dict[str, Any], monkeyp
     def broken(*_: Any) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("sd_recipes.checkpoints.resume._load_schedule", broken)
+    monkeypatch.setattr(TrainState, "_load_schedule", broken)
     with pytest.raises(KeyError, match="a bug"):
         train(settings, resume_from_checkpoint="latest")
 

@@ -16,18 +16,19 @@ from tiny_models import UNET_CONFIG
 
 from sd_recipes.data.rows import load_rows
 from sd_recipes.errors import RecipeError
-from sd_recipes.model.components import Components, load_components
+from sd_recipes.model.components import Components, load_scheduler
+from sd_recipes.model.families import family_of
 from sd_recipes.recipe import ModelConfig, Recipe
 
 
 def load(pipeline: Path, unet_config: Path | None = None) -> Components:
-    return load_components(
-        ModelConfig(
-            pretrained_model_name_or_path=str(pipeline),
-            train_from_scratch=unet_config is not None,
-            unet_config=unet_config and str(unet_config),
-        )
+    config = ModelConfig(
+        pretrained_model_name_or_path=str(pipeline),
+        train_from_scratch=unet_config is not None,
+        unet_config=unet_config and str(unet_config),
     )
+    family = family_of(config)
+    return family.load(config, load_scheduler(config), family.load_tokenizer(config))
 
 
 def one_line(error: pytest.ExceptionInfo[RecipeError]) -> str:

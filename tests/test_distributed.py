@@ -35,13 +35,14 @@ from launching import (
 from safetensors.torch import load_file
 from test_script import environment
 from torch import distributed
-from training import forget_accelerator, train, weights
+from training import average, forget_accelerator, train, weights
 
-from sd_recipes.checkpoints.format import UNET_WEIGHTS, list_checkpoints
+from sd_recipes.checkpoints.format import list_checkpoints
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.console import mistakes_in_one_line
+from sd_recipes.training.build import UNET_WEIGHTS
 
 CONFIGS = ROOT / "accelerate_configs"
 EXAMPLES = ROOT / "examples"
@@ -101,7 +102,7 @@ def test_a_run_moved_between_numbers_of_processes_is_one_run(
     assert "4, kept, on 3 processes: at most 2 x 1 on each" in output
     assert losses(moved) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert_close(weights(one), saved(moved, 8, "unet"))
-    assert_close(one.ema.named_tensors(), saved(moved, 8, "unet_ema"))
+    assert_close(average(one).named_tensors(), saved(moved, 8, "unet_ema"))
     order = one.batches.plans(0, None)
     expected = [next(order) for _ in range(8)]
     assert samples(moved) == [
@@ -140,7 +141,7 @@ def test_a_changed_batch_is_the_persons_wish(settings: dict[str, Any], caplog: p
     """The global batch is kept only where the settings that make it are the same."""
     train(settings, max_train_steps=2)
     changed = train(settings, max_train_steps=3, train_batch_size=2, resume_from_checkpoint="latest")
-    assert changed.global_batch_size == 2
+    assert changed.data.global_batch_size == 2
     assert "is 2 and was 4" in caplog.text
 
 
@@ -363,7 +364,7 @@ def test_defect_13_what_one_process_does_alone_may_take_longer_than_devices_wait
         "validation_inference_steps": 1, "validation_steps": 1,
     }  # fmt: skip
     output = finish(start(torchrun(2), *flags_of(settings), script="tests/slow_first.py"), timeout=240)
-    for work in ("_prepare", "data_fingerprint", "load_components", "Validator.__call__", "wait", "write_results"):
+    for work in ("_prepare", "data_fingerprint", "StableDiffusion.load", "Validator.__call__", "wait", "write_results"):
         assert f"{work} takes long" in output
     assert saved(Path(settings["output_dir"]), 2, "unet")
 

@@ -25,7 +25,8 @@ from test_script import environment
 from tiny_models import build_image_folder
 from training import assert_equal
 
-from sd_recipes.checkpoints.format import UNET_WEIGHTS, find_checkpoint, list_checkpoints, write_checkpoint
+from sd_recipes.checkpoints.format import find_checkpoint, list_checkpoints, write_checkpoint
+from sd_recipes.training.build import UNET_WEIGHTS
 
 
 def do(tmp_path: Path, *plans: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from training import train
 
-from sd_recipes.checkpoints.run_folder import OWNER, output_dir_lock
+from sd_recipes.checkpoints.run_folder import output_dir_lock
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import Recipe
 
@@ -29,19 +29,16 @@ def test_defect_28_half_a_picture_does_not_stay(
         no_room()
 
     monkeypatch.setattr(Image.Image, "save", save)
-    training = train(settings, validation_prompts=["a disc"], validation_steps=2, validation_inference_steps=1)
+    run = train(settings, validation_prompts=["a disc"], validation_steps=2, validation_inference_steps=1)
     assert "No space left on device" in caplog.text
-    assert list((training.tracker.path.parent / "samples").iterdir()) == []
-    assert training.tracker.path.read_text().count("train_loss") == 4, "training went on"
+    assert list((run.tracker.path.parent / "samples").iterdir()) == []
+    assert run.tracker.path.read_text().count("train_loss") == 4, "training went on"
 
 
 def test_defect_28_no_room_for_the_owners_name_is_no_reason_to_end(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_text = Path.write_text
-    monkeypatch.setattr(
-        Path, "write_text", lambda path, text: no_room() if path.name == OWNER else write_text(path, text)
-    )
+    monkeypatch.setattr("sd_recipes.runtime.output_dir.replace_file", no_room)
     recipe = Recipe(**settings)
     in_use = pytest.raises(RecipeError, match="in use by another run")
     with output_dir_lock(recipe, is_main=True), in_use, output_dir_lock(recipe, is_main=True):
@@ -51,6 +48,6 @@ def test_defect_28_no_room_for_the_owners_name_is_no_reason_to_end(
 def test_defect_28_no_room_for_the_recipe_is_told_in_one_line(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sd_recipes.runtime.trackers._replace", no_room)
+    monkeypatch.setattr("sd_recipes.runtime.trackers.replace_file", no_room)
     with pytest.raises(RecipeError, match=r"--output_dir .* cannot be written .*No space left on device.*make room"):
         train(settings)

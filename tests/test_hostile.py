@@ -17,7 +17,8 @@ from test_checkpoint import Marker
 
 from sd_recipes.data.rows import load_rows, load_streams
 from sd_recipes.errors import RecipeError
-from sd_recipes.model.components import load_components
+from sd_recipes.model.components import load_scheduler
+from sd_recipes.model.families import family_of
 from sd_recipes.recipe import ModelConfig, Recipe
 
 EVIL_MODULE = "from pathlib import Path\nPath({marker!r}).touch()\nclass Evil: ...\n"
@@ -42,7 +43,9 @@ def change(path: Path, **values: Any) -> None:
 
 
 def load(model: Path) -> None:
-    load_components(ModelConfig(pretrained_model_name_or_path=str(model)))
+    config = ModelConfig(pretrained_model_name_or_path=str(model))
+    family = family_of(config)
+    family.load(config, load_scheduler(config), family.load_tokenizer(config))
 
 
 AUTO_CLASSES = ("AutoModel", "AutoConfig", "AutoTokenizer", "CLIPTextModel", "UNet2DConditionModel")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,19 @@ import torch
 from launching import flags_of, start, torchrun
 from poisoned import poison
 from safetensors.torch import load_file
-from training import forget_accelerator, train
+from training import build, train
 
-from sd_recipes.checkpoints.format import UNET_WEIGHTS, find_checkpoint, list_checkpoints
+from sd_recipes.checkpoints.format import find_checkpoint, list_checkpoints
+from sd_recipes.commands.train import fit_from
 from sd_recipes.errors import RecipeError
-from sd_recipes.recipe import Recipe
-from sd_recipes.runtime.accelerator import start_accelerator
-from sd_recipes.training import loop
-from sd_recipes.training.build import Training, build_training
-from sd_recipes.training.loop import TrainingDiverged, fit
+from sd_recipes.training.build import UNET_WEIGHTS, Run
+from sd_recipes.training.finite import TrainingDiverged
 
 
-def train_poisoned(settings: dict[str, Any], steps: set[int], **changes: Any) -> Training:
-    forget_accelerator()
-    recipe = Recipe(**{**settings, **changes})
-    training = build_training(recipe, start_accelerator(recipe))
-    poison(training, steps)
-    fit(training)
-    return training
+def build_poisoned(settings: dict[str, Any], steps: set[int], **changes: Any) -> Run:
+    run = build(settings, **changes)
+    poison(run, steps)
+    return run
 
 
 def are_all_finite(path: Path) -> bool:
@@ -39,8 +33,9 @@ def are_all_finite(path: Path) -> bool:
 
 def test_defect_1_an_infinite_gradient_reaches_no_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
     """Though the loss is finite, and is logged at that very step."""
+    run = build_poisoned(settings, {3}, checkpointing_steps=1, use_ema=True)
     with pytest.raises(TrainingDiverged) as error:
-        train_poisoned(settings, {3}, checkpointing_steps=1, use_ema=True)
+        fit_from(run)
     assert "the gradient's norm is nan at step 3, which is not made: lower --learning_rate; " in str(error.value)
     assert str(error.value).endswith("; the same command then goes on from checkpoint-2")
     found = find_checkpoint(tmp_path / "run", "latest")
@@ -49,13 +44,11 @@ def test_defect_1_an_infinite_gradient_reaches_no_checkpoint(settings: dict[str,
     assert are_all_finite(found[0])
 
 
-def test_defect_1_nor_the_weights(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[Training] = []
-    monkeypatch.setattr(loop, "identity_of", lambda training: held.append(training) or {})
+def test_defect_1_nor_the_weights(settings: dict[str, Any]) -> None:
+    run = build_poisoned(settings, {2}, checkpointing_steps=100, logging_steps=100)
     with pytest.raises(TrainingDiverged, match=r"has no checkpoint$"):
-        train_poisoned(settings, {2}, checkpointing_steps=100, logging_steps=100)
-    (training,) = held
-    assert all(value.isfinite().all() for value in training.components.unet.parameters())
+        fit_from(run)
+    assert all(value.isfinite().all() for value in run.model.components.unet.parameters())
 
 
 def test_defect_1_a_huge_rate_reaches_no_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -70,9 +63,9 @@ def test_defect_1_the_gradients_norm_is_logged(settings: dict[str, Any], tmp_pat
     clipped = {"max_grad_norm": 1e-3, "max_train_steps": 1}
     train(settings, **clipped)
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    training = train(settings, **clipped | {"output_dir": str(tmp_path / "other"), "max_grad_norm": 1e9})
+    run = train(settings, **clipped | {"output_dir": str(tmp_path / "other"), "max_grad_norm": 1e9})
     (other,) = (tmp_path / "other" / "metrics.jsonl").read_text().splitlines()
-    assert training.max_train_steps == 1
+    assert run.num_steps == 1
     assert json.loads(line)["grad_norm"] == json.loads(other)["grad_norm"] > 1e-2
 
 
@@ -96,18 +89,12 @@ def test_defect_1_a_checkpoint_that_holds_nan_is_not_gone_on_from(settings: dict
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_defect_1_a_model_that_holds_nan_is_named(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str
-) -> None:
-    def build(*arguments: Any, _build: Callable[..., Training] = build_training) -> Training:
-        training = _build(*arguments)
-        with torch.no_grad():
-            next(getattr(training.components, part).parameters()).fill_(torch.nan)
-        return training
-
-    monkeypatch.setattr("training.build_training", build)
+def test_defect_1_a_model_that_holds_nan_is_named(settings: dict[str, Any], part: str) -> None:
+    run = build(settings)
+    with torch.no_grad():
+        next(getattr(run.model.components, part).parameters()).fill_(torch.nan)
     with pytest.raises(RecipeError, match=rf"--pretrained_model_name_or_path .*: {part} holds weights that are not"):
-        train(settings)
+        fit_from(run)
 
 
 def assert_ended_on_both(settings: dict[str, Any], out: Path, **variables: str) -> None:

@@ -122,7 +122,7 @@ def test_defect_also_dream_with_input_perturbation_means_what_it_does_in_diffuse
 
     latents, noise, input_noise, states = (tensors[name] for name in ("latents", "noise", "input_noise", "states"))
     loss = DenoisingLoss(scheduler(), training.recipe, torch.device("cpu"))
-    found = loss(fake_unet, latents, states, TIMESTEPS, noise, input_noise)
+    found = loss(fake_unet, latents, conditioning(tensors), TIMESTEPS, noise, input_noise)
 
     class Unet:
         def __call__(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> Any:

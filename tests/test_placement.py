@@ -11,8 +11,8 @@ from training import forget_accelerator, train
 
 from sd_recipes.commands.cache import fill_cache
 from sd_recipes.inspection.latents import load_model
-from sd_recipes.model.placement import allow_tf32
 from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.accelerator import allow_tf32
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,18 +21,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_models import UNET_CONFIG, build_image_folder, build_tiny_pipeline
 from training import assert_equal, forget_accelerator, train, weights
 
-from sd_recipes.checkpoints.format import OPTIMIZER, STATE, UNET_WEIGHTS, list_checkpoints, read_manifest
-from sd_recipes.checkpoints.resume import EFFECTS
+from sd_recipes.checkpoints.format import STATE, list_checkpoints, read_manifest
 from sd_recipes.checkpoints.run_folder import output_dir_lock
 from sd_recipes.checkpoints.saver import NotSaved
 from sd_recipes.commands.train import run
 from sd_recipes.data.batches import BatchBuilder
 from sd_recipes.errors import RecipeError
 from sd_recipes.flags import NOT_OF_THE_RUN, recipe_text
-from sd_recipes.recipe import Recipe
+from sd_recipes.recipe import OnResume, Recipe, on_resume
 from sd_recipes.runtime.signals import Stopped, stop_request
 from sd_recipes.runtime.trackers import Tracker
-from sd_recipes.training.build import describe
+from sd_recipes.training.build import UNET_WEIGHTS, describe
+from sd_recipes.training.state import OPTIMIZER
 
 
 def run_it(settings: dict[str, Any], **changes: Any) -> Recipe:
@@ -204,8 +204,9 @@ def test_overwrite_and_resume_contradict_each_other(settings: dict[str, Any]) ->
 
 
 def test_every_setting_is_classified() -> None:
-    assert set(EFFECTS) == set(Recipe.model_fields)
-    never_saved = {name for name in NOT_OF_THE_RUN if EFFECTS[name] != "free"}
+    effects = {name: on_resume(name) for name in Recipe.model_fields}
+    assert set(effects.values()) == set(get_args(OnResume))
+    never_saved = {name for name in NOT_OF_THE_RUN if effects[name] != "free"}
     assert never_saved == set()
 
 
@@ -240,7 +241,7 @@ def test_8_bit_and_plain_adamw_do_not_mix(settings: dict[str, Any]) -> None:
 def test_another_unet_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     train(settings, max_train_steps=1)
     other = build_tiny_pipeline(tmp_path / "other", unet_config={**UNET_CONFIG, "block_out_channels": [16, 32]})
-    with pytest.raises(RecipeError, match=r"the UNet of .*other .* is another than that of .*checkpoint-1"):
+    with pytest.raises(RecipeError, match=r"the unet of .*other .* is another than that of .*checkpoint-1"):
         train(settings, pretrained_model_name_or_path=str(other), resume_from_checkpoint="latest")
 
 
@@ -298,7 +299,7 @@ def test_defect_20_a_changed_batch_trains_as_many_epochs(
     done = 8 if before == 2 else 4
     train(settings, train_batch_size=before, max_train_steps=done)
     training = train(settings, train_batch_size=after, resume_from_checkpoint="latest")
-    assert training.max_train_steps == steps
+    assert training.num_steps == steps
     assert f"({8 // after} an epoch, 4 epochs)" in describe(training)
     lines = figures(tmp_path / "run")
     assert (lines[-1]["step"], lines[-1]["epoch"]) == (steps, 4)
@@ -337,7 +338,7 @@ def test_defect_21_buckets_are_dealt_out_once_an_epoch_though_the_batch_changes(
     training = train(settings, train_batch_size=3, resume_from_checkpoint="latest")
     assert "global batch" not in caplog.text
     assert sorted(met[:9]) == sorted(met[9:]) == list(range(9))
-    assert training.max_train_steps == 5 + 4, "5 batches of at most 2, and 4 of at most 3"
+    assert training.num_steps == 5 + 4, "5 batches of at most 2, and 4 of at most 3"
 
 
 def test_defect_9_a_schedule_that_is_drawn_anew_is_told(
@@ -727,5 +728,5 @@ def test_defect_32_dry_run_refuses_what_the_run_would(settings: dict[str, Any], 
     """Also what is known only when the model is loaded."""
     train(settings, max_train_steps=1)
     other = build_tiny_pipeline(tmp_path / "other", unet_config={**UNET_CONFIG, "block_out_channels": [16, 32]})
-    with pytest.raises(RecipeError, match=r"the UNet of .*other .* is another than that of .*checkpoint-1"):
+    with pytest.raises(RecipeError, match=r"the unet of .*other .* is another than that of .*checkpoint-1"):
         run_it(settings, dry_run=True, pretrained_model_name_or_path=str(other))

@@ -12,12 +12,12 @@ from launching import finish, flags_of, launcher_environment, start, torchrun
 from safetensors.torch import load_file
 from test_distributed import CONFIGS, assert_close, losses, samples, saved
 from test_loop import assert_ended_on_both
-from training import assert_equal, assert_leaves_as_it_came, forget_accelerator, train, weights
+from training import assert_equal, assert_leaves_as_it_came, average, forget_accelerator, train, weights
 
-from sd_recipes.checkpoints.format import OPTIMIZER
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.training.state import OPTIMIZER
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_divided_run_is_the_whole_one_and_goes_on_to_the_bit(
     settings |= {"optimizer": optimizer}
     quiet, resumed = tmp_path / "quiet", tmp_path / "resumed"
     output = run_divided(fsdp, 2, settings, output_dir=quiet)
-    assert "the UNet divided among 2 processes (FSDP2)" in output
+    assert "sharded over 2 processes (FSDP2)" in output
     run_divided(fsdp, 2, settings, output_dir=resumed, max_train_steps=3)
     run_divided(fsdp, 2, settings, output_dir=resumed)
     for folder in ("unet", "unet_ema"):
@@ -79,8 +79,7 @@ def test_a_divided_run_is_the_whole_one_and_goes_on_to_the_bit(
     if optimizer == "sgd":  # AdamW makes a full step of the smallest difference in a gradient
         assert losses(quiet) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
         assert_close(weights(one), saved(quiet, 6, "unet"))
-        assert one.ema is not None
-        assert_close(one.ema.named_tensors(), saved(quiet, 6, "unet_ema"))
+        assert_close(average(one).named_tensors(), saved(quiet, 6, "unet_ema"))
     # What is exported is whole, has the average's weights, and is of diffusers' own classes.
     assert_equal(StableDiffusionPipeline.from_pretrained(quiet).unet.state_dict(), saved(quiet, 6, "unet_ema"))
     assert UNet2DConditionModel.load_config(quiet / "checkpoint-6" / "unet")["_class_name"] == "UNet2DConditionModel"
@@ -149,4 +148,4 @@ def test_one_process_has_nothing_to_divide(
         monkeypatch.setenv(name, value)
     training = train(settings, max_train_steps=1)
     assert "it stays whole" in caplog.text
-    assert type(training.components.unet.conv_in.weight) is torch.nn.Parameter
+    assert type(training.model.components.unet.conv_in.weight) is torch.nn.Parameter

@@ -18,10 +18,13 @@ from conftest import ROOT
 from launching import ACCELERATE, finish, last_step, start, torchrun, trainers, until
 from test_script import environment
 from tiny_models import build_image_folder
-from training import assert_equal, losses, train, weights
+from training import assert_equal, average, losses, train, weights
 
 from sd_recipes.checkpoints.format import list_checkpoints
 from sd_recipes.commands.cache import fill_cache
+from sd_recipes.data.batches import Batch
+from sd_recipes.evaluation import pictures
+from sd_recipes.model.latents import LatentEncoder
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.console import mistakes_in_one_line
 from sd_recipes.runtime.signals import Stopped, stop_request
@@ -190,10 +193,8 @@ def asked() -> Iterator[Any]:
     stop_request.reason = None
 
 
-def asked_after(monkeypatch: pytest.MonkeyPatch, ask: Any, name: str, calls: int) -> None:
+def asked_after(monkeypatch: pytest.MonkeyPatch, ask: Any, target: Any, function: str, calls: int) -> None:
     """Ask at so many calls of a function of the package."""
-    module, _, function = name.rpartition(".")
-    target = pytest.importorskip(module)
     inner, made = getattr(target, function), []
 
     def counted(*arguments: Any, **more: Any) -> Any:
@@ -216,12 +217,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     }  # fmt: skip
     quiet = train(settings, output_dir=str(tmp_path / "quiet"))
     with monkeypatch.context() as patch:
-        asked_after(patch, asked, "sd_recipes.training.loop.sample_latents", 3)
+        asked_after(patch, asked, LatentEncoder, "sample", 3)
         with pytest.raises(Stopped, match="stopped by SIGTERM: saved at step 2; the same command"):
             train(settings)
     stop_request.reason = None
     with monkeypatch.context() as patch:
-        asked_after(patch, asked, "sd_recipes.evaluation.validation.check_for_stop", 2)
+        asked_after(patch, asked, pictures, "check_for_stop", 2)
         with pytest.raises(Stopped, match="saved at step 3"):
             train(settings)
     output_dir = Path(settings["output_dir"])
@@ -229,7 +230,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     stop_request.reason = None
     resumed = train(settings)
     assert_equal(weights(quiet), weights(resumed))
-    assert_equal(quiet.ema.named_tensors(), resumed.ema.named_tensors())
+    assert_equal(average(quiet).named_tensors(), average(resumed).named_tensors())
     assert losses(quiet) == losses(resumed), "the curve goes on"
     assert [path.name for path in sorted((output_dir / "samples").iterdir())] == ["step-000003.png", "step-000006.png"]
 
@@ -239,7 +240,7 @@ def test_the_held_out_loss_and_loading_are_broken_off(
 ) -> None:
     settings |= {"validation_split": "train", "validation_steps": 1, "train_batch_size": 1}
     with monkeypatch.context() as patch:
-        asked_after(patch, asked, "sd_recipes.evaluation.validation.sample_latents", 2)
+        asked_after(patch, asked, LatentEncoder, "sample", 3)  # the first is the training step's
         with pytest.raises(Stopped, match="saved at step 1"):
             train(settings)
     with pytest.raises(Stopped, match="while it was loading"):
@@ -263,16 +264,15 @@ def test_filling_a_cache_keeps_what_is_done(
 ) -> None:
     recipe = Recipe(**{**settings, "train_batch_size": 2, "cache_latents": "disk", "center_crop": True})
     with monkeypatch.context() as patch:
-        asked_after(patch, asked, "sd_recipes.commands.cache.batch_moments", 2)
+        asked_after(patch, asked, Batch, "all_moments", 2)
         with pytest.raises(Stopped, match="4 of 8 rows are in the cache"):
             fill_cache(recipe)
     stop_request.reason = None
     encoded = []
     with monkeypatch.context() as patch:
-        inner = pytest.importorskip("sd_recipes.commands.cache").batch_moments
+        inner = Batch.all_moments
         patch.setattr(
-            "sd_recipes.commands.cache.batch_moments",
-            lambda vae, batch, *rest: (encoded.append(len(batch.live)), inner(vae, batch, *rest))[1],
+            Batch, "all_moments", lambda batch, *rest: (encoded.append(len(batch.to_encode)), inner(batch, *rest))[1]
         )
         fill_cache(recipe)
     assert sum(encoded) == 4, "the other four are not encoded again"

@@ -77,7 +77,7 @@ def test_a_second_part_is_saved_resumed_and_averaged_to_the_bit(
 
 @pytest.mark.usefixtures("two_parts")
 def test_each_part_has_its_own_learning_rate(settings: dict[str, Any]) -> None:
-    run, _ = build(settings)
+    run = build(settings)
     assert [group["lr"] for group in run.state.optimizer.param_groups] == [1e-3, 1e-2]
     assert list(run.state.parameters)[-1] == "adapter/weight"
 
@@ -99,7 +99,7 @@ def test_a_state_loads_into_parts_that_were_made_in_another_order(settings: dict
     """By name, not by number: the optimizer of a run whose parameters are listed differently gets the right state."""
     run = train(settings, max_train_steps=2)
     saved = run.state.state_dict()
-    fresh, _ = build(settings)
+    fresh = build(settings)
     part = fresh.state.parts["unet"]
     names = list(part.parameters)[::-1]
     parameters = dict(part.module.named_parameters())

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from tiny_models import tiny_tokenizer
 
 from sd_recipes.data.batches import BatchBuilder
+from sd_recipes.data.captions import tokenize
 from sd_recipes.data.draws import draw
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.data.shards import Shards, SourceReader, StreamClosed, StreamLost
@@ -402,10 +404,11 @@ def test_defect_6_closing_ends_what_waits_for_the_end_of_an_outage(
 
 def test_defect_24_a_process_without_a_share_has_a_row_of_the_size_it_says() -> None:
     """Of a latent cache of two sizes, whose leftovers make batches of one row."""
-    made_by = {"format": 2, "vae": "x", "size": 32, "flips": False, "dtype": "fp16"}
+    made_by = {"format": 3, "vae": "x", "size": 32, "flips": False, "dtype": "fp16"}
     rows = [
         {
-            "id": number, "text": "a", "height": height, "width": width, "made_by": json.dumps(made_by),
+            "id": number, "text": "a", "height": height, "width": width,
+            "original_height": height, "original_width": width, "made_by": json.dumps(made_by),
             "moments": np.full((8, height // 8, width // 8), number, np.float16).tobytes(), "moments_flipped": None,
         }
         for number, (height, width) in enumerate([(32, 32)] * 9 + [(16, 32)] * 5)
@@ -413,8 +416,8 @@ def test_defect_24_a_process_without_a_share_has_a_row_of_the_size_it_says() -> 
     recipe = Recipe(pretrained_model_name_or_path="x", dataset_name="x", output_dir="x", resolution=32)
     shards = Shards(datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=3), "--dataset_name test", 0.0)
     builder = BatchBuilder(
-        None, tiny_tokenizer(), recipe, seed=7, latent_shape=lambda size: (4, size[0] // 8, size[1] // 8),
-        num_train_timesteps=1000, made_by=made_by,
+        None, recipe, seed=7, tokenize=partial(tokenize, tiny_tokenizer()),
+        latent_shape=lambda size: (4, size[0] // 8, size[1] // 8), num_train_timesteps=1000, provenance=made_by,
     )  # fmt: skip
     of_processes = in_processes(shards, 3, size_of=size_of_row(recipe), global_batch_size=3, shuffle_block=9)
     stand_ins = 0

@@ -15,6 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import forget_accelerator
 
+from sd_recipes.checkpoints.saver import BackgroundSaver
 from sd_recipes.commands.train import run
 from sd_recipes.data.bad_rows import TooManyBadRows
 from sd_recipes.errors import RecipeError
@@ -22,8 +23,8 @@ from sd_recipes.export.hub import PushError
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.signals import Stopped
 from sd_recipes.runtime.trackers import Tracker, read_metrics
-from sd_recipes.training.build import Training
-from sd_recipes.training.loop import TrainingDiverged
+from sd_recipes.training.build import Run
+from sd_recipes.training.finite import TrainingDiverged
 
 # ------------------------------------------------------------------------------------- however a run ends
 
@@ -65,9 +66,8 @@ def test_defect_7_the_trackers_have_all_events_however_a_run_ends(
     end_training = Accelerator.end_training
     monkeypatch.setattr(Accelerator, "end_training", lambda self: (ended.append("group"), end_training(self)))
 
-    def fit(training: Training) -> None:
-        training.tracker.start_at(0)
-        training.tracker.log({"train_loss": 1.0}, 1)
+    def fit(built: Run, saver: BackgroundSaver) -> None:
+        built.tracker.log({"train_loss": 1.0}, 1)
         raise error
 
     monkeypatch.setattr("sd_recipes.commands.train.fit", fit)
@@ -109,8 +109,7 @@ def test_defect_7_a_tracker_that_cannot_end_hides_no_error(recipe: Recipe, monke
     def finish(self: object) -> None:
         raise OSError("no space left")
 
-    def fit(training: Training) -> None:
-        training.tracker.start_at(0)
+    def fit(built: Run, saver: BackgroundSaver) -> None:
         raise TrainingDiverged("the loss is nan")
 
     monkeypatch.setattr("sd_recipes.commands.train.fit", fit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,16 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Decoder
+from launching import finish, flags_of, start, torchrun
 from PIL import Image
-from training import assert_equal, train, weights
+from training import assert_equal, average, train, weights
 
 from sd_recipes.errors import RecipeError
+from sd_recipes.evaluation.validation import MIN_HELD_OUT_SAMPLES
+from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.trackers import read_metrics
-from sd_recipes.training.build import Training
+from sd_recipes.training.build import Run
 
 PROMPTS = ["a disc", "a red disc", "disc number 3", "two discs"]
 VALIDATED = {"validation_prompts": PROMPTS, "validation_inference_steps": 2, "validation_steps": 2}
@@ -32,14 +36,14 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sd_recipes.evaluation.validation.MIN_HELD_OUT_SAMPLES", 16)
 
 
-def figures(training: Training, name: str) -> list[float]:
-    lines = read_metrics(Path(training.recipe.output_dir) / "metrics.jsonl")
+def figures(run: Run, name: str) -> list[float]:
+    lines = read_metrics(Path(run.recipe.output_dir) / "metrics.jsonl")
     return [line[name] for line in lines if name in line]
 
 
-def pixels(training: Training) -> np.ndarray:
+def pixels(run: Run) -> np.ndarray:
     """The grids of all validations."""
-    samples = sorted((Path(training.recipe.output_dir) / "samples").iterdir())
+    samples = sorted((Path(run.recipe.output_dir) / "samples").iterdir())
     return np.stack([np.asarray(Image.open(path)).astype(int) for path in samples])
 
 
@@ -138,8 +142,8 @@ def test_defect_16_memory_that_ends_beside_the_drawing_ends_no_run(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("sd_recipes.evaluation.validation.picture_grid", lambda *_: bytearray(2**62))
-    training = train(settings | VALIDATED)
-    assert len(figures(training, "train_loss")) == 4
+    run = train(settings | VALIDATED)
+    assert len(figures(run, "train_loss")) == 4
     assert "No memory for this validation" in caplog.text
 
 
@@ -150,9 +154,9 @@ def test_defect_16_pictures_are_decoded_one_by_one_and_training_is_left_alone(
     decoded: list[int] = []
     forward = Decoder.forward
     monkeypatch.setattr(Decoder, "forward", lambda self, z, *rest: (decoded.append(len(z)), forward(self, z, *rest))[1])
-    training = train(settings | VALIDATED | {"validate_before_training": True})
+    run = train(settings | VALIDATED | {"validate_before_training": True})
     assert decoded == [1] * 3 * len(PROMPTS)
-    assert_equal(weights(plain), weights(training))
+    assert_equal(weights(plain), weights(run))
 
 
 # ------------------------------------------------------------------------------------------ sizes
@@ -168,13 +172,15 @@ def test_defect_16_pictures_are_decoded_one_by_one_and_training_is_left_alone(
     ids=["buckets", "odd-step", "no-buckets"],
 )
 def test_defect_25_validation_is_of_a_size_that_can_be_drawn(settings: dict[str, Any], sizes: dict[str, Any]) -> None:
-    training = train(settings | VALIDATED | HELD_OUT | sizes)
-    assert {picture.size for picture in training.validator.pictures(training, 4)} == {(32, 32)}
-    assert len(pixels(training)) == 2
-    assert np.isfinite(figures(training, "validation_loss")).all()
-    assert len(figures(training, "validation_loss")) == 2
+    run = train(settings | VALIDATED | HELD_OUT | sizes)
+    with torch.no_grad():
+        pictures = run.validator._own_share().pictures
+    assert {picture.size for picture in pictures.values()} == {(32, 32)}
+    assert len(pixels(run)) == 2
+    assert np.isfinite(figures(run, "validation_loss")).all()
+    assert len(figures(run, "validation_loss")) == 2
     square = {38: 32, 42: 36, 36: 36}[sizes["resolution"]]
-    assert training.validator.held_out_size == (square, square)
+    assert run.validator.held_out_size == (square, square)
 
 
 # ------------------------------------------------------------------------------------------ held-out rows
@@ -202,7 +208,7 @@ def split(settings: dict[str, Any], tmp_path: Path) -> Callable[[list[str | None
 def test_defect_26_a_held_out_split_of_unusable_rows_is_told_before_a_model_is_loaded(
     split: Callable, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("sd_recipes.training.build.load_components", lambda recipe: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(StableDiffusion, "load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(RecipeError, match="of --validation_split test") as error:
         train(split([None, " ", ""]), **changes)
     assert "blank or missing in text" in str(error.value)
@@ -212,15 +218,53 @@ def test_defect_26_a_held_out_split_of_unusable_rows_is_told_before_a_model_is_l
 def test_defect_26_some_bad_held_out_rows_are_counted_and_named(
     split: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    training = train(split(["a disc", None, "two discs", " "]), validation_steps=2)
+    run = train(split(["a disc", None, "two discs", " "]), validation_steps=2)
     assert "2 of 4 rows of --validation_split test cannot be used and will be skipped: row 1: no caption" in caplog.text
-    assert len(figures(training, "validation_loss")) == 2
+    assert len(figures(run, "validation_loss")) == 2
 
 
 def test_defect_26_unchecked_rows_leave_the_held_out_loss_out(
     split: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    training = train(split([None, None]), validation_steps=2, check_data="off")
-    assert len(figures(training, "train_loss")) == 4
-    assert figures(training, "validation_loss") == []
+    run = train(split([None, None]), validation_steps=2, check_data="off")
+    assert len(figures(run, "train_loss")) == 4
+    assert figures(run, "validation_loss") == []
     assert caplog.text.count("No row of --validation_split can be used") == 1
+
+
+# ------------------------------------------------------------------------------------------ several processes
+
+
+def test_a_validation_that_two_processes_share_is_that_of_one(
+    split: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same averaged weights: the two go on from the checkpoint of the one, which its validation came after.
+
+    One sample at a time, so that nothing but the sharing differs. Seven rows, one of which cannot be used, are 259
+    samples, and neither these nor the prompts divide by two.
+    """
+    monkeypatch.setattr("sd_recipes.evaluation.validation.MIN_HELD_OUT_SAMPLES", MIN_HELD_OUT_SAMPLES)
+    settings = split(["a disc", "a red disc", None, "two discs", "three discs", "a ring", "a blue ring"])
+    settings |= {
+        "train_batch_size": 1, "gradient_accumulation_steps": 4, "max_train_steps": 2, "checkpointing_steps": 2,
+        "use_ema": True, "validation_clip_model": "sd-recipes/tiny-clip", "validation_inference_steps": 2,
+        "output_dir": str(tmp_path / "one"),
+    }  # fmt: skip
+    one = train(settings, validation_prompts=PROMPTS[:3])
+    several = tmp_path / "several"
+    shutil.copytree(tmp_path / "one" / "checkpoint-2", several / "checkpoint-2")
+    del settings["train_data_dir"]
+    flags = flags_of(settings | {"gradient_accumulation_steps": 2, "output_dir": several})
+    output = finish(start(torchrun(2), *flags, "--validation_prompts", *PROMPTS[:3]))
+    assert output.count("Nothing left to train: 2 of 2 steps are done") == 1
+    assert output.count("1 of 7 held-out rows cannot be used") == 1, "by the two together"
+
+    (of_one,), (of_several,) = ([line for line in read_metrics(run / "metrics.jsonl") if "validation_loss" in line]
+                                for run in (tmp_path / "one", several))  # fmt: skip
+    assert of_one.keys() == of_several.keys() == {"step", "validation_loss", "image_text_score"}
+    assert of_several == pytest.approx(of_one, rel=1e-6, abs=0)
+    (grid,) = (tmp_path / "one" / "samples").iterdir()
+    assert (several / "samples" / grid.name).read_bytes() == grid.read_bytes()
+    assert pixels(one).std() > 5, "pictures that could differ"
+    moved = average(one).named_tensors()
+    assert any(not torch.equal(value, moved[name]) for name, value in weights(one).items()), "which are not the weights"

@@ -16,6 +16,7 @@ from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.output_dir import check_output_dir
 from sd_recipes.training.build import Run, build_run
+from sd_recipes.training.ema import AveragedWeights
 
 
 def forget_accelerator() -> None:
@@ -26,7 +27,7 @@ def forget_accelerator() -> None:
 def build(settings: dict[str, Any], **changes: Any) -> Run:
     """The run of these settings, put together and not begun."""
     recipe = Recipe(**{**settings, **changes})
-    check_output_dir(Path(recipe.output_dir))
+    check_output_dir(Path(recipe.output_dir), writes=not recipe.dry_run)
     forget_accelerator()
     accelerator = start_accelerator(recipe)
     recipe, checkpoint = resolve(recipe, accelerator, recipe.resume_from_checkpoint)
@@ -41,6 +42,13 @@ def train(settings: dict[str, Any], **changes: Any) -> Run:
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in run.model.components.unet.state_dict().items()}
+
+
+def average(run: Run) -> AveragedWeights:
+    """Of the UNet, with use_ema."""
+    found = run.state.parts["unet"].average
+    assert found is not None
+    return found
 
 
 def losses(run: Run) -> list[float]:

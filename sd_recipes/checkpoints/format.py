@@ -213,7 +213,10 @@ def read_manifest(path: Path) -> Manifest:
     if not isinstance(content, dict):
         raise DamagedCheckpoint(f"{MANIFEST} holds no manifest")
     if content.get("format") != FORMAT:
-        raise DamagedCheckpoint(f"it has format {str(content.get('format'))[:20]} and this version reads {FORMAT}")
+        raise DamagedCheckpoint(
+            f"it has format {str(content.get('format'))[:20]} and this version reads {FORMAT}: only the version that "
+            "wrote it goes on from it"
+        )
     digest = content.pop("digest", None)
     if digest != _digest(content):
         raise DamagedCheckpoint(f"{MANIFEST} is not as it was written")
@@ -307,17 +310,20 @@ def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path, Manifest] | No
     """
     checkpoints = list_checkpoints(output_dir)
     if wanted == "latest":
+        problems: list[str] = []
         for path in reversed(checkpoints):
             try:
                 return path, verify_checkpoint(path)
             except DamagedCheckpoint as error:
                 logger.warning("Skipped %s: %s.", path, error)
+                problems.append(f"{path.name}: {error}")
             except OSError as error:  # it may well be whole: an older one must not take its place in silence
                 raise RecipeError(_unreadable(path, error)) from error
         if checkpoints:
             raise RecipeError(
                 f"--resume_from_checkpoint latest: none of {[path.name for path in checkpoints]} in {output_dir} is "
-                "whole (see above): start anew with --overwrite, or choose another --output_dir"
+                f"whole and of format {FORMAT} ({problems[0]}): start anew with --overwrite, or choose another "
+                "--output_dir"
             )
         return None
     problem = "no checkpoint there"

@@ -7,7 +7,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
@@ -26,7 +26,7 @@ from sd_recipes.data.identity import data_fingerprint
 from sd_recipes.data.order import Order
 from sd_recipes.data.stream import joined_states
 from sd_recipes.errors import RecipeError, one_line
-from sd_recipes.recipe import Recipe
+from sd_recipes.recipe import Recipe, on_resume
 from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.runtime.agreement import broadcast
 from sd_recipes.runtime.out_of_memory import is_out_of_memory
@@ -34,46 +34,7 @@ from sd_recipes.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-Effect = Literal["refused", "told", "compared", "free"]
 
-
-def _names(words: str, effect: Effect) -> dict[str, Effect]:
-    return dict.fromkeys(words.split(), effect)
-
-
-# What a setting that is another than in the checkpoint means. `refused`: the state would not fit. `told`: the run
-# goes on with the new value, and is another than the uninterrupted one. `compared`: by what it stands for
-# (`identity_of`), since a folder may have moved, or several settings say it together. `free`: the weights do not
-# depend on it, but for rounding.
-EFFECTS: dict[str, Effect] = {
-    **_names("optimizer streaming", "refused"),
-    **_names(
-        "prediction_type pretrained_model_name_or_path non_ema_revision train_from_scratch unet_config dataset_name "
-        "dataset_config_name dataset_revision train_data_dir train_split data_sources train_batch_size "
-        "gradient_accumulation_steps lr_scheduler num_train_epochs max_train_steps",
-        "compared",
-    ),
-    **_names(
-        "seed mixed_precision allow_tf32 image_column max_train_samples shuffle_block resolution center_crop crop "
-        "random_flip image_interpolation_mode max_image_megapixels aspect_ratio_buckets bucket_step max_upscale "
-        "caption_column caption_columns caption_template shuffle_tags keep_tags tag_separator caption_dropout "
-        "blank_captions long_captions caption_chunks cache_latents latent_cache_dtype cache_text snr_gamma "
-        "noise_offset input_perturbation dream_training dream_detail_preservation learning_rate scale_lr "
-        "lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon sgd_momentum max_grad_norm use_ema "
-        "ema_decay gradient_checkpointing enable_xformers_memory_efficient_attention channels_last compile_unet "
-        "revision variant",
-        "told",
-    ),
-    **_names(
-        "config dry_run output_dir overwrite device local_rank cache_dir stream_outage_minutes check_data max_bad_rows "
-        "dataloader_num_workers latent_cache_dir use_8bit_adam offload_ema "
-        "foreach_ema checkpointing_steps checkpointing_minutes checkpoints_total_limit resume_from_checkpoint "
-        "validation_prompts validation_epochs validation_steps validation_split validate_before_training "
-        "validation_inference_steps validation_guidance_scale validation_clip_model logging_dir logging_steps "
-        "report_to tracker_project_name push_to_hub hub_model_id hub_token",
-        "free",
-    ),
-}
 WAY_OUT = "go back to it, start anew with --overwrite, or choose another --output_dir"
 
 
@@ -193,26 +154,26 @@ def choose_checkpoint(recipe: Recipe, is_main: bool) -> tuple[Path, Manifest] | 
 
 
 def compare_settings(recipe: Recipe, manifest: Manifest, path: Path | str) -> None:
-    """Tell what changed since the checkpoint. Raises RecipeError for what would not fit."""
+    """Warn of what changed since the checkpoint. Raises RecipeError for what would not fit."""
     now, then = (in_texts(redacted, settings) for settings in (recipe.model_dump(mode="json"), manifest.settings))
     if recipe.seed is None:
         now["seed"] = then["seed"]  # which the run then takes
     changed = [name for name, saved in then.items() if name in now and now[name] != saved]
-    refused, told = [], []
+    refused, warned = [], []
     for name in changed:
         words = f"--{name} is {one_line(now[name])} and was {one_line(then[name])}"
-        effect = EFFECTS[name]
+        effect = on_resume(name)
         if name == "use_ema":
-            effect = "refused" if recipe.use_ema else "told"
+            effect = "refused" if recipe.use_ema else "warned"
         elif name == "shuffle_block" and not recipe.streaming:
             effect = "free"
         if effect == "refused":
             refused.append(words)
-        elif effect == "told":
-            told.append(words)
+        elif effect == "warned":
+            warned.append(words)
     if refused:
         raise RecipeError(f"{'; '.join(refused)} in {path}, whose state does not carry over: {WAY_OUT}")
-    for words in told:
+    for words in warned:
         logger.warning("%s in %s: the run goes on with the new value.", words, path)
 
 

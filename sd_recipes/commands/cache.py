@@ -21,7 +21,7 @@ from sd_recipes.data.captions import caption_columns, tokenize
 from sd_recipes.data.latent_store import ROWS_PER_FILE, LatentCache, made_by, open_cached
 from sd_recipes.data.order import MicroBatch, Order
 from sd_recipes.data.training_data import load_training_data
-from sd_recipes.errors import RecipeError, RunError
+from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.export.hub import PushError
 from sd_recipes.model.components import latent_shape_of, load_scheduler, load_vae
 from sd_recipes.model.families import family_of
@@ -201,7 +201,7 @@ def push_cache(folder: Path, recipe: Recipe) -> str:
         )
     except Exception as error:  # as in hub.publish: all of them are about the repository that the person named
         raise PushError(
-            f"the cache is complete in {folder} but not pushed ({' '.join(str(error).split())[:200]}). Push it with: "
+            f"the cache is complete in {folder} but not pushed ({one_line(error, 200)}). Push it with: "
             f"hf upload {name} {folder} . --repo-type dataset --exclude '*.partial'"
         ) from error
     return f"{api.endpoint}/datasets/{repo_id}"

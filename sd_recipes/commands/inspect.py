@@ -11,24 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from sd_recipes.errors import RecipeError, RunError
 from sd_recipes.flags import Command, build_parser, parse_flags, read_recipe_file
+from sd_recipes.inspection.settings import InspectConfig, Inspection
 from sd_recipes.recipe import (
     CacheConfig,
     CaptionConfig,
     DataConfig,
     ImageConfig,
     ModelConfig,
-    Section,
-    check_data_settings,
 )
 from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.runtime.console import say, set_up_console
@@ -39,42 +37,11 @@ if TYPE_CHECKING:
 NAMED = 3  # rows of each kind that the console names
 
 
-class InspectConfig(Section):
-    """Inspection: what is looked at, and where the report is written."""
-
-    config: str | None = Field(
-        None,
-        description="Recipe of a run, a YAML file or the name of a shipped one: its settings of data and model count.",
-    )
-    output_dir: str = Field("inspection", description="Where inspection.json and inspection.html are written.")
-    max_rows: int | None = Field(
-        None, ge=1, description="Inspect this many rows, drawn at random; of a stream the first ones."
-    )
-    num_workers: int | None = Field(
-        None, ge=0, description="Processes that decode images; otherwise one a core. 0 decodes in this process."
-    )
-    train_batch_size: int = Field(16, ge=1, description="Batch size against which the buckets' fill is shown.")
-    num_samples: int = Field(
-        64, ge=1, description="Images, drawn at random, that are shown or go through the model's VAE."
-    )
-
-
 # What an inspection takes from a recipe: the output folder and the workers are the run's own.
 OF_A_RECIPE = {"train_batch_size"}.union(
     *(section.model_fields for section in (DataConfig, ImageConfig, CaptionConfig, ModelConfig))
 )
 SECTIONS = (InspectConfig, DataConfig, ImageConfig, CaptionConfig, ModelConfig, CacheConfig)
-
-
-class Inspection(InspectConfig, DataConfig, ImageConfig, CaptionConfig, ModelConfig, CacheConfig):
-    """All settings of an inspection; those of the data as in a training run."""
-
-    @model_validator(mode="after")
-    def check(self) -> Inspection:
-        check_data_settings(self)
-        if self.num_workers is None:
-            self.num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return self
 
 
 def read_settings(argv: list[str]) -> Inspection:
@@ -146,9 +113,8 @@ def inspect(config: Inspection) -> Inspected:
     from sd_recipes.inspection.workers import ImageWorkers
 
     began = time.perf_counter()
-    assert config.num_workers is not None
     # Workers first: they start up while this process opens the data.
-    with contextlib.closing(ImageWorkers(config.num_workers)) as workers:
+    with contextlib.closing(ImageWorkers(config.image_workers)) as workers:
         from sd_recipes.inspection.scan import Rows, scan
 
         rows = Rows(config)

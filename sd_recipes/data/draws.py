@@ -33,12 +33,13 @@ class Draws:
 
     def tag_keys(self, num_tags: int) -> np.ndarray:
         """One key in [0, 1) a tag, (num_tags,), by which they are sorted; drawn here, for most captions need none."""
-        return _generator(self.seed, self.position, TAGS).random(num_tags)
+        return generator(self.seed, self.position, TAGS).random(num_tags)
 
 
-def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:
-    key = np.array([seed, position], dtype=np.uint64)
-    counter = np.array([0, 0, 0, purpose], dtype=np.uint64)
+def generator(seed: int, number: int, purpose: int, part: int = 0) -> np.random.Generator:
+    """A generator that depends on its arguments only."""
+    key = np.array([seed, number], dtype=np.uint64)
+    counter = np.array([0, 0, part, purpose], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
@@ -58,10 +59,10 @@ def draw(
     `stratum` of its global batch draws from that one of `global_batch_size` equal slices (variance
     reduction, as Kingma et al. 2021, appendix I.1).
     """
-    u = _generator(seed, position, CHOICES).random(6)
+    u = generator(seed, position, CHOICES).random(6)
 
     def normal(purpose: int, shape: tuple[int, ...]) -> np.ndarray:
-        return _generator(seed, position, purpose).standard_normal(shape, dtype=np.float32)
+        return generator(seed, position, purpose).standard_normal(shape, dtype=np.float32)
 
     return Draws(
         seed=seed,

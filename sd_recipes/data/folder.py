@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from sd_recipes.errors import RecipeError
+from sd_recipes.errors import RecipeError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,7 @@ def _read_metadata(path: Path, folder: Path) -> pa.Table | None:
         table = METADATA_READERS[path.name](path)
     except (pa.ArrowException, OSError) as error:
         raise RecipeError(
-            f"{path} cannot be read: {' '.join(str(error).split())[:300]}; every line is one row, and a column has one "
-            "type"
+            f"{path} cannot be read: {one_line(error)}; every line is one row, and a column has one type"
         ) from None
     if "file_name" not in table.column_names:
         return None

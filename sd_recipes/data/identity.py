@@ -7,16 +7,16 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from sd_recipes import assets
 from sd_recipes.data.folder import METADATA_READERS
+from sd_recipes.recipe import DataSettings
 from sd_recipes.redaction import redacted
 
 MAX_HASHED_BYTES = 64 * 2**20  # a metadata.jsonl is read: a changed caption may be as long as the old one
 
 
-def data_fingerprint(config: Any) -> str:
+def data_fingerprint(config: DataSettings) -> str:
     """Of the sources of a recipe: local files by name below their folder and by size, others by their address.
 
     It does not depend on where the files lie, nor on their times, so that data may be moved and copied.

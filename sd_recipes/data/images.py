@@ -14,6 +14,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from sd_recipes.errors import one_line
+
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "nearest_exact": Image.Resampling.NEAREST,
@@ -214,7 +216,7 @@ def _opened(encoded: dict[str, Any] | None, max_megapixels: float) -> Iterator[I
         raise ImageError(f"{name}: {_too_large(str(error).split(' exceeds')[0].lower(), max_megapixels)}") from error
     # Bad data makes Pillow's decoders raise nearly anything: SyntaxError, struct.error, AssertionError, KeyError.
     except Exception as error:
-        raise ImageError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise ImageError(f"{name}: {one_line(error)}") from error
 
 
 def _check_size(image: Image.Image, max_megapixels: float) -> None:

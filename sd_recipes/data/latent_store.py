@@ -32,6 +32,7 @@ import pyarrow as pa
 import torch
 
 from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import DataSettings
 from sd_recipes.runtime.agreement import wait_for_all
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def model_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def made_by(config: Any, vae: torch.nn.Module, vae_dtype: torch.dtype) -> dict[str, Any]:
+def made_by(config: DataSettings, vae: torch.nn.Module, vae_dtype: torch.dtype) -> dict[str, Any]:
     """Everything that a cached row depends on beside its image.
 
     The VAE comes as it was loaded, before it is cast to `vae_dtype`, so that it has one identity in all precisions.

@@ -15,15 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from sd_recipes.data.draws import generator
+
 # They keep the keys of these permutations apart from those of the samples' draws and from each other.
 ORDER_PURPOSE, SOURCE_PURPOSE, BATCHES_PURPOSE, STRATA_PURPOSE = 0xE70C, 0xE70D, 0xE70E, 0xE70F
-
-
-def generator(seed: int, number: int, purpose: int, part: int = 0) -> np.random.Generator:
-    """A generator that depends on its arguments only (Philox, Salmon et al. 2011)."""
-    key = np.array([seed, number], dtype=np.uint64)
-    counter = np.array([0, 0, part, purpose], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:

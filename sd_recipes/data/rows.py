@@ -16,8 +16,8 @@ from sd_recipes.data.folder import read_folder
 from sd_recipes.data.latent_store import SIZE_COLUMNS
 from sd_recipes.data.parquet_files import load_parquet
 from sd_recipes.data.shards import with_bytes
-from sd_recipes.errors import RecipeError
-from sd_recipes.recipe import DataSource, Recipe
+from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.recipe import DataSettings, DataSource, Recipe
 
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 FOLDER_SHARDS = 64  # of a folder that is read as a stream
@@ -27,7 +27,7 @@ MOMENTS_COLUMNS = ("moments", "moments_flipped", *SIZE_COLUMNS, "made_by")
 
 
 def load_rows(
-    config: Any, *, split: str | None = None, cache_dir: str | None = None, seed: int | None = None
+    config: DataSettings, *, split: str | None = None, cache_dir: str | None = None, seed: int | None = None
 ) -> datasets.Dataset:
     """Rows of all sources one after the other, with the image and caption columns checked.
 
@@ -47,7 +47,9 @@ def join_rows(parts: list[datasets.Dataset], number: int | None, seed: int | Non
     return rows
 
 
-def load_sources(config: Any, *, split: str | None = None, cache_dir: str | None = None) -> list[datasets.Dataset]:
+def load_sources(
+    config: DataSettings, *, split: str | None = None, cache_dir: str | None = None
+) -> list[datasets.Dataset]:
     """The rows of each source, with the same columns in all. Raises RecipeError as `load_rows`."""
     parts = []
     for source in config.sources:
@@ -64,7 +66,7 @@ def load_sources(config: Any, *, split: str | None = None, cache_dir: str | None
     return parts
 
 
-def load_streams(config: Any, *, cache_dir: str | None = None) -> list[datasets.IterableDataset]:
+def load_streams(config: DataSettings, *, cache_dir: str | None = None) -> list[datasets.IterableDataset]:
     """The stream of each source, images undecoded, columns checked. Raises RecipeError as `load_rows`."""
     streams = []
     for source in config.sources:
@@ -115,11 +117,11 @@ def _guarded(source: DataSource, read: Any) -> Any:
         told: BaseException = error
         while isinstance(told, datasets.exceptions.DatasetGenerationError) and told.__cause__ is not None:
             told = told.__cause__  # it says what "an error occurred"
-        words = " ".join(str(told).split())[:500]
-        raise RecipeError(f"{source.flag} cannot be read: {words or type(told).__name__}") from error
+        words = one_line(told, 500)
+        raise RecipeError(f"{source.flag} cannot be read: {words}") from error
 
 
-def _load(source: DataSource, config: Any, cache_dir: str | None, *, streaming: bool) -> Any:
+def _load(source: DataSource, config: DataSettings, cache_dir: str | None, *, streaming: bool) -> Any:
     options: dict[str, Any] = {"cache_dir": cache_dir, "streaming": streaming}
     if source.dataset_name is not None:
         name = assets.resolve(source.dataset_name)
@@ -162,7 +164,7 @@ def _load(source: DataSource, config: Any, cache_dir: str | None, *, streaming: 
     )
 
 
-def _checked(rows: Any, features: datasets.Features, source: DataSource, config: Any) -> Any:
+def _checked(rows: Any, features: datasets.Features, source: DataSource, config: DataSettings) -> Any:
     """The rows with the needed columns only and images undecoded; a Dataset or an IterableDataset."""
     captions = caption_columns(config)
     images = [config.image_column]
@@ -191,7 +193,7 @@ def _checked(rows: Any, features: datasets.Features, source: DataSource, config:
     return rows
 
 
-def _check_column(flag: str, column: str, columns: list[str], source: DataSource, config: Any) -> None:
+def _check_column(flag: str, column: str, columns: list[str], source: DataSource, config: DataSettings) -> None:
     if column in columns:
         return
     near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)

@@ -15,8 +15,8 @@ import datasets
 import fsspec
 import numpy as np
 
-from sd_recipes.data.order import generator
-from sd_recipes.errors import RunError
+from sd_recipes.data.draws import generator
+from sd_recipes.errors import RunError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Shards:
             except Exception as error:
                 if closed.is_set():
                     raise StreamClosed from error
-                words = f"{self.name}: shard {shard} at row {row}: {' '.join(str(error).split())[:200] or repr(error)}"
+                words = f"{self.name}: shard {shard} at row {row}: {one_line(error, 200)}"
                 if isinstance(error, PERMANENT):
                     raise StreamLost(f"{words}: the file is gone or forbidden") from error
                 if self.is_local and not isinstance(error, OSError):  # which a network's file system may mend

@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 from sd_recipes.data.buckets import Buckets
 from sd_recipes.data.images import ImageError, read_size
 from sd_recipes.errors import RecipeError
-from sd_recipes.recipe import ImageConfig, Recipe
+from sd_recipes.recipe import DataSettings, ImageConfig, Recipe
 
 Size = tuple[int, int]  # (height, width)
 CHUNK = 256
 
 
-def size_of_row(config: Any) -> Callable[[dict[str, Any]], Size]:
+def size_of_row(config: DataSettings) -> Callable[[dict[str, Any]], Size]:
     """The function from a row to its size. A row whose image cannot be read gets the square: it is met as bad later."""
     square = (config.resolution, config.resolution)
     buckets = None
@@ -46,7 +46,7 @@ def square_side(config: ImageConfig) -> int:
     )
 
 
-def assign_buckets(rows: datasets.Dataset, config: Any) -> tuple[tuple[Size, ...], np.ndarray]:
+def assign_buckets(rows: datasets.Dataset, config: DataSettings) -> tuple[tuple[Size, ...], np.ndarray]:
     """The sizes that occur, and (num_rows,) which of them each row has; reads the header of every image."""
     size_of = size_of_row(config)
     columns = [name for name in (config.image_column, "moments", "height", "width") if name in rows.column_names]

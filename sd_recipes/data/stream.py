@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch, generator, portion
+from sd_recipes.data.draws import generator
+from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch, portion
 from sd_recipes.data.shards import Shards, SourceReader
 from sd_recipes.errors import RecipeError
 

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from sd_recipes import assets
-from sd_recipes.errors import RecipeError
+from sd_recipes.errors import RecipeError, one_line
 
 
 class ImageTextScore:
@@ -29,7 +29,7 @@ class ImageTextScore:
             self.processor = CLIPImageProcessorPil.from_pretrained(folder, cache_dir=cache_dir)
         # As for the pipeline's parts: transformers has no common base for what a bad model raises.
         except Exception as error:
-            raise RecipeError(f"--validation_clip_model {name}: {' '.join(str(error).split())[:300]}") from error
+            raise RecipeError(f"--validation_clip_model {name}: {one_line(error)}") from error
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> float:

@@ -15,7 +15,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sd_recipes.data.batches import BatchBuilder
-from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch, generator
+from sd_recipes.data.draws import generator
+from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch
 from sd_recipes.errors import one_line
 from sd_recipes.evaluation.metrics import ImageTextScore
 from sd_recipes.evaluation.pictures import BROKEN_OFF, draw_pictures, picture_grid, save_whole

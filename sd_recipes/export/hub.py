@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import filter_repo_objects
 
 from sd_recipes.assets import ASSETS
-from sd_recipes.errors import RecipeError, RunError
+from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.flags import recipe_text
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted, shown
@@ -43,7 +43,7 @@ def create_repository(recipe: Recipe) -> str:
     # between its versions; all of them are about the repository that the person named.
     except Exception as error:
         raise RecipeError(
-            f"--push_to_hub: cannot create {name} ({' '.join(str(error).split())[:200]}): log in with `hf auth login`, "
+            f"--push_to_hub: cannot create {name} ({one_line(error, 200)}): log in with `hf auth login`, "
             "or drop the flag and upload later"
         ) from error
 
@@ -64,7 +64,7 @@ def publish(output_dir: Path, repo_id: str, recipe: Recipe, folders: Sequence[st
     except Exception as error:  # as above; the model is saved, and the error is passed on
         includes = " ".join(f"--include '{pattern}'" for pattern in allowed)
         raise PushError(
-            f"the model is saved in {output_dir} and was not pushed ({' '.join(str(error).split())[:200]}). "
+            f"the model is saved in {output_dir} and was not pushed ({one_line(error, 200)}). "
             f"Push it with: hf upload {repo_id} {output_dir} . {includes}"
         ) from error
     return f"{api.endpoint}/{repo_id}"

@@ -13,6 +13,7 @@ import numpy as np
 from sd_recipes.data.captions import CaptionError, caption_columns, count_tokens, is_missing, make_caption
 from sd_recipes.data.draws import draw
 from sd_recipes.inspection.findings import BoundedCounter, Finding
+from sd_recipes.recipe import DataSettings
 from sd_recipes.redaction import redacted
 
 MAX_WORDS = 50_000  # different words that are counted
@@ -24,7 +25,7 @@ WORD = re.compile(r"\w+(?:['’-]\w+)*")
 class CaptionSummary:
     """Of the captions of some rows: their lengths, words, and eight bytes of digest each."""
 
-    def __init__(self, config: Any, tokenizer: Any | None) -> None:
+    def __init__(self, config: DataSettings, tokenizer: Any | None) -> None:
         self.config = config
         self.columns = caption_columns(config)
         self._undisturbed = config.model_copy(

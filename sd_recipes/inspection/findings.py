@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sd_recipes.recipe import DataSettings
+
 LISTED = 10_000  # rows that are named, of each kind
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", ".ds_store"}
 
@@ -32,7 +34,7 @@ class Finding:
     detail: str
 
 
-def kinds(config: Any) -> dict[str, Kind]:
+def kinds(config: DataSettings) -> dict[str, Kind]:
     """The kinds of findings, in the order in which they are told; severities as the settings make them."""
     blank: Severity = "note" if config.blank_captions == "empty" else "bad"
     small: Severity = "bad" if config.aspect_ratio_buckets else "problem"

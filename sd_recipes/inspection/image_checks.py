@@ -74,8 +74,8 @@ class InspectedImages:
     looks: np.ndarray  # uint64 (n,), their perceptual hashes
 
 
-def row_name(encoded: dict[str, Any] | None, row: int, root: str | None) -> str:
-    """How a row is called: its image's path, below `root` where it lies there, or its number."""
+def picture_name(encoded: dict[str, Any] | None, row: int, root: str | None) -> str:
+    """How a row's picture is called: its image's path, below `root` where it lies there, or its number."""
     path = (encoded or {}).get("path")
     if not path:
         return f"row {row}"
@@ -87,7 +87,7 @@ def inspect_images(rows: Iterable[tuple[int, dict[str, Any] | None]], settings: 
     summary, findings = ImageSummary(), []
     sampled, decoded, contents, looks = [], [], [], []
     for row, encoded in rows:
-        name = row_name(encoded, row, settings.root)
+        name = picture_name(encoded, row, settings.root)
         try:
             data = _read(encoded)
             encoded = {"bytes": data, "path": name}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from sd_recipes.inspection.distribution import LatentDistribution
 from sd_recipes.model.components import load_scheduler, load_vae
 from sd_recipes.model.families import family_of
 from sd_recipes.model.latents import encode_pixels, sample_latents, to_pixel_values
+from sd_recipes.recipe import ModelConfig
 from sd_recipes.runtime.accelerator import allow_tf32
 
 
@@ -27,7 +27,7 @@ class Model:
     alphas_cumprod: np.ndarray  # (T,) float64, ᾱ_t for t = 1…T
 
 
-def load_model(config: Any) -> Model:
+def load_model(config: ModelConfig) -> Model:
     """The VAE, on the GPU if there is one, the tokenizer and the schedule. Raises RecipeError."""
     allow_tf32(False)  # figures are float32's
     vae = load_vae(config).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,7 +18,8 @@ from sd_recipes.data.rows import load_rows, load_streams
 from sd_recipes.errors import RecipeError
 from sd_recipes.inspection.caption_checks import CaptionSummary
 from sd_recipes.inspection.findings import Findings, kinds
-from sd_recipes.inspection.image_checks import ImageSettings, ImageSummary, row_name
+from sd_recipes.inspection.image_checks import ImageSettings, ImageSummary, picture_name
+from sd_recipes.inspection.settings import Inspection
 from sd_recipes.inspection.workers import Images, ImageWorkers
 
 CHUNK_ROWS = 32
@@ -33,7 +34,7 @@ class Rows:
     `total` is None where it is not known. Raises RecipeError for data that cannot be read.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Inspection) -> None:
         self.image_column = config.image_column
         self.max_rows = config.max_rows
         self._rows: datasets.Dataset | None = None
@@ -91,7 +92,7 @@ class Scan:
     looks: array[int] = field(default_factory=lambda: array("Q"))  # their perceptual hashes
 
 
-def scan(rows: Rows, config: Any, tokenizer: Any | None, num_samples: int, workers: ImageWorkers) -> Scan:
+def scan(rows: Rows, config: Inspection, tokenizer: Any | None, num_samples: int, workers: ImageWorkers) -> Scan:
     """Inspect all of `rows`. Raises RecipeError if one of the workers dies."""
     result = Scan(CaptionSummary(config, tokenizer))
     buckets = None
@@ -109,7 +110,7 @@ def scan(rows: Rows, config: Any, tokenizer: Any | None, num_samples: int, worke
     good = _Reservoir(result.samples, num_samples)
     with tqdm(total=rows.total, desc="inspecting", unit="row", mininterval=0.5) as bar:
         for chunk, images in workers.inspect(_chunks(rows, config.image_column), settings):
-            named = [(number, row_name(row[config.image_column], number, settings.root), row) for number, row in chunk]
+            named = [(number, picture_name(row[config.image_column], number, settings.root), row) for number, row in chunk]
             findings = images.findings + result.captions.update(named)
             bad = {finding.row for finding in findings if finding.kind in bad_kinds}
             result.images.merge(images.summary)

@@ -11,8 +11,9 @@ import numpy as np
 from sd_recipes.inspection.distribution import LatentDistribution, forward_kl, stable_diffusion_alphas_cumprod
 from sd_recipes.inspection.duplicates import Groups, equal_groups, near_groups
 from sd_recipes.inspection.findings import LISTED, kinds
-from sd_recipes.inspection.image_checks import SAMPLED_SIDE, row_name
+from sd_recipes.inspection.image_checks import SAMPLED_SIDE, picture_name
 from sd_recipes.inspection.scan import Rows, Scan
+from sd_recipes.inspection.settings import Inspection
 
 GROUPS = 1000  # of duplicates that are listed
 STATUS_NAMES = {0: "clean", 1: "problems", 2: "unusable"}
@@ -32,7 +33,7 @@ class Duplicates:
 class Inspected:
     """An inspection's results."""
 
-    config: Any
+    config: Inspection
     rows: Rows
     scan: Scan
     duplicates: Duplicates
@@ -51,7 +52,9 @@ class Inspected:
 
     @property
     def source(self) -> str:
-        return self.config.sources[0].dataset_name or self.config.sources[0].train_data_dir
+        """The first source's name or folder."""
+        source = self.config.sources[0]
+        return source.dataset_name or source.train_data_dir or ""
 
     def schedule(self) -> np.ndarray:
         """ᾱ_t for t = 1…T: the model's, or Stable Diffusion's."""
@@ -59,7 +62,7 @@ class Inspected:
 
     def row_label(self, row: int) -> str:
         found = self.rows.read(row)
-        return f"row {row}" if found is None else row_name(found[self.config.image_column], row, self.root)
+        return f"row {row}" if found is None else picture_name(found[self.config.image_column], row, self.root)
 
     @property
     def root(self) -> str | None:

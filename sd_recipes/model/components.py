@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DCondit
 from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from sd_recipes import assets
-from sd_recipes.errors import RecipeError
+from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.recipe import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -139,10 +139,9 @@ class Source:
         # OSError, ValueError, KeyError, RuntimeError, JSONDecodeError and SafetensorError: no common
         # base. All of them are about the model that the person named.
         except Exception as error:
-            words = " ".join(str(error).split())[:400]
+            words = one_line(error, 400)
             raise RecipeError(
-                f"--pretrained_model_name_or_path {self.name}: cannot load {subfolder} "
-                f"({part.__name__}): {words or type(error).__name__}"
+                f"--pretrained_model_name_or_path {self.name}: cannot load {subfolder} ({part.__name__}): {words}"
             ) from error
 
     def load_model(self, part: Any, subfolder: str, **options: Any) -> Any:
@@ -164,7 +163,7 @@ def _new_unet(config: ModelConfig, source: Source) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_config(unet_config)
     # diffusers checks a configuration by whatever its blocks raise.
     except Exception as error:
-        words = " ".join(str(error).split())[:300]
+        words = one_line(error)
         place = f"--unet_config {config.unet_config}" if config.unet_config else "the model's unet/config.json"
         raise RecipeError(f"{place} does not describe a UNet2DConditionModel: {words}") from error
 
@@ -176,7 +175,7 @@ def _read_unet_config(config: ModelConfig, source: Source) -> dict[str, Any]:
                 source.name, subfolder="unet", revision=config.revision, cache_dir=config.cache_dir
             )
         except OSError as error:
-            words = " ".join(str(error).split())[:300]
+            words = one_line(error)
             raise RecipeError(
                 f"--train_from_scratch: no UNet configuration, give --unet_config FILE ({words})"
             ) from error

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sd_recipes.errors import RunError
+from sd_recipes.errors import RunError, one_line
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.signals import Stopped
 
@@ -32,7 +32,7 @@ def mistakes_in_one_line() -> Iterator[None]:
         told = _lost_another_process(error)
         if told is None:
             raise
-        words, status = f"error: {told} ({redacted(' '.join(str(error).split())[:200])})", 1
+        words, status = f"error: {told} ({redacted(one_line(error, 200))})", 1
     else:
         return
     if words:

@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from sd_recipes.errors import one_line
+
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -40,7 +42,7 @@ class AtOnce:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                words = " ".join(str(error).split())[:200] or type(error).__name__
+                words = one_line(error, 200)
             # Here the error is gone, and with its traceback what the frames in it held.
             clear_device_cache(garbage_collection=True)
             told = f"{self.what}: no memory for {self.number} at once ({words})"

@@ -15,7 +15,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
-from sd_recipes.errors import RecipeError
+from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.flags import recipe_text
 from sd_recipes.reading import StrangeFile, open_regular
 from sd_recipes.recipe import Recipe
@@ -66,8 +66,7 @@ class Tracker:
             self.accelerator.init_trackers(recipe.tracker_project_name, None if step else settings, init_kwargs=purges)
         except Exception as error:  # as below
             raise RecipeError(
-                f"--report_to {recipe.report_to} cannot be started ({' '.join(str(error).split())[:300]}): mend it, or "
-                "use none"
+                f"--report_to {recipe.report_to} cannot be started ({one_line(error)}): mend it, or use none"
             ) from error
         if self.accelerator.is_main_process:
             replace_file(self.path.parent / "recipe.yaml", recipe_text(recipe))
@@ -108,7 +107,7 @@ class Tracker:
             # They have no common base for their errors: a full disk's OSError, a server's that is away, wandb's own.
             except Exception as error:
                 self.accelerator.trackers.remove(tracker)
-                words = " ".join(str(error).split())[:300] or type(error).__name__
+                words = one_line(error)
                 logger.warning("%s fails (%s): training goes on without it.", tracker.name, words)
 
     def log_pictures(self, pictures: list[Image.Image], step: int) -> None:
