@@ -18,7 +18,7 @@ from sd_recipes.commands.cli import train
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train by the flags in `argv`. A mistake leaves one line on stderr, and status 2."""
+    """Train with the flags in `argv`. A mistake ends in one line on stderr and status 2."""
     train(argv)
 
 

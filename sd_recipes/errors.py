@@ -1,4 +1,4 @@
-"""What ends a run in one line; and other people's errors told in one."""
+"""Errors that end a run with a one-line message, and other libraries' errors in one line."""
 
 from typing import Any
 
@@ -6,20 +6,20 @@ from sd_recipes.redaction import in_texts, redacted
 
 
 class RunError(Exception):
-    """An end of a run that is told in one line, without a traceback; `status` is the process's exit status."""
+    """Ends a run with a one-line message and no traceback; `status` is the process's exit status."""
 
     status = 1
 
     def __init__(self, *words: Any) -> None:
-        super().__init__(*in_texts(redacted, words))  # an address, or another program's error, may hold a secret
+        super().__init__(*in_texts(redacted, words))  # a URL, or another program's error, may hold a secret
 
 
 class RecipeError(RunError, ValueError):
-    """A person's mistake: the line names the flag or the file, and the way out."""
+    """A user's mistake: the message names the flag or the file, and the way out."""
 
     status = 2
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """The words of an error in one line of at most `limit` characters; its class, where it has no words."""
+    """An error's text in one line of at most `limit` characters; its class name if it has no text."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -533,7 +533,7 @@ def test_defect_12_the_words_about_another_format_are_true(settings: dict[str, A
     vae = load_vae(Recipe(**settings))
     wanted = made_by(Recipe(**settings, center_crop=True), vae, torch.float32)
     check_provenance(json.dumps(wanted), wanted)
-    with pytest.raises(RecipeError, match=r"in format 1, .* another version .* make them anew with `sd-recipes cache`"):
+    with pytest.raises(RecipeError, match=r"in format 1, .* another version .*make them again with `sd-recipes cache`"):
         check_provenance(json.dumps({**wanted, "format": 1}), wanted)
 
 

@@ -45,6 +45,7 @@ from sd_recipes.commands.train import fit_from, resolve, run
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.runtime.output_dir import check_output_dir
 from sd_recipes.runtime.signals import Stopped, stop_request
 from sd_recipes.runtime.trackers import Tracker, read_metrics
 from sd_recipes.training.build import UNET_WEIGHTS, Run, build_run
@@ -200,6 +201,7 @@ def train_scaled(settings: dict[str, Any], skipped: set[int], **changes: Any) ->
     """With the loss scaler of fp16, on the CPU, which skips these steps of one micro-batch."""
     forget_accelerator()
     recipe = Recipe(**{**settings, **changes})
+    check_output_dir(Path(recipe.output_dir))
     accelerator = start_accelerator(recipe)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     recipe, found = resolve(recipe, accelerator, recipe.resume_from_checkpoint)
@@ -295,7 +297,7 @@ def test_a_run_of_an_older_format_is_refused_by_name_in_one_line(
     with pytest.raises(RecipeError) as error:
         run(Recipe(**settings, resume_from_checkpoint=wanted, dry_run=dry_run))
     told = str(error.value)
-    assert "checkpoint-1: it has format 2 and this version reads 3: only the version that wrote it goes on" in told
+    assert "checkpoint-1: it has format 2 and this version reads 3: only the version that wrote it can resume" in told
     assert str(path.parent) in told
     assert "\n" not in told
     assert before == {file: file.stat().st_mtime_ns for file in path.rglob("*")}
@@ -362,7 +364,7 @@ def test_a_disk_that_fills_up_keeps_the_old_one_and_training_goes_on(
         settings, output_dir=str(out), max_train_steps=3, checkpointing_steps=1, resume_from_checkpoint="latest"
     )
     assert first.recipe.seed == again.recipe.seed
-    assert caplog.text.count("cannot be written (it takes") == 2
+    assert caplog.text.count("cannot be written (it needs") == 2
     assert [path.name for path in list_checkpoints(out)] == ["checkpoint-1"]
     assert verify_checkpoint(out / "checkpoint-1").step == 1
     assert not list(out.glob(".checkpoint*"))
@@ -438,7 +440,7 @@ def test_a_folder_that_becomes_read_only_in_the_middle_of_a_run(
         monkeypatch.setattr(place, denied)
     monkeypatch.setattr(Path, "unlink", lambda path, **o: denied() if path.name == ".owner.json" else unlink(path, **o))
     settings |= {"validation_prompts": ["a disc"], "validation_steps": 2, "validation_inference_steps": 1}
-    with pytest.raises(NotSaved, match=r"make room, and the same command starts anew, for there is no checkpoint"):
+    with pytest.raises(NotSaved, match=r"make room, and the same command starts over, for there is no checkpoint"):
         run(Recipe(**settings))
     assert "checkpoint-4 cannot be written ([Errno 13]" in caplog.text
     assert caplog.text.count("The validation's pictures cannot be written") == 2
@@ -457,7 +459,7 @@ def test_asked_to_stop_where_nothing_can_be_saved(
     monkeypatch.setattr(saving, "write_checkpoint", full)
     monkeypatch.setattr(Tracker, "log", lambda *_: setattr(stop_request, "reason", "SIGTERM"))
     try:
-        with pytest.raises(NotSaved, match=r"step 2 could not be saved \(.*No space.* goes on from checkpoint-1"):
+        with pytest.raises(NotSaved, match=r"step 2 could not be saved \(.*No space.* resumes from checkpoint-1"):
             train(settings, resume_from_checkpoint="latest")
     finally:
         stop_request.reason = None
@@ -509,14 +511,14 @@ def hostile(path: Path, name: str, marker: Path) -> str:
     if name == "a named pickle":
         (path / "optimizer.bin").write_bytes(pickled)
         rewrite_manifest(path, lambda m: m["files"].update({"optimizer.bin": entry(pickled)}))
-        return "'optimizer.bin', which is no file of a checkpoint"
+        return "'optimizer.bin', which is not a file of a checkpoint"
     if name == "pickled tensors":
         (path / OPTIMIZER).write_bytes(pickled)
         rewrite_manifest(path, lambda m: m["files"].update({OPTIMIZER: entry(pickled)}))
         return "does not fit this run (SafetensorError"
     if name == "a path that leads out":
         rewrite_manifest(path, lambda m: m["files"].update({"../../secret.json": entry(b"x")}))
-        return "'../../secret.json', which is no file of a checkpoint"
+        return "'../../secret.json', which is not a file of a checkpoint"
     if name == "a link that leads out":
         outside = path.parent.parent / "outside.safetensors"
         shutil.move(path / OPTIMIZER, outside)
@@ -586,17 +588,19 @@ def state_changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path]
 
 FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "an endless manifest": (
-        in_place_of(MANIFEST, lambda file: file.symlink_to("/dev/zero")), "manifest.json is no regular file"
+        in_place_of(MANIFEST, lambda file: file.symlink_to("/dev/zero")), "manifest.json is not a regular file"
     ),
-    "a FIFO for a manifest": (in_place_of(MANIFEST, os.mkfifo), "manifest.json is no regular file"),
-    "a folder for a manifest": (in_place_of(MANIFEST, Path.mkdir), "manifest.json is no regular file"),
-    "a FIFO for the state": (in_place_of(STATE, os.mkfifo), "state.json is no regular file"),
-    "a FIFO for weights": (in_place_of(f"unet/{UNET_WEIGHTS}", os.mkfifo), f"{UNET_WEIGHTS} is no regular file"),
-    "a folder for tensors": (in_place_of(OPTIMIZER, Path.mkdir), "optimizer.safetensors is no regular file"),
-    "no seed": (rewritten(lambda m: m["settings"].pop("seed")), "is not of a run (1 validation error"),
+    "a FIFO for a manifest": (in_place_of(MANIFEST, os.mkfifo), "manifest.json is not a regular file"),
+    "a folder for a manifest": (in_place_of(MANIFEST, Path.mkdir), "manifest.json is not a regular file"),
+    "a FIFO for the state": (in_place_of(STATE, os.mkfifo), "state.json is not a regular file"),
+    "a FIFO for weights": (in_place_of(f"unet/{UNET_WEIGHTS}", os.mkfifo), f"{UNET_WEIGHTS} is not a regular file"),
+    "a folder for tensors": (in_place_of(OPTIMIZER, Path.mkdir), "optimizer.safetensors is not a regular file"),
+    "no seed": (rewritten(lambda m: m["settings"].pop("seed")), "does not describe a run (1 validation error"),
     "no batch size": (rewritten(lambda m: m["settings"].pop("train_batch_size")), "train_batch_size Field required"),
     "no global batch": (rewritten(lambda m: m["identity"].pop("global_batch_size")), "_batch_size Field required"),
-    "no base": (rewritten(lambda m: m["identity"].update(parts={"unet": "x"}, base=None)), "base Input should be a valid string"),
+    "no base": (
+        rewritten(lambda m: m["identity"].update(parts={"unet": "x"}, base=None)), "base Input should be a valid string"
+    ),
     "lines in a setting": (rewritten(lambda m: m["settings"].update(optimizer="a\n\nb")), "was a b"),
     "a step beyond all numbers": (rewritten(lambda m: m.update(step=10**300)), "manifest.json: 1 validation error"),
     "a loss that is NaN": (state_changed(lambda s: s["progress"].update(loss_sum=float("nan"))), "does not fit this"),
@@ -608,7 +612,8 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
         state_changed(lambda s: s["optimizer"].update({"x/y/z": 1})), "does not fit this run (ValueError"
     ),
     "a value under a tensor": (
-        state_changed(lambda s: s["optimizer"].update({"unet/conv_in.weight/exp_avg/z": 1})), "does not fit this run (TypeError"
+        state_changed(lambda s: s["optimizer"].update({"unet/conv_in.weight/exp_avg/z": 1})),
+        "does not fit this run (TypeError",
     ),
 }  # fmt: skip
 
@@ -715,7 +720,7 @@ def test_defect_4_a_misfit_says_so_before_anything_is_loaded(
     save_file(tensors, file, {"format": "pt"})
     rewrite_manifest(path, lambda m: m["files"].update({f"unet/{UNET_WEIGHTS}": entry(file.read_bytes())}))
     with pytest.raises(
-        RecipeError, match=r"does not fit this run \(ValueError: .*: go back to it, start anew with"
+        RecipeError, match=r"does not fit this run \(ValueError: .*: go back to it, start over with"
     ) as error:
         train(settings, resume_from_checkpoint="latest")
     assert ("more" if change == "one too many" else name) in str(error.value)

@@ -65,7 +65,7 @@ def test_a_bad_unet_config_is_named(tiny_pipeline: Path, tmp_path: Path, text: s
         ({"in_channels": 5}, "takes 5 and gives 4 channels, the VAE's latents have 4"),
         ({"out_channels": 8}, "takes 4 and gives 8 channels, the VAE's latents have 4"),
         ({"in_channels": 8, "out_channels": 8}, "takes 8 and gives 8 channels, the VAE's latents have 4"),
-        ({"num_class_embeds": 3}, "num_class_embeds asks for a condition beside the caption"),
+        ({"num_class_embeds": 3}, "num_class_embeds asks for a condition besides the caption"),
         ({"cross_attention_dim": 64}, "cross_attention_dim is 64, the text encoder's states have 32 values"),
     ],
 )

@@ -73,7 +73,10 @@ def test_the_loop_equals_a_float64_run_of_the_algorithm(settings: dict[str, Any]
         with torch.no_grad():
             for parameter in components.unet.parameters():
                 parameter -= 1e-2 * parameter.grad
-    assert [[len(batch.timesteps) for batch in window] for window in windows] == [[2, 2, 2], [2]]  # of 8 rows: 6, then 2
+    assert [[len(batch.timesteps) for batch in window] for window in windows] == [
+        [2, 2, 2],
+        [2],
+    ]  # of 8 rows: 6, then 2
     np.testing.assert_allclose(losses(training), expected_losses, rtol=1e-5)
     for name, value in components.unet.state_dict().items():
         torch.testing.assert_close(weights(training)[name].double(), value, rtol=1e-4, atol=1e-6)

@@ -36,8 +36,8 @@ def test_defect_1_an_infinite_gradient_reaches_no_checkpoint(settings: dict[str,
     run = build_poisoned(settings, {3}, checkpointing_steps=1, use_ema=True)
     with pytest.raises(TrainingDiverged) as error:
         fit_from(run)
-    assert "the gradient's norm is nan at step 3, which is not made: lower --learning_rate; " in str(error.value)
-    assert str(error.value).endswith("; the same command then goes on from checkpoint-2")
+    assert "the gradient's norm is nan at step 3, which is not applied: lower --learning_rate; " in str(error.value)
+    assert str(error.value).endswith("; the same command then resumes from checkpoint-2")
     found = find_checkpoint(tmp_path / "run", "latest")
     assert found is not None
     assert found[0].name == "checkpoint-2"
@@ -106,8 +106,8 @@ def assert_ended_on_both(settings: dict[str, Any], out: Path, **variables: str) 
     told = {line for line in output.splitlines() if line.startswith("error: ")}
     assert len(told) == 1, output
     assert re.fullmatch(
-        r"error: the gradient's norm is (inf|nan) at step 3, which is not made: lower --learning_rate; the same "
-        "command then goes on from checkpoint-2",
+        r"error: the gradient's norm is (inf|nan) at step 3, which is not applied: lower --learning_rate; the same "
+        "command then resumes from checkpoint-2",
         told.pop(),
     )
     assert [path.name for path in list_checkpoints(out)] == ["checkpoint-2"]

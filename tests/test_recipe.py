@@ -179,7 +179,7 @@ def test_defect_32_settings_that_data_sources_leave_unread_are_mistakes(tmp_path
     file.write_text(sources)
     recipe = load_recipe([*model, "--config", str(file)])
     assert getattr(recipe.sources[0], key) == value
-    with pytest.raises(RecipeError, match=rf"^--{key} {value} is not read beside data_sources of the recipe file"):
+    with pytest.raises(RecipeError, match=rf"^--{key} {value} is not read with data_sources of the recipe file"):
         load_recipe([*model, "--config", str(file), f"--{key}", value])
     file.write_text(f"{key}: {value}\n{sources}")
     with pytest.raises(RecipeError, match=rf"--{key} {value} is not read"):

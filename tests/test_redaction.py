@@ -100,7 +100,7 @@ def test_defect_29_a_secret_in_any_field_is_not_written_down(name: str, shape: s
         assert secret not in written
         is_of_the_run = name in yaml.safe_load(written)
         assert (LEFT_OUT in written) == is_of_the_run
-        assert not is_of_the_run or f"Give anew: {'' if name == 'data_sources' else '--'}{name}" in written
+        assert not is_of_the_run or f"Set again: {'' if name == 'data_sources' else '--'}{name}" in written
     if not is_of_the_run:
         return
     # A file with something left out is none without it, and is the same run with it.

@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import UNET_CONFIG, build_image_folder, build_tiny_pipeline
@@ -35,12 +36,15 @@ from sd_recipes.training.build import UNET_WEIGHTS, describe
 from sd_recipes.training.state import OPTIMIZER
 
 
-def run_it(settings: dict[str, Any], **changes: Any) -> Recipe:
+def run_it(settings: dict[str, Any], **changes: Any) -> None:
     """What the command does, in this process."""
     forget_accelerator()
-    recipe = Recipe(**{**settings, **changes})
-    run(recipe)
-    return recipe
+    run(Recipe(**{**settings, **changes}))
+
+
+def seed_in(out: Path) -> int:
+    """That of the resolved recipe, which a run writes when it begins."""
+    return yaml.safe_load((out / "recipe.yaml").read_text())["seed"]
 
 
 def saved_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -89,17 +93,18 @@ def test_typing_it_again_continues_and_a_finished_run_trains_nothing(
     caplog.set_level("INFO")
     out = tmp_path / "run"
     del settings["seed"]
-    first = run_it(settings, max_train_steps=3)
-    assert first.seed is not None
+    run_it(settings, max_train_steps=3)
+    seed = seed_in(out)
+    assert seed is not None
     before = {path: path.stat().st_mtime_ns for path in (out / "checkpoint-3").rglob("*")}
-    again = run_it(settings, max_train_steps=3)
+    run_it(settings, max_train_steps=3)
     assert "Nothing left to train: 3 of 3 steps are done" in caplog.text
     assert "--overwrite" in caplog.text
-    assert again.seed == first.seed, "the seed that was drawn is the run's"
+    assert seed_in(out) == seed, "the seed that was drawn is the run's"
     assert before == {path: path.stat().st_mtime_ns for path in (out / "checkpoint-3").rglob("*")}
     run_it(settings, max_train_steps=5)
     assert [line["step"] for line in figures(out)] == [1, 2, 3, 4, 5]
-    run_it(settings, max_train_steps=5, seed=first.seed, output_dir=str(tmp_path / "quiet"))
+    run_it(settings, max_train_steps=5, seed=seed, output_dir=str(tmp_path / "quiet"))
     assert_same_checkpoint(tmp_path / "quiet" / "checkpoint-5", out / "checkpoint-5")
     assert_equal(load_file(tmp_path / "quiet" / "unet" / UNET_WEIGHTS), load_file(out / "unet" / UNET_WEIGHTS))
 
@@ -124,9 +129,9 @@ def test_overwrite_starts_anew_and_removes_the_old_runs_files_only(settings: dic
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "the same command goes on"),
-        ({"overwrite": True}, "the same command without --overwrite goes on"),
-        ({"resume_from_checkpoint": "checkpoint-1"}, "the same command with --resume_from_checkpoint latest goes on"),
+        ({}, "the same command resumes"),
+        ({"overwrite": True}, "the same command without --overwrite resumes"),
+        ({"resume_from_checkpoint": "checkpoint-1"}, "the same command with --resume_from_checkpoint latest resumes"),
     ],
 )
 def test_a_stopped_run_says_how_it_goes_on(
@@ -160,7 +165,7 @@ def test_a_run_without_a_checkpoint_yet_starts_anew_and_says_so(
     (out / "recipe.yaml").write_text(recipe_text(Recipe(**settings)))
     (out / "metrics.jsonl").write_text('{"step": 1, "train_loss": 7.0}\n{"step": 2, "tr')
     run_it(settings, max_train_steps=2)
-    assert f"{out} has no checkpoint yet: the run starts anew" in caplog.text
+    assert f"{out} has no checkpoint yet: the run starts from step 0" in caplog.text
     assert [line["step"] for line in figures(out)] == [1, 2]
     assert figures(out)[0]["train_loss"] != 7.0
     assert not list(out.glob(".checkpoint*"))
@@ -196,7 +201,7 @@ def test_an_empty_folder_and_a_shells_output_are_fine(settings: dict[str, Any], 
 
 
 def test_overwrite_and_resume_contradict_each_other(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="--overwrite starts anew"):
+    with pytest.raises(ValueError, match="--overwrite starts over"):
         Recipe(**settings, overwrite=True, resume_from_checkpoint="latest")
 
 
@@ -241,7 +246,7 @@ def test_8_bit_and_plain_adamw_do_not_mix(settings: dict[str, Any]) -> None:
 def test_another_unet_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     train(settings, max_train_steps=1)
     other = build_tiny_pipeline(tmp_path / "other", unet_config={**UNET_CONFIG, "block_out_channels": [16, 32]})
-    with pytest.raises(RecipeError, match=r"the unet of .*other .* is another than that of .*checkpoint-1"):
+    with pytest.raises(RecipeError, match=r"the unet of .*other .* differs from that of .*checkpoint-1"):
         train(settings, pretrained_model_name_or_path=str(other), resume_from_checkpoint="latest")
 
 
@@ -300,7 +305,7 @@ def test_defect_20_a_changed_batch_trains_as_many_epochs(
     train(settings, train_batch_size=before, max_train_steps=done)
     training = train(settings, train_batch_size=after, resume_from_checkpoint="latest")
     assert training.num_steps == steps
-    assert f"({8 // after} an epoch, 4 epochs)" in describe(training)
+    assert f"({8 // after} per epoch, 4 epochs)" in describe(training)
     lines = figures(tmp_path / "run")
     assert (lines[-1]["step"], lines[-1]["epoch"]) == (steps, 4)
     assert lines[done]["lr"] == pytest.approx(1e-3 * (1 + math.cos(math.pi * (done + 1) / steps)) / 2)
@@ -332,7 +337,7 @@ def test_defect_21_buckets_are_dealt_out_once_an_epoch_though_the_batch_changes(
     caplog.clear()
     train(settings, train_batch_size=3, max_train_steps=3, resume_from_checkpoint="latest")
     assert "is 3 and was 2" in caplog.text
-    assert "goes on with the new one after this epoch, whose buckets are dealt out in batches of 2." in caplog.text
+    assert "continues with the new one after this epoch, whose buckets are dealt out in batches of 2." in caplog.text
     assert 3 <= len(met) < 9
     caplog.clear()
     training = train(settings, train_batch_size=3, resume_from_checkpoint="latest")
@@ -445,12 +450,12 @@ def test_defect_2_a_run_that_goes_back_has_one_line_of_history(
     caplog.set_level("INFO")
     again = {**settings, "learning_rate": 5e-4, "checkpoints_total_limit": 2}
     words = stop_at_once(monkeypatch, again, resume_from_checkpoint="checkpoint-2")
-    assert "saved at step 3; the same command with --resume_from_checkpoint latest goes on from there" in words
+    assert "saved at step 3; the same command with --resume_from_checkpoint latest resumes from there" in words
     set_aside = [f"checkpoint-{step}.abandoned" for step in (3, 4, 5)]
     assert names_in(out) == sorted(["checkpoint-2", "checkpoint-3", *set_aside]), "the limit is the new line's"
     told = [record.getMessage() for record in caplog.records if ".abandoned" in record.getMessage()]
     assert len(told) == 1
-    assert f"from {out / 'checkpoint-2'}, to which these in {out} did not lead: checkpoint-5 -> " in told[0]
+    assert f"from {out / 'checkpoint-2'}, and these in {out} did not lead up to it: checkpoint-5 -> " in told[0]
     caplog.clear()
     run_it(again, resume_from_checkpoint="latest")
     assert f"Resuming from {out / 'checkpoint-3'}" in caplog.text
@@ -516,7 +521,7 @@ def test_defect_2_another_folders_checkpoint_begins_a_line_of_its_own(
     other_files = {path: path.stat().st_mtime_ns for path in other.rglob("*")}
     named = {"resume_from_checkpoint": str(other / "checkpoint-2")}
     words = stop_at_once(monkeypatch, settings, **named)
-    assert "saved at step 3; the same command with --resume_from_checkpoint latest goes on" in words
+    assert "saved at step 3; the same command with --resume_from_checkpoint latest resumes" in words
     aside = ["checkpoint-1.abandoned", "checkpoint-2.abandoned", "checkpoint-3.abandoned"]
     assert names_in(out) == sorted(["checkpoint-3", *aside])
     assert [line["step"] for line in figures(out)] == [3]
@@ -532,7 +537,7 @@ def test_defect_2_advice_names_the_checkpoint_that_is_gone_on_from(
     run_it(settings, max_train_steps=3, checkpointing_steps=1)
     named = {"resume_from_checkpoint": "checkpoint-1", "max_train_steps": 2}
     monkeypatch.setattr(stop_request, "reason", "SIGTERM")
-    with pytest.raises(Stopped, match="before a step was made; the same command goes on from there"):
+    with pytest.raises(Stopped, match="before its first step; the same command resumes from there"):
         run_it(settings, **named)
     assert names_in(tmp_path / "run") == ["checkpoint-1", "checkpoint-2", "checkpoint-3"], "it had not begun"
     monkeypatch.setattr(stop_request, "reason", None)
@@ -542,14 +547,14 @@ def test_defect_2_advice_names_the_checkpoint_that_is_gone_on_from(
 
     monkeypatch.setattr("sd_recipes.commands.train.export_pipeline", full)
     for changes, resume_command in (
-        (named, "with --resume_from_checkpoint latest goes on from checkpoint-2"),
-        ({"overwrite": True, "max_train_steps": 2}, "without --overwrite goes on from checkpoint-2"),
+        (named, "with --resume_from_checkpoint latest resumes from checkpoint-2"),
+        ({"overwrite": True, "max_train_steps": 2}, "without --overwrite resumes from checkpoint-2"),
     ):
         with pytest.raises(NotSaved, match=f"make room, and the same command {resume_command}"):
             run_it(settings, **changes)
     monkeypatch.setattr("sd_recipes.checkpoints.saver.write_checkpoint", full)
     source = str(shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "copy"))
-    with pytest.raises(NotSaved, match=f"make room, and the same command goes on from {source}"):
+    with pytest.raises(NotSaved, match=f"make room, and the same command resumes from {source}"):
         run_it(settings, resume_from_checkpoint=source)
 
 
@@ -706,9 +711,9 @@ def test_defect_32_dry_run_changes_nothing_in_a_run_that_another_owns(
         before = tree(tmp_path)
         run_it(with_a_bad_row, dry_run=True)
         assert tree(tmp_path) == before
-        assert f"goes on from         {out / 'checkpoint-2'}" in capsys.readouterr().out
+        assert f"resumes from         {out / 'checkpoint-2'}" in capsys.readouterr().out
         run_it(with_a_bad_row, dry_run=True, resume_from_checkpoint="checkpoint-1")
-        assert f"Set aside would be what did not lead up to {out / 'checkpoint-1'}: checkpoint-2." in caplog.text
+        assert f"These did not lead up to {out / 'checkpoint-1'} and would be set aside: checkpoint-2." in caplog.text
         assert tree(tmp_path) == before
 
 
@@ -720,7 +725,7 @@ def test_defect_32_dry_run_says_what_the_run_would_of_an_output_dir(
         with pytest.raises(RecipeError, match=r"--output_dir .* cannot be written: .*file is not a folder"):
             run_it(settings, dry_run=True, output_dir=str(tmp_path / place))
     monkeypatch.setattr(os, "access", lambda *_: False)  # as for another than root
-    with pytest.raises(RecipeError, match=rf"cannot be written: no right to write to {tmp_path}, or a read-only"):
+    with pytest.raises(RecipeError, match=rf"cannot be written: no permission to write to {tmp_path}, or a read-only"):
         run_it(settings, dry_run=True)
 
 
@@ -728,5 +733,5 @@ def test_defect_32_dry_run_refuses_what_the_run_would(settings: dict[str, Any], 
     """Also what is known only when the model is loaded."""
     train(settings, max_train_steps=1)
     other = build_tiny_pipeline(tmp_path / "other", unet_config={**UNET_CONFIG, "block_out_channels": [16, 32]})
-    with pytest.raises(RecipeError, match=r"the unet of .*other .* is another than that of .*checkpoint-1"):
+    with pytest.raises(RecipeError, match=r"the unet of .*other .* differs from that of .*checkpoint-1"):
         run_it(settings, dry_run=True, pretrained_model_name_or_path=str(other))

@@ -28,7 +28,7 @@ def test_defect_27_torn_lines_of_the_metrics_do_not_block_a_resume(
     first, second = path.read_text().splitlines()
     path.write_text("\n".join([first, *TORN, second, '{"step": 3, "train']))
     train(settings, resume_from_checkpoint="latest")
-    assert caplog.text.count(f"{path}: dropped 8 of its lines, torn or strange: 2, 3, 4, 5, 6 and more") == 1
+    assert caplog.text.count(f"{path}: dropped 8 torn or malformed lines: 2, 3, 4, 5, 6 and more") == 1
     assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2, 3, 4]
     assert write_report(tmp_path / "run") == [f"loss curve      {tmp_path / 'run' / 'loss_curve.png'}"]
 
@@ -107,7 +107,7 @@ def test_defect_30_metrics_that_are_no_file_are_named(settings: dict[str, Any], 
     train(settings, max_train_steps=1)
     path.unlink()
     STRANGE[kind](path)
-    with pytest.raises(RecipeError, match=r"metrics\.jsonl is no regular file: remove it, or choose another"):
+    with pytest.raises(RecipeError, match=r"metrics\.jsonl is not a regular file: remove it, or choose another"):
         train(settings, resume_from_checkpoint="latest")
 
 

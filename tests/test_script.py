@@ -131,7 +131,7 @@ def test_dry_run_prints_the_run_and_trains_nothing(command_of_diffusers: list[ob
     done = run_script(*command_of_diffusers, "--gradient_accumulation_steps", 3, "--num_train_epochs", 2, "--dry_run")
     assert done.returncode == 0, done.stderr
     for words in (
-        "global batch         3 = 1 a device x 3",
+        "global batch         3 = 1 per device x 3",
         "optimizer steps      6 (3 an epoch",
         "trainable parameters",
     ):

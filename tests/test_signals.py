@@ -96,7 +96,7 @@ def test_a_signal_saves_the_run_within_ten_seconds_and_leaves_nobody(
     assert process.returncode != 0
     told = [line for line in output.splitlines() if line.startswith("stopped by ")]
     assert len(told) == 1, output
-    assert f": saved at step {step}; the same command goes on from there" in told[0]
+    assert f": saved at step {step}; the same command resumes from there" in told[0]
     if launcher is DIRECT:
         assert process.returncode == 75
         assert number.name in told[0]
@@ -255,7 +255,7 @@ def test_one_process_says_why_and_all_leave_with_the_same_status(
     with pytest.raises(SystemExit) as end, mistakes_in_one_line():
         raise stop_request.stopped("saved at step 7")
     assert end.value.code == 75
-    words = "stopped by a signal to another process: saved at step 7; the same command goes on from there\n"
+    words = "stopped by a signal to another process: saved at step 7; the same command resumes from there\n"
     assert capsys.readouterr().err == (words if rank == "0" else "")
 
 
@@ -302,7 +302,7 @@ def test_the_cache_command_keeps_what_is_done_at_a_signal(tiny_pipeline: Path, t
     process.send_signal(signal.SIGTERM)
     output += process.communicate(timeout=10)[0]
     assert process.returncode == 75, output
-    told = re.search(r"stopped by SIGTERM: (\d+) of 1000 rows are in the cache; the same command goes on", output)
+    told = re.search(r"stopped by SIGTERM: (\d+) of 1000 rows are in the cache; the same command resumes", output)
     assert told, output
     assert 0 < int(told[1]) < 1000
     output = finish(fill())

@@ -122,7 +122,7 @@ def test_a_stream_continues_exactly_where_it_stood(tmp_path: Path, steps: int) -
 def in_processes(
     shards: Shards, world_size: int, take: Take = one_epoch, samples_seen: int = 0, state: Any = None, **changes: Any
 ) -> list[list[MicroBatch]]:
-    """What every process of a group takes, each in a thread with a real all_gather_in_thread between them."""
+    """What every process of a group takes, each in a thread with a real exchange between them."""
     barrier = threading.Barrier(world_size)
     values: list[Any] = [None] * world_size
     results: list[list[MicroBatch]] = [[] for _ in range(world_size)]
@@ -353,7 +353,7 @@ def test_defect_18_a_global_batch_below_the_lanes_is_refused(tmp_path: Path) -> 
     shards = opened(parquet_shards(tmp_path / "rows", LENGTHS))
     for rank, world_size in ((0, 1), (0, 2), (1, 2)):
         stream = stream_of(shards, rank=rank, world_size=world_size, global_batch_size=4)
-        with pytest.raises(RecipeError, match=r"begun by 8 processes.*a global batch of 4.*it is 8 at least"):
+        with pytest.raises(RecipeError, match=r"begun by 8 processes.*a global batch of 4.*it is at least 8"):
             next(stream.micro_batches(24, begun_by(8)))
     next(stream_of(shards, global_batch_size=8).micro_batches(24, begun_by(8))), "each lane has a row"
 

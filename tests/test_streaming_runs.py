@@ -155,4 +155,6 @@ def test_a_stream_needs_a_number_of_steps(flags: list[object], local: Path) -> N
     place = flags.index("--max_train_steps")
     done = launch(*flags[:place], *flags[place + 2 :], "--dataset_name", local)
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith("error: --streaming knows no number of rows: give --max_train_steps")
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: --streaming does not know the number of rows: give --max_train_steps"
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +15,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Decoder
 from launching import finish, flags_of, start, torchrun
 from PIL import Image
+from test_script import environment
 from training import assert_equal, average, train, weights
 
 from sd_recipes.errors import RecipeError
@@ -136,6 +140,22 @@ def test_defect_16_a_validation_without_memory_draws_fewer_at_once_and_trains_on
     assert figures(none, "validation_loss") == []
     assert caplog.text.count("validation pictures: no memory for 1 at once") == 1
     assert caplog.text.count("left out from now on") == 2, "pictures and loss, said once each"
+
+
+def test_a_process_that_is_not_the_first_says_that_its_memory_has_ended() -> None:
+    """Each validates a share, and what one leaves out is missing in the figures of all."""
+    code = (
+        "from sd_recipes.runtime.console import set_up_console; set_up_console()\n"
+        "from sd_recipes.runtime.out_of_memory import AtOnce, tell_out_of_memory\n"
+        "def work(number): raise MemoryError\n"
+        "AtOnce(1, 'validation pictures').attempt(work)\n"
+        "tell_out_of_memory('this validation', MemoryError())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(RANK="1"), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "validation pictures: no memory for 1 at once (MemoryError): left out from now on" in done.stderr
+    assert "No memory for this validation: training continues" in done.stderr
 
 
 def test_defect_16_memory_that_ends_beside_the_drawing_ends_no_run(

@@ -1,1 +1,1 @@
-"""A run's state on disk: its format, writing it in the background, going on from it."""
+"""A run's state on disk: its format, writing it in the background, resuming from it."""

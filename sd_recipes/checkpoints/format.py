@@ -5,9 +5,9 @@ checkpoint-500/
   PART_ema/              its averaged weights, likewise, with --use_ema
   optimizer.safetensors  the optimizer's tensors, named PART/PARAMETER/KEY
   state.json             position, schedule, loss scaler and the optimizer's other values
-  manifest.json          what run this is of, and size and SHA-256 of every other file; written last
+  manifest.json          which run this belongs to, and size and SHA-256 of every other file; written last
 
-A checkpoint is written beside its place, synced, and renamed. One that stands under its name is whole, and
+A checkpoint is written under another name, synced, and renamed. One that has its final name was whole then, and
 `verify_checkpoint` shows whether it still is.
 """
 
@@ -39,16 +39,16 @@ MANIFEST, STATE = "manifest.json", "state.json"
 # What a checkpoint may consist of: data only, at most one folder deep.
 FILE = re.compile(r"(\w+/)?\w+\.(json|safetensors)")
 MAX_JSON_BYTES = 64 * 2**20  # of a manifest, state or configuration; real ones are far below 1 MiB
-# Folders that a kill may leave, and the next start removes: half written, and on their way out.
+# Folders that a kill may leave and the next start removes: half written, and about to be removed.
 PARTIAL, REMOVED = ".partial", ".removed"
 
 
 class DamagedCheckpoint(ValueError):
-    """What stands there is not a whole checkpoint; the message says what is wrong with it."""
+    """Not a whole checkpoint; the message says what is wrong with it."""
 
 
 class FileEntry(BaseModel):
-    """Of one file of a checkpoint."""
+    """Size and hash of one file of a checkpoint."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     size: int = Field(ge=0)
@@ -56,7 +56,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What run a checkpoint is of, and what it consists of."""
+    """Which run a checkpoint belongs to, and what it consists of."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     format: int
@@ -65,7 +65,7 @@ class Manifest(BaseModel):
     world_size: int = Field(ge=1)
     versions: dict[str, str]
     settings: dict[str, Any]  # the resolved recipe
-    identity: dict[str, Any]  # of data, model and batch, as far as the recipe's words do not tell
+    identity: dict[str, Any]  # of data, model and batch, as far as the settings do not show it
     files: dict[str, FileEntry] = {}
 
     def text(self) -> str:
@@ -84,7 +84,7 @@ class Contents:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk, with something for the headers."""
+        """Bytes on disk, with some room for the headers."""
         tensors = sum(tensor.nbytes for part in self.tensors.values() for tensor in part.values())
         return tensors + sum(map(len, self.texts.values())) + 2**20
 
@@ -93,20 +93,20 @@ class Contents:
 
 
 def write_checkpoint(contents: Contents, output_dir: Path, limit: int | None) -> Path:
-    """Write checkpoint-N so that a kill at any instant leaves the old ones or it, whole; then keep `limit`.
+    """Write checkpoint-N, then keep the newest `limit`. A kill at any instant leaves the old ones or it, whole.
 
-    Raises OSError, or SafetensorError for the tensors' files, if it cannot be written; what was written of it is
-    removed then.
+    Raises OSError, or SafetensorError from the tensors' files, if it cannot be written; whatever was written is then
+    removed.
     """
     final = output_dir / f"checkpoint-{contents.manifest.step}"
     temporary = output_dir / f".{final.name}{PARTIAL}"
     remove_leftovers(output_dir)
     free = shutil.disk_usage(output_dir).free
     if free < contents.nbytes:
-        raise OSError(f"it takes {_gigabytes(contents.nbytes)} and {output_dir} has {_gigabytes(free)} free")
+        raise OSError(f"it needs {_gigabytes(contents.nbytes)} and {output_dir} has {_gigabytes(free)} free")
     try:
         _write_files(contents, temporary)
-        if final.exists():  # put there since the run began, which set aside what was later than its checkpoint
+        if final.exists():  # put there after the run began, which set aside any later than its own
             os.replace(final, output_dir / f".{final.name}{REMOVED}")
         os.replace(temporary, final)
         _sync_folder(output_dir)
@@ -141,7 +141,7 @@ def _write_files(contents: Contents, folder: Path) -> None:
 
 
 def _prune(newest: Path, limit: int | None) -> None:
-    """Remove the oldest beyond `limit`; first by name, so that none that is half removed looks like one."""
+    """Remove the oldest beyond `limit`; they are renamed first, so that none looks like a checkpoint half removed."""
     if limit is None:
         return
     others = [path for path in list_checkpoints(newest.parent) if path != newest]
@@ -158,7 +158,7 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder; of a link only the link."""
+    """Remove a file or folder; if it is a link, only the link."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
@@ -208,14 +208,14 @@ def read_json(path: Path) -> Any:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint at `path`, itself checked. Raises DamagedCheckpoint and OSError."""
+    """The manifest of the checkpoint at `path`, checked against its digest. Raises DamagedCheckpoint and OSError."""
     content = read_json(path / MANIFEST)
     if not isinstance(content, dict):
         raise DamagedCheckpoint(f"{MANIFEST} holds no manifest")
     if content.get("format") != FORMAT:
         raise DamagedCheckpoint(
             f"it has format {str(content.get('format'))[:20]} and this version reads {FORMAT}: only the version that "
-            "wrote it goes on from it"
+            "wrote it can resume from it"
         )
     digest = content.pop("digest", None)
     if digest != _digest(content):
@@ -229,13 +229,13 @@ def read_manifest(path: Path) -> Manifest:
 def verify_checkpoint(path: Path) -> Manifest:
     """Compare all files of a checkpoint with its manifest, which is returned. Raises DamagedCheckpoint and OSError.
 
-    It holds the files of a checkpoint and no others, as regular files inside it: none is named by the
-    manifest that a link or a path leads out to.
+    It has to hold the files of a checkpoint and no others, as regular files inside it: no link or path in the
+    manifest may lead outside.
     """
     manifest = read_manifest(path)
     for name in sorted(manifest.files):
         if not FILE.fullmatch(name):
-            raise DamagedCheckpoint(f"{MANIFEST} names {name!r}, which is no file of a checkpoint")
+            raise DamagedCheckpoint(f"{MANIFEST} names {name!r}, which is not a file of a checkpoint")
     if STATE not in manifest.files:
         raise DamagedCheckpoint(f"{MANIFEST} does not name {STATE}")
     for folder, folders, files in os.walk(path):
@@ -244,7 +244,7 @@ def verify_checkpoint(path: Path) -> Manifest:
             inside = PurePosixPath(found.relative_to(path)).as_posix()
             if found.is_symlink():
                 raise DamagedCheckpoint(f"{inside} is a link")
-            # Hidden ones are of file systems and desktops.
+            # Hidden ones belong to file systems and desktops.
             if name in files and inside != MANIFEST and inside not in manifest.files and name[0] != ".":
                 raise DamagedCheckpoint(f"it holds {inside!r}, which {MANIFEST} does not name")
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="verify") as pool:
@@ -270,7 +270,7 @@ def _compare(path: Path, entry: FileEntry) -> str | None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """What is named like a checkpoint in a folder, by step, the oldest first; times do not matter."""
+    """The folders named like checkpoints, by step, oldest first; file times do not matter."""
     found = {
         int(match[1]): path
         for path in output_dir.glob("checkpoint-*")
@@ -285,7 +285,7 @@ def step_of(path: Path) -> int:
 
 
 def resume_command(recipe: Recipe) -> str:
-    """The command by which a run goes on from what it has saved: what began it may do something else."""
+    """The command that resumes a run from what it has saved; the one that started it may do something else."""
     if recipe.overwrite:
         return "the same command without --overwrite"
     if recipe.resume_from_checkpoint not in (None, "latest") and list_checkpoints(Path(recipe.output_dir)):
@@ -294,18 +294,18 @@ def resume_command(recipe: Recipe) -> str:
 
 
 def resume_hint(recipe: Recipe) -> str:
-    """What that command does, by the checkpoints that are there once a run has begun."""
+    """What that command does, given the checkpoints that are there once a run has begun."""
     if checkpoints := list_checkpoints(Path(recipe.output_dir)):
-        return f"goes on from {checkpoints[-1].name}"
+        return f"resumes from {checkpoints[-1].name}"
     if recipe.resume_from_checkpoint not in (None, "latest"):  # another folder's
-        return f"goes on from {recipe.resume_from_checkpoint}"
-    return "starts anew, for there is no checkpoint"
+        return f"resumes from {recipe.resume_from_checkpoint}"
+    return "starts over, for there is no checkpoint"
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that verifies for `latest`, or None; otherwise the one at `wanted`, or so named there.
+    """For `latest`, the newest checkpoint that verifies, or None; otherwise the one of that name there or at that path.
 
-    Says which were skipped and why. Raises RecipeError if none of several verifies, and if the one that was
+    Says which were skipped and why. Raises RecipeError if there are some and none verifies, and if the one that was
     named does not, listing those that do.
     """
     checkpoints = list_checkpoints(output_dir)
@@ -317,18 +317,18 @@ def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path, Manifest] | No
             except DamagedCheckpoint as error:
                 logger.warning("Skipped %s: %s.", path, error)
                 problems.append(f"{path.name}: {error}")
-            except OSError as error:  # it may well be whole: an older one must not take its place in silence
+            except OSError as error:  # it may well be whole: an older one must not silently take its place
                 raise RecipeError(_unreadable(path, error)) from error
         if checkpoints:
             raise RecipeError(
                 f"--resume_from_checkpoint latest: none of {[path.name for path in checkpoints]} in {output_dir} is "
-                f"whole and of format {FORMAT} ({problems[0]}): start anew with --overwrite, or choose another "
+                f"whole and of format {FORMAT} ({problems[0]}): start over with --overwrite, or choose another "
                 "--output_dir"
             )
         return None
     problem = "no checkpoint there"
     places = [output_dir / wanted, Path(wanted)]
-    for path in places if Path(wanted).name == wanted else reversed(places):  # a mere name is of this folder
+    for path in places if Path(wanted).name == wanted else reversed(places):  # a mere name means one of this folder
         if path.is_dir():
             try:
                 return path, verify_checkpoint(path)
@@ -345,8 +345,8 @@ def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path, Manifest] | No
 
 def _unreadable(path: Path, error: OSError) -> str:
     return (
-        f"{path} cannot be read ({one_line(error, 200)}), which says nothing about what it holds: see to the disk and "
-        "to the rights there, and repeat the command; or name another one with --resume_from_checkpoint"
+        f"{path} cannot be read ({one_line(error, 200)}), and may still be whole: check the disk and the permissions "
+        "there, and repeat the command; or name another one with --resume_from_checkpoint"
     )
 
 

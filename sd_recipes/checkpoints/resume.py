@@ -1,4 +1,4 @@
-"""A run goes on from a checkpoint: which one, whether the settings still fit, and everything put back."""
+"""Resume a run from a checkpoint: choose it, check that the settings still fit, and restore everything."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from sd_recipes.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-WAY_OUT = "go back to it, start anew with --overwrite, or choose another --output_dir"
+WAY_OUT = "go back to it, start over with --overwrite, or choose another --output_dir"
 
 
 class SavedProgress(BaseModel):
-    """Of `Progress` what is saved."""
+    """What is saved of `Progress`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     global_step: int
@@ -93,7 +93,7 @@ class StateFile(BaseModel):
 
 
 class SavedSettings(BaseModel):
-    """Of a manifest's `settings` those without which nothing can go on."""
+    """Those of a manifest's `settings` without which no run can resume."""
 
     model_config = ConfigDict(strict=True)
     seed: int = Field(ge=0, lt=2**63)
@@ -102,7 +102,7 @@ class SavedSettings(BaseModel):
 
 
 class SavedIdentity(BaseModel):
-    """Of a manifest's `identity` what is compared, and told."""
+    """What is compared, and reported, of a manifest's `identity`."""
 
     model_config = ConfigDict(strict=True)
     base: str
@@ -136,28 +136,28 @@ def choose_checkpoint(recipe: Recipe, is_main: bool) -> tuple[Path, Manifest] | 
     if problem:
         raise RecipeError(problem)
     if path is None:
-        logger.info("%s has no checkpoint yet: the run starts anew.", recipe.output_dir)
+        logger.info("%s has no checkpoint yet: the run starts from step 0.", recipe.output_dir)
         return None
     try:
         manifest = read_manifest(Path(path))
     except (DamagedCheckpoint, OSError) as error:
         raise RecipeError(
-            f"{path} is seen by the first process only ({error}): put --output_dir on storage that all machines share"
+            f"{path} is seen only by the first process ({error}): put --output_dir on storage that all machines share"
         ) from None
     try:
         SavedSettings.model_validate(manifest.settings)
         SavedIdentity.model_validate(manifest.identity)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {MANIFEST} is not of a run ({one_line(error)}): {WAY_OUT}") from None
+        raise RecipeError(f"{path}: {MANIFEST} does not describe a run ({one_line(error)}): {WAY_OUT}") from None
     compare_settings(recipe, manifest, path)
     return Path(path), manifest
 
 
 def compare_settings(recipe: Recipe, manifest: Manifest, path: Path | str) -> None:
-    """Warn of what changed since the checkpoint. Raises RecipeError for what would not fit."""
+    """Warn about what changed since the checkpoint. Raises RecipeError for what would not fit."""
     now, then = (in_texts(redacted, settings) for settings in (recipe.model_dump(mode="json"), manifest.settings))
     if recipe.seed is None:
-        now["seed"] = then["seed"]  # which the run then takes
+        now["seed"] = then["seed"]  # which the run then uses
     changed = [name for name, saved in then.items() if name in now and now[name] != saved]
     refused, warned = [], []
     for name in changed:
@@ -174,7 +174,7 @@ def compare_settings(recipe: Recipe, manifest: Manifest, path: Path | str) -> No
     if refused:
         raise RecipeError(f"{'; '.join(refused)} in {path}, whose state does not carry over: {WAY_OUT}")
     for words in warned:
-        logger.warning("%s in %s: the run goes on with the new value.", words, path)
+        logger.warning("%s in %s: the run continues with the new value.", words, path)
 
 
 def identity_of(
@@ -203,7 +203,7 @@ def identity_of(
 
 
 def _config_hash(config: str) -> str:
-    """Of a model's configuration, without what does not change it: names that begin with an underscore."""
+    """Hash of a model's configuration, without the names that begin with an underscore: they do not change it."""
     settings = {name: value for name, value in json.loads(config).items() if not name.startswith("_")}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -215,7 +215,7 @@ def schedule_in_words(recipe: Recipe, num_steps: int) -> str:
 
 
 def global_batch_size(recipe: Recipe, num_processes: int, manifest: Manifest | None) -> int:
-    """Images of an optimizer step: those of the settings or, if only the number of processes changed, of the run."""
+    """Images per optimizer step: by the settings or, if only the number of processes changed, the same as before."""
     size = recipe.train_batch_size * recipe.gradient_accumulation_steps * num_processes
     if manifest is None:
         return size
@@ -225,20 +225,20 @@ def global_batch_size(recipe: Recipe, num_processes: int, manifest: Manifest | N
 
 
 def finish_epoch(order: Order, manifest: Manifest) -> Order:
-    """The order in which a run goes on: with buckets, an epoch that was begun stays dealt out as it was.
+    """The order in which a run resumes: with buckets, an epoch that was begun keeps its batches.
 
-    Another global batch size would deal it out anew, so that some of its rows came twice and others never.
+    Another global batch size would deal it out again, so that some of its rows came twice and others never.
     """
     then, epoch = manifest.identity, manifest.samples_seen // order.num_rows
     if order.buckets is None or manifest.samples_seen % order.num_rows == 0 or then["num_rows"] != order.num_rows:
         return order
-    begun = then.get("begun")  # by the run before it, from which that run went on with yet another size
+    begun = then.get("begun")  # by an earlier run, which the checkpoint's run resumed with yet another size
     size = begun[1] if begun and begun[0] == epoch else then["global_batch_size"]
     return order if size == order.global_batch_size else replace(order, begun=(epoch, size))
 
 
 def compare_identity(now: dict[str, Any], manifest: Manifest, path: Path) -> None:
-    """As `compare_settings`, for what is known once data and model are loaded."""
+    """Like `compare_settings`, for what is known once data and model are loaded."""
     then = in_texts(redacted, manifest.identity)
     differs = {name for name, value in now.items() if name in then and then[name] != value}
     if now["parts"].keys() != then["parts"].keys():
@@ -249,7 +249,7 @@ def compare_identity(now: dict[str, Any], manifest: Manifest, path: Path) -> Non
     for name, config in now["parts"].items():
         if config != then["parts"][name]:
             raise RecipeError(
-                f"the {name} of {now['base']} (configuration {config}) is another than that of {path} (of "
+                f"the {name} of {now['base']} (configuration {config}) differs from that of {path} (of "
                 f"{then['base']}, configuration {then['parts'][name]}): {WAY_OUT}"
             )
     if "prediction_type" in differs:
@@ -257,7 +257,7 @@ def compare_identity(now: dict[str, Any], manifest: Manifest, path: Path) -> Non
             f"--prediction_type is {now['prediction_type']} and was {then['prediction_type']} in {path}: {WAY_OUT}"
         )
     if "global_batch_size" in differs:
-        words = "the run goes on with the new one"
+        words = "the run continues with the new one"
         if now["begun"]:
             words += f" after this epoch, whose buckets are dealt out in batches of {now['begun'][1]}"
         if manifest.settings["scale_lr"]:
@@ -270,7 +270,7 @@ def compare_identity(now: dict[str, Any], manifest: Manifest, path: Path) -> Non
     if "schedule" in differs:
         logger.warning(
             "The learning rate's schedule is %s and was %s in %s (--lr_scheduler, --max_train_steps, or "
-            "--num_train_epochs, rows and batch): it is drawn anew, and its value may jump.",
+            "--num_train_epochs, rows and batch): it is computed again, and its value may jump.",
             now["schedule"], then["schedule"], path,
         )  # fmt: skip
     if "base" in differs:
@@ -280,7 +280,7 @@ def compare_identity(now: dict[str, Any], manifest: Manifest, path: Path) -> Non
         )  # fmt: skip
     if differs & {"data_fingerprint", "num_rows"}:
         logger.warning(
-            "The data are %s (%s rows, fingerprint %s) and were %s (%s rows, fingerprint %s) in %s: the run goes on "
+            "The data are %s (%s rows, fingerprint %s) and were %s (%s rows, fingerprint %s) in %s: the run continues "
             "with the new ones, in another order.",
             now["data"], now["num_rows"], now["data_fingerprint"],
             then["data"], then["num_rows"], then["data_fingerprint"], path,
@@ -293,10 +293,10 @@ def compare_identity(now: dict[str, Any], manifest: Manifest, path: Path) -> Non
 def load_checkpoint(state: TrainState, path: Path, manifest: Manifest, *, is_main: bool) -> None:
     """Restore the state of a checkpoint that was compared with this run.
 
-    Raises RecipeError if it does not fit, or if there is no memory for it or it cannot be read, as what it is.
+    Raises RecipeError if it does not fit, if there is no memory for it, or if it cannot be read, and says which.
     """
     try:
-        # Its hashes are right: if it does not fit it was written by another version, or made up.
+        # Its hashes are right: if it does not fit, it was written by another version, or made up.
         try:
             saved = StateFile(**read_json(path / STATE))
             if (saved.progress.global_step, saved.progress.samples_seen) != (manifest.step, manifest.samples_seen):
@@ -310,7 +310,7 @@ def load_checkpoint(state: TrainState, path: Path, manifest: Manifest, *, is_mai
             tensors = {name: load_file(path / name) for name in wanted}
             state.check_state_dict(tensors, values)
         except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            if "os error" in str(error):  # in a SafetensorError, which is no OSError
+            if "os error" in str(error):  # in a SafetensorError, which is not an OSError
                 raise OSError(str(error)) from error
             raise RecipeError(
                 f"{path} does not fit this run ({type(error).__name__}: {one_line(error)}): {WAY_OUT}"
@@ -318,18 +318,18 @@ def load_checkpoint(state: TrainState, path: Path, manifest: Manifest, *, is_mai
         state.load_state_dict(tensors, values)
     except OSError as error:
         raise RecipeError(
-            f"{path} cannot be read ({one_line(error)}): see to the disk and to the rights there, and repeat the "
+            f"{path} cannot be read ({one_line(error)}): check the disk and the permissions there, and repeat the "
             "command"
         ) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise RecipeError(
-            f"there is not enough memory to load {path} ({one_line(error)}): make room on the device and in the host's "
+            f"there is not enough memory to load {path} ({one_line(error)}): make room on the device and in host "
             "memory, and repeat the command; the checkpoint is whole"
         ) from error
     progress = state.progress
     progress.stream_state = joined_states([each.model_dump() if each else None for each in saved.streams])
     if not is_main:
-        progress.loss_sum = 0.0  # it is over all processes
+        progress.loss_sum = 0.0  # it is the sum over all processes
     logger.info("Resuming from %s: step %d, %d samples.", path, progress.global_step, progress.samples_seen)

@@ -1,4 +1,4 @@
-"""What run is in a folder, whether it is continued, and what of it makes way for a new one."""
+"""Which run is in a folder, whether it is continued, and what of it makes way for a new one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sd_recipes.runtime.trackers import list_samples, read_metrics
 
 logger = logging.getLogger(__name__)
 
-ABANDONED = ".abandoned"  # ends the names of what is of another line of history than the run that goes on
-# What may stand in a folder before its first run: the output that a shell wrote there, and what `sd-recipes cache` did.
+ABANDONED = ".abandoned"  # suffix of what belongs to another line of history than the resumed run
+# What a folder may hold before its first run: output that a shell wrote there, and what `sd-recipes cache` wrote.
 HARMLESS = re.compile(r"\..*|latents|bad_rows.*\.jsonl|lost\+found|.*\.(log|out|err)")
-# What a run writes and a new one would mix with its own; not the latent cache, nor the exported pipeline, which is
-# replaced when the new one is done.
+# What a run writes and a new one would mix with its own files; not the latent cache, nor the exported pipeline, which
+# is replaced when the new run is done.
 RUN_ARTIFACTS = (
     "metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png",
     f"checkpoint-*{ABANDONED}*", f"metrics.jsonl{ABANDONED}*", f"samples{ABANDONED}*",
@@ -39,9 +39,9 @@ def holds_run(output_dir: Path) -> bool:
 
 @contextmanager
 def output_dir_lock(recipe: Recipe, is_main: bool) -> Iterator[str | None]:
-    """Own `--output_dir`, on the first process for all; within it no other run can. From what the run goes on.
+    """Own `--output_dir`, by the first process for all, so that no other run can; yields what the run resumes from.
 
-    A run that is there is continued, from `latest` if nothing else was asked for, or removed with `--overwrite`. Raises
+    A run that is there is continued, from `latest` if nothing else is asked for, or removed with `--overwrite`. Raises
     RecipeError if another run owns the folder, or if it holds anything else.
     """
     output_dir = Path(recipe.output_dir)
@@ -66,7 +66,7 @@ def output_dir_lock(recipe: Recipe, is_main: bool) -> Iterator[str | None]:
 
 
 def find_resume_point(recipe: Recipe) -> str | None:
-    """From what a run by this recipe would resume, found without changing anything. Raises RecipeError."""
+    """What a run by this recipe would resume from, found without changing anything. Raises RecipeError."""
     output_dir = Path(recipe.output_dir)
     _check_not_foreign(output_dir)
     if recipe.resume_from_checkpoint is None and not recipe.overwrite and holds_run(output_dir):
@@ -75,7 +75,7 @@ def find_resume_point(recipe: Recipe) -> str | None:
 
 
 def _prepare(recipe: Recipe, output_dir: Path) -> str | None:
-    """Make the folder ready; from what the run resumes."""
+    """Make the folder ready; returns what the run resumes from."""
     remove_leftovers(output_dir)
     if recipe.overwrite:
         remove_run(output_dir, recipe.logging_dir)
@@ -83,10 +83,10 @@ def _prepare(recipe: Recipe, output_dir: Path) -> str | None:
 
 
 def of_other_history(output_dir: Path, source: Path, manifest: Manifest) -> list[Path]:
-    """What in a folder did not lead up to `source`, the checkpoint that a run goes on from; the newest first.
+    """What in a folder did not lead up to `source`, the checkpoint that a run resumes from; newest first.
 
-    Of the folder's own checkpoints those are the later ones; if it is another folder's, all, and an earlier curve
-    and pictures with them.
+    If it is the folder's own, the later checkpoints; if it is another folder's, all checkpoints, and an earlier curve
+    and its pictures.
     """
     checkpoints = list_checkpoints(output_dir)
     if any(path.samefile(source) for path in checkpoints):
@@ -97,10 +97,10 @@ def of_other_history(output_dir: Path, source: Path, manifest: Manifest) -> list
 
 
 def begin_history(output_dir: Path, source: Path, manifest: Manifest) -> None:
-    """Set aside, under other names, what is of another history than a run's that goes on from `source`.
+    """Set aside, under other names, what belongs to another history than that of a run resumed from `source`.
 
-    What is left is one line, of which the newest checkpoint is the last. A kill in between leaves the other line
-    shorter, and as whole.
+    What is left is one line, whose last checkpoint is the newest. A kill in between leaves the other line shorter, but
+    just as whole.
     """
     names = {}
     for path in of_other_history(output_dir, source, manifest):
@@ -112,16 +112,16 @@ def begin_history(output_dir: Path, source: Path, manifest: Manifest) -> None:
         names[path.name] = aside.name
     if names:
         logger.warning(
-            "The run goes on from %s, to which these in %s did not lead: %s. They are set aside under the new names "
-            "until you remove them; --resume_from_checkpoint takes such a name too.",
+            "The run resumes from %s, and these in %s did not lead up to it: %s. They are set aside under the new "
+            "names until you remove them; --resume_from_checkpoint takes such a name too.",
             source, output_dir, ", ".join(f"{old} -> {new}" for old, new in names.items()),
         )  # fmt: skip
 
 
 def remove_run(output_dir: Path, logging_dir: str) -> None:
-    """Remove the files of an earlier run, but for its recipe, by which the folder is known until it has another.
+    """Remove the files of an earlier run, except its recipe, which marks the folder as a run's until it has another.
 
-    Nothing that a run did not write: of a folder for logs that lies elsewhere, other runs' may be in it.
+    Removes nothing that a run did not write, and nothing in a log folder elsewhere, which may hold other runs' logs.
     """
     if not holds_run(output_dir):
         return

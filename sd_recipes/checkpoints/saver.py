@@ -1,4 +1,4 @@
-"""Checkpoints without waiting: a snapshot of the run in the host's memory, written by a thread."""
+"""Checkpoints without waiting: a snapshot of the run in host memory, written by a thread."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from sd_recipes.training.state import StateDict, TrainState
 
 logger = logging.getLogger(__name__)
 
-# What a full or broken disk raises. Anything else is a bug, and ends the run.
+# Errors of a full or broken disk. Anything else is a bug, and ends the run.
 FAILURES = (OSError, SafetensorError)
 LONG_WAIT = 5.0  # seconds
 
 
 class NotSaved(RunError):
-    """The run is done, and its checkpoints or its pipeline could not be written."""
+    """The run has ended, but its checkpoints or its pipeline could not be written."""
 
     status = 7
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within it torch computes with one thread.
+    """Within this context torch computes with one thread.
 
-    Several copy memory hardly faster, and wait for each other at every tensor: on two busy cores 215 tensors of 4 MB
+    Several copy memory hardly faster, and wait for each other at every tensor: on two busy cores, 215 tensors of 4 MB
     took 2.5 s with two threads, and 0.08 s with one.
     """
     threads = torch.get_num_threads()
@@ -55,8 +55,8 @@ def one_thread() -> Iterator[None]:
 class BackgroundSaver:
     """Saves a run's state, on its main process; at most one checkpoint is being written at a time.
 
-    A context manager, which does not end before what is being written is. `save` returns when everything is
-    copied into buffers in the host's memory (on a GPU: when the copies are queued before whatever comes next).
+    A context manager, which waits at its end for what is being written. `save` returns when everything is
+    copied into buffers in host memory (on a GPU: when the copies are queued ahead of whatever comes next).
     The buffers are as large as a checkpoint, pinned for a GPU, and kept, because touching fresh memory takes
     longer than copying into it.
     """
@@ -84,7 +84,7 @@ class BackgroundSaver:
         self._running: Future[None] | None = None
 
     def is_due(self, *, is_logged: bool) -> bool:
-        """Every so many steps, or minutes: several processes ask for those when they log, as they have to agree."""
+        """Every so many steps, or minutes; several processes check these only when they log, as they have to agree."""
         step = self.state.progress.global_step
         if step == self._num_steps or step % self.config.checkpointing_steps == 0:
             return True
@@ -109,7 +109,7 @@ class BackgroundSaver:
             logger.error("The last checkpoint was not written either: %r", bug)
 
     def allocate_buffers(self) -> None:
-        """Make the buffers, in the thread and once; when the optimizer has its state, that is after a step."""
+        """Make the buffers, once, in the thread; to be called after a step, when the optimizer has its state."""
         is_far = self.config.checkpointing_steps > self._num_steps and self.config.checkpointing_minutes is None
         if self._has_buffers or is_far or not self.accelerator.is_main_process:
             return
@@ -119,13 +119,13 @@ class BackgroundSaver:
     def save(self) -> None:
         """Write a checkpoint in the background. Every process has to call it.
 
-        One that is still being written is waited for. What cannot be written is told, and the run goes on.
+        It waits for one that is still being written. What cannot be written is reported, and the run continues.
         """
         asked = time.monotonic()
         self.wait()
         self._saved_at = time.monotonic()
         state = self.state.state_dict()
-        streams = all_gather(self.state.progress.stream_state)  # here the others wait until the first has written
+        streams = all_gather(self.state.progress.stream_state)  # here the others wait until the first one has written
         if not self.accelerator.is_main_process:
             for named in state.tensors.values():
                 for tensor in named.values():
@@ -135,19 +135,19 @@ class BackgroundSaver:
         if was_writing and self._saved_at - asked > LONG_WAIT and not self._warned_of_waiting:
             self._warned_of_waiting = True
             logger.warning(
-                "Training stood still for %.0f s, until the checkpoint before was written: a larger "
-                "--checkpointing_steps, or a faster disk, would spare that.",
+                "Training stood still for %.0f s, until the previous checkpoint was written: a larger "
+                "--checkpointing_steps, or a faster disk, would avoid that.",
                 self._saved_at - asked,
             )
         contents = self._contents(state, streams)
         self._make_buffers(state)
-        self._has_buffers = True  # also so that nothing takes the place of the writing that is waited for
+        self._has_buffers = True  # also so that `allocate_buffers` does not replace the writing that `wait` waits for
         with one_thread():
             for file, named in state.tensors.items():
                 buffers = contents.tensors[file] = {name: self._buffers[file, name] for name in named}
                 for name, tensor in named.items():
-                    # A copy from the GPU is queued there before the next step's kernels, which change its source.
-                    # Only what is pinned is waited for by the writer.
+                    # A copy from the GPU is queued there ahead of the next step's kernels, which change its source.
+                    # The writer waits only for copies into pinned memory.
                     buffers[name].copy_(full_tensor(tensor), non_blocking=buffers[name].is_pinned())
         copied = torch.cuda.Event() if self.accelerator.device.type == "cuda" else None
         if copied:
@@ -155,7 +155,7 @@ class BackgroundSaver:
         self._running = self._thread.submit(self._write, contents, copied)
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what was raised there, but for a disk's failures."""
+        """Wait until nothing is being written. Raises what was raised there, except for failures of the disk."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
@@ -175,7 +175,7 @@ class BackgroundSaver:
         except FAILURES as error:
             self.failure = one_line(error)
             logger.warning(
-                "checkpoint-%d cannot be written (%s): training goes on; the checkpoints before it are kept.",
+                "checkpoint-%d cannot be written (%s): training continues; earlier checkpoints are kept.",
                 contents.manifest.step,
                 self.failure,
             )
@@ -184,7 +184,7 @@ class BackgroundSaver:
         for file, named in state.tensors.items():
             for name, tensor in named.items():
                 if (file, name) not in self._buffers:
-                    # With the tensor's own strides, so that the copy is one of plain memory.
+                    # With the tensor's own strides, so that the copy is a plain memory copy.
                     size, strides, pinned = tensor.size(), tensor.stride(), tensor.device.type == "cuda"
                     buffer = torch.empty_strided(size, strides, dtype=tensor.dtype, pin_memory=pinned)
                     self._buffers[file, name] = buffer.zero_()

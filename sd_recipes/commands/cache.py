@@ -38,10 +38,10 @@ logger = logging.getLogger(__name__)
 
 
 def fill_cache(recipe: Recipe) -> Path:
-    """Encode all rows that the cache lacks; its folder, which is a data set of moments and captions.
+    """Encode all rows that the cache lacks; returns its folder, which is a data set of moments and captions.
 
-    Killed and started again, it goes on where its files end. Raises RecipeError, TooManyBadRows, Stopped and,
-    once all is written, PushError.
+    Killed and started again, it continues where its files end. Raises RecipeError, TooManyBadRows, Stopped and,
+    once everything is written, PushError.
     """
     hide_library_bars()
     if recipe.dry_run:
@@ -109,7 +109,7 @@ def fill_cache(recipe: Recipe) -> Path:
     try:
         if accelerator.is_main_process:
             finish(store, folder, data.rows, recipe)
-    except RunError:  # as in commands/train.py: the others end as they would have
+    except RunError:  # as in commands/train.py: the other processes end as usual
         with suppress(RuntimeError):
             wait_for_all()
         raise
@@ -121,12 +121,12 @@ def fill_cache(recipe: Recipe) -> Path:
 def cannot_fill(cache: LatentCache) -> str:
     return (
         f"{cache.folder} cannot be written ({cache.failure}): make room, or choose another --latent_cache_dir; started "
-        "again, the command goes on where the files end"
+        "again, the command continues where the files end"
     )
 
 
 def finish(cache: LatentCache, folder: Path, rows: datasets.Dataset, recipe: Recipe) -> None:
-    """Say what is in the cache, and push it. Raises RecipeError and PushError."""
+    """Print what is in the cache, and push it. Raises RecipeError and PushError."""
     files = list(cache.folder.glob("*.arrow"))
     size = sum(path.stat().st_size for path in files)
     say(f"latent cache    {cache.folder}: {len(files)} files, {size / 2**20:.1f} MiB")
@@ -135,7 +135,7 @@ def finish(cache: LatentCache, folder: Path, rows: datasets.Dataset, recipe: Rec
     if strange:
         words = (
             f"{strange} rows in {cache.folder} are not of this data set as it is now (captions or pictures have "
-            "changed, or rows are there twice): as a data set of its own, fill an empty --latent_cache_dir"
+            "changed, or rows are there twice): to use it as a data set of its own, fill an empty --latent_cache_dir"
         )
         if recipe.push_to_hub:
             raise RecipeError(f"not pushed: {words}")
@@ -145,7 +145,7 @@ def finish(cache: LatentCache, folder: Path, rows: datasets.Dataset, recipe: Rec
 
 
 def rows_of_no_data(files: list[Path], rows: datasets.Dataset, columns: list[str]) -> int:
-    """How many rows of a cache's files are left over when each row of the data, by its captions, has one."""
+    """How many rows of a cache's files are left over when each row of the data is given one with its captions."""
     cached: Counter[str] = Counter()
     for path in files:
         cached.update(map(json.dumps, open_cached(path).select(columns).to_pylist()))
@@ -158,7 +158,7 @@ def rows_of_no_data(files: list[Path], rows: datasets.Dataset, columns: list[str
 
 
 def _plans(order: Order, batch_size: int, *, rank: int, world_size: int) -> Iterator[MicroBatch]:
-    """Every row once, in batches of one size, every process its share; in the order of the data set."""
+    """Every row once, in the order of the data set, in batches of one size; each process has its share."""
     buckets = np.zeros(order.num_rows, dtype=int) if order.buckets is None else order.buckets
     done = 0
     for bucket, size in enumerate(order.sizes):
@@ -181,13 +181,13 @@ def _plans(order: Order, batch_size: int, *, rank: int, world_size: int) -> Iter
 
 
 def push_cache(folder: Path, recipe: Recipe) -> str:
-    """Upload a cache as a data set repository; its address. Raises PushError."""
+    """Upload a cache as a data set repository; returns its address. Raises PushError."""
     api = HfApi()
     name: Any = recipe.hub_model_id or Path(recipe.output_dir).resolve().name
     base = shown(recipe.pretrained_model_name_or_path or "")
     (folder / "README.md").write_text(
         f"---\ntags:\n- latents\n---\n\n# VAE moments\n\nMade by `sd-recipes cache` with the VAE of "
-        f"`{base}`; `made_by.json` says with what settings. Train on it with "
+        f"`{base}`; `made_by.json` says with which settings. Train on it with "
         f"`--dataset_name {name}`, and `--streaming` if it is large.\n"
     )
     try:
@@ -199,7 +199,7 @@ def push_cache(folder: Path, recipe: Recipe) -> str:
             allow_patterns=["*.arrow", "made_by.json", "README.md"],
             commit_message="VAE moments",
         )
-    except Exception as error:  # as in hub.publish: all of them are about the repository that the person named
+    except Exception as error:  # as in hub.publish: all of them are about the repository that the user named
         raise PushError(
             f"the cache is complete in {folder} but not pushed ({one_line(error, 200)}). Push it with: "
             f"hf upload {name} {folder} . --repo-type dataset --exclude '*.partial'"

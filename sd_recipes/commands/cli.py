@@ -1,4 +1,4 @@
-"""The command line: `sd-recipes` and its commands, of which `train` is train_text_to_image.py without a checkout."""
+"""The command line: `sd-recipes` and its commands. `train` is train_text_to_image.py without a checkout."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
-        "train", add_help=False, help="train by flags or a recipe; `sd-recipes train --help` lists them"
+        "train", add_help=False, help="train with flags or a recipe; `sd-recipes train --help` lists them"
     )
     commands.add_parser(
         "inspect", add_help=False, help="look at a data set before training on it; `sd-recipes inspect --help`"
@@ -59,9 +59,9 @@ def main() -> None:
 
 
 def start(argv: list[str] | None, command: Command) -> Recipe:
-    """The recipe that `command` is given in `argv`, with signals noted and the console set up.
+    """The recipe that `argv` gives to `command`. Starts to note signals, and sets up the console.
 
-    What takes seconds to import is imported after it: a mistake on the command line is answered before.
+    What takes seconds to import is imported afterwards, so that a mistake on the command line is reported at once.
     """
     recipe = load_recipe(argv, command)
     sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers publish the command line
@@ -71,7 +71,7 @@ def start(argv: list[str] | None, command: Command) -> Recipe:
 
 
 def train(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
-    """Train by the flags in `argv` (default: sys.argv[1:]). A mistake leaves one line on stderr, and status 2."""
+    """Train with the flags in `argv` (default: sys.argv[1:]). A mistake ends in one line on stderr and status 2."""
     with mistakes_in_one_line():
         recipe = start(argv, command)
         from sd_recipes.commands.train import run
@@ -80,7 +80,7 @@ def train(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
 
 
 def cache(argv: list[str]) -> None:
-    """Fill the latent cache by the flags in `argv`, which are those of `train`."""
+    """Fill the latent cache with the flags in `argv`, which are those of `train`."""
     with mistakes_in_one_line():
         recipe = start(argv, CACHE)
         from sd_recipes.commands.cache import fill_cache
@@ -89,7 +89,7 @@ def cache(argv: list[str]) -> None:
 
 
 def inspect(argv: list[str]) -> None:
-    """Look at a data set by the flags in `argv`."""
+    """Look at a data set with the flags in `argv`."""
     from sd_recipes.commands.inspect import main
 
     main(argv)

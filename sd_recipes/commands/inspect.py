@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 NAMED = 3  # rows of each kind that the console names
 
 
-# What an inspection takes from a recipe: the output folder and the workers are the run's own.
+# What an inspection takes from a recipe: not the output folder and the workers, which are the run's own.
 OF_A_RECIPE = {"train_batch_size"}.union(
     *(section.model_fields for section in (DataConfig, ImageConfig, CaptionConfig, ModelConfig))
 )
@@ -75,14 +75,14 @@ def _explain(problem: Any) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Inspect by the flags in `argv`, and leave with the exit status. A mistake leaves one line on stderr."""
+    """Inspect as the flags in `argv` say, and exit with the status. A mistake prints one line on stderr."""
     try:
         config = read_settings(argv)
         set_up_console()
         status = run(config)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)  # also what is another status in training: here 1 means that a report was written
+        sys.exit(2)  # also where training exits with another status: here 1 means that a report was written
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -90,14 +90,14 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: Inspection) -> int:
-    """Inspect, write the JSON file and the page, and print a summary; the exit status. Raises RecipeError."""
+    """Inspect, write the JSON file and the page, and print a summary; returns the exit status. Raises RecipeError."""
     output_dir = Path(config.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"--output_dir {output_dir} cannot be made: {error.strerror}") from None
     inspected = inspect(config)
-    # Imported here and below, because it takes seconds: a mistake is answered before, and workers start before.
+    # Imported here and below, because it takes seconds: mistakes are reported and workers started before that.
     from sd_recipes.inspection.page import write_page
     from sd_recipes.inspection.summary import as_json
 
@@ -109,7 +109,7 @@ def run(config: Inspection) -> int:
 
 
 def inspect(config: Inspection) -> Inspected:
-    """Everything that is found in one pass over the rows. Raises RecipeError."""
+    """Everything that one pass over the rows finds. Raises RecipeError."""
     from sd_recipes.inspection.workers import ImageWorkers
 
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`sd-recipes train` and train_text_to_image.py: a whole run: build, train, export, report, publish."""
+"""`sd-recipes train` and train_text_to_image.py: build a run, train, export, report and publish."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe) -> None:
-    """Train by a recipe, and leave a pipeline with its pictures and figures in the output folder.
+    """Train by a recipe, and write a pipeline with its pictures and figures to the output folder.
 
-    Raises RecipeError for what a person can mend, TrainingDiverged, Stopped, NotSaved, and PushError once the model
+    Raises RecipeError for what the user can fix, TrainingDiverged, Stopped, NotSaved, and PushError once the model
     is saved.
     """
     hide_library_bars()
@@ -45,7 +45,7 @@ def run(recipe: Recipe) -> None:
     if recipe.dry_run:
         show(recipe, accelerator)
         return
-    # Until it has saved something, a run from a checkpoint that was named goes on from there again.
+    # Until it has saved something, a run that was given a checkpoint resumes from that one again.
     stop_request.resume_command = resume_command(recipe) if recipe.overwrite else "the same command"
     with output_dir_lock(recipe, accelerator.is_main_process) as resume_point:
         recipe, checkpoint = resolve(recipe, accelerator, resume_point)
@@ -55,7 +55,7 @@ def run(recipe: Recipe) -> None:
 
 
 def show(recipe: Recipe, accelerator: Accelerator) -> None:
-    """A dry run: what the run would be, and would refuse; nothing is written."""
+    """A dry run: show what the run would be, and what it would refuse; nothing is written."""
     check_output_dir(Path(recipe.output_dir), writes=False)
     recipe, checkpoint = resolve(recipe, accelerator, find_resume_point(recipe))
     built = build_run(recipe, accelerator, checkpoint)
@@ -64,17 +64,17 @@ def show(recipe: Recipe, accelerator: Accelerator) -> None:
         compare_identity(identity(built), manifest, path)
         if others := of_other_history(built.output_dir, path, manifest):
             names = ", ".join(other.name for other in others)
-            logger.warning("Set aside would be what did not lead up to %s: %s.", path, names)
+            logger.warning("These did not lead up to %s and would be set aside: %s.", path, names)
     if accelerator.is_main_process:
         say(f"{describe(built)}\n\n{recipe_text(recipe).rstrip()}")
     accelerator.end_training()
 
 
 def resolve(recipe: Recipe, accelerator: Accelerator, resume_point: str | None) -> tuple[Recipe, Checkpoint | None]:
-    """The recipe with everything decided that it left open, the same on all processes, and where the run goes on.
+    """The recipe with all that it left open decided, the same on all processes, and the checkpoint to resume from.
 
-    Precision as accelerate's configuration may have set it; the seed given, that of the checkpoint's run, or one drawn
-    by the first process for all. Raises RecipeError if there is no such checkpoint, or if its run had other settings
+    The precision may come from accelerate's configuration. The seed is the given one, the checkpoint's, or one that the
+    first process draws for all. Raises RecipeError if there is no such checkpoint, or if its run had other settings
     that do not carry over.
     """
     recipe = recipe.model_copy(
@@ -93,7 +93,7 @@ def train(built: Run) -> None:
     recipe, accelerator = built.recipe, built.accelerator
     if accelerator.is_main_process:
         say(describe(built))
-    # Only now that folder, data and model are in order, and before a step is made in vain.
+    # Only once folder, data and model are in order, and before any step is wasted.
     repo_id = repository(recipe, accelerator.is_main_process)
     try:
         saver = fit_from(built)
@@ -109,7 +109,7 @@ def train(built: Run) -> None:
         if repo_id and accelerator.is_main_process:
             say(f"pushed          {publish(built.output_dir, repo_id, recipe, built.model.family.folders)}")
         built.tracker.close()
-    except RunError:  # of the first process, which does this alone: the others end as they would have
+    except RunError:  # on the first process, which does this alone: the others end as usual
         with suppress(RuntimeError):
             wait_for_all()
         raise
@@ -124,7 +124,7 @@ def train(built: Run) -> None:
 
 
 def fit_from(built: Run) -> BackgroundSaver:
-    """Restore the checkpoint from which the run goes on, if there is one, and train to the end; what saved the run."""
+    """Restore the checkpoint to resume from, if there is one, and train to the end; returns what saved the run."""
     recipe, accelerator, state = built.recipe, built.accelerator, built.state
     known = identity(built)
     check_loaded(built)
@@ -136,9 +136,9 @@ def fit_from(built: Run) -> BackgroundSaver:
             others = [each.name for each in list_checkpoints(path.parent) if each.resolve() != path.resolve()]
             raise RecipeError(
                 f"{path} holds weights that are not finite: go back with --resume_from_checkpoint to an older one "
-                f"of {others or 'none'}, or start anew with --overwrite"
+                f"of {others or 'none'}, or start over with --overwrite"
             )
-        wait_for_all()  # it fits on all of them
+        wait_for_all()  # it fits on all processes
         if accelerator.is_main_process:
             begin_history(built.output_dir, path, manifest)
     try:
@@ -167,7 +167,7 @@ def fit_from(built: Run) -> BackgroundSaver:
 
 
 def identity(built: Run) -> dict[str, Any]:
-    """What run this is, as its checkpoints say it."""
+    """Which run this is, as its checkpoints record it."""
     return identity_of(
         built.recipe,
         built.state,
@@ -193,7 +193,7 @@ def check_loaded(built: Run) -> None:
 
 
 def repository(recipe: Recipe, is_main: bool) -> str | None:
-    """The repository to push to, made by the first process for all. Raises RecipeError, on all."""
+    """The repository to push to, made by the first process for all. Raises RecipeError on all processes."""
     answer: list[str | None] = [None, None]
     if is_main and recipe.push_to_hub:
         try:
@@ -207,7 +207,7 @@ def repository(recipe: Recipe, is_main: bool) -> str | None:
 
 
 def write_results(built: Run) -> list[str]:
-    """The pipeline with its pictures and figures; lines that sum these up. Raises NotSaved if there is no room."""
+    """Write the pipeline, pictures and figures; returns lines that sum them up. Raises NotSaved if there is no room."""
     output_dir, recipe = built.output_dir, built.recipe
     try:
         export_pipeline(built.model.family, built.model.components, output_dir)

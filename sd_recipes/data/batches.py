@@ -38,7 +38,7 @@ Plans = Callable[[int, dict[str, Any] | None], Iterator[MicroBatch]]  # from (sa
 class Batch:
     """A micro-batch with everything the training step needs: the step is a function of it and the weights.
 
-    Of each image it has the pixels or, where these were found in the latent store, the moments.
+    It has the pixels of each image or, where they are known already, its moments.
     """
 
     pixels: torch.Tensor  # (U, 3, H, W) uint8, of the rows in `to_encode`
@@ -58,14 +58,14 @@ class Batch:
     weights: torch.Tensor  # (B,) float32: 0 for a row that cannot be used
     plan: MicroBatch
     bad: tuple[tuple[str, str], ...]  # (name, reason) of the rows that cannot be used
-    records: list[Row]  # of the rows in `to_encode`: what the store keeps beside their moments
+    records: list[Row]  # of the rows in `to_encode`: what the store keeps besides their moments
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, copied without waiting for it."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def all_moments(self, encode: Encode, store: LatentCache | None = None) -> torch.Tensor:
-        """Moments (B, 2C, h, w): those that came along, and those of the pixels, which the store keeps."""
+        """Moments (B, 2C, h, w): those in the batch, and those encoded from its pixels, which the store keeps."""
         if len(self.to_encode) == len(self.weights) and store is None:
             return encode(self.pixels)
         batch_size, channels, height, width = self.noise.shape
@@ -86,7 +86,7 @@ class Batch:
         return moments
 
     def split(self, number: int) -> list[Batch]:
-        """The same samples with the same draws in `number` batches at most, as even as can be."""
+        """The same samples with the same draws in at most `number` batches, as even as possible."""
         bounds = np.linspace(0, len(self.weights), min(number, len(self.weights)) + 1).round().astype(int).tolist()
         return [self._part(start, end, is_last=end == bounds[-1]) for start, end in itertools.pairwise(bounds)]
 
@@ -109,11 +109,11 @@ class Batch:
         return Batch(**own)
 
     def pin_memory(self) -> Batch:
-        """Called by the loader: copies from pinned memory need not wait."""
+        """Called by the loader: copies from pinned memory do not block."""
         return self._map(torch.Tensor.pin_memory)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """From a worker to the loop: torch shares the memory of each tensor, NumPy's arrays are copied."""
+        """From a worker to the loop: torch shares each tensor's memory, NumPy arrays are copied."""
         return _unpacked, tuple(
             value.numpy() if isinstance(value, torch.Tensor) and value.nbytes <= SMALL else value
             for value in (getattr(self, field.name) for field in fields(self))
@@ -136,8 +136,8 @@ class BatchBuilder(torch.utils.data.Dataset):
     """Builds the batch of a MicroBatch; runs in the loader's workers.
 
     `latent_shape` gives (C, h, w) for an image size (height, width). `rows` is None for a stream, whose
-    rows come with the MicroBatch; `provenance` is what the moments must be made by, where rows have such. A row
-    whose image or caption is unusable gets weight 0 and is named; settings that say so raise RecipeError for it.
+    rows come with the MicroBatch; `provenance` is what the rows' moments must have, where rows have moments. A row
+    whose image or caption is unusable gets weight 0 and is named, or raises RecipeError if the settings say so.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         self.provenance = provenance
         self._known_provenances: set[str] = set()
         # A copy: a fast tokenizer keeps padding and truncation as state, and this one is used from another thread
-        # than the pipeline's, which would meet "Already borrowed" (huggingface/transformers#47085).
+        # than the pipeline's, which would raise "Already borrowed" (huggingface/transformers#47085).
         self.tokenize = copy.deepcopy(tokenize)
         self.config = config
         self.captions = caption_columns(config)
@@ -267,7 +267,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             raise RecipeError(str(error)) from error
 
     def _check_provenance(self, found: str) -> None:
-        """Moments that come as data must be this VAE's, those of every row. Raises RecipeError."""
+        """Check that moments that come as data are this VAE's, in every row. Raises RecipeError."""
         if found not in self._known_provenances:
             assert self.provenance is not None
             check_provenance(found, self.provenance)
@@ -346,8 +346,8 @@ class _Images:
 def end_workers(iterator: Any) -> None:
     """End the processes of a DataLoader's iterator, and wait for them.
 
-    They ignore the signal with which Python would end them at its own end. torch (2.13) does it publicly only where
-    the iterator is deleted, which an error's traceback puts off.
+    They ignore the signal with which Python would end them when it exits. torch (2.13) has no public way but to
+    delete the iterator, which an error's traceback delays.
     """
     iterator._shutdown_workers()
 
@@ -355,15 +355,15 @@ def end_workers(iterator: Any) -> None:
 class TrainingBatches:
     """This process's optimizer steps from a position on, each a list of its micro-batches.
 
-    Built ahead by workers or, without any, by a thread, a whole step ahead at least.
+    Built ahead by workers or, without any, by a thread, at least a whole step ahead.
 
-    Not sharded again by accelerate: the share of each process is part of the plans.
+    Not sharded again by accelerate: each process's share is part of the plans.
     """
 
     def __init__(
         self, builder: BatchBuilder, plans: Plans, *, num_workers: int, pin_memory: bool, read_ahead: int = READ_AHEAD
     ) -> None:
-        """`read_ahead` micro-batches are built before they are asked for, at least."""
+        """At least `read_ahead` micro-batches are built before they are asked for."""
         self.builder = builder
         self.plans = plans
         self.num_workers = num_workers
@@ -373,7 +373,7 @@ class TrainingBatches:
     def __call__(
         self, samples_seen: int, num_steps: int, stream_state: dict[str, Any] | None = None
     ) -> Generator[list[Batch], None, None]:
-        """The micro-batches of the next `num_steps` global batches; to be closed, since the workers end with it."""
+        """The micro-batches of the next `num_steps` global batches; close it, since the workers end with it."""
         step: list[Batch] = []
         with closing(self._micro_batches(samples_seen, num_steps, stream_state)) as micro_batches:
             for batch in micro_batches:
@@ -389,7 +389,7 @@ class TrainingBatches:
         if self.builder.store is not None:
             if (first := next(plans, None)) is None:
                 return
-            # An epoch may have fewer micro-batches than there are workers: some meet a later one first.
+            # An epoch may have fewer micro-batches than there are workers: some begin with a later one.
             self.builder.store.start_at(first.epoch)
             plans = itertools.chain([first], plans)
         if self.num_workers == 0:
@@ -432,7 +432,7 @@ class TrainingBatches:
             num_steps -= plan.is_last
 
     def _read_ahead(self, plans: Iterator[MicroBatch]) -> Iterator[Batch]:
-        # One thread of torch's for scaling images: the others are the model's.
+        # torch gets one thread for scaling images: the others are for the model.
         with ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,)) as reader:
             try:
                 waiting: list[Future[Batch]] = [
@@ -446,7 +446,7 @@ class TrainingBatches:
                 self._release()
 
     def _release(self) -> None:
-        """Let readers end that wait for an epoch to be written."""
+        """Release readers that wait for an epoch to be written, so that they can end."""
         if self.builder.store is not None:
             self.builder.store.publish_epoch(END)
 

@@ -1,4 +1,4 @@
-"""Whether data are the same as before, told cheaply: by the names and sizes of files, not by their content."""
+"""Whether data are the same as before, checked cheaply: by the names and sizes of files, not by their content."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MAX_HASHED_BYTES = 64 * 2**20  # a metadata.jsonl is read: a changed caption may
 
 
 def data_fingerprint(config: DataSettings) -> str:
-    """Of the sources of a recipe: local files by name below their folder and by size, others by their address.
+    """A hash of a recipe's sources: local files by their name below the folder and by size, others by their address.
 
-    It does not depend on where the files lie, nor on their times, so that data may be moved and copied.
+    It depends neither on where the files are nor on their times, so that data may be moved and copied.
     """
     digest = hashlib.blake2b(digest_size=8)
     for source in config.sources:
@@ -29,7 +29,7 @@ def data_fingerprint(config: DataSettings) -> str:
                 continue
             found = list(_files(assets.resolve(place)))
             if not found:
-                # Without the signature of an address, which is another every time.
+                # Without the signature in an address, which differs every time.
                 digest.update(repr((redacted(place), source.dataset_revision)).encode())
             for name, path in found:
                 digest.update(repr((name, path.stat().st_size)).encode())
@@ -39,7 +39,7 @@ def data_fingerprint(config: DataSettings) -> str:
 
 
 def _files(place: str) -> Iterator[tuple[str, Path]]:
-    """Name and path of the local files that `place` stands for, in a fixed order; none of an address elsewhere."""
+    """Name and path of the local files that `place` stands for, in a fixed order; none for an address elsewhere."""
     if "://" in place:
         return
     for path in sorted(map(Path, glob.glob(place) or [place])):

@@ -1,12 +1,12 @@
-"""The VAE's moments of rows, kept on disk: written while training first reads each row, read instead of it later.
+"""The VAE's moments of rows, kept on disk: written when training first reads a row, and read instead of it later.
 
-FOLDER/KEY/                 KEY stands for everything that made the moments; another VAE, size or crop has another
-  made_by.json              those things in words
+FOLDER/KEY/                 KEY stands for all that the moments depend on; another VAE, size or crop has another
+  made_by.json              the same in words
   RANK-TIME-NUMBER.arrow    up to 2,048 rows: key, four sizes, moments, moments_flipped, the captions, made_by
 
-A row's key is of its bytes, or of its file's path, size and time of change, so a changed picture is a
-miss and never a wrong hit. Files are written beside, synced and renamed; what a kill leaves is the rows
-that were not written yet. A file is a data set of its own for `datasets`.
+A row's key is a hash of its image's bytes, or of the file's path, size and modification time, so a changed
+picture is a miss and never a wrong hit. Files are written under another name, synced and renamed; a kill loses
+only the rows that were not written yet. For `datasets`, each file is a data set of its own.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def model_hash(model: torch.nn.Module) -> str:
 
 
 def made_by(config: DataSettings, vae: torch.nn.Module, vae_dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that a cached row depends on beside its image.
+    """Everything that a cached row depends on besides its image.
 
-    The VAE comes as it was loaded, before it is cast to `vae_dtype`, so that it has one identity in all precisions.
+    The VAE is passed as it was loaded, before it is cast to `vae_dtype`, so that it has one identity in all precisions.
     """
     assert all(parameter.dtype == torch.float32 for parameter in vae.parameters()), "rounded, it is another VAE"
     size: Any = config.resolution
@@ -87,26 +87,29 @@ def made_by(config: DataSettings, vae: torch.nn.Module, vae_dtype: torch.dtype) 
 
 
 def check_provenance(found: str, wanted: dict[str, Any]) -> None:
-    """Moments that come as data must be this VAE's. Raises RecipeError."""
+    """Check that moments that come as data are this VAE's. Raises RecipeError."""
     made = json.loads(found)
     if made["format"] != FORMAT:
         raise RecipeError(
             f"the moments of this data set are in format {made['format']}, of another version of sd-recipes, and this "
-            f"one reads format {FORMAT}: make them anew with `sd-recipes cache`"
+            f"one reads format {FORMAT}: make them again with `sd-recipes cache`"
         )
     if made["vae"] != wanted["vae"]:
         raise RecipeError(
             "the moments of this data set were made by another VAE than that of --pretrained_model_name_or_path: make "
-            "them anew with `sd-recipes cache`"
+            "them again with `sd-recipes cache`"
         )
     if made["size"] != wanted["size"]:
-        raise RecipeError(f"the moments of this data set were made at {made['size']}, not {wanted['size']}: change it")
+        raise RecipeError(
+            f"the moments of this data set were made at {made['size']}, not {wanted['size']}: change --resolution, or "
+            "the settings of the buckets"
+        )
     if wanted["flips"] and not made["flips"]:
         raise RecipeError("the moments of this data set are not mirrored: drop --random_flip")
 
 
 def check_one_provenance(found: list[str], wanted: dict[str, Any]) -> None:
-    """As `check_provenance`, of all that made the moments of a data set; they are to be one. Raises RecipeError."""
+    """Like `check_provenance`, for every provenance in a data set; there may only be one. Raises RecipeError."""
     for each in found:
         check_provenance(each, wanted)
     if len(found) > 1:
@@ -121,11 +124,11 @@ def check_one_provenance(found: list[str], wanted: dict[str, Any]) -> None:
 def memory_folder(output_dir: str) -> Path:
     """A folder in memory that all processes and loader workers of a run share; Linux keeps one at /dev/shm.
 
-    Made for this user alone. Its name is known beforehand, so another may have made it: raises RecipeError then.
+    Private to this user. Its name can be guessed, so another user may have made it: raises RecipeError then.
     """
     folder = _memory_folder(output_dir)
     if not SHARED_MEMORY.is_dir():
-        raise RecipeError("--cache_latents memory needs /dev/shm, which this machine has not: use --cache_latents disk")
+        raise RecipeError("--cache_latents memory needs /dev/shm, which this machine lacks: use --cache_latents disk")
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
@@ -135,14 +138,14 @@ def memory_folder(output_dir: str) -> Path:
     found = os.lstat(folder)
     if not _is_own(found) or found.st_mode & 0o077:
         raise RecipeError(
-            f"{folder}, where --cache_latents memory would keep this run's latents, is not a folder of this user's "
-            "alone: remove it, use --cache_latents disk, or choose another --output_dir"
+            f"{folder}, where --cache_latents memory would keep this run's latents, is not a private folder of this "
+            "user: remove it, use --cache_latents disk, or choose another --output_dir"
         )
     return folder
 
 
 def remove_memory_folder(output_dir: str) -> None:
-    """Give back the memory that a killed run in that folder left, before the next one begins."""
+    """Free the memory that a killed run with this output folder left, before the next run begins."""
     folder = _memory_folder(output_dir)
     with suppress(FileNotFoundError):
         if _is_own(os.lstat(folder)):
@@ -155,7 +158,7 @@ def _memory_folder(output_dir: str) -> Path:
 
 
 def _is_own(found: os.stat_result) -> bool:
-    """Whether it is a folder, no link, that this user made."""
+    """Whether it is a folder, not a link, that belongs to this user."""
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
@@ -178,8 +181,8 @@ class LatentCache:
     """The cache of one (VAE, size, crop, precision), for reading and writing.
 
     Copies in loader workers read; the one in the training process also writes, in a thread. Readers see
-    what was there when they last looked: at the start, and at the beginning of every epoch, for which
-    they wait until `publish_epoch` said that the epoch before is written. So which rows come from the cache does
+    what was there when they last looked: at the start of the run, and at the start of every epoch, for which
+    they wait until `publish_epoch` says that the epoch before is written. So which rows come from the cache does
     not depend on timing.
     """
 
@@ -194,7 +197,7 @@ class LatentCache:
         self.failure: str | None = None  # why nothing can be added
         self._describe(json.dumps(made_by, indent=1, sort_keys=True) + "\n")
         _remove_leftovers(folder)
-        self._sealed = torch.zeros(1, dtype=torch.int64).share_memory_()  # epochs; seen by the workers
+        self._sealed = torch.zeros(1, dtype=torch.int64).share_memory_()  # epoch that readers may begin
         self._seen_epoch = 0
         self._files: list[Path] = []
         self._tables: dict[int, pa.Table] = {}
@@ -205,7 +208,7 @@ class LatentCache:
         self._look()
 
     def _describe(self, words: str) -> None:
-        """Write made_by.json, unless it is there. A cache that is there can be read where it cannot be written."""
+        """Write made_by.json, unless it is there. An existing cache can be read even where it cannot be written."""
         path = self.folder / "made_by.json"
         beside = path.with_name(f"{self.rank:05d}-{time.time_ns():x}-json{PARTIAL}")
         try:
@@ -239,11 +242,11 @@ class LatentCache:
         return len(self._keys)
 
     def start_at(self, epoch: int) -> None:
-        """The run begins within this epoch, for which nothing is waited; said before the workers get their copies."""
+        """The run begins within this epoch, which waits for nothing; call it before the workers get their copies."""
         self._seen_epoch = epoch
 
     def begin_epoch(self, epoch: int) -> None:
-        """Look at what the epochs before wrote; waits until they are sealed."""
+        """Wait until the epochs before are published, and look at what they wrote."""
         if epoch <= self._seen_epoch:
             return
         while self._sealed.item() < epoch:
@@ -252,17 +255,17 @@ class LatentCache:
         self._look()
 
     def end_epoch(self, epoch: int) -> None:
-        """What was met in an epoch is there for the next one, on all processes, all of which have to call it."""
+        """Make the rows of an epoch available to the next one, on all processes; all of them have to call it."""
         self.flush()
         wait_for_all()
         self.publish_epoch(epoch + 1)
 
     def publish_epoch(self, epoch: int) -> None:
-        """Let readers go on to `epoch`: everything before it is written, by all processes."""
+        """Let readers continue to `epoch`: all processes have written everything before it."""
         self._sealed.fill_(epoch)
 
     def _look(self) -> None:
-        """Index the files in the folder: sorted 8-byte beginnings of the keys, and where each row is."""
+        """Index the files in the folder: the first 8 bytes of the keys, sorted, and where each row is."""
         known = set(self._files)
         keys, places = [self._keys], [self._places]
         for path in sorted(self.folder.glob("*.arrow")):
@@ -292,13 +295,13 @@ class LatentCache:
         return None
 
     def round(self, moments: torch.Tensor) -> torch.Tensor:
-        """Moments in the precision in which they are kept, so that a run does not depend on where they came from."""
+        """Moments rounded to the precision in which they are kept, so that it does not matter where they came from."""
         return moments.to(self.dtype).float()
 
     def put(self, records: list[dict[str, Any]], moments: torch.Tensor, flipped: torch.Tensor | None) -> None:
         """Keep rows: their keys and captions, and moments (B, 2C, h, w); each row once, however often it comes.
 
-        It comes again before readers see it where an epoch has it several times, or never ends.
+        A row comes again before readers see it where an epoch has it several times, or where the epoch never ends.
         """
         if self.failure is not None:
             return
@@ -323,10 +326,10 @@ class LatentCache:
         self.give_back()
 
     def give_back(self) -> None:
-        """Remove a temporary cache; by whichever process comes first."""
+        """Remove a temporary cache; whichever process comes first does it."""
         if self.temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):  # it holds another run's
+            with suppress(OSError):  # it holds another run's cache
                 self.folder.parent.rmdir()
 
 
@@ -337,14 +340,14 @@ def _row_hash(record: dict[str, Any]) -> int:
 
 
 class _Numbers:
-    """A set of 8-byte numbers that takes little more than these bytes."""
+    """A set of 8-byte numbers that takes little more memory than those bytes."""
 
     def __init__(self) -> None:
         self._old = np.zeros(0, dtype=np.uint64)  # sorted
         self._new: set[int] = set()
 
     def add(self, number: int) -> bool:
-        """Whether it is a new one."""
+        """Add a number; whether it is a new one."""
         place = int(np.searchsorted(self._old, np.uint64(number)))
         if number in self._new or (place < len(self._old) and int(self._old[place]) == number):
             return False
@@ -356,7 +359,7 @@ class _Numbers:
 
 
 class _Writer:
-    """Writes rows to files in a thread. A full disk ends the writing, not the run: it goes to `give_up`."""
+    """Writes rows to files in a thread. A full disk ends the writing, not the run: the error goes to `give_up`."""
 
     def __init__(self, folder: Path, made_by: str, rank: int, give_up: Callable[[Exception], None]) -> None:
         self.folder, self.made_by, self.give_up = folder, made_by, give_up
@@ -392,7 +395,7 @@ class _Writer:
                 self.failed = True
                 self._rows, self._size = [], 0
                 self.give_up(error)
-            except Exception as error:  # ours: raised where the training would otherwise wait for this thread
+            except Exception as error:  # a bug: raised by `flush`, where training waits for this thread
                 self.failed, self.error = True, error
             finally:
                 if isinstance(item, threading.Event):
@@ -437,7 +440,7 @@ class _Writer:
 
 @contextmanager
 def _held(path: Path) -> Iterator[BinaryIO]:
-    """A new file, locked until it is closed, as it also is by a kill; what is still under that name then is removed."""
+    """A new file, locked until it is closed, also by a kill; what is still under that name afterwards is removed."""
     try:
         while True:
             with open(path, "wb") as file:
@@ -453,17 +456,17 @@ def _held(path: Path) -> Iterator[BinaryIO]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left half written in a cache of whatever key: those that nobody holds."""
+    """Remove the files that killed runs left half written, whatever their key: those that nobody has locked."""
     for path in folder.glob(f"*/*{PARTIAL}"):
         if not re.fullmatch(rf"\d{{5}}-[0-9a-f]+-\w+{re.escape(PARTIAL)}", path.name):
             continue
-        with suppress(OSError), open(path, "r+b") as file:  # an error: it is held, or gone, or cannot be removed
+        with suppress(OSError), open(path, "r+b") as file:  # an error: it is locked, or gone, or cannot be removed
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
 
 def open_cached(path: Path) -> pa.Table:
-    """The rows of a file of the cache, memory-mapped: they are read from the disk when they are asked for."""
+    """The rows of a file of the cache, memory-mapped: they are read from disk when they are used."""
     try:
         return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowException) as error:

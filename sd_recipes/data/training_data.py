@@ -1,4 +1,4 @@
-"""A recipe's data, read, checked and put in order: rows or streams, and the plans of what is trained when."""
+"""A recipe's data, read, checked and put in order: rows or streams, and the plans of what is trained on when."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TrainingData:
 
     @property
     def provenances(self) -> list[str]:
-        """What made the moments, where rows have moments instead of images; of a stream those of its first row."""
+        """Provenance of the moments, where rows have moments instead of images; for a stream, that of its first row."""
         if self.rows is not None:
             return self.rows.unique("made_by") if "made_by" in self.rows.column_names else []
         first = [next(iter(stream)) for stream in self.streams if "made_by" in (stream.column_names or ())]

@@ -33,7 +33,7 @@ class ImageTextScore:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> float:
-        """Score of images with the caption at the same place."""
+        """Score of images, each with the caption at the same position."""
         pixel_values = self.processor(images=list(images), return_tensors="pt").pixel_values
         tokens = self.tokenizer(
             list(captions),

@@ -17,15 +17,15 @@ from PIL import Image, ImageDraw, ImageFont
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.signals import stop_request
 
-BROKEN_OFF = "in the middle of a validation, which is broken off"
+BROKEN_OFF = "in the middle of a validation, which is abandoned"
 
 
 def draw_pictures(
     pipeline: Any, recipe: Recipe, size: tuple[int, int], numbers: Sequence[int], at_once: int
 ) -> list[Image.Image]:
-    """Pictures of `size` (height, width) of the prompts with these numbers, `at_once` of them at a time.
+    """Pictures of `size` (height, width) for the prompts with these numbers, `at_once` of them at a time.
 
-    The same noise for the same seed and prompt, whatever is drawn beside it. Raises Stopped.
+    The same noise for the same seed and prompt, whatever else is drawn. Raises Stopped.
     """
     prompts, (height, width) = recipe.validation_prompts or [], size
     assert recipe.seed is not None
@@ -48,9 +48,9 @@ def draw_pictures(
 
 @contextmanager
 def decoded_one_by_one(vae: AutoencoderKL) -> Iterator[None]:
-    """Within it the VAE decodes one picture after the other: together they can take more memory than a training step.
+    """Within this context the VAE decodes pictures one by one: together they can take more memory than a training step.
 
-    It encodes so too, and not after it: training's batches stay what they were, to the bit.
+    It encodes them one by one too, but not afterwards: training batches stay the same to the bit.
     """
     vae.enable_slicing()
     try:
@@ -80,11 +80,11 @@ def check_for_stop(
 def picture_grid(
     pictures: list[Image.Image], captions: list[str], columns: int | None = None, cell: int | None = None
 ) -> Image.Image:
-    """Pictures in rows, each over its caption; small pictures are enlarged to `cell` pixels (default: 128 at least)."""
+    """Pictures in rows, each over its caption; small pictures are enlarged to `cell` pixels (default: at least 128)."""
     columns = columns or min(len(pictures), max(4, math.ceil(math.sqrt(len(pictures)))))
     width = cell or max(128, pictures[0].width)
     font_size = max(11, width // 12)
-    # matplotlib's own font has letters that Pillow's lacks.
+    # matplotlib's own font has characters that Pillow's lacks.
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", font_size)
     line = font_size + 3
     height = width * pictures[0].height // pictures[0].width + 2 * line + 6

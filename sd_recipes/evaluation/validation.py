@@ -1,4 +1,4 @@
-"""What a run has learnt: loss on held-out rows under fixed noise, and pictures of fixed prompts, on all processes."""
+"""What a run has learned: loss on held-out rows under fixed noise, and pictures of fixed prompts, on all processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from sd_recipes.data.batches import BatchBuilder
 from sd_recipes.data.draws import generator
 from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch
-from sd_recipes.errors import one_line
 from sd_recipes.evaluation.metrics import ImageTextScore
 from sd_recipes.evaluation.pictures import BROKEN_OFF, draw_pictures, picture_grid, save_whole
 from sd_recipes.model.components import Components
@@ -26,7 +25,7 @@ from sd_recipes.model.latents import LatentEncoder
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.runtime.agreement import all_gather, broadcast, wait_for_all
-from sd_recipes.runtime.out_of_memory import AtOnce, is_out_of_memory
+from sd_recipes.runtime.out_of_memory import AtOnce, is_out_of_memory, tell_out_of_memory
 from sd_recipes.runtime.output_dir import NO_ROOM
 from sd_recipes.runtime.signals import Stopped, stop_request
 from sd_recipes.runtime.trackers import Tracker, read_metrics
@@ -37,15 +36,15 @@ logger = logging.getLogger(__name__)
 
 # The same noise for every run and every step, whatever the run's seed, so that losses can be compared.
 HELD_OUT_SEED = 0
-# Below this many (row, timestep, noise) samples the loss of a small split says more about its noise.
+# With fewer (row, timestep, noise) samples, the loss of a small split says more about the noise than about the model.
 MIN_HELD_OUT_SAMPLES = 256
-NAMED = 20  # held-out rows that cannot be used
+NAMED = 20  # held-out rows that cannot be used, in a warning
 FIGURES = {"validation_loss": "held-out loss", "image_text_score": "image-text score"}
 
 
 @dataclass
 class Share:
-    """What one process did of a validation."""
+    """One process's share of a validation."""
 
     loss: float = 0.0  # summed over its held-out samples
     weight: float = 0.0  # the number of those that count
@@ -56,9 +55,9 @@ class Share:
 
 @dataclass
 class Validator:
-    """Validates what a run has learnt: its held-out loss, its pictures and their image-text score.
+    """Validates what a run has learned: its held-out loss, its pictures and their image-text score.
 
-    Rows and prompts are shared out over the processes; each has the weights that are judged.
+    Rows and prompts are shared out to the processes; each has the weights that are evaluated.
     """
 
     recipe: Recipe
@@ -82,7 +81,7 @@ class Validator:
         return plan.ends_epoch and plan.epoch % self.recipe.validation_epochs == 0
 
     def is_due_at_start(self, progress: Progress, metrics: Path) -> bool:
-        """Before training, where that is asked for; or where the run ended before it had validated its last step."""
+        """Before training, if that is asked for; or if the run ended before it had validated its last step."""
         if progress.global_step == 0 and self.recipe.validate_before_training:
             return True
         return progress.awaits_validation and not self._was_done(progress.global_step, metrics)
@@ -101,8 +100,8 @@ class Validator:
     def __call__(self, state: TrainState, tracker: Tracker) -> None:
         """Validate the weights that are exported; log, and write the grid of pictures.
 
-        Broken off as soon as a process is asked to end: all of them then stop at the step's end. Every process has to
-        call it. What a process cannot do for want of memory, it leaves out.
+        Abandoned as soon as a process is asked to end: all of them then stop at the end of the step. Every process has
+        to call it. A process leaves out what it has no memory for.
         """
         progress = state.progress
         if self.held_out is None and not self.recipe.validation_prompts:
@@ -118,7 +117,7 @@ class Validator:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                logger.warning("No memory for this validation: training goes on. %s", one_line(error, 200))
+                tell_out_of_memory("this validation", error)
         shares = all_gather(share)
         finished = [each for each in shares if each is not None]
         if len(finished) < len(shares):
@@ -129,15 +128,15 @@ class Validator:
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            logger.warning("The validation's pictures cannot be written (%s): training goes on.", error)
+            logger.warning("The validation's pictures cannot be written (%s): training continues.", error)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            logger.warning("No memory for this validation: training goes on. %s", one_line(error, 200))
+            tell_out_of_memory("this validation", error)
         wait_for_all()
 
     def _own_share(self) -> Share:
-        """What this process does of a validation. Raises Stopped."""
+        """This process's share of a validation. Raises Stopped."""
         share, unet = Share(), self.components.unet
         was_training = unet.training
         unet.eval()
@@ -162,7 +161,7 @@ class Validator:
     def _held_out_share(self, at_once: int) -> Share:
         """Loss of this process's held-out samples, `at_once` of them at a time, with the UNet as it is.
 
-        Timesteps are stratified over all samples, and over those of each row, which so meets early and late ones.
+        Timesteps are stratified over all samples, and over those of each row, so that it meets early and late ones.
         """
         assert self.held_out is not None
         assert self.held_out.rows is not None
@@ -171,7 +170,7 @@ class Validator:
         strata = held_out_strata(num_rows, num_samples // num_rows).reshape(-1)
         own = np.arange(num_samples)[self._own]
         share = Share(has_loss=True)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        sums = [torch.zeros(2, device=self.accelerator.device)]
         for start in tqdm(
             range(0, len(own), at_once),
             desc="Held-out loss",
@@ -200,12 +199,13 @@ class Validator:
             conditioning = self.family.conditioning(states, batch)
             with self.accelerator.autocast():
                 losses = self.objective(self.components.unet, latents, conditioning, batch.timesteps, batch.noise)
-            sums += torch.stack([(batch.weights * losses).sum(), batch.weights.sum()])
-        share.loss, share.weight = sums.tolist()
+            sums.append(torch.stack([(batch.weights * losses).sum(), batch.weights.sum()]))
+        # Added up in float64, which Apple's GPUs lack.
+        share.loss, share.weight = torch.stack(sums).cpu().double().sum(dim=0).tolist()
         return share
 
     def _conclude(self, shares: list[Share], step: int, tracker: Tracker) -> None:
-        """Figures and pictures of all processes: to the trackers, and into the run's folder."""
+        """Write the figures and pictures of all processes to the trackers and to the run's folder."""
         figures: dict[str, float] = {}
         if self.held_out is not None and all(share.has_loss for share in shares):
             loss = self._held_out_loss(shares)
@@ -246,10 +246,10 @@ class Validator:
 
 
 def held_out_strata(num_rows: int, num_passes: int) -> np.ndarray:
-    """(num_passes, num_rows): which of as many slices of the timesteps each row has in each pass.
+    """(num_passes, num_rows): which of num_passes * num_rows slices of the timesteps each row gets in each pass.
 
-    Every slice comes once, and each row has one of every pass's, drawn anew: neither a row nor its loss is bound to a
-    part of the timesteps, so that one that cannot be used leaves no part out.
+    Every slice comes once, and each row gets a random one from each pass's: no row is tied to a part of the timesteps,
+    so that one that cannot be used leaves no part out.
     """
     return np.stack(
         [

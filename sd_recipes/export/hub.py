@@ -19,8 +19,8 @@ from sd_recipes.redaction import in_texts, redacted, shown
 
 logger = logging.getLogger(__name__)
 
-# Never checkpoints, logs or the data: a run's folder may hold a great deal more than a model. Nor its recipe as it is
-# there, with this machine's paths.
+# Never checkpoints, logs or the data: a run's folder may hold much more than a model. Nor its recipe as it is there,
+# with this machine's paths.
 ALLOWED = [
     "model_index.json",
     "README.md",
@@ -29,18 +29,18 @@ ALLOWED = [
 
 
 class PushError(RunError):
-    """The model is saved and could not be pushed; the message holds the command that pushes it."""
+    """The model is saved, but could not be pushed; the message has the command that pushes it."""
 
     status = 4
 
 
 def create_repository(recipe: Recipe) -> str:
-    """The repository to push to, made before training so that missing rights show first. Raises RecipeError."""
+    """The repository to push to, made before training, so that missing permissions show first. Raises RecipeError."""
     name = recipe.hub_model_id or Path(recipe.output_dir).resolve().name
     try:
         return HfApi().create_repo(name, exist_ok=True).repo_id
-    # Beside its own errors huggingface_hub lets those of its HTTP client through, whose package has changed
-    # between its versions; all of them are about the repository that the person named.
+    # Besides its own errors huggingface_hub lets those of its HTTP client through, whose package has changed
+    # between its versions; all of them are about the repository that the user named.
     except Exception as error:
         raise RecipeError(
             f"--push_to_hub: cannot create {name} ({one_line(error, 200)}): log in with `hf auth login`, "
@@ -49,7 +49,7 @@ def create_repository(recipe: Recipe) -> str:
 
 
 def publish(output_dir: Path, repo_id: str, recipe: Recipe, folders: Sequence[str]) -> str:
-    """Write the model card and upload the pipeline, of these folders; the repository's address. Raises PushError."""
+    """Write the model card and upload the pipeline's `folders`; returns the repository's URL. Raises PushError."""
     write_model_card(output_dir, repo_id, recipe)
     allowed = [*ALLOWED, *(f"{folder}/*" for folder in folders)]
     api = HfApi()
@@ -71,7 +71,7 @@ def publish(output_dir: Path, repo_id: str, recipe: Recipe, folders: Sequence[st
 
 
 def _hub_id(name: str | None) -> str | None:
-    """The name, if it is of a repository; a folder's or an asset's would make the card's metadata invalid."""
+    """The name, if it is a repository's; a folder's or an asset's would make the card's metadata invalid."""
     if (
         name is None
         or redacted(name) != name
@@ -103,7 +103,7 @@ def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe) -> None:
 
 # {repo_id}
 
-Made from **{made_from}** with **{with_data or "images of its own"}**
+Made from **{made_from}** with **{with_data or "its own images"}**
 by sd-recipes. All settings are in `recipe.yaml`.
 
 {pictures}

@@ -17,5 +17,5 @@ ENVIRONMENT.filters["thousands"] = "{:,}".format
 
 
 def render_page(template: str, **values: Any) -> str:
-    """The page that `template`, a path below sd_recipes/templates, makes of `values`."""
+    """Render `template`, a path below sd_recipes/templates, with `values`."""
     return ENVIRONMENT.get_template(template).render(values)

@@ -1,4 +1,4 @@
-"""Components to the folder of a pipeline."""
+"""Write components to the folder of a pipeline."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sd_recipes.redaction import shown
 
 
 def export_pipeline(family: Family, components: Components, output_dir: Path) -> None:
-    """Write a folder that the family's pipeline class loads by `from_pretrained`, in safetensors, all in float32.
+    """Write a folder that the family's pipeline class loads with `from_pretrained`, in safetensors, all in float32.
 
-    In one type, since diffusers loads its parts in float32 and transformers in the type in which they were saved.
+    In one type, since diffusers loads its parts in float32 and transformers in the type they were saved in.
     """
     pipeline = family.build_pipeline(replace(components, **components.as_loaded))
     pipeline.save_pretrained(output_dir, safe_serialization=True)
@@ -24,7 +24,7 @@ def export_pipeline(family: Family, components: Components, output_dir: Path) ->
 
 
 def _forget_folders(path: Path) -> None:
-    """Of the place from which a part was loaded, which its configuration names, keep what others may read."""
+    """Of the place that a part was loaded from, which its configuration names, keep only what may be shared."""
     config = json.loads(path.read_text())
     place = config.get("_name_or_path") if isinstance(config, dict) else None
     if isinstance(place, str) and (kept := shown(place)) != place:

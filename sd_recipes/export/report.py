@@ -1,4 +1,4 @@
-"""A run's figures and pictures at its end: the loss curve, and before beside after."""
+"""A run's figures and pictures at its end: the loss curve, and before and after side by side."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(output_dir: Path) -> list[str]:
-    """Write loss_curve.png, and before_after.png if step 0 was validated; the lines to print.
+    """Write loss_curve.png, and before_after.png if step 0 was validated; returns the lines to print.
 
     `output_dir` is a run's folder with its metrics.jsonl and samples/.
     """
@@ -33,7 +33,7 @@ def write_report(output_dir: Path) -> list[str]:
     if samples and samples[0].name == "step-000000.png" and len(samples) > 1:
         try:
             before, after = read_picture(samples[0]), read_picture(samples[-1])
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # torn, or another's
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # torn, or not ours
             logger.warning("No before_after.png: a picture in %s cannot be read (%s).", samples[0].parent, error)
         else:
             side_by_side(before, after, output_dir / "before_after.png")
@@ -53,7 +53,7 @@ def write_report(output_dir: Path) -> list[str]:
 def draw_loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
     """Training loss by step, with its running mean, and the held-out loss where it was measured."""
     steps, losses = zip(*((line["step"], line["train_loss"]) for line in lines if "train_loss" in line), strict=True)
-    # Centred, over a twentieth of the run: an average over the past alone would lag behind where the loss falls fast.
+    # Centered, over a twentieth of the run: an average over the past alone would lag behind where the loss falls fast.
     reach = max(1, len(losses) // 40)
     smooth = [float(np.mean(losses[max(0, n - reach) : n + reach + 1])) for n in range(len(losses))]
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
@@ -77,7 +77,7 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def side_by_side(left: Image.Image, right: Image.Image, path: Path) -> None:
-    """Two grids of one size beside each other, titled."""
+    """Two grids side by side, titled."""
     title, gap = 34, 24
     sheet = Image.new("RGB", (left.width + right.width + gap, max(left.height, right.height) + title), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)

@@ -1,4 +1,4 @@
-"""What a model's own VAE, tokenizer and scheduler say of a data set."""
+"""What a model's own VAE, tokenizer and scheduler say about a data set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sd_recipes.runtime.accelerator import allow_tf32
 
 @dataclass
 class Model:
-    """The parts of a pipeline that meet the data first; the UNet and the text encoder stay unloaded."""
+    """The parts of a pipeline that meet the data first; the UNet and the text encoder are not loaded."""
 
     vae: AutoencoderKL
     tokenizer: CLIPTokenizer
@@ -29,7 +29,7 @@ class Model:
 
 def load_model(config: ModelConfig) -> Model:
     """The VAE, on the GPU if there is one, the tokenizer and the schedule. Raises RecipeError."""
-    allow_tf32(False)  # figures are float32's
+    allow_tf32(False)  # the figures are those of float32
     vae = load_vae(config).to("cuda" if torch.cuda.is_available() else "cpu")
     return Model(vae, family_of(config).load_tokenizer(config), load_scheduler(config).alphas_cumprod.double().numpy())
 
@@ -52,7 +52,7 @@ def decode_picture(vae: AutoencoderKL, latents: np.ndarray) -> np.ndarray:
 
 
 def latent_distribution(vae: AutoencoderKL, pictures: list[np.ndarray]) -> LatentDistribution:
-    """Of the scaled latents of `pictures`, uint8 (3, H, W) each."""
+    """Distribution of the scaled latents of `pictures`, uint8 (3, H, W) each."""
     seen, rng = LatentDistribution(), np.random.default_rng(0)
     for pixels in tqdm(pictures, desc="encoding", unit="image"):
         seen.update(encode_picture(vae, pixels, rng))

@@ -14,23 +14,23 @@ class InspectConfig(Section):
 
     config: str | None = Field(
         None,
-        description="Recipe of a run, a YAML file or the name of a shipped one: its settings of data and model count.",
+        description="Recipe of a run, a YAML file or the name of a shipped one: its data and model settings are used.",
     )
     output_dir: str = Field("inspection", description="Where inspection.json and inspection.html are written.")
     max_rows: int | None = Field(
-        None, ge=1, description="Inspect this many rows, drawn at random; of a stream the first ones."
+        None, ge=1, description="Inspect this many rows, drawn at random; from a stream, the first ones."
     )
     num_workers: int | None = Field(
-        None, ge=0, description="Processes that decode images; otherwise one a core. 0 decodes in this process."
+        None, ge=0, description="Processes that decode images; by default one per core. 0 decodes in this process."
     )
-    train_batch_size: int = Field(16, ge=1, description="Batch size against which the buckets' fill is shown.")
+    train_batch_size: int = Field(16, ge=1, description="Batch size that the buckets are compared with.")
     num_samples: int = Field(
         64, ge=1, description="Images, drawn at random, that are shown or go through the model's VAE."
     )
 
 
 class Inspection(InspectConfig, ModelConfig, DataSettings):
-    """All settings of an inspection; those of the data as in a training run."""
+    """All settings of an inspection; the data settings are those of a training run."""
 
     @property
     def image_workers(self) -> int:

@@ -1,4 +1,4 @@
-"""All that an inspection found, as the JSON file says it."""
+"""Everything that an inspection found, as the JSON file states it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHOWN_TIMESTEPS = (0.05, 0.1, 0.2, 0.4, 0.6, 1.0)  # of T
 
 @dataclass
 class Duplicates:
-    """Groups of rows with the same file, of different files that look alike, and with the same caption."""
+    """Groups of rows with the same file, with different files that look alike, and with the same caption."""
 
     images: Groups
     near_images: Groups
@@ -70,7 +70,7 @@ class Inspected:
 
 
 def find_duplicates(scan: Scan) -> Duplicates:
-    """Of all rows that decoded, and of all captions."""
+    """The duplicates among all rows that decoded, and among all captions."""
     rows, contents, looks = map(np.asarray, (scan.rows, scan.contents, scan.looks))  # not copied
     first = np.sort(np.unique(contents, return_index=True)[1])  # one row of those with the same file
     return Duplicates(
@@ -88,7 +88,7 @@ def _of_rows(groups: Groups, rows: np.ndarray) -> Groups:
 
 
 def bucket_fill(inspected: Inspected) -> Iterator[dict[str, Any]]:
-    """Of each bucket, largest first: its images, the batches of an epoch, and the images of its last, smaller batch."""
+    """For each bucket, largest first: its images, its batches per epoch, and the images in the last, smaller batch."""
     batch_size = inspected.config.train_batch_size
     for (height, width), number in inspected.scan.images.buckets.most_common():
         yield {
@@ -101,7 +101,7 @@ def bucket_fill(inspected: Inspected) -> Iterator[dict[str, Any]]:
 
 
 def as_json(inspected: Inspected) -> dict[str, Any]:
-    """The JSON file's content; every number that the page shows."""
+    """The JSON file's content: every number that the page shows."""
     scan, config = inspected.scan, inspected.config
     images, captions = scan.images, scan.captions
     content: dict[str, Any] = {
@@ -218,7 +218,7 @@ def _latents(inspected: Inspected) -> dict[str, Any]:
 
 
 def forward_process(mean_square: float, alphas_cumprod: np.ndarray) -> list[dict[str, float]]:
-    """t, ᾱ_t and the KL of q(x_t | x_0) to N(0, I) in nats per dimension, at some rising t."""
+    """t, ᾱ_t and the KL of q(x_t | x_0) to N(0, I) in nats per dimension, at some t in rising order."""
     steps = [max(1, round(share * len(alphas_cumprod))) for share in (0.001, 0.01, *SHOWN_TIMESTEPS)]
     return [
         {

@@ -8,7 +8,7 @@ from sd_recipes.recipe import Recipe
 
 
 def check_recipe_fits(recipe: Recipe, components: Components) -> None:
-    """Raises RecipeError for a setting that this model cannot have."""
+    """Raises RecipeError for a setting that does not fit this model."""
     factor, scheduler = components.vae_scale_factor, components.scheduler.config
     if recipe.aspect_ratio_buckets and recipe.bucket_step % factor:
         raise RecipeError(f"--bucket_step {recipe.bucket_step} is not a multiple of the VAE's factor {factor}")

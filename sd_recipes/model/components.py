@@ -1,6 +1,6 @@
-"""The parts that pipelines of all families have, each loaded by its own class, in safetensors only.
+"""The parts that pipelines of all families have, each loaded by its own class, from safetensors only.
 
-No class is taken from the repository's own say, and no code of a repository is run.
+A repository cannot choose a class, except a sampler from SAMPLERS, and none of its code is run.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Components:
     vae: AutoencoderKL
     scheduler: DDPMScheduler  # of training
     sampler: SchedulerMixin  # of the pipeline
-    # The frozen parts as they were loaded, where they run rounded to another type; see `placement.keep_as_loaded`.
+    # The frozen parts as they were loaded, if they run rounded to another type; see `placement.keep_as_loaded`.
     as_loaded: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels a side that one latent stands for."""
+        """Pixels per side that one latent stands for."""
         return _scale_factor(self.vae)
 
     def set_prediction_type(self, prediction_type: str) -> None:
@@ -85,7 +85,7 @@ def load_vae(config: ModelConfig) -> AutoencoderKL:
 
 
 def load_scheduler(config: ModelConfig) -> DDPMScheduler:
-    """The scheduler of training. Raises RecipeError."""
+    """The training scheduler. Raises RecipeError."""
     return source_of(config).load(DDPMScheduler, "scheduler")
 
 
@@ -135,9 +135,9 @@ class Source:
             )
         try:
             return part.from_pretrained(self.name, **options)
-        # diffusers, transformers and huggingface_hub report an absent, broken or forbidden part by
+        # diffusers, transformers and huggingface_hub report an absent, broken or forbidden part with
         # OSError, ValueError, KeyError, RuntimeError, JSONDecodeError and SafetensorError: no common
-        # base. All of them are about the model that the person named.
+        # base. All of them are about the model that the user named.
         except Exception as error:
             words = one_line(error, 400)
             raise RecipeError(
@@ -161,7 +161,7 @@ def _new_unet(config: ModelConfig, source: Source) -> UNet2DConditionModel:
     unet_config = _read_unet_config(config, source)
     try:
         return UNet2DConditionModel.from_config(unet_config)
-    # diffusers checks a configuration by whatever its blocks raise.
+    # diffusers does not check a configuration: its blocks raise whatever they raise.
     except Exception as error:
         words = one_line(error)
         place = f"--unet_config {config.unet_config}" if config.unet_config else "the model's unet/config.json"

@@ -1,4 +1,4 @@
-"""Text states of captions that were met before, kept; for captions that are few and do not change."""
+"""A cache of captions' text states, for captions that are few and do not change."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ MAX_TEXT_BYTES = 2**30  # of kept text states: about 9,000 captions of CLIP-L in
 
 
 class CachedText:
-    """`encode` with a memory of the captions that it met; of more than `max_bytes`, of those that it met last."""
+    """`encode` with a cache of up to `max_bytes`, which drops the captions that were used least recently."""
 
     def __init__(self, encode: Callable[[torch.Tensor], TextStates], max_bytes: int = MAX_TEXT_BYTES) -> None:
         self.encode = encode
         self.max_bytes = max_bytes
-        self.states: dict[bytes, TextStates] = {}  # those that were met last at the end
+        self.states: dict[bytes, TextStates] = {}  # the most recently used last
 
     def __call__(self, input_ids: torch.Tensor) -> TextStates:
-        """(B, L) int64 in the host's memory to text states (B, …), each row's as `encode` gave them first."""
+        """(B, L) int64 in host memory to text states (B, …), each row's as `encode` first returned them."""
         assert input_ids.device.type == "cpu", "looking captions up must not wait for the device"
         keys = [row.numpy().tobytes() for row in input_ids]
         new = [place for place, key in enumerate(keys) if key not in self.states]
         if new:
             encoded = self.encode(input_ids[new])
             for number, place in enumerate(new):
-                # Each its own copy: a part of the batch's tensor would keep the whole of it.
+                # A copy each: a slice would keep the whole batch's tensor alive.
                 self.states[keys[place]] = {name: each[number].clone() for name, each in encoded.items()}
         for key in dict.fromkeys(keys):
             self.states[key] = self.states.pop(key)

@@ -1,4 +1,4 @@
-"""Which family a model is of. A new one is a file beside this one, and an entry here."""
+"""Which family a model belongs to. A new family is a file next to this one, and an entry here."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from sd_recipes.recipe import ModelConfig
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family of the model that a recipe names: there is one, until models are told apart here."""
+    """The family of the model that a recipe names. So far there is only one; this is where to tell several apart."""
     return StableDiffusion()

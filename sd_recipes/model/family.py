@@ -1,4 +1,4 @@
-"""What kinds of pipelines there are: a file each, and this interface between them and everything else."""
+"""The kinds of pipelines: one file each, and this interface between them and everything else."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sd_recipes.recipe import ModelConfig
 if TYPE_CHECKING:
     from sd_recipes.data.batches import Batch
 
-TextStates = Mapping[str, torch.Tensor]  # what the text models say, (B, …) each
-Conditioning = Mapping[str, Any]  # keyword arguments of the UNet beside noisy latents and timesteps
+TextStates = Mapping[str, torch.Tensor]  # what the text models return, (B, …) each
+Conditioning = Mapping[str, Any]  # keyword arguments of the UNet besides noisy latents and timesteps
 
 
 class Family(ABC):
-    """One kind of pipeline: how it is loaded, how captions become what its UNet is called with, how it is exported."""
+    """One kind of pipeline: how it is loaded, how captions become arguments of its UNet, how it is exported."""
 
     name: ClassVar[str]  # as people call it
     pipeline_class: ClassVar[type[DiffusionPipeline]]
@@ -30,7 +30,7 @@ class Family(ABC):
 
     @abstractmethod
     def load_tokenizer(self, config: ModelConfig) -> CLIPTokenizer:
-        """The tokenizer, by which captions are checked before a model is loaded. Raises RecipeError."""
+        """The tokenizer, with which captions are checked before the model is loaded. Raises RecipeError."""
 
     @abstractmethod
     def load(self, config: ModelConfig, scheduler: DDPMScheduler, tokenizer: CLIPTokenizer) -> Components:
@@ -38,7 +38,7 @@ class Family(ABC):
 
     @abstractmethod
     def encode_text(self, components: Components, input_ids: torch.Tensor) -> TextStates:
-        """(B, L) int64, on any device, to text states on the text models' device; a row's depend on its ids only."""
+        """(B, L) int64, on any device, to text states on the text models' device; a row's depend only on its ids."""
 
     @abstractmethod
     def conditioning(self, states: TextStates, batch: Batch) -> Conditioning:
@@ -46,4 +46,4 @@ class Family(ABC):
 
     @abstractmethod
     def build_pipeline(self, components: Components) -> DiffusionPipeline:
-        """A pipeline over the live components; without a safety checker, as none was loaded."""
+        """A pipeline of the components themselves, not of copies; without a safety checker, as none was loaded."""

@@ -1,6 +1,6 @@
 """Pixels to moments to latents.
 
-Split into a deterministic half, which can be kept for later epochs, and a half that depends on a draw.
+Split into a deterministic half, which can be kept for later epochs, and a random half.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, posterior_noise: t
 
 
 class LatentEncoder:
-    """The VAE as a run uses it. It alone moves the VAE between devices: away where moments come from a store."""
+    """The VAE as a run uses it. It alone moves the VAE between devices: off the GPU while moments come from a store."""
 
     def __init__(self, vae: AutoencoderKL, device: torch.device, dtype: torch.dtype) -> None:
         self.vae, self.device, self.dtype = vae, device, dtype
@@ -60,7 +60,7 @@ class LatentEncoder:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Within it the VAE is on the run's device, for a pipeline that decodes; afterwards where it was."""
+        """Within this context the VAE is on the run's device, for a pipeline that decodes; afterwards, where it was."""
         was_on = self.vae.device
         self.vae.to(self.device)
         try:

@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 def keep_as_loaded(family: Family, components: Components) -> None:
-    """Keep the frozen models in float32, in the host's memory, and let copies of them run, which may be rounded.
+    """Keep the frozen models in float32 in host memory, and run copies of them, which may be rounded.
 
-    They take 4 bytes a parameter, of Stable Diffusion 1.5 0.83 GB, until the run ends.
+    Until the run ends they take 4 bytes per parameter: 0.83 GB for Stable Diffusion 1.5.
     """
     for name in ("vae", *family.text_models):
         components.as_loaded[name] = getattr(components, name)
@@ -56,7 +56,7 @@ def move_models(
 
 
 def apply_memory_format(model: Any, config: MemoryConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Put a convolutional model into channels last where that was asked for, or wins."""
+    """Put a convolutional model into channels last if that was asked for, or is faster."""
     wins = device.type == "cpu" or dtype != torch.float32
     if config.channels_last == "always" or (config.channels_last == "auto" and wins):
         model.to(memory_format=torch.channels_last)

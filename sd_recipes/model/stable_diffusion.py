@@ -72,9 +72,9 @@ class StableDiffusion(Family):
 
 @torch.no_grad()
 def last_hidden_states(text_encoder: CLIPTextModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """(B, n * L) int64 to the text model's last hidden states (B, n * L, D), each chunk of L encoded alone.
+    """(B, n * L) int64 to the text model's last hidden states (B, n * L, D), each chunk of L encoded separately.
 
-    The ids may be in the host's memory; the states are on the text model's device.
+    The ids may be in host memory; the states are on the text model's device.
     """
     length = min(input_ids.shape[1], text_encoder.config.max_position_embeddings)
     chunks = input_ids.reshape(-1, length).to(text_encoder.device, non_blocking=True)
@@ -97,4 +97,4 @@ def _check_fit(components: StableDiffusionComponents, config: ModelConfig) -> No
         )
     for name in ("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim"):
         if unet.get(name) is not None:
-            raise RecipeError(f"{place}: {name} asks for a condition beside the caption, and there is none: drop it")
+            raise RecipeError(f"{place}: {name} asks for a condition besides the caption, and there is none: drop it")

@@ -1,1 +1,1 @@
-"""Processes, signals, devices, the console: what a run stands on."""
+"""Processes, signals, devices, the console: what a run is built on."""

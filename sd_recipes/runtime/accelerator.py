@@ -1,4 +1,4 @@
-"""accelerate's Accelerator for a recipe: on which hardware, in which precision, with how many processes."""
+"""accelerate's Accelerator for a recipe: hardware, precision and number of processes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether a GPU may round float32 to TF32, in matrix products and convolutions alike.
+    """Set whether a GPU may round float32 to TF32, in matrix products and convolutions alike.
 
-    By itself torch allows it in convolutions only.
+    By default torch allows it in convolutions only.
     """
-    # Not by torch's newer `fp32_precision`: accelerate sets these, and what then reads them refuses a mixture.
+    # Not with torch's newer `fp32_precision`: accelerate sets these flags, and reading a mixture of both is an error.
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -45,7 +45,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         )
     mixed_precision = recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision not in DTYPES:
-        raise RecipeError(f"mixed precision {mixed_precision!r} of accelerate's configuration: use one of {[*DTYPES]}")
+        raise RecipeError(f"mixed precision {mixed_precision!r} in accelerate's configuration: use one of {[*DTYPES]}")
     has_accelerator = has_cuda or torch.backends.mps.is_available()
     if mixed_precision == "fp16" and (on_cpu or not has_accelerator):
         raise RecipeError("--mixed_precision fp16 needs a GPU: use bf16 or no on the CPU")

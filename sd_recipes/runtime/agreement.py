@@ -1,4 +1,4 @@
-"""What processes tell each other over the host's network, so that it never waits for a device."""
+"""What processes exchange over the host's network, so that they never wait for a device."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import distributed
 
 from sd_recipes.runtime.signals import stop_request
 
-# For what one process does alone, such as a validation, while the others wait over the host's network.
+# For what one process does alone, such as the export, while the others wait over the host's network.
 LONGEST_WAIT = timedelta(hours=2)
-# For what devices all_gather_in_thread at every step: one that hangs is noticed after it.
+# For what devices exchange at every step: one that hangs is noticed after this time.
 STEP_WAIT = timedelta(minutes=10)
 
-_host_group: Any = None  # the process's, as the default group is; None with one process
+_host_group: Any = None  # one for the whole process, like the default group; None if there is only one process
 
 
 def open_host_group() -> None:
-    """Make the group over which the functions below wait. Every process has to call it, once it has joined the others.
+    """Make the group that the functions below use. Every process has to call it, once it has joined the others.
 
-    A wait on the default group would keep the devices busy, be ended by their shorter time-out, and answer no signal.
+    Waiting in the default group would keep the devices busy, end at their shorter timeout, and ignore signals.
     """
     global _host_group
     several = distributed.is_initialized() and distributed.get_world_size() > 1
@@ -30,13 +30,13 @@ def open_host_group() -> None:
 
 
 def wait_for_all() -> None:
-    """Until every process is here, whatever one of them does alone before."""
+    """Wait until every process is here, whatever one of them does alone first."""
     if _host_group is not None:
         distributed.barrier(group=_host_group)
 
 
 def broadcast(value: Any) -> Any:
-    """The first process's value, on all; every process has to call it."""
+    """The first process's value, on all of them; every process has to call it."""
     values = [value]
     if _host_group is not None:
         distributed.broadcast_object_list(values, src=0, group=_host_group)
@@ -53,7 +53,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def all_gather_in_thread(num_processes: int) -> Callable[[Any], list[Any]]:
-    """`all_gather` over a group of its own, for a thread beside the training; every process has to call it."""
+    """`all_gather` over a group of its own, for a thread that runs next to training; every process has to call it."""
     if num_processes == 1:
         return lambda value: [value]
     group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
@@ -67,10 +67,9 @@ def all_gather_in_thread(num_processes: int) -> Callable[[Any], list[Any]]:
 
 
 class StopAgreement:
-    """Whether any process was asked to stop: the same answer on all, given once a step.
+    """Whether any process was asked to stop: the same answer on all of them, once per step.
 
-    The question goes round while the next step is computed, so the answer is that of the step before,
-    unless it is waited for.
+    The exchange runs while the next step is computed, so the answer is the previous step's, unless it is to `wait`.
     """
 
     def __init__(self, num_processes: int) -> None:

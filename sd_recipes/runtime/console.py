@@ -1,4 +1,4 @@
-"""What a person sees on the console: our words and the bar, from libraries only errors."""
+"""What users see on the console: our messages and the progress bar, and only errors from libraries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sd_recipes.runtime.signals import Stopped
 
 @contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """Tell a RunError in one line, on every process: a broken row is met by one only. Leave with its status."""
+    """Print a RunError in one line and exit with its status; on every process, since only one meets a broken row."""
     try:
         yield
     except Stopped as stop:
@@ -41,24 +41,24 @@ def mistakes_in_one_line() -> Iterator[None]:
 
 
 def say(words: str) -> None:
-    """What is printed for a person, without secrets."""
+    """Print a message for the user, without secrets."""
     print(redacted(words), flush=True)
 
 
 def _lost_another_process(error: RuntimeError) -> str | None:
-    """What an error means that torch raises where processes wait for each other; None if it is any other."""
+    """The meaning of an error that torch raises where processes wait for each other; None for any other error."""
     text = str(error)
     if "gloo" in text and "peer" in text:
-        return "another process has ended, and says why, or cannot be reached"
-    # Named, since torch is not imported here. It raises them for all that goes wrong between devices, too.
+        return "another process has ended (it says why) or cannot be reached"
+    # By name, since torch is not imported here. It also raises them for whatever else goes wrong between devices.
     of_torch = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
     if of_torch or re.search(r"(?is)(?=.*(gloo|nccl)).*(timeout|timed out|watchdog)", text):
-        return "this process and the others cannot go on together: one has ended, and says why, or hangs, or is away"
+        return "this process and the others cannot continue: one has ended (it says why), hangs, or cannot be reached"
     return None
 
 
 class RedactedRecord(logging.LogRecord):
-    """What any logger says, a library's too, without secrets."""
+    """A log record without secrets, from any logger, a library's included."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -85,14 +85,14 @@ def _tell_unforeseen_of_thread(told: threading.ExceptHookArgs) -> None:
 
 
 def is_main_process() -> bool:
-    """By the environment that the launcher gave, so before torch is imported."""
+    """Read from the environment that the launcher sets, so that it is known before torch is imported."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def set_up_console() -> None:
-    """Set up logging; before torch and diffusers are imported, since they speak while they are.
+    """Set up logging, before torch and diffusers are imported, since they log during import.
 
-    On the main process our information and everybody's warnings are shown, on the others errors only.
+    The main process shows our information and everyone's warnings, the others only errors.
     """
     for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
@@ -108,14 +108,15 @@ def set_up_console() -> None:
         stream=sys.stderr,
     )
     logging.getLogger("sd_recipes").setLevel(logging.INFO if is_main else logging.ERROR)
-    # A bad row is met by one process, whichever that is.
-    logging.getLogger("sd_recipes.data.bad_rows").setLevel(logging.WARNING)
-    # At import it warns of an optional kernel for 4-bit inference, which is not used here.
+    # Any one process may meet a bad row, or run out of memory.
+    for name in ("data.bad_rows", "runtime.out_of_memory"):
+        logging.getLogger(f"sd_recipes.{name}").setLevel(logging.WARNING)
+    # On import it warns about an optional kernel for 4-bit inference, which is not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def hide_library_bars() -> None:
-    """Loading and saving bars of the libraries would break up the training bar; after they are imported."""
+    """Hide the libraries' loading and saving bars, which would break up the training bar."""
     import diffusers
     import transformers
 

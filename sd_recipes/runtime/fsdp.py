@@ -1,7 +1,7 @@
-"""A UNet divided among the processes (FSDP2): each holds a part of all weights, gradients and optimizer state.
+"""A UNet sharded over the processes (FSDP2): each holds a shard of all weights, gradients and optimizer state.
 
-accelerate divides it by torch's `fully_shard`, whose tensors are DTensors (Zhao et al. 2023, "PyTorch FSDP"). Here is
-what leads from a part to the whole tensor and back: checkpoints and pipelines hold whole ones, so a run goes on divided
+accelerate shards it with torch's `fully_shard`, whose tensors are DTensors (Zhao et al. 2023, "PyTorch FSDP"). This
+module turns shards into whole tensors and back: checkpoints and pipelines hold whole ones, so a run can resume sharded
 or not, on any number of processes.
 """
 
@@ -22,10 +22,10 @@ from sd_recipes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-# What `accelerate launch` sets, by its configuration, for the processes that it starts.
+# What `accelerate launch` sets, from its configuration, for the processes that it starts.
 FSDP_VARIABLE, VERSION_VARIABLE, OFFLOAD_VARIABLE = "ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS"
 OTHER_VARIABLES = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM"}
-NEEDS_WHOLE_WEIGHTS = "needs whole weights, which FSDP divides"
+NEEDS_WHOLE_WEIGHTS = "needs whole weights, which FSDP shards"
 
 
 def is_set(variable: str) -> bool:
@@ -33,11 +33,11 @@ def is_set(variable: str) -> bool:
 
 
 def fsdp_plugin(recipe: Recipe, mixed_precision: str) -> FullyShardedDataParallelPlugin | None:
-    """What accelerate's configuration says of FSDP; None if it says nothing. Raises RecipeError for what cannot be."""
+    """What accelerate's configuration says about FSDP; None if nothing. Raises RecipeError for what is unsupported."""
     for name, variable in OTHER_VARIABLES.items():
         if is_set(variable):
             raise RecipeError(
-                f"{name} is not supported: divide a model with accelerate_configs/fsdp2.yaml, or use whole ones, as in "
+                f"{name} is not supported: shard the model with accelerate_configs/fsdp2.yaml, or keep it whole with "
                 "accelerate_configs/multi_gpu.yaml"
             )
     if not is_set(FSDP_VARIABLE):
@@ -47,7 +47,7 @@ def fsdp_plugin(recipe: Recipe, mixed_precision: str) -> FullyShardedDataParalle
     if is_set(OFFLOAD_VARIABLE):
         raise RecipeError("fsdp_offload_params of accelerate's configuration is not supported: set it to false")
     if mixed_precision == "fp16":
-        raise RecipeError("--mixed_precision fp16 scales the loss, which FSDP does not go with here: use bf16 or no")
+        raise RecipeError("--mixed_precision fp16 scales the loss, which is not supported with FSDP: use bf16 or no")
     if recipe.optimizer not in ("adamw", "sgd"):
         raise RecipeError(f"--optimizer {recipe.optimizer} {NEEDS_WHOLE_WEIGHTS}: use adamw or sgd")
     for name in ("offload_ema", "compile_unet"):
@@ -61,9 +61,9 @@ def fsdp_plugin(recipe: Recipe, mixed_precision: str) -> FullyShardedDataParalle
 
 
 def turn_on(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Let `accelerator` divide what it prepares also on the CPU, for which accelerate 1.15 does not ask torch."""
+    """Let `accelerator` shard what it prepares on the CPU too, which accelerate 1.15 does not ask torch to do."""
     if accelerator.num_processes == 1:
-        logger.warning("FSDP divides a model among processes, and there is one: it stays whole.")
+        logger.warning("FSDP shards a model over processes, and there is only one: it stays whole.")
     elif accelerator.device.type == "cpu":
         for state in (PartialState(), accelerator.state):
             state.distributed_type = DistributedType.FSDP
@@ -71,28 +71,28 @@ def turn_on(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) ->
 
 
 def check_wrapped_classes(accelerator: Accelerator, unet: torch.nn.Module) -> None:
-    """Raises RecipeError if the model is to be divided by classes of modules that it has not."""
+    """Raises RecipeError if the model is to be sharded by classes of modules that it does not have."""
     if not accelerator.is_fsdp2:
         return
     classes = {type(module).__name__ for module in unet.modules()}
     for name in accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap or []:
         if name not in classes:
             raise RecipeError(
-                f"fsdp_transformer_layer_cls_to_wrap of accelerate's configuration names {name}, of which the UNet has "
-                "none: use Transformer2DModel,ResnetBlock2D, as accelerate_configs/fsdp2.yaml does"
+                f"fsdp_transformer_layer_cls_to_wrap of accelerate's configuration names {name}, which the UNet does "
+                "not have: use Transformer2DModel,ResnetBlock2D, as accelerate_configs/fsdp2.yaml does"
             )
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor, which every process has to ask for if it is divided; of another the tensor itself."""
+    """The whole of a sharded tensor, for which every process has to call it; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(reference: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, on the device of `reference`, if that is divided."""
+    """This process's shard of a whole tensor, on `reference`'s device; the tensor itself if that is not sharded."""
     if not isinstance(reference, DTensor):
         return tensor
-    # Not scattered by the first process: all have read it.
+    # Not scattered by the first process: every process has read the whole tensor.
     return distribute_tensor(tensor, reference.device_mesh, reference.placements, src_data_rank=None)
 
 

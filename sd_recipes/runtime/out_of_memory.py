@@ -18,24 +18,28 @@ Result = TypeVar("Result")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of a device or of the host."""
+    """Whether a device or the host ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # The others have no class of their own; cuBLAS fails to allocate its workspace.
+    # The others have no class of their own, such as cuBLAS's when it cannot allocate its workspace.
     return isinstance(error, RuntimeError) and (
         should_reduce_batch_size(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
     )
 
 
+def tell_out_of_memory(what: str, error: Exception) -> None:
+    logger.warning("No memory for %s: training continues. %s", what, one_line(error, 200))
+
+
 @dataclass
 class AtOnce:
-    """How many samples `what` takes at once: half as many after an out-of-memory error, and at last none."""
+    """How many samples `what` takes at once: half as many after each out-of-memory error, and finally none."""
 
     number: int
     what: str
 
     def attempt(self, work: Callable[[int], Result]) -> Result | None:
-        """What `work(number)` returns; None where memory does not even suffice for one, also from then on."""
+        """What `work(number)` returns; None, then and from then on, if there is no memory even for one."""
         while self.number:
             try:
                 return work(self.number)
@@ -43,12 +47,12 @@ class AtOnce:
                 if not is_out_of_memory(error):
                     raise
                 words = one_line(error, 200)
-            # Here the error is gone, and with its traceback what the frames in it held.
+            # The error is gone by now, and with its traceback whatever the frames in it held.
             clear_device_cache(garbage_collection=True)
             told = f"{self.what}: no memory for {self.number} at once ({words})"
             self.number //= 2
             if self.number:
                 logger.warning("%s: trying %d.", told, self.number)
             else:
-                logger.warning("%s: left out from now on. Training goes on.", told)
+                logger.warning("%s: left out from now on. Training continues.", told)
         return None

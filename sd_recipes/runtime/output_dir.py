@@ -1,4 +1,4 @@
-"""The output folder: whether it can be written, and the lock by which one run at a time owns it."""
+"""The output folder: whether it can be written to, and the lock by which one run at a time owns it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 LOCK, OWNER = ".lock", ".owner.json"
 MAX_OWNER_BYTES = 2**16
-# What a disk raises that is full, over quota, read-only or forbidden.
+# Errors of a disk that is full, over quota, read-only or forbidden.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM}
-DYING_SECONDS = 10.0  # for which the children of a killed run may outlive it
+DYING_SECONDS = 10.0  # how long the children of a killed run may outlive it
 
 
 def check_output_dir(output_dir: Path, *, writes: bool = True) -> None:
-    """Make the folder and write into it once; without `writes` ask only whether that is allowed. Raises RecipeError."""
+    """Make the folder and write to it once; without `writes`, only check that this is allowed. Raises RecipeError."""
     try:
         if writes:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -41,13 +41,13 @@ def check_output_dir(output_dir: Path, *, writes: bool = True) -> None:
             if not there.is_dir():
                 raise OSError(errno.ENOTDIR, f"{there} is not a folder")
             if not os.access(there, os.W_OK | os.X_OK):
-                raise OSError(errno.EACCES, f"no right to write to {there}, or a read-only file system")
+                raise OSError(errno.EACCES, f"no permission to write to {there}, or a read-only file system")
     except OSError as error:
         raise RecipeError(f"--output_dir {output_dir} cannot be written: {error.strerror}; choose another") from None
 
 
 def lock_output_dir(output_dir: Path) -> FileLock | None:
-    """The folder's lock, held; None, with a warning, where the file system has no locks."""
+    """Take the folder's lock; None, with a warning, if the file system has no locks. Raises RecipeError."""
     lock = FileLock(output_dir / LOCK, timeout=0, fallback_to_soft=False)
     given_up = time.monotonic() + DYING_SECONDS
     while True:
@@ -65,13 +65,13 @@ def lock_output_dir(output_dir: Path) -> FileLock | None:
             )
             return None
     content = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    with suppress(OSError):  # it is only what another run is told
+    with suppress(OSError):  # it only informs other runs
         replace_file(output_dir / OWNER, json.dumps(content) + "\n")
     return lock
 
 
 def release(lock: FileLock, output_dir: Path) -> None:
-    with suppress(OSError):  # the folder has become read-only: the lock goes with the process
+    with suppress(OSError):  # the folder has become read-only: the lock ends with the process
         (output_dir / OWNER).unlink(missing_ok=True)
     lock.release()
 
@@ -85,7 +85,7 @@ def _owner(output_dir: Path) -> dict[str, Any]:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    """Whether the owner was a process of this machine that is no more: then the lock goes with its last child."""
+    """Whether the owner was a process of this machine that has ended: then the lock ends with its last child."""
     if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
         return False
     if not 0 < owner["pid"] < 2**31:

@@ -1,8 +1,8 @@
-"""Signals that ask a run to end: noted when they come, answered where everything can be saved.
+"""Signals that ask a run to end: noted when they arrive, acted on where everything can be saved.
 
-A launcher may die of the signal and leave its processes behind, as `accelerate launch` does with one
-process, and torchrun of SIGUSR1. So the end of the launcher is taken for such a request as well.
-This module imports no torch: signals are noted from the first moment on.
+A launcher may die from the signal and leave its processes behind, as `accelerate launch` does with one
+process, and torchrun on SIGUSR1. So the end of the launcher counts as such a request too.
+This module imports no torch, so that signals are noted from the start.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if
 # Set by `accelerate launch` and by torchrun for the processes that they start.
 LAUNCHERS_VARIABLES = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
 WATCH_SECONDS = 0.5
-# A terminal sends Ctrl-C to all its processes, and a launcher may pass it on: within this time it is one.
+# A terminal sends Ctrl-C to all its processes, and a launcher may pass it on: within this time they count as one.
 SAME_INTERRUPT_SECONDS = 0.5
 
 
 class Stopped(RunError):
-    """The run was asked to end, and did so where it can be continued."""
+    """The run was asked to end, and did so where it can be resumed."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry later"
 
@@ -40,12 +40,12 @@ class StopRequest:
     def listen(self) -> None:
         """Note SIGTERM, SIGINT, SIGUSR1 and the end of the launcher; a second SIGINT ends the process at once.
 
-        A signal that this process was started to ignore, such as SIGINT in a shell's background, stays ignored.
+        A signal that this process was started to ignore, such as SIGINT in a shell's background job, stays ignored.
         """
         process = os.getpid()
 
         def note(number: int, frame: FrameType | None) -> None:
-            if os.getpid() != process:  # a forked worker of the loader: it ends with its process
+            if os.getpid() != process:  # a forked loader worker: it ends with its parent
                 return
             now = time.monotonic()
             if number == signal.SIGINT and self._interrupted and now > self._interrupted + SAME_INTERRUPT_SECONDS:
@@ -53,8 +53,8 @@ class StopRequest:
                 os.kill(process, signal.SIGINT)
             if number == signal.SIGINT and self._interrupted is None:
                 self._interrupted = now
-                if os.environ.get("RANK", "0") == "0":  # not by print(), which may be interrupted in mid-line
-                    os.write(2, b"\nStopping where all can be saved; Ctrl-C again to leave at once.\n")
+                if os.environ.get("RANK", "0") == "0":  # not by print(), which may be interrupted mid-line
+                    os.write(2, b"\nStopping where everything can be saved; Ctrl-C again to leave at once.\n")
             self.reason = self.reason or signal.Signals(number).name
 
         for number in SIGNALS:
@@ -74,16 +74,16 @@ class StopRequest:
             raise self.stopped(where)
 
     def stopped(self, where: str) -> Stopped:
-        """The exception that says why the run ends, where it stands, and how it goes on."""
+        """The exception that says why the run ends, where it stands, and how to resume it."""
         reason = self.reason or "a signal to another process"
-        return Stopped(f"stopped by {reason}: {where}; {self.resume_command} goes on from there")
+        return Stopped(f"stopped by {reason}: {where}; {self.resume_command} resumes from there")
 
 
 def outlive_signals(worker: int) -> None:
-    """For a worker of the loader: with its batches the run gets to the end of its step.
+    """Let a loader worker outlive signals: the run needs its batches to finish the step.
 
-    Terminals, schedulers and service managers send signals to all processes of a group. Only a second
-    SIGTERM ends the worker, since that is how torch ends one that hangs.
+    Terminals, schedulers and service managers signal all processes of a group. Only a second SIGTERM ends the
+    worker, since that is how torch ends one that hangs.
     """
 
     def ignore_once(number: int, frame: FrameType | None) -> None:
@@ -93,5 +93,5 @@ def outlive_signals(worker: int) -> None:
         signal.signal(number, ignore_once if number == signal.SIGTERM else signal.SIG_IGN)
 
 
-# Signals are the process's: there is one.
+# Signals belong to the process: there is one request.
 stop_request = StopRequest()

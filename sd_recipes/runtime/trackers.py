@@ -1,4 +1,4 @@
-"""Numbers out: to the trackers through accelerate, and to metrics.jsonl beside the run."""
+"""Where figures go: to the trackers through accelerate, and to metrics.jsonl in the run's folder."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def check_tracker(report_to: str) -> None:
 
 
 class Tracker:
-    """Logs to `--report_to` and to metrics.jsonl: one line a step, {"step": …, name: value, …}.
+    """Logs to `--report_to` and to metrics.jsonl: one line per step, {"step": …, name: value, …}.
 
-    Each by itself: one that fails, on a full disk or without its server, is told once and not tried again. The others
-    and the run go on. Only metrics.jsonl is tried again, for the disk may have room by then.
+    Each on its own: one that fails, on a full disk or without its server, is reported once and not tried again. The
+    others and the run continue. Only metrics.jsonl is tried again, since the disk may have room by then.
     """
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
@@ -47,7 +47,7 @@ class Tracker:
         self.recipe = recipe
         self.path = Path(recipe.output_dir) / "metrics.jsonl"
         self.failed = False
-        self.line_is_torn = False  # it may be, of a disk that was full in the middle of it
+        self.line_is_torn = False  # it may be, if the disk became full in the middle of it
 
     def start_at(self, step: int) -> None:
         """Open the trackers, save the resolved recipe, and drop what an earlier run logged and drew after `step`."""
@@ -60,13 +60,13 @@ class Tracker:
         settings = {
             key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in settings.items()
         }
-        # TensorBoard then drops, in what it reads, all events from this step on that stand in earlier files.
+        # When it reads, TensorBoard then drops all events of earlier files from this step on.
         purges = {"tensorboard": {"purge_step": step + 1 if step else 0}}
         try:
             self.accelerator.init_trackers(recipe.tracker_project_name, None if step else settings, init_kwargs=purges)
-        except Exception as error:  # as below
+        except Exception as error:  # see _each
             raise RecipeError(
-                f"--report_to {recipe.report_to} cannot be started ({one_line(error)}): mend it, or use none"
+                f"--report_to {recipe.report_to} cannot be started ({one_line(error)}): fix it, or use none"
             ) from error
         if self.accelerator.is_main_process:
             replace_file(self.path.parent / "recipe.yaml", recipe_text(recipe))
@@ -87,10 +87,10 @@ class Tracker:
             except OSError as error:  # a disk may have room again
                 if not self.failed:
                     self.failed = True
-                    logger.warning("%s cannot be written (%s): training goes on without it.", self.path, error)
+                    logger.warning("%s cannot be written (%s): training continues without it.", self.path, error)
 
     def flush(self) -> None:
-        """Hand over what the trackers hold back, so that a kill does not lose it."""
+        """Write out what the trackers buffer, so that a kill does not lose it."""
         if self.accelerator.is_main_process:
             self._each(lambda tracker: tracker.writer.flush() if tracker.name == "tensorboard" else None)
 
@@ -100,18 +100,18 @@ class Tracker:
         self.accelerator.trackers = []
 
     def _each(self, call: Callable[[Any], None]) -> None:
-        """Do something with each tracker. One that fails is told, and is none any more."""
+        """Do something with each tracker. One that fails is reported and dropped."""
         for tracker in list(self.accelerator.trackers):
             try:
                 call(tracker)
-            # They have no common base for their errors: a full disk's OSError, a server's that is away, wandb's own.
+            # Their errors have no common base: OSError of a full disk, those of an unreachable server, wandb's own.
             except Exception as error:
                 self.accelerator.trackers.remove(tracker)
                 words = one_line(error)
-                logger.warning("%s fails (%s): training goes on without it.", tracker.name, words)
+                logger.warning("%s fails (%s): training continues without it.", tracker.name, words)
 
     def log_pictures(self, pictures: list[Image.Image], step: int) -> None:
-        """(N, H, W, 3) under the name `validation`, where the tracker takes pictures."""
+        """Log pictures of one size under the name `validation`, to trackers that take pictures."""
         array = np.stack([np.asarray(picture) for picture in pictures])
 
         def log_images(tracker: Any) -> None:
@@ -124,7 +124,7 @@ class Tracker:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old or the new one; of a link only the link is replaced."""
+    """Write a file so that a kill leaves the old or the new one; a link is replaced, not the file it leads to."""
     beside = path.with_name(f".{path.name}")
     beside.unlink(missing_ok=True)
     with beside.open("x") as file:
@@ -135,8 +135,8 @@ def replace_file(path: Path, text: str) -> None:
 def read_metrics(path: Path, *, tell: bool = False) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, oldest first; none if there is no such file.
 
-    A run that was killed, or had no room, may have left a torn line anywhere: what is no line of figures is dropped,
-    which is told if asked for. Raises RecipeError if it is another thing than a file of lines.
+    A run that was killed, or had no room, may have left a torn line anywhere: what is not a line of figures is dropped,
+    with a warning if `tell` is set. Raises RecipeError if it is not a regular file.
     """
     lines: list[dict[str, Any]] = []
     dropped: list[int] = []
@@ -153,7 +153,7 @@ def read_metrics(path: Path, *, tell: bool = False) -> list[dict[str, Any]]:
     except StrangeFile as error:
         raise RecipeError(f"{path} {error}: remove it, or choose another --output_dir") from None
     if dropped and tell:
-        logger.warning("%s: dropped %d of its lines, torn or strange: %s", path, len(dropped), _numbers(dropped))
+        logger.warning("%s: dropped %d torn or malformed lines: %s", path, len(dropped), _numbers(dropped))
     return lines
 
 
@@ -162,7 +162,7 @@ def _numbers(lines: list[int]) -> str:
 
 
 def _figures(content: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl, or None for what is none."""
+    """A line of metrics.jsonl, or None if it is not one."""
     try:
         line = json.loads(content)
     except (ValueError, RecursionError):
@@ -173,11 +173,11 @@ def _figures(content: bytes) -> dict[str, Any] | None:
 
 
 def list_samples(output_dir: Path) -> list[Path]:
-    """The pictures that validations drew, by step; nothing else that lies there."""
+    """The pictures that validations drew, in order of steps; other files there are left out."""
     found = [path for path in (output_dir / "samples").glob("step-*.png") if SAMPLE.fullmatch(path.name)]
     return sorted((path for path in found if path.is_file() and not path.is_symlink()), key=step_of)
 
 
 def step_of(picture: Path) -> int:
-    """After which step a picture was drawn."""
+    """The step after which a picture was drawn."""
     return int(picture.stem.removeprefix("step-"))

@@ -1,4 +1,4 @@
-"""A resolved recipe to the parts of a run: data, model, state, and what looks after them."""
+"""Build the parts of a run from a resolved recipe: data, model, state, validation and tracking."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from sd_recipes.training.state import TrainedPart, TrainState
 
 logger = logging.getLogger(__name__)
 
-NOT_BEGUN = "while it was loading, before a step was made"
+NOT_BEGUN = "while it was loading, before its first step"
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -73,7 +73,7 @@ class Model:
 
 @dataclass
 class Run:
-    """The parts of a run, as `build_run` puts them together; each function is given those that it needs."""
+    """The parts of a run, as `build_run` puts them together; each function gets only those that it needs."""
 
     recipe: Recipe  # resolved
     accelerator: Accelerator
@@ -85,7 +85,7 @@ class Run:
     validator: Validator
     tracker: Tracker
     num_steps: int  # of the whole run
-    checkpoint: Checkpoint | None  # from which it goes on
+    checkpoint: Checkpoint | None  # that it resumes from
 
     @property
     def output_dir(self) -> Path:
@@ -93,17 +93,17 @@ class Run:
 
 
 def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint | None) -> Run:
-    """Load data and models and put the run together. Raises RecipeError for what a person can mend.
+    """Load data and models and put the run together. Raises RecipeError for what the user can fix.
 
-    The recipe is resolved, and the checkpoint that from which the run goes on.
+    The recipe is resolved; the checkpoint is the one that the run resumes from.
     """
     assert recipe.seed is not None, "the recipe is resolved"
     manifest = checkpoint and checkpoint[1]
     for words in odd_settings(recipe):
         logger.warning("%s", words)
     family = family_of(recipe)
-    # The smallest parts, so that an absent model is answered first: for the tokenizer, which the checks of the data
-    # need, transformers would ask an unreachable Hub for minutes.
+    # The smallest parts first, so that a missing model is reported soon: for the tokenizer, which the data checks need,
+    # transformers would keep asking an unreachable Hub for minutes.
     scheduler, tokenizer = load_scheduler(recipe), family.load_tokenizer(recipe)
     batch_size = global_batch_size(recipe, accelerator.num_processes, manifest)
     data = load_training_data(
@@ -163,12 +163,12 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
 
 
 def steps_of_run(recipe: Recipe, order: Order | None, manifest: Manifest | None) -> int:
-    """Optimizer steps of the whole run, those before a checkpoint included."""
+    """Optimizer steps of the whole run, including those before a checkpoint."""
     if recipe.max_train_steps is not None:
         return recipe.max_train_steps
     assert order is not None, "the recipe's check asks a stream for --max_train_steps"
     done, samples_seen = (manifest.step, manifest.samples_seen) if manifest else (0, 0)
-    # Not of all epochs: the steps that are done may have had batches of another size.
+    # Not counted over all epochs: the steps already done may have had batches of another size.
     return done + order.num_steps(recipe.num_train_epochs, samples_seen)
 
 
@@ -188,10 +188,10 @@ def build_model(
     batch_size: int,
     num_steps: int,
 ) -> tuple[Model, TrainState]:
-    """The models where the run needs them, and what is trained of them."""
+    """Put the models where the run needs them; returns them, and what is trained of them."""
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
-    # bitsandbytes makes parameters contiguous at their first step, after its state took their layout, and FSDP shards
-    # no others.
+    # bitsandbytes makes parameters contiguous at their first step, after its state has taken on their layout, and FSDP
+    # shards only contiguous ones.
     contiguous = recipe.optimizer == "adamw8bit" or accelerator.is_fsdp2
     encoder = build_encoder(recipe, components.vae, accelerator)
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
@@ -199,7 +199,7 @@ def build_model(
     optimizer = build_optimizer(parts.values(), recipe, fused=accelerator.mixed_precision != "fp16")
     schedule = build_schedule(optimizer, recipe, num_steps)
     check_wrapped_classes(accelerator, components.unet)
-    wait_for_all()  # one may have read its data or its model far longer than another
+    wait_for_all()  # one may have taken far longer than another to read its data or its model
     *prepared, optimizer = accelerator.prepare(*(part.module for part in parts.values()), optimizer)
     for part, module in zip(parts.values(), prepared, strict=True):
         part.prepared = module
@@ -218,17 +218,17 @@ def build_model(
 
 
 def trained_parts(recipe: Recipe, family: Family, components: Components, batch_size: int) -> dict[str, TrainedPart]:
-    """What is trained of the components, by name."""
+    """The parts of the components that are trained, by name."""
     unet = components.unet
     unet.train()
     learning_rate = recipe.learning_rate * (batch_size if recipe.scale_lr else 1)
-    # FSDP gives a module's class another name, so that its configuration is taken before.
+    # FSDP changes the name of a module's class, so its configuration is taken before that.
     config, rebuild = redacted(unet.to_json_string()), partial(rebuild_unet, unet.config)
     return {"unet": TrainedPart("unet", unet, UNET_WEIGHTS, config, learning_rate, rebuild)}
 
 
 def rebuild_unet(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """A frozen UNet of whole tensors, which it takes as they are."""
+    """A frozen UNet from whole tensors, which it uses without copying them."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config))
     unet.load_state_dict(dict(tensors), assign=True)
@@ -246,12 +246,12 @@ def build_validator(
     # The pipeline takes multiples of 8 only, whatever the VAE's factor; a smaller factor divides 8.
     picture_side = side - side % 8
     if recipe.validation_prompts and picture_side != recipe.resolution:
-        logger.info("Validation pictures are of %d x %d pixels.", picture_side, picture_side)
+        logger.info("Validation pictures have %d x %d pixels.", picture_side, picture_side)
     num_pictures = min(recipe.train_batch_size, len(recipe.validation_prompts or []))
     score = None
     if recipe.validation_clip_model and accelerator.is_main_process:
         score = ImageTextScore(recipe.validation_clip_model, recipe.cache_dir)
-    # Plain, so that runs with other weightings and tricks can be compared by it.
+    # Plain, so that runs with different weightings and tricks can be compared by it.
     plain_objective = ObjectiveConfig(prediction_type=model.objective.prediction_type)
     return Validator(
         recipe,
@@ -270,18 +270,18 @@ def build_validator(
 
 
 def open_store(recipe: Recipe, provenance: dict[str, Any] | None, accelerator: Accelerator) -> LatentCache | None:
-    """The latent store of a recipe, if it asks for one. Raises RecipeError if there is no room for it in memory."""
-    if recipe.dry_run:  # no row will be asked for, and it leaves no trace, nor takes another run's memory
+    """The recipe's latent store, if it asks for one. Raises RecipeError if there is no room for it in memory."""
+    if recipe.dry_run:  # it reads no row, leaves no trace, and takes no other run's memory
         return None
     if accelerator.is_local_main_process:
-        remove_memory_folder(recipe.output_dir)  # whatever this run will use
+        remove_memory_folder(recipe.output_dir)  # whatever cache this run will use
     if recipe.cache_latents == "off":
         return None
     assert provenance is not None
     if recipe.streaming and len(recipe.sources) > 1:
         logger.warning(
-            "Several streams have no common epoch, after which a cache could be read: --cache_latents keeps each row "
-            "once, and reads them when the run goes on or another begins."
+            "Several streams have no common epoch after which the cache could be read: --cache_latents keeps each row "
+            "once, and reads them when the run resumes or another one starts."
         )
     folder = Path(recipe.latent_cache_dir or Path(recipe.output_dir) / "latents")
     if recipe.cache_latents == "memory":
@@ -296,12 +296,12 @@ def describe(run: Run) -> str:
     steps = f"{run.num_steps:,}"
     if data.order is not None:
         of_epoch = data.order.num_steps(1)
-        steps += f" ({of_epoch:,} an epoch, {num_epochs(run, data.order):.4g} epochs)"
+        steps += f" ({of_epoch:,} per epoch, {num_epochs(run, data.order):.4g} epochs)"
     trained = ", ".join(
         f"{sum(each.numel() for each in part.parameters.values()):,} ({part.name})" for part in run.state.parts.values()
     )
     lines = {
-        **({"goes on from": f"{run.checkpoint[0]}"} if run.checkpoint else {}),
+        **({"resumes from": f"{run.checkpoint[0]}"} if run.checkpoint else {}),
         "rows": "a stream" if data.num_rows is None else f"{data.num_rows:,}",
         "global batch": _batch_in_words(run.recipe, data.global_batch_size, accelerator.num_processes),
         "optimizer steps": steps,
@@ -315,7 +315,7 @@ def describe(run: Run) -> str:
 
 
 def num_epochs(run: Run, order: Order) -> float:
-    """Epochs at the end of a run, those before a checkpoint by the samples: its batches may have had another size."""
+    """Epochs at the end of a run. Those before a checkpoint are counted by samples: batch sizes may have differed."""
     of_epoch = order.num_steps(1)
     if run.checkpoint is None:
         return run.num_steps / of_epoch
@@ -327,12 +327,12 @@ def num_epochs(run: Run, order: Order) -> float:
 
 def _batch_in_words(recipe: Recipe, global_batch_size: int, num_processes: int) -> str:
     size, accumulated = recipe.train_batch_size, recipe.gradient_accumulation_steps
-    if size * accumulated * num_processes != global_batch_size:  # of a run that began on other processes
+    if size * accumulated * num_processes != global_batch_size:  # the run began on another number
         accumulated = micro_batches_of_step(recipe, global_batch_size, num_processes)
         return f"{global_batch_size}, kept, on {num_processes} processes: at most {size} x {accumulated} on each"
-    return f"{global_batch_size} = {size} a device x {accumulated} accumulated x {num_processes} processes"
+    return f"{global_batch_size} = {size} per device x {accumulated} accumulated x {num_processes} processes"
 
 
 def micro_batches_of_step(recipe: Recipe, global_batch_size: int, num_processes: int) -> int:
-    """The most that a process has in an optimizer step."""
+    """The most micro-batches that a process has in an optimizer step."""
     return math.ceil(math.ceil(global_batch_size / num_processes) / recipe.train_batch_size)

@@ -13,7 +13,7 @@ from sd_recipes.runtime.fsdp import shard_like
 
 
 class AveragedWeights:
-    """EMA of named parameters, updated once an optimizer step with foreach operations.
+    """EMA of named parameters, updated once per optimizer step with foreach operations.
 
     The decay of update n is that of diffusers: 0 for the first, then min(ema_decay, n / (9 + n)).
     """
@@ -41,7 +41,7 @@ class AveragedWeights:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the parameters have the averaged values."""
+        """Within this context the parameters have the averaged values."""
         self.model.store(self.parameters)
         self.model.copy_to(self.parameters)
         try:
@@ -54,7 +54,7 @@ class AveragedWeights:
         return dict(zip(self.names, self.model.shadow_params, strict=True))
 
     def load(self, tensors: Mapping[str, torch.Tensor], num_updates: int) -> None:
-        """Restore what `named_tensors` gave, and the number of updates behind it."""
+        """Restore what `named_tensors` returned, and the number of updates behind it."""
         for name, shadow in self.named_tensors().items():
             shadow.copy_(shard_like(shadow, tensors[name]))
         self.model.optimization_step = num_updates

@@ -1,4 +1,4 @@
-"""Numbers that are not finite never reach weights or a checkpoint; here is how they are found."""
+"""Find numbers that are not finite, so that they never reach the weights or a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class TrainingDiverged(RunError):
 
 
 def are_finite(accelerator: Accelerator, tensors: Iterable[torch.Tensor]) -> bool:
-    """The same answer on all processes, which all have to ask: each may hold a part."""
+    """The same answer on all processes, which all have to call it: each may hold a shard."""
     parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     are = torch.stack([part.isfinite().all().to(accelerator.device) for part in parts])
     return accelerator.reduce((~are).sum(), "sum").item() == 0
 
 
 def has_finite_weights(state: TrainState, accelerator: Accelerator) -> bool:
-    """Whether all weights are finite, and their averages: a finite gradient times a huge rate may not leave them so."""
+    """Whether all weights are finite, and their averages: a finite gradient times a huge rate may overflow."""
     tensors: list[torch.Tensor] = []
     for part in state.parts.values():
         tensors += part.module.parameters()

@@ -32,21 +32,21 @@ logger = logging.getLogger(__name__)
 def fit(run: Run, saver: BackgroundSaver) -> None:
     """Train from where the state stands to the last step (Ho et al. 2020, algorithm 1).
 
-    Raises TrainingDiverged if loss, gradient or weights become NaN or infinite, and Stopped, with all saved, if any
-    process was asked to end; NotSaved if it could not be saved then.
+    Raises TrainingDiverged if loss, gradient or weights become NaN or infinite; Stopped, with everything saved, if any
+    process was asked to end; NotSaved if saving failed then.
     """
     recipe, accelerator, state, validator = run.recipe, run.accelerator, run.state, run.validator
     progress = state.progress
     any_rank_stopping = StopAgreement(accelerator.num_processes)
     if progress.global_step >= run.num_steps:
         logger.info(
-            "Nothing left to train: %d of %d steps are done. A larger %s goes on; --overwrite starts anew.",
+            "Nothing left to train: %d of %d steps are done. A larger %s continues; --overwrite starts over.",
             progress.global_step, run.num_steps, length_flag(recipe),
         )  # fmt: skip
     if validator.is_due_at_start(progress, run.tracker.path):
         validator(state, run.tracker)
     if any_rank_stopping(wait=True):
-        raise stop_request.stopped(f"at step {progress.global_step}, before another was made")
+        raise stop_request.stopped(f"at step {progress.global_step}, before another step")
     meter = Meter(accelerator.device, progress, remedy(recipe, accelerator.num_processes))
     steps_left = run.num_steps - progress.global_step
     with (
@@ -59,7 +59,7 @@ def fit(run: Run, saver: BackgroundSaver) -> None:
         for micro_batches in meter.waits(steps):
             plan = micro_batches[-1].plan
 
-            # Gradients of the whole step, however it is divided into micro-batches
+            # Gradients of the whole step, however it is split into micro-batches
             for batch in micro_batches:
                 run.data.bad_rows.add(batch.bad, progress.samples_seen)
             meter.add(backward(micro_batches, run.model, run.store, accelerator))
@@ -101,11 +101,11 @@ def fit(run: Run, saver: BackgroundSaver) -> None:
 def backward(
     micro_batches: Sequence[Batch], model: Model, store: LatentCache | None, accelerator: Accelerator
 ) -> torch.Tensor:
-    """Add the gradient of a whole step to the parameters; this process's share of its loss, on the device.
+    """Add the gradient of a whole step to the parameters; returns this process's share of its loss, on the device.
 
     accelerate divides by the accumulation steps and averages over processes. Multiplied by both and divided by the
-    global batch's size, the gradient is the mean over its samples, also for an epoch's last one, whose micro-batches
-    are fewer and uneven.
+    global batch's size, the gradient is the mean over its samples, even for an epoch's last batch, whose
+    micro-batches are fewer and uneven.
     """
     total = torch.zeros((), device=accelerator.device)
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
@@ -125,15 +125,16 @@ def backward(
 
 
 def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float) -> float:
-    """Clip the gradients, step, and average; the gradient's norm before it was clipped.
+    """Clip the gradients, step, and average; returns the gradient's norm before clipping.
 
-    A step that the loss scaler skipped advances no schedule nor average. Without a scaler the host waits here for the
-    norm, the same on all processes, so that the weights stay finite. Raises TrainingDiverged.
+    A step that the loss scaler skipped advances neither schedule nor averages. The host waits here for the norm, which
+    is the same on all processes; without a scaler it has to be finite, so that the weights stay finite. Raises
+    TrainingDiverged.
     """
     grad_norm = full_tensor(accelerator.clip_grad_norm_(list(state.parameters.values()), max_grad_norm)).item()
     if accelerator.scaler is None and not math.isfinite(grad_norm):
         raise TrainingDiverged(
-            f"the gradient's norm is {grad_norm} at step {state.progress.global_step + 1}, which is not made"
+            f"the gradient's norm is {grad_norm} at step {state.progress.global_step + 1}, which is not applied"
         )
     state.optimizer.step()
     state.optimizer.zero_grad()
@@ -144,7 +145,7 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float) ->
 
 
 def log(run: Run, meter: Meter, bar: tqdm) -> None:
-    """Write the figures since the last log. Only for a log does the host wait for the device's losses."""
+    """Log the figures since the last log. Only here and for a checkpoint does the host wait for the device's losses."""
     progress = run.state.progress
     loss, bad_rows = sum_up(meter, run.state, run.accelerator, run.data.bad_rows)
     figures = {**meter.close(loss, progress), "lr": float(run.state.schedule.get_last_lr()[0])}
@@ -178,7 +179,7 @@ def save(run: Run, meter: Meter, saver: BackgroundSaver) -> None:
     Raises TrainingDiverged.
     """
     progress = run.state.progress
-    was_logged = meter.steps_from == progress.global_step  # and summed up there, for which the host waited
+    was_logged = meter.steps_from == progress.global_step  # and summed up there, when the host waited
     progress.loss_sum = 0.0 if was_logged else sum_up(meter, run.state, run.accelerator, run.data.bad_rows)[0]
     progress.logged_step = meter.steps_from
     if not has_finite_weights(run.state, run.accelerator):
@@ -214,7 +215,7 @@ def progress_bar(run: Run) -> tqdm:
 
 @contextmanager
 def divergence_explained(run: Run) -> Iterator[None]:
-    """What to do about a divergence, and from where the run can go on, in its words."""
+    """Add to a divergence's message what to do about it, and from where the run can resume."""
     try:
         yield
     except TrainingDiverged as error:
@@ -230,10 +231,10 @@ def divergence_explained(run: Run) -> Iterator[None]:
 
 @contextmanager
 def memory_given_back(run: Run) -> Iterator[None]:
-    """A latent store in memory ends with the run also where that is ended.
+    """Remove a latent store in memory when the run ends early, too.
 
-    Of several processes only by a stop, on which they agree: one that fails must not take it away from the others, for
-    which the launcher, and the next run, are there.
+    With several processes only at a stop, on which they agree: one that fails must not take the store away from the
+    others. Then the launcher ends those, and the next run removes it.
     """
     try:
         yield
@@ -245,7 +246,7 @@ def memory_given_back(run: Run) -> Iterator[None]:
 
 
 def length_flag(recipe: Recipe) -> str:
-    """The flag that says how long a run is."""
+    """The flag that sets the length of a run."""
     return "--num_train_epochs" if recipe.max_train_steps is None else "--max_train_steps"
 
 

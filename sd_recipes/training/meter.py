@@ -1,4 +1,4 @@
-"""What the console and the trackers are told of training: mean loss, speed, and how long it waits for data."""
+"""Figures of training for the console and the trackers: mean loss, speed, and how long it waits for data."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Meter:
         self.restart(progress)
 
     def restart(self, progress: Progress) -> None:
-        """Begin timing here: validation and pictures do not count as training time."""
+        """Start timing here: validation and pictures do not count as training time."""
         self.samples_from = progress.samples_seen
         self.waited = 0.0
         self.started = time.perf_counter()
 
     def waits(self, items: Iterator[Item]) -> Iterator[Item]:
-        """The items, with the time for which the loop waits for them."""
+        """The items; measures how long the loop waits for them."""
         while True:
             asked = time.perf_counter()
             item = next(items, None)
@@ -53,7 +53,7 @@ class Meter:
         self.loss += loss.detach()
 
     def close(self, loss: float, progress: Progress) -> dict[str, float]:
-        """Mean of the steps' losses, whose sum over all processes is `loss`; gradient, images a second, waiting."""
+        """Mean of the steps' losses, whose sum over all processes is `loss`; speed, share of waiting, gradient norm."""
         elapsed = time.perf_counter() - self.started
         figures = {
             "train_loss": loss / (progress.global_step - self.steps_from),
@@ -67,7 +67,7 @@ class Meter:
         share = self._waited_in_all / self._elapsed_in_all
         if share > MUCH_WAITING and self._elapsed_in_all > SECONDS_TO_JUDGE and not self._warned:
             self._warned = True
-            logger.warning("%.0f %% of the time goes into waiting for data: try %s", 100 * share, self.remedy)
+            logger.warning("%.0f %% of the time is spent waiting for data: try %s", 100 * share, self.remedy)
         self.loss.zero_()
         self.steps_from = progress.global_step
         self.restart(progress)

@@ -1,7 +1,7 @@
 """The denoising loss: noisy latents, target, weight, and one loss value per image.
 
 `TARGETS` and `MIN_SNR_WEIGHTS` hold what depends on the prediction type; a `DenoisingLoss` takes its entries once, when
-it is made.
+it is created.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sd_recipes.recipe import ObjectiveConfig
 
-Conditioning = Mapping[str, Any]  # keyword arguments of the UNet beside noisy latents and timesteps
+Conditioning = Mapping[str, Any]  # keyword arguments of the UNet besides noisy latents and timesteps
 
 
 class NoiseSchedule:
@@ -37,7 +37,7 @@ class NoiseSchedule:
         return at(self.signal, timesteps) * noise - at(self.sigma, timesteps) * latents
 
 
-# What the UNet is to predict, (B, C, h, w), of x_0, ε and t: ε (Ho et al. 2020, eq. 14), x_0, or v.
+# What the UNet has to predict, (B, C, h, w), from x_0, ε and t: ε (Ho et al. 2020, eq. 14), x_0, or v.
 Target = Callable[[NoiseSchedule, Tensor, Tensor, Tensor], Tensor]
 TARGETS: dict[str, Target] = {
     "epsilon": lambda schedule, latents, noise, timesteps: noise,
@@ -45,7 +45,7 @@ TARGETS: dict[str, Target] = {
     "v_prediction": NoiseSchedule.velocity,
 }
 
-# Weight of a timestep, of its SNR and γ, so that every prediction type has the loss of x_0 under min(SNR, γ)
+# Weight of a timestep, from its SNR and γ, so that every prediction type has the loss of x_0 weighted by min(SNR, γ)
 # (Hang et al. 2023, section 3.4).
 MIN_SNR_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "epsilon": lambda snr, gamma: (gamma / snr).clamp(max=1),  # min(SNR, γ) / SNR, also where the SNR is 0
@@ -78,7 +78,7 @@ class DenoisingLoss:
         """(B,) loss of each image, float32.
 
         `input_noise` differs from `noise` under input perturbation (Ning et al. 2023, algorithm 1): the UNet sees the
-        perturbed one and is to predict the other.
+        perturbed noise and has to predict the other.
         """
         noisy_latents = self.schedule.add_noise(latents, noise if input_noise is None else input_noise, timesteps)
         target = self.target(self.schedule, latents, noise, timesteps)

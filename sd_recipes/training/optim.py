@@ -1,4 +1,4 @@
-"""Trained parts to an optimizer and its learning-rate schedule."""
+"""The optimizer of the trained parts, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sd_recipes.training.state import TrainedPart
 
 
 def build_optimizer(parts: Iterable[TrainedPart], config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
-    """The optimizer of `config.optimizer`, with a group for each part, which has a learning rate of its own.
+    """The optimizer that `config` names, with a group for each part, which has its own learning rate.
 
-    `fused` asks for AdamW's single kernel; not with a loss scaler, since then a skipped step cannot be
-    seen from outside. Raises RecipeError if bitsandbytes is needed and absent.
+    `fused` asks for AdamW's single kernel; not with a loss scaler, since a skipped step then cannot be
+    seen from outside. Raises RecipeError if bitsandbytes is needed and not installed.
     """
     groups = [{"params": list(part.parameters.values()), "lr": part.learning_rate} for part in parts]
     decay = config.adam_weight_decay
@@ -44,7 +44,7 @@ def build_optimizer(parts: Iterable[TrainedPart], config: OptimConfig, *, fused:
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: OptimConfig, max_train_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """diffusers' schedule of that name, counted in optimizer steps on any number of processes."""
+    """diffusers' schedule of that name, in optimizer steps, on any number of processes."""
     return get_scheduler(
         config.lr_scheduler,
         optimizer=optimizer,

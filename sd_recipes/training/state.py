@@ -1,8 +1,8 @@
-"""What a run has learnt so far: its trained parts by name, optimizer, schedule, loss scaler and position.
+"""What a run has learned so far: its trained parts by name, optimizer, schedule, loss scaler and position.
 
-A checkpoint is written from a `TrainState` and restored into one, and knows nothing else of a run. All tensors are
-whole there and named by the parameter they belong to, whether a part is sharded or not: so the number of processes,
-and how a part is laid out among them, may change.
+A checkpoint is written from a `TrainState` and restored into one, and knows nothing else about a run. All tensors in it
+are whole and named after the parameter they belong to, whether a part is sharded or not. So the number of processes,
+and how a part is laid out on them, may change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sd_recipes.training.ema import AveragedWeights
 
 OPTIMIZER = "optimizer.safetensors"
 CONFIG = "config.json"
-AVERAGE = "_ema"  # of the name of the folder with a part's averaged weights
+AVERAGE = "_ema"  # suffix of the folder with a part's averaged weights
 
 
 @dataclass
@@ -29,23 +29,23 @@ class Progress:
 
     global_step: int = 0  # global batches done
     samples_seen: int = 0
-    loss_sum: float = 0.0  # of the steps that were not logged yet
+    loss_sum: float = 0.0  # of the steps that have not been logged yet
     logged_step: int = 0
-    awaits_validation: bool = False  # of this very step: it comes after the checkpoint
+    awaits_validation: bool = False  # of this step, which comes after its checkpoint
     stream_state: dict[str, Any] | None = None  # where this process's stream stands, if there is one
 
 
 @dataclass
 class TrainedPart:
-    """One model of the pipeline that is trained: now the UNet.
+    """A model of the pipeline that is trained; so far, the UNet.
 
     `name` is its folder in a checkpoint and its attribute of the components. `rebuild` makes a model of the same kind
-    from whole tensors by name: what evaluation and export use where the part itself is sharded.
+    from whole tensors by name, which evaluation and export use if the part itself is sharded.
     """
 
     name: str
     module: torch.nn.Module  # with its own parameter names, so not wrapped; FSDP2 shards it in place
-    weights_file: str  # in its folder, beside config.json
+    weights_file: str  # in its folder, next to config.json
     config: str  # the content of that config.json
     learning_rate: float
     rebuild: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module]
@@ -57,7 +57,7 @@ class TrainedPart:
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Those that are trained, by name."""
+        """The trained ones, by name."""
         return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
 
     @property
@@ -65,7 +65,7 @@ class TrainedPart:
         return any(isinstance(each, DTensor) for each in self.module.parameters())
 
     def evaluated_tensors(self) -> dict[str, torch.Tensor]:
-        """The weights that are judged and exported, by name: the averaged ones, where there is an average."""
+        """The weights that are evaluated and exported, by name: the averaged ones, if there is an average."""
         return self.module.state_dict() | (self.average.named_tensors() if self.average else {})
 
 
@@ -80,7 +80,7 @@ class StateDict:
 
 @dataclass
 class TrainState:
-    """All that a run changes from step to step, beside its data's position in a stream."""
+    """Everything that a run changes from step to step."""
 
     parts: dict[str, TrainedPart]
     optimizer: Any  # accelerate's wrapper
@@ -104,9 +104,9 @@ class TrainState:
 
     @contextmanager
     def evaluated(self, components: Any, *, wanted: bool = True) -> Iterator[None]:
-        """Within it, `components` have the weights that are judged and exported, where they are `wanted`.
+        """Within this context `components` have the weights that are evaluated and exported, where they are `wanted`.
 
-        Every process has to enter it, since a sharded part is gathered.
+        Every process has to enter it, since sharded parts are gathered.
         """
         with ExitStack() as undo:
             for part in self.parts.values():
@@ -120,7 +120,7 @@ class TrainState:
             yield
 
     def state_dict(self) -> StateDict:
-        """The state; the tensors are the live ones, and may be sharded. The same files and names on all processes."""
+        """The state; tensors are not copied, and may be sharded. The same files and names on all processes."""
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         texts: dict[str, str] = {}
         for part in self.parts.values():
@@ -143,7 +143,7 @@ class TrainState:
         return StateDict(tensors, texts, values)
 
     def check_state_dict(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], values: Mapping[str, Any]) -> None:
-        """Raises ValueError if the state is not of these parts, parameters and shapes; nothing is changed."""
+        """Raises ValueError if the state does not have these parts, parameters and shapes; changes nothing."""
         for file, here in self.state_dict().tensors.items():
             saved = tensors[file]
             if file == OPTIMIZER:
@@ -156,8 +156,8 @@ class TrainState:
         of_optimizer = _unflat({**tensors[OPTIMIZER], **values["optimizer"]})
         if of_optimizer and of_optimizer.keys() != self.parameters.keys():
             raise ValueError(
-                f"the optimizer's state is of {len(of_optimizer)} parameters, of which "
-                f"{len(of_optimizer.keys() & self.parameters.keys())} are among the model's {len(self.parameters)}"
+                f"the optimizer's state has {len(of_optimizer)} parameters, of which the model, with "
+                f"{len(self.parameters)}, has {len(of_optimizer.keys() & self.parameters.keys())}"
             )
         if self.scaler and values["scaler"] and values["scaler"].keys() != self.scaler.state_dict().keys():
             raise ValueError("it has another loss scaler")
@@ -166,10 +166,10 @@ class TrainState:
                 raise ValueError(f"it has no average of {part.name}")
 
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], values: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave, of whole tensors.
+        """Restore what `state_dict` returned, with whole tensors.
 
-        It fits, as `check_state_dict` says. Learning rate, decay and the like stay those of this run, whose settings
-        may have changed.
+        It fits, as `check_state_dict` has shown. Learning rate, decay and the like stay those of this run, whose
+        settings may have changed.
         """
         for part in self.parts.values():
             here = part.module.state_dict()
@@ -211,7 +211,7 @@ class TrainState:
 
 
 def _laid_out_as(parameter: torch.Tensor, value: Any) -> Any:
-    """Shard tensors of the parameter's shape as it is, and give them its memory format; in mappings too."""
+    """Shard tensors of the parameter's shape like it, or give them its memory format; in mappings too."""
     if isinstance(value, Mapping):
         return {key: _laid_out_as(parameter, each) for key, each in value.items()}
     if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
@@ -222,7 +222,7 @@ def _laid_out_as(parameter: torch.Tensor, value: Any) -> Any:
     return torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
 
 
-# An optimizer's state in one level: PART/PARAMETER/KEY, where the values of a key may be mappings again.
+# An optimizer's state flattened to one level: PART/PARAMETER/KEY, where a key's value may itself be a mapping.
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
