@@ -346,7 +346,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_seen_before_writing(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9, free=1000))
-    with pytest.raises(OSError, match=r"takes 0.00105 GB and .* has 1e-06 GB free"):
+    with pytest.raises(OSError, match=r"needs 0.00105 GB and .* has 1e-06 GB free"):
         write_checkpoint(contents(12), three, limit=1)
     assert len(list_checkpoints(three)) == 3
 

@@ -176,7 +176,7 @@ def test_defect_29_no_byte_of_a_run_holds_a_secret_nor_a_pushed_one_a_path(
             "tracker_project_name": f"hf_{SECRET}", "logging_dir": f"ghp_{SECRET}",
             "hub_model_id": "tester/discs", "max_train_steps": 2,
             "validation_prompts": [f"a disc by hf_{SECRET}"], "validation_inference_steps": 1,
-            "report_to": "tensorboard", "checkpointing_steps": 1, "dataset_revision": f"hf_{SECRET}",
+            "report_to": "tensorboard", "checkpointing_steps": 1,
             "revision": f"sk-{SECRET}", "cache_dir": str(tmp_path / "alice" / f"gho_{SECRET}"),
             "latent_cache_dir": str(tmp_path / "alice" / f"ghp_{SECRET}"), "cache_latents": "disk", "crop": "center",
         }  # fmt: skip
@@ -256,7 +256,7 @@ def test_defect_29_a_bad_row_is_noted_without_its_signature(tmp_path: Path) -> N
     rows.add(found, 2)
     assert len(rows) == 1
     assert files_holding(tmp_path, SECRET) == []
-    assert len(BadRows(tmp_path, 5, 100, 0)) == 1
+    assert len(BadRows(tmp_path, 5, 100, 0).recorded()) == 1
 
 
 @pytest.mark.usefixtures("console")

@@ -132,7 +132,7 @@ def test_dry_run_prints_the_run_and_trains_nothing(command_of_diffusers: list[ob
     assert done.returncode == 0, done.stderr
     for words in (
         "global batch         3 = 1 per device x 3",
-        "optimizer steps      6 (3 an epoch",
+        "optimizer steps      6 (3 per epoch",
         "trainable parameters",
     ):
         assert words in done.stdout
