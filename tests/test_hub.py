@@ -24,6 +24,7 @@ from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
 from sd_recipes.export.hub import PushError, publish
 from sd_recipes.flags import load_recipe
+from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.recipe import Recipe
 
 TOKEN = "hf_secretsecretsecretsecretsecret"
@@ -190,7 +191,7 @@ def test_a_card_that_the_hub_refuses_fails_the_push(tmp_path: Path, monkeypatch:
     with LoopbackHub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
         with pytest.raises(PushError) as error:
-            publish(tmp_path, "tester/discs", recipe)
+            publish(tmp_path, "tester/discs", recipe, StableDiffusion.folders)
     assert '"base_model[0]" with value "someone/two..dots" is not valid' in str(error.value)
     assert "\n" not in str(error.value)
     assert hub.requests[-1].path == "/api/validate-yaml"  # nothing was uploaded

@@ -18,8 +18,9 @@ from sd_recipes.data.bad_rows import row_name
 from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
 from sd_recipes.data.draws import Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
-from sd_recipes.data.latent_store import SIZE_COLUMNS, LatentCache, check_provenance, moments_of, row_key
+from sd_recipes.data.latent_store import LatentCache, check_provenance, moments_of, row_key
 from sd_recipes.data.order import MicroBatch
+from sd_recipes.data.rows import SIZE_COLUMNS
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import CaptionConfig, Recipe
 from sd_recipes.runtime.signals import outlive_signals

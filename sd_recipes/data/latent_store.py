@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from sd_recipes.data.rows import SIZE_COLUMNS
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import DataSettings
 from sd_recipes.runtime.agreement import wait_for_all
@@ -43,7 +44,6 @@ BYTES_PER_FILE = 256 * 2**20
 SHARED_MEMORY = Path("/dev/shm")
 NUMBERS_TO_SORT = 2**16
 PARTIAL = ".partial"  # of a file that is being written, and locked
-SIZE_COLUMNS = ("height", "width", "original_height", "original_width")  # of the crop, and of the picture in its file
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 

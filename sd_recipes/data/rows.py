@@ -13,7 +13,6 @@ import datasets
 from sd_recipes import assets
 from sd_recipes.data.captions import caption_columns
 from sd_recipes.data.folder import read_folder
-from sd_recipes.data.latent_store import SIZE_COLUMNS
 from sd_recipes.data.parquet_files import load_parquet
 from sd_recipes.data.shards import with_bytes
 from sd_recipes.errors import RecipeError, one_line
@@ -22,6 +21,7 @@ from sd_recipes.recipe import DataSettings, DataSource, Recipe
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 FOLDER_SHARDS = 64  # of a folder that is read as a stream
 MAX_HELD_OUT_STREAM_ROWS = 1000  # a held-out split of a stream is kept in memory
+SIZE_COLUMNS = ("height", "width", "original_height", "original_width")  # of the crop, and of the picture in its file
 # A row of a latent cache holds these instead of an image (see latent_store.py).
 MOMENTS_COLUMNS = ("moments", "moments_flipped", *SIZE_COLUMNS, "made_by")
 
