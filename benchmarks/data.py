@@ -215,13 +215,13 @@ def measure_epochs(args: argparse.Namespace) -> None:
 
 def cached_row_time(work: Path, folder: Path) -> None:
     """Milliseconds in the loader for a cached row, at 512²: 64 x 64 latents."""
-    from sd_recipes.data.latent_store import FORMAT, LatentCache, moments_of, row_key
+    from sd_recipes.data.latent_store import FORMAT, LatentStore, moments_of, row_key
     from sd_recipes.data.rows import load_rows
     from sd_recipes.recipe import Recipe
 
     rows = load_rows(Recipe(pretrained_model_name_or_path="-", train_data_dir=str(folder)))
     made = {"format": FORMAT, "dtype": "fp16", "flips": False}
-    cache = LatentCache(work / "rows", made, 0)
+    cache = LatentStore(work / "rows", made, 0)
     encoded = [row["image"] for row in rows]
     sizes = {"height": 512, "width": 512, "original_height": 866, "original_width": 1155}
     cache.put(
@@ -229,7 +229,7 @@ def cached_row_time(work: Path, folder: Path) -> None:
         torch.randn(len(encoded), 8, 64, 64), None,
     )  # fmt: skip
     cache.flush()
-    reader = LatentCache(work / "rows", made, 0)
+    reader = LatentStore(work / "rows", made, 0)
     times = []
     for _ in range(20):
         for each in encoded:

@@ -27,13 +27,13 @@ from sd_recipes.checkpoints.format import remove
 from sd_recipes.commands.cache import fill_cache, rows_of_no_data
 from sd_recipes.data.latent_store import (
     SIZE_COLUMNS,
-    LatentCache,
+    LatentStore,
     check_provenance,
-    made_by,
     memory_folder,
     model_hash,
     moments_of,
     open_cached,
+    provenance_of,
     remove_memory_folder,
     row_key,
 )
@@ -52,8 +52,8 @@ def record(number: int) -> dict[str, Any]:
     return {"key": key, **dict.fromkeys(SIZE_COLUMNS, 64), "text": f"row {number}"}
 
 
-def filled(folder: Path, numbers: range, **changes: Any) -> tuple[LatentCache, torch.Tensor]:
-    cache = LatentCache(folder, {**MADE, **changes}, rank=0)
+def filled(folder: Path, numbers: range, **changes: Any) -> tuple[LatentStore, torch.Tensor]:
+    cache = LatentStore(folder, {**MADE, **changes}, rank=0)
     moments = torch.randn(len(numbers), 8, 4, 4, generator=torch.Generator().manual_seed(0))
     cache.put([record(number) for number in numbers], moments, -moments)
     cache.flush()
@@ -62,7 +62,7 @@ def filled(folder: Path, numbers: range, **changes: Any) -> tuple[LatentCache, t
 
 def test_what_was_kept_is_found_by_a_new_reader(tmp_path: Path) -> None:
     _, moments = filled(tmp_path, range(5))
-    reader = LatentCache(tmp_path, MADE, rank=3)
+    reader = LatentStore(tmp_path, MADE, rank=3)
     assert reader.num_rows == 5
     for number in range(5):
         row = reader.find(record(number)["key"])
@@ -76,7 +76,7 @@ def test_what_was_kept_is_found_by_a_new_reader(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"vae": "y"}, {"size": 128}, {"dtype": "bf16"}, {"flips": False}])
 def test_anything_else_that_made_the_moments_is_another_cache(tmp_path: Path, change: dict[str, Any]) -> None:
     filled(tmp_path, range(5))
-    assert LatentCache(tmp_path, {**MADE, **change}, rank=0).num_rows == 0
+    assert LatentStore(tmp_path, {**MADE, **change}, rank=0).num_rows == 0
 
 
 def test_a_changed_picture_is_a_miss(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_rows_of_no_data(settings: dict[str, Any], tmp_path: Path) -> None:
 def test_a_kill_while_writing_leaves_no_half_file(tmp_path: Path) -> None:
     cache, _ = filled(tmp_path, range(3))
     (cache.folder / "00000-1-00000.partial").write_bytes(b"half")
-    assert LatentCache(tmp_path, MADE, rank=0).num_rows == 3
+    assert LatentStore(tmp_path, MADE, rank=0).num_rows == 3
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
@@ -138,11 +138,11 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     file = next(cache.folder.glob("*.arrow"))
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(RecipeError, match=rf"{file.name}.*remove it"):
-        LatentCache(tmp_path, MADE, rank=0)
+        LatentStore(tmp_path, MADE, rank=0)
 
 
 def test_a_reader_waits_until_the_epoch_before_is_written(tmp_path: Path) -> None:
-    writer = LatentCache(tmp_path, MADE, rank=0)
+    writer = LatentStore(tmp_path, MADE, rank=0)
     writer.start_at(4)
     reader = copy.copy(writer)  # as a worker process has it
     reader.begin_epoch(4)
@@ -175,7 +175,7 @@ def test_a_row_that_only_stands_in_is_kept_by_the_process_that_trains_on_it(sett
 def test_a_full_disk_ends_the_writing_and_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache = LatentCache(tmp_path, MADE, rank=0)
+    cache = LatentStore(tmp_path, MADE, rank=0)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -193,7 +193,7 @@ def test_defect_5_a_row_is_kept_once_and_one_picture_with_two_captions_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sd_recipes.data.latent_store.NUMBERS_TO_SORT", 2, raising=False)
-    cache = LatentCache(tmp_path, MADE, rank=0)
+    cache = LatentStore(tmp_path, MADE, rank=0)
     rows = [record(0), record(1), record(1), record(1) | {"text": "another"}, record(2), record(0)]
     moments = torch.arange(len(rows), dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 8, 4, 4)
     for _ in range(2):
@@ -218,21 +218,21 @@ def test_defect_28_what_a_killed_run_left_half_written_is_removed_and_what_a_liv
         path.write_bytes(b"half")
     with held.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as its writer does
-        assert LatentCache(tmp_path, MADE, rank=0).num_rows == 3
+        assert LatentStore(tmp_path, MADE, rank=0).num_rows == 3
         assert [path.exists() for path in left] == [False, False]
         assert all(path.exists() for path in not_ours)
         assert held.exists()
-    LatentCache(tmp_path, MADE, rank=0)
+    LatentStore(tmp_path, MADE, rank=0)
     assert not held.exists(), "its writer has gone"
 
 
 def test_defect_28_a_file_is_held_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = LatentCache(tmp_path, MADE, rank=0)
+    cache = LatentStore(tmp_path, MADE, rank=0)
     fsync = os.fsync
 
     def sync_while_another_run_begins(descriptor: int) -> None:
         assert len(list(cache.folder.glob("*.partial"))) == 1
-        LatentCache(tmp_path, MADE, rank=0)
+        LatentStore(tmp_path, MADE, rank=0)
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", sync_while_another_run_begins)
@@ -240,7 +240,7 @@ def test_defect_28_a_file_is_held_while_it_is_written(tmp_path: Path, monkeypatc
     cache.put([record(0)], moments, moments)
     cache.flush()
     assert cache.failure is None
-    assert LatentCache(tmp_path, MADE, rank=0).num_rows == 1
+    assert LatentStore(tmp_path, MADE, rank=0).num_rows == 1
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_defect_28_a_read_only_cache_is_read_and_says_once_that_it_cannot_add(
     filled(tmp_path / "shared", range(3))
     (tmp_path / "shared" / "empty").mkdir()
     read_only(tmp_path / "shared")
-    cache = LatentCache(tmp_path / "shared", MADE, rank=0)
+    cache = LatentStore(tmp_path / "shared", MADE, rank=0)
     assert cache.find(record(1)["key"]) is not None
     assert caplog.text == ""
     moments = torch.zeros(1, 8, 4, 4)
@@ -288,7 +288,7 @@ def test_defect_28_a_read_only_cache_is_read_and_says_once_that_it_cannot_add(
         cache.flush()
     assert caplog.text.count("Read-only file system") == caplog.text.count("it is read, and no rows are added") == 1
     with pytest.raises(RecipeError, match=r"cannot be made \(Read-only file system\): choose another"):
-        LatentCache(tmp_path / "shared", {**MADE, "size": 128}, rank=0)
+        LatentStore(tmp_path / "shared", {**MADE, "size": 128}, rank=0)
 
 
 @pytest.fixture
@@ -340,7 +340,7 @@ def test_defect_31_what_another_user_put_there_is_refused(
 # ------------------------------------------------------------------------------------- through the loop
 
 
-def stored(cache: LatentCache) -> list[Path]:
+def stored(cache: LatentStore) -> list[Path]:
     return sorted(cache.folder.glob("*.arrow"))
 
 
@@ -364,7 +364,7 @@ def test_cached_is_live_up_to_the_stored_precision(settings: dict[str, Any], tmp
     cached = train(settings, **changes, output_dir=str(tmp_path / "cached"))
     np.testing.assert_allclose(losses(cached), losses(live), rtol=2e-3)
     assert losses(cached) != losses(live), "the moments are rounded"
-    assert LatentCache(tmp_path / "cached" / "latents", json.loads(cached.store.made_by), 0).num_rows == 8
+    assert LatentStore(tmp_path / "cached" / "latents", json.loads(cached.store.provenance), 0).num_rows == 8
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -395,13 +395,14 @@ def test_later_epochs_neither_decode_nor_encode(
 @pytest.mark.parametrize("stop", [2, 4])
 def test_a_resumed_cached_run_is_the_uninterrupted_one(settings: dict[str, Any], tmp_path: Path, stop: int) -> None:
     changes = {**CACHED, "checkpointing_steps": stop}
-    quiet = train(settings, **changes, output_dir=str(tmp_path / "quiet"))
+    uninterrupted = train(settings, **changes, output_dir=str(tmp_path / "uninterrupted"))
     # What a kill after the checkpoint leaves: its weights, and the cache up to there or beyond.
     resumed = train(
-        settings, **changes, output_dir=str(tmp_path / "resumed"), latent_cache_dir=str(tmp_path / "quiet" / "latents"),
-        resume_from_checkpoint=str(tmp_path / "quiet" / f"checkpoint-{stop}"),
+        settings, **changes, output_dir=str(tmp_path / "resumed"),
+        latent_cache_dir=str(tmp_path / "uninterrupted" / "latents"),
+        resume_from_checkpoint=str(tmp_path / "uninterrupted" / f"checkpoint-{stop}"),
     )  # fmt: skip
-    assert_equal(weights(quiet), weights(resumed))
+    assert_equal(weights(uninterrupted), weights(resumed))
 
 
 def test_defect_5_an_epoch_of_fewer_batches_than_workers_keeps_each_row_once(
@@ -531,7 +532,7 @@ def test_defect_12_a_vae_is_the_same_in_every_precision(
 
 def test_defect_12_the_words_about_another_format_are_true(settings: dict[str, Any]) -> None:
     vae = load_vae(Recipe(**settings))
-    wanted = made_by(Recipe(**settings, center_crop=True), vae, torch.float32)
+    wanted = provenance_of(Recipe(**settings, center_crop=True), vae, torch.float32)
     check_provenance(json.dumps(wanted), wanted)
     with pytest.raises(RecipeError, match=r"in format 1, .* another version .*make them again with `sd-recipes cache`"):
         check_provenance(json.dumps({**wanted, "format": 1}), wanted)

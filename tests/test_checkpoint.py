@@ -163,12 +163,12 @@ def test_defect_9_progress_that_goes_on_is_not_in_the_snapshot(
             fifth_step.set()
 
     settings |= {"use_ema": True, "lr_scheduler": "cosine", "checkpointing_steps": 3, "max_train_steps": 5}
-    train(settings, output_dir=str(tmp_path / "quiet"))
+    train(settings, output_dir=str(tmp_path / "uninterrupted"))
     monkeypatch.setattr(saving, "write_checkpoint", late)
     monkeypatch.setattr(Tracker, "log", logged)
     train(settings)
     for step in (3, 5):
-        one, other = (tmp_path / out / f"checkpoint-{step}" for out in ("quiet", "run"))
+        one, other = (tmp_path / out / f"checkpoint-{step}" for out in ("uninterrupted", "run"))
         assert verify_checkpoint(one).files == verify_checkpoint(other).files
 
 
@@ -179,12 +179,12 @@ def test_defect_11_a_checkpoint_without_optimizer_tensors_is_written_and_gone_on
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     settings |= {"optimizer": "sgd", "sgd_momentum": 0.0, "checkpointing_steps": 2}
-    quiet = train(settings, output_dir=str(tmp_path / "quiet"))
+    uninterrupted = train(settings, output_dir=str(tmp_path / "uninterrupted"))
     train(settings, max_train_steps=2)
     assert verify_checkpoint(tmp_path / "run" / "checkpoint-2").step == 2
     assert load_file(tmp_path / "run" / "checkpoint-2" / OPTIMIZER) == {}
     resumed = train(settings, resume_from_checkpoint="latest")
-    assert_equal(weights(quiet), weights(resumed))
+    assert_equal(weights(uninterrupted), weights(resumed))
 
 
 def test_defect_11_a_signal_saves_it(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,14 +213,14 @@ def train_scaled(settings: dict[str, Any], skipped: set[int], **changes: Any) ->
 
 def test_defect_11_a_checkpoint_before_the_scaler_lets_a_step_pass(settings: dict[str, Any], tmp_path: Path) -> None:
     settings |= {"optimizer": "sgd", "lr_scheduler": "cosine", "checkpointing_steps": 2, "use_ema": True}
-    quiet = train_scaled(settings, {1, 2, 3}, output_dir=str(tmp_path / "quiet"), max_train_steps=6)
+    uninterrupted = train_scaled(settings, {1, 2, 3}, output_dir=str(tmp_path / "uninterrupted"), max_train_steps=6)
     train_scaled(settings, {1, 2}, max_train_steps=2)
     path = tmp_path / "run" / "checkpoint-2"
     assert load_file(path / OPTIMIZER) == {}
     assert read_json(path / STATE)["scaler"]["scale"] == 65536 / 4
     resumed = train_scaled(settings, {1}, max_train_steps=6, resume_from_checkpoint="latest")
-    assert_equal(weights(quiet), weights(resumed))
-    one, other = (verify_checkpoint(tmp_path / out / "checkpoint-6").files for out in ("quiet", "run"))
+    assert_equal(weights(uninterrupted), weights(resumed))
+    one, other = (verify_checkpoint(tmp_path / out / "checkpoint-6").files for out in ("uninterrupted", "run"))
     assert one == other
     assert all("grad_norm" not in line for line in read_metrics(tmp_path / "run" / "metrics.jsonl")[:3])
 

@@ -69,10 +69,10 @@ def test_resumed_buckets_are_the_uninterrupted_run(
 ) -> None:
     settings |= {**BUCKETS, "train_data_dir": str(shapes), "checkpointing_steps": 6, "center_crop": True}
     settings |= {"cache_latents": cache, "latent_cache_dir": str(tmp_path / "kept")}
-    quiet = train(settings, output_dir=str(tmp_path / "quiet"))
-    checkpoint = str(tmp_path / "quiet" / "checkpoint-6")
+    uninterrupted = train(settings, output_dir=str(tmp_path / "uninterrupted"))
+    checkpoint = str(tmp_path / "uninterrupted" / "checkpoint-6")
     resumed = train(settings, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=checkpoint)
-    assert_equal(weights(quiet), weights(resumed))
+    assert_equal(weights(uninterrupted), weights(resumed))
 
 
 def test_pictures_too_small_for_their_bucket_get_a_smaller_one(settings: dict[str, Any], tmp_path: Path) -> None:

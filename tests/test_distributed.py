@@ -127,14 +127,14 @@ def test_a_stream_moved_between_numbers_of_processes_is_one_run(settings: dict[s
     """2 -> 1 -> 3 against 2 all the time."""
     settings.pop("max_train_samples")
     settings |= {"streaming": True, "shuffle_block": 3, "train_batch_size": 2}
-    quiet = flags_of(settings | {"output_dir": tmp_path / "quiet"})
-    finish(start(torchrun(2), *quiet))
+    uninterrupted = flags_of(settings | {"output_dir": tmp_path / "uninterrupted"})
+    finish(start(torchrun(2), *uninterrupted))
     moved = flags_of(settings | {"output_dir": tmp_path / "moved"})
     for processes, step in ((2, 3), (1, 5), (3, 8)):
         launcher = torchrun(processes) if processes > 1 else [sys.executable]
         finish(start(launcher, *moved, "--max_train_steps", step))
-    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "quiet"), rel=1e-5)
-    assert_close(saved(tmp_path / "quiet", 8, "unet"), saved(tmp_path / "moved", 8, "unet"))
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "uninterrupted"), rel=1e-5)
+    assert_close(saved(tmp_path / "uninterrupted", 8, "unet"), saved(tmp_path / "moved", 8, "unet"))
 
 
 def test_a_changed_batch_is_the_persons_wish(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:

@@ -78,21 +78,21 @@ def traced(path: Path) -> dict[tuple[int, int], list[str]]:
 
 
 def assert_same_run(tmp_path: Path, num_steps: int) -> None:
-    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     last = f"checkpoint-{num_steps}"
-    assert_same_checkpoint(quiet / last, killed / last)  # weights, average, optimizer, schedule, position
-    assert_equal(load_file(quiet / "unet" / UNET_WEIGHTS), load_file(killed / "unet" / UNET_WEIGHTS))
-    expected = traced(tmp_path / "quiet.trace")
+    assert_same_checkpoint(uninterrupted / last, killed / last)  # weights, average, optimizer, schedule, position
+    assert_equal(load_file(uninterrupted / "unet" / UNET_WEIGHTS), load_file(killed / "unet" / UNET_WEIGHTS))
+    expected = traced(tmp_path / "uninterrupted.trace")
     assert len(expected) == 2 * num_steps
     assert all(len(records) == 1 for records in expected.values())
     # Also what was trained on before a kill and again after it was the same both times.
     assert traced(tmp_path / "killed.trace") == expected
-    assert figures(killed) == figures(quiet)
-    pictures = [sorted((out / "samples").iterdir()) for out in (quiet, killed)]
+    assert figures(killed) == figures(uninterrupted)
+    pictures = [sorted((out / "samples").iterdir()) for out in (uninterrupted, killed)]
     assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
     events = EventAccumulator(str(killed / "logs" / "text2image-fine-tune"), size_guidance={"scalars": 0})
     events.Reload()
-    lines = [line for line in figures(quiet) if "train_loss" in line]
+    lines = [line for line in figures(uninterrupted) if "train_loss" in line]
     assert [event.step for event in events.Scalars("train_loss")] == [line["step"] for line in lines]
     assert not list(killed.glob(".checkpoint*"))
     assert len(list_checkpoints(killed)) == 2
@@ -103,12 +103,12 @@ def test_a_run_killed_at_random_instants_is_the_quiet_run(
     command: list[str], tmp_path: Path, kills: int, num_steps: int
 ) -> None:
     command = [*command, "--max_train_steps", str(num_steps)]
-    quiet, killed = do(
+    uninterrupted, killed = do(
         tmp_path,
-        often(tmp_path, "quiet", command, kills=0, num_steps=num_steps),
+        often(tmp_path, "uninterrupted", command, kills=0, num_steps=num_steps),
         often(tmp_path, "killed", command, kills=kills, num_steps=num_steps),
     )
-    assert quiet["status"] == 0, (tmp_path / "quiet.log").read_text()[-3000:]
+    assert uninterrupted["status"] == 0, (tmp_path / "uninterrupted.log").read_text()[-3000:]
     assert killed.get("status") == 0, (tmp_path / "killed.log").read_text()[-3000:]
     print(f"{num_steps} steps: {killed}")
     assert sum(killed["struck"].values()) == kills
@@ -127,7 +127,7 @@ def test_the_script_itself_killed_with_loader_workers(command: list[str], tmp_pa
             argv = [sys.executable, ROOT / "train_text_to_image.py", *command, "--output_dir", tmp_path / name]
             return subprocess.Popen([str(part) for part in argv], env=environment(), cwd=ROOT, stdout=log, stderr=log)
 
-    assert start("quiet").wait() == 0
+    assert start("uninterrupted").wait() == 0
     chance = random.Random(5)
     for number in range(5):
         process = start("killed")
@@ -138,8 +138,8 @@ def test_the_script_itself_killed_with_loader_workers(command: list[str], tmp_pa
         process.send_signal(signal.SIGKILL)
         assert process.wait() in (-signal.SIGKILL, 0)
     assert start("killed").wait() == 0, (tmp_path / "killed.log").read_text()[-3000:]
-    assert_same_checkpoint(tmp_path / "quiet" / "checkpoint-60", tmp_path / "killed" / "checkpoint-60")
-    assert figures(tmp_path / "quiet") == figures(tmp_path / "killed")
+    assert_same_checkpoint(tmp_path / "uninterrupted" / "checkpoint-60", tmp_path / "killed" / "checkpoint-60")
+    assert figures(tmp_path / "uninterrupted") == figures(tmp_path / "killed")
 
 
 def test_a_whole_checkpoint_remains_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
@@ -176,17 +176,17 @@ def test_a_whole_checkpoint_remains_at_every_file_operation_of_a_save(tmp_path: 
 def test_a_run_killed_at_every_file_operation_of_a_save_is_the_quiet_run(command: list[str], tmp_path: Path) -> None:
     command = [*command, "--checkpoints_total_limit", "1", "--report_to", "none"]
     four = [*command, "--max_train_steps", "6"]
-    begin, quiet, killed = do(
+    begin, uninterrupted, killed = do(
         tmp_path,
         often(tmp_path, "begun", [*command, "--max_train_steps", "3"], kills=0, num_steps=3),
-        often(tmp_path, "quiet", four, kills=0, num_steps=6),
+        often(tmp_path, "uninterrupted", four, kills=0, num_steps=6),
         {
             "action": "every operation", "argv": [*four, "--output_dir", str(tmp_path / "killed")], "resume_every": 1,
             "begun": str(tmp_path / "begun"), "out": str(tmp_path / "killed"), "ends": str(tmp_path / "ends"),
             "last": "checkpoint-6", "log": str(tmp_path / "killed.log"),
         },
     )  # fmt: skip
-    assert (begin["status"], quiet["status"]) == (0, 0)
+    assert (begin["status"], uninterrupted["status"]) == (0, 0)
     results = killed["results"]
     print(len(results), "operations:", Counter(result["left"] for result in results))
     assert len(results) > 30
@@ -194,4 +194,4 @@ def test_a_run_killed_at_every_file_operation_of_a_save_is_the_quiet_run(command
     assert {result["left"] for result in results} == {"checkpoint-3", "checkpoint-6"}
     assert {result["resumed"] for result in results} == {0}
     for number in range(1, len(results) + 1):
-        assert_same_checkpoint(tmp_path / "quiet" / "checkpoint-6", tmp_path / "ends" / str(number))
+        assert_same_checkpoint(tmp_path / "uninterrupted" / "checkpoint-6", tmp_path / "ends" / str(number))

@@ -114,15 +114,17 @@ def test_resumed_is_uninterrupted_to_the_bit(settings: dict[str, Any], tmp_path:
         "optimizer": optimizer, "use_ema": True, "lr_scheduler": "cosine", "max_train_steps": 7, "train_batch_size": 3,
         "checkpointing_steps": 4, "random_flip": True, "caption_dropout": 0.3, "noise_offset": 0.1,
     }  # fmt: skip
-    quiet = train(settings, output_dir=str(tmp_path / "quiet"))
+    uninterrupted = train(settings, output_dir=str(tmp_path / "uninterrupted"))
     # 8 rows in threes: step 4 stands in the middle of the second epoch.
     resumed = train(
-        settings, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=str(tmp_path / "quiet/checkpoint-4")
+        settings,
+        output_dir=str(tmp_path / "resumed"),
+        resume_from_checkpoint=str(tmp_path / "uninterrupted/checkpoint-4"),
     )
-    assert_equal(weights(quiet), weights(resumed))
-    assert_equal(average(quiet).named_tensors(), average(resumed).named_tensors())
-    assert quiet.state.schedule.get_last_lr() == resumed.state.schedule.get_last_lr()
-    assert losses(quiet)[4:] == losses(resumed)
+    assert_equal(weights(uninterrupted), weights(resumed))
+    assert_equal(average(uninterrupted).named_tensors(), average(resumed).named_tensors())
+    assert uninterrupted.state.schedule.get_last_lr() == resumed.state.schedule.get_last_lr()
+    assert losses(uninterrupted)[4:] == losses(resumed)
 
 
 def test_resuming_a_finished_run_trains_nothing(settings: dict[str, Any], tmp_path: Path) -> None:

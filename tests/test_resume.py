@@ -78,13 +78,13 @@ def test_state_weights_and_curve_are_the_quiet_runs(settings: dict[str, Any], tm
         "optimizer": optimizer, "use_ema": True, "lr_scheduler": "cosine", "max_train_steps": 8, "train_batch_size": 3,
         "checkpointing_steps": 5, "random_flip": True, "caption_dropout": 0.3, "logging_steps": 3,
     }  # fmt: skip
-    quiet, cut = tmp_path / "quiet", tmp_path / "cut"
-    train(settings, output_dir=str(quiet))
-    shutil.copytree(quiet, cut)
+    uninterrupted, cut = tmp_path / "uninterrupted", tmp_path / "cut"
+    train(settings, output_dir=str(uninterrupted))
+    shutil.copytree(uninterrupted, cut)
     shutil.rmtree(cut / "checkpoint-8")  # as if it had been killed after step 7, and its log
     train(settings, output_dir=str(cut), resume_from_checkpoint="latest")
-    assert_same_checkpoint(quiet / "checkpoint-8", cut / "checkpoint-8")
-    assert figures(cut) == figures(quiet)
+    assert_same_checkpoint(uninterrupted / "checkpoint-8", cut / "checkpoint-8")
+    assert figures(cut) == figures(uninterrupted)
 
 
 def test_typing_it_again_continues_and_a_finished_run_trains_nothing(
@@ -104,9 +104,9 @@ def test_typing_it_again_continues_and_a_finished_run_trains_nothing(
     assert before == {path: path.stat().st_mtime_ns for path in (out / "checkpoint-3").rglob("*")}
     run_it(settings, max_train_steps=5)
     assert [line["step"] for line in figures(out)] == [1, 2, 3, 4, 5]
-    run_it(settings, max_train_steps=5, seed=seed, output_dir=str(tmp_path / "quiet"))
-    assert_same_checkpoint(tmp_path / "quiet" / "checkpoint-5", out / "checkpoint-5")
-    assert_equal(load_file(tmp_path / "quiet" / "unet" / UNET_WEIGHTS), load_file(out / "unet" / UNET_WEIGHTS))
+    run_it(settings, max_train_steps=5, seed=seed, output_dir=str(tmp_path / "uninterrupted"))
+    assert_same_checkpoint(tmp_path / "uninterrupted" / "checkpoint-5", out / "checkpoint-5")
+    assert_equal(load_file(tmp_path / "uninterrupted" / "unet" / UNET_WEIGHTS), load_file(out / "unet" / UNET_WEIGHTS))
 
 
 def test_overwrite_starts_anew_and_removes_the_old_runs_files_only(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_what_changes_the_result_is_told_with_both_values(
 def test_what_the_weights_do_not_depend_on_is_free(
     settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    quiet = train(settings, output_dir=str(tmp_path / "quiet"), max_train_steps=4)
+    uninterrupted = train(settings, output_dir=str(tmp_path / "uninterrupted"), max_train_steps=4)
     train(settings, max_train_steps=2)
     data = shutil.copytree(settings["train_data_dir"], tmp_path / "moved-data")
     caplog.clear()
@@ -291,7 +291,7 @@ def test_what_the_weights_do_not_depend_on_is_free(
     assert [
         r.getMessage() for r in caplog.records if r.name == "sd_recipes.checkpoints.resume" and r.levelname == "WARNING"
     ] == []
-    assert_equal(weights(quiet), weights(resumed))
+    assert_equal(weights(uninterrupted), weights(resumed))
 
 
 @pytest.mark.parametrize(("before", "after", "steps"), [(2, 4, 12), (4, 2, 12)])
@@ -390,7 +390,7 @@ def test_the_clock_may_jump_back(settings: dict[str, Any], tmp_path: Path, monke
         "cache_latents": "disk", "center_crop": True, "checkpointing_minutes": 1000, "report_to": "tensorboard",
         "checkpoints_total_limit": 2,
     }  # fmt: skip
-    run_it(settings, output_dir=str(tmp_path / "quiet"), max_train_steps=4)
+    run_it(settings, output_dir=str(tmp_path / "uninterrupted"), max_train_steps=4)
     now, now_ns = time.time, time.time_ns
     for step in (2, 3, 4):
         run_it(settings, max_train_steps=step)
@@ -398,7 +398,7 @@ def test_the_clock_may_jump_back(settings: dict[str, Any], tmp_path: Path, monke
         monkeypatch.setattr(time, "time_ns", lambda days=step: now_ns() - 86400 * 10**9 * days)
         for path in (tmp_path / "run").rglob("*"):
             os.utime(path, (time.time(), time.time()))
-    assert_same_checkpoint(tmp_path / "quiet" / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    assert_same_checkpoint(tmp_path / "uninterrupted" / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-4"]
     assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2, 3, 4]
 
@@ -406,11 +406,11 @@ def test_the_clock_may_jump_back(settings: dict[str, Any], tmp_path: Path, monke
 def test_a_mere_name_is_a_checkpoint_of_the_output_folder(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quiet = train(settings, checkpointing_steps=2)
+    uninterrupted = train(settings, checkpointing_steps=2)
     train(settings, max_train_steps=2, seed=9, output_dir=str(tmp_path / "elsewhere"))
     monkeypatch.chdir(tmp_path / "elsewhere")
     again = train(settings, checkpointing_steps=2, resume_from_checkpoint="checkpoint-2")
-    assert_equal(weights(quiet), weights(again))
+    assert_equal(weights(uninterrupted), weights(again))
 
 
 # ------------------------------------------------------------------------------- one line of history
@@ -441,10 +441,10 @@ def test_defect_2_a_run_that_goes_back_has_one_line_of_history(
 ) -> None:
     """Back from 5 to 2 with another learning rate, stopped at 3, and on by the printed command: to the same bits."""
     settings |= {"max_train_steps": 5, "checkpointing_steps": 1}
-    out, quiet = tmp_path / "run", tmp_path / "quiet"
+    out, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
     run_it(settings)
-    shutil.copytree(out, quiet)
-    run_it(settings, output_dir=str(quiet), learning_rate=5e-4, resume_from_checkpoint="checkpoint-2")
+    shutil.copytree(out, uninterrupted)
+    run_it(settings, output_dir=str(uninterrupted), learning_rate=5e-4, resume_from_checkpoint="checkpoint-2")
     abandoned = saved_tensors(out / "checkpoint-5")
     caplog.clear()
     caplog.set_level("INFO")
@@ -461,8 +461,8 @@ def test_defect_2_a_run_that_goes_back_has_one_line_of_history(
     assert f"Resuming from {out / 'checkpoint-3'}" in caplog.text
     assert "abandoned" not in caplog.text
     assert names_in(out) == sorted(["checkpoint-4", "checkpoint-5", *set_aside])
-    assert_same_checkpoint(quiet / "checkpoint-5", out / "checkpoint-5")
-    assert figures(out) == figures(quiet)
+    assert_same_checkpoint(uninterrupted / "checkpoint-5", out / "checkpoint-5")
+    assert figures(out) == figures(uninterrupted)
 
     run_it(again, resume_from_checkpoint="checkpoint-4")
     assert names_in(out, "checkpoint-5*") == ["checkpoint-5", "checkpoint-5.abandoned", "checkpoint-5.abandoned-2"]
@@ -576,8 +576,8 @@ def test_tensorboards_curve_goes_on_without_repeats(settings: dict[str, Any], tm
 
 
 def run_quietly(settings: dict[str, Any], tmp_path: Path) -> Path:
-    run_it(settings, output_dir=str(tmp_path / "quiet"), report_to="none")
-    return tmp_path / "quiet"
+    run_it(settings, output_dir=str(tmp_path / "uninterrupted"), report_to="none")
+    return tmp_path / "uninterrupted"
 
 
 def losses_of(out: Path) -> list[float]:

@@ -61,28 +61,33 @@ def test_a_divided_run_is_the_whole_one_and_goes_on_to_the_bit(
     one = train(settings, train_batch_size=4, gradient_accumulation_steps=1, output_dir=str(tmp_path / "one"))
     settings |= {"validation_prompts": "a disc", "validation_steps": 3, "validation_inference_steps": 2}
     settings |= {"optimizer": optimizer}
-    quiet, resumed = tmp_path / "quiet", tmp_path / "resumed"
-    output = run_divided(fsdp, 2, settings, output_dir=quiet)
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    output = run_divided(fsdp, 2, settings, output_dir=uninterrupted)
     assert "sharded over 2 processes (FSDP2)" in output
     run_divided(fsdp, 2, settings, output_dir=resumed, max_train_steps=3)
     run_divided(fsdp, 2, settings, output_dir=resumed)
     for folder in ("unet", "unet_ema"):
-        assert_equal(saved(quiet, 6, folder), saved(resumed, 6, folder))
-    states = [load_file(path / "checkpoint-6" / OPTIMIZER) for path in (quiet, resumed)]
+        assert_equal(saved(uninterrupted, 6, folder), saved(resumed, 6, folder))
+    states = [load_file(path / "checkpoint-6" / OPTIMIZER) for path in (uninterrupted, resumed)]
     assert_equal(*states)
     assert len(states[0]) >= len(weights(one))
-    assert losses(quiet) == losses(resumed)
+    assert losses(uninterrupted) == losses(resumed)
     picture = "samples/step-000006.png"
-    assert (quiet / picture).read_bytes() == (resumed / picture).read_bytes()
+    assert (uninterrupted / picture).read_bytes() == (resumed / picture).read_bytes()
     # Each sample once, by one of the processes.
-    assert [position for position, _ in samples(quiet)] == list(range(21))
+    assert [position for position, _ in samples(uninterrupted)] == list(range(21))
     if optimizer == "sgd":  # AdamW makes a full step of the smallest difference in a gradient
-        assert losses(quiet) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-        assert_close(weights(one), saved(quiet, 6, "unet"))
-        assert_close(average(one).named_tensors(), saved(quiet, 6, "unet_ema"))
+        assert losses(uninterrupted) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+        assert_close(weights(one), saved(uninterrupted, 6, "unet"))
+        assert_close(average(one).named_tensors(), saved(uninterrupted, 6, "unet_ema"))
     # What is exported is whole, has the average's weights, and is of diffusers' own classes.
-    assert_equal(StableDiffusionPipeline.from_pretrained(quiet).unet.state_dict(), saved(quiet, 6, "unet_ema"))
-    assert UNet2DConditionModel.load_config(quiet / "checkpoint-6" / "unet")["_class_name"] == "UNet2DConditionModel"
+    assert_equal(
+        StableDiffusionPipeline.from_pretrained(uninterrupted).unet.state_dict(), saved(uninterrupted, 6, "unet_ema")
+    )
+    assert (
+        UNet2DConditionModel.load_config(uninterrupted / "checkpoint-6" / "unet")["_class_name"]
+        == "UNet2DConditionModel"
+    )
 
 
 def test_defect_10_frozen_parts_leave_a_divided_run_as_they_came(

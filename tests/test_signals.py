@@ -215,7 +215,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
         "validation_steps": 3, "validation_prompts": ["disc number 1"], "validation_inference_steps": 3,
         "checkpointing_steps": 100, "resume_from_checkpoint": "latest",
     }  # fmt: skip
-    quiet = train(settings, output_dir=str(tmp_path / "quiet"))
+    uninterrupted = train(settings, output_dir=str(tmp_path / "uninterrupted"))
     with monkeypatch.context() as patch:
         asked_after(patch, asked, LatentEncoder, "sample", 3)
         with pytest.raises(Stopped, match="stopped by SIGTERM: saved at step 2; the same command"):
@@ -229,9 +229,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     assert not (output_dir / "samples").exists(), "the picture was broken off"
     stop_request.reason = None
     resumed = train(settings)
-    assert_equal(weights(quiet), weights(resumed))
-    assert_equal(average(quiet).named_tensors(), average(resumed).named_tensors())
-    assert losses(quiet) == losses(resumed), "the curve goes on"
+    assert_equal(weights(uninterrupted), weights(resumed))
+    assert_equal(average(uninterrupted).named_tensors(), average(resumed).named_tensors())
+    assert losses(uninterrupted) == losses(resumed), "the curve goes on"
     assert [path.name for path in sorted((output_dir / "samples").iterdir())] == ["step-000003.png", "step-000006.png"]
 
 

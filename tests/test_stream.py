@@ -275,11 +275,11 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_no_pauses")
 def test_failures_lose_and_repeat_no_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shards = opened(parquet_shards(tmp_path / "rows", LENGTHS))
-    quiet = ids(one_epoch(stream_of(shards).micro_batches(0, None)))
+    uninterrupted = ids(one_epoch(stream_of(shards).micro_batches(0, None)))
     failures = Counter({(0, 0): 2, (1, 16): 3, (4, 3): 1, (5, 9): 1})
     unreliable = Shards(Unreliable(shards.stream, failures, ConnectionError("reset")), "a stream", 60.0)
     with caplog.at_level(logging.WARNING):
-        assert ids(one_epoch(stream_of(unreliable).micro_batches(0, None))) == quiet
+        assert ids(one_epoch(stream_of(unreliable).micro_batches(0, None))) == uninterrupted
     assert sum(failures.values()) == 0
     assert "a stream: shard 1 at row 16: reset: trying again" in caplog.text
 

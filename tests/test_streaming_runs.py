@@ -119,12 +119,12 @@ def test_a_file_at_a_web_address_is_streamed_through_its_failures(
 @pytest.mark.slow
 def test_a_stream_resumes_where_it_stood(flags: list[object], local: Path, tmp_path: Path) -> None:
     flags = [*flags, "--dataset_name", local, "--checkpointing_steps", 5, "--dataloader_num_workers", 1]
-    done = launch(*flags, "--output_dir", tmp_path / "quiet")
+    done = launch(*flags, "--output_dir", tmp_path / "uninterrupted")
     assert done.returncode == 0, done.stderr
-    shutil.copytree(tmp_path / "quiet" / "checkpoint-5", tmp_path / "resumed" / "checkpoint-5")
+    shutil.copytree(tmp_path / "uninterrupted" / "checkpoint-5", tmp_path / "resumed" / "checkpoint-5")
     done = launch(*flags, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", "latest")
     assert done.returncode == 0, done.stderr
-    assert_same(tmp_path / "quiet", tmp_path / "resumed")
+    assert_same(tmp_path / "uninterrupted", tmp_path / "resumed")
 
 
 def test_two_processes_stream_every_row_once(flags: list[object], local: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
 from sd_recipes.data.captions import caption_columns, tokenize
-from sd_recipes.data.latent_store import ROWS_PER_FILE, LatentCache, made_by, open_cached
+from sd_recipes.data.latent_store import ROWS_PER_FILE, LatentStore, open_cached, provenance_of
 from sd_recipes.data.order import MicroBatch, Order
 from sd_recipes.data.training_data import load_training_data
 from sd_recipes.errors import RecipeError, RunError, one_line
@@ -67,10 +67,10 @@ def fill_cache(recipe: Recipe) -> Path:
         raise RecipeError("this data set is a latent cache already: train on it")
 
     vae = load_vae(recipe)
-    provenance = made_by(recipe, vae, DTYPES[accelerator.mixed_precision])  # of the weights as they were loaded
+    provenance = provenance_of(recipe, vae, DTYPES[accelerator.mixed_precision])  # of the weights as they were loaded
     encoder = build_encoder(recipe, vae, accelerator)
     folder = Path(recipe.latent_cache_dir or output_dir / "latents")
-    store = LatentCache(folder, provenance, accelerator.process_index)
+    store = LatentStore(folder, provenance, accelerator.process_index)
     builder = BatchBuilder(
         data.rows,
         recipe,
@@ -118,14 +118,14 @@ def fill_cache(recipe: Recipe) -> Path:
     return store.folder
 
 
-def cannot_fill(cache: LatentCache) -> str:
+def cannot_fill(cache: LatentStore) -> str:
     return (
         f"{cache.folder} cannot be written ({cache.failure}): make room, or choose another --latent_cache_dir; started "
         "again, the command continues where the files end"
     )
 
 
-def finish(cache: LatentCache, folder: Path, rows: datasets.Dataset, recipe: Recipe) -> None:
+def finish(cache: LatentStore, folder: Path, rows: datasets.Dataset, recipe: Recipe) -> None:
     """Print what is in the cache, and push it. Raises RecipeError and PushError."""
     files = list(cache.folder.glob("*.arrow"))
     size = sum(path.stat().st_size for path in files)

@@ -18,7 +18,7 @@ from sd_recipes.data.bad_rows import row_name
 from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
 from sd_recipes.data.draws import Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
-from sd_recipes.data.latent_store import LatentCache, check_provenance, moments_of, row_key
+from sd_recipes.data.latent_store import LatentStore, check_provenance, moments_of, row_key
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.data.rows import SIZE_COLUMNS
 from sd_recipes.errors import RecipeError
@@ -65,7 +65,7 @@ class Batch:
         """The same batch on `device`, copied without waiting for it."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def all_moments(self, encode: Encode, store: LatentCache | None = None) -> torch.Tensor:
+    def all_moments(self, encode: Encode, store: LatentStore | None = None) -> torch.Tensor:
         """Moments (B, 2C, h, w): those in the batch, and those encoded from its pixels, which the store keeps."""
         if len(self.to_encode) == len(self.weights) and store is None:
             return encode(self.pixels)
@@ -152,7 +152,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         num_train_timesteps: int,
         noise_offset: float = 0.0,
         input_perturbation: float = 0.0,
-        store: LatentCache | None = None,
+        store: LatentStore | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> None:
         self.rows = rows

@@ -65,7 +65,7 @@ def model_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def made_by(config: DataSettings, vae: torch.nn.Module, vae_dtype: torch.dtype) -> dict[str, Any]:
+def provenance_of(config: DataSettings, vae: torch.nn.Module, vae_dtype: torch.dtype) -> dict[str, Any]:
     """Everything that a cached row depends on besides its image.
 
     The VAE is passed as it was loaded, before it is cast to `vae_dtype`, so that it has one identity in all precisions.
@@ -168,16 +168,16 @@ def to_bytes(moments: torch.Tensor) -> bytes:
 
 def moments_of(row: dict[str, Any], *, flip: bool, latent_shape: tuple[int, int, int]) -> torch.Tensor:
     """Moments (2C, h, w) float32 of a cached row. Raises RecipeError if it has none of that kind."""
-    made_by = json.loads(row["made_by"])
+    provenance = json.loads(row["made_by"])
     stored = row["moments_flipped"] if flip else row["moments"]
     if stored is None:
         raise RecipeError("the latent cache has no mirrored moments: drop --random_flip, or make it with --random_flip")
     channels, height, width = latent_shape
-    values = torch.frombuffer(bytearray(stored), dtype=STORED[made_by["dtype"]])
+    values = torch.frombuffer(bytearray(stored), dtype=STORED[provenance["dtype"]])
     return values.reshape(2 * channels, height, width).float()
 
 
-class LatentCache:
+class LatentStore:
     """The cache of one (VAE, size, crop, precision), for reading and writing.
 
     Copies in loader workers read; the one in the training process also writes, in a thread. Readers see
@@ -186,18 +186,18 @@ class LatentCache:
     not depend on timing.
     """
 
-    def __init__(self, folder: Path, made_by: dict[str, Any], rank: int, *, temporary: bool = False) -> None:
+    def __init__(self, folder: Path, provenance: dict[str, Any], rank: int, *, temporary: bool = False) -> None:
         self.temporary = temporary
-        words = json.dumps(made_by, sort_keys=True)
-        self.made_by = words
-        self.dtype = STORED[made_by["dtype"]]
-        self.keeps_flips = made_by["flips"]
+        words = json.dumps(provenance, sort_keys=True)
+        self.provenance = words
+        self.dtype = STORED[provenance["dtype"]]
+        self.keeps_flips = provenance["flips"]
         self.folder = folder / hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
         self.rank = rank
         self.failure: str | None = None  # why nothing can be added
-        self._describe(json.dumps(made_by, indent=1, sort_keys=True) + "\n")
+        self._describe(json.dumps(provenance, indent=1, sort_keys=True) + "\n")
         _remove_leftovers(folder)
-        self._sealed = torch.zeros(1, dtype=torch.int64).share_memory_()  # epoch that readers may begin
+        self._published = torch.zeros(1, dtype=torch.int64).share_memory_()  # epoch that readers may begin
         self._seen_epoch = 0
         self._files: list[Path] = []
         self._tables: dict[int, pa.Table] = {}
@@ -249,7 +249,7 @@ class LatentCache:
         """Wait until the epochs before are published, and look at what they wrote."""
         if epoch <= self._seen_epoch:
             return
-        while self._sealed.item() < epoch:
+        while self._published.item() < epoch:
             time.sleep(0.005)
         self._seen_epoch = epoch
         self._look()
@@ -262,7 +262,7 @@ class LatentCache:
 
     def publish_epoch(self, epoch: int) -> None:
         """Let readers continue to `epoch`: all processes have written everything before it."""
-        self._sealed.fill_(epoch)
+        self._published.fill_(epoch)
 
     def _look(self) -> None:
         """Index the files in the folder: the first 8 bytes of the keys, sorted, and where each row is."""
@@ -306,7 +306,7 @@ class LatentCache:
         if self.failure is not None:
             return
         if self._writer is None:
-            self._writer = _Writer(self.folder, self.made_by, self.rank, self._give_up)
+            self._writer = _Writer(self.folder, self.provenance, self.rank, self._give_up)
         new = [number for number, record in enumerate(records) if self._put.add(_row_hash(record))]
         if not new:
             return
@@ -361,8 +361,8 @@ class _Numbers:
 class _Writer:
     """Writes rows to files in a thread. A full disk ends the writing, not the run: the error goes to `give_up`."""
 
-    def __init__(self, folder: Path, made_by: str, rank: int, give_up: Callable[[Exception], None]) -> None:
-        self.folder, self.made_by, self.give_up = folder, made_by, give_up
+    def __init__(self, folder: Path, provenance: str, rank: int, give_up: Callable[[Exception], None]) -> None:
+        self.folder, self.provenance, self.give_up = folder, provenance, give_up
         self.prefix = f"{rank:05d}-{time.time_ns():x}"
         self.number = 0
         self.failed = False
@@ -410,7 +410,7 @@ class _Writer:
                 **record,
                 "moments": to_bytes(moments[number]),
                 "moments_flipped": None if flipped is None else to_bytes(flipped[number]),
-                "made_by": self.made_by,
+                "made_by": self.provenance,
             }
             self._rows.append(row)
             self._size += len(row["moments"]) * (1 if flipped is None else 2)

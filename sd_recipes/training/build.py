@@ -19,10 +19,10 @@ from sd_recipes.checkpoints.resume import finish_epoch, global_batch_size
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
 from sd_recipes.data.captions import tokenize
 from sd_recipes.data.latent_store import (
-    LatentCache,
+    LatentStore,
     check_one_provenance,
-    made_by,
     memory_folder,
+    provenance_of,
     remove_memory_folder,
 )
 from sd_recipes.data.order import Order
@@ -79,7 +79,7 @@ class Run:
     accelerator: Accelerator
     data: TrainingData
     batches: TrainingBatches
-    store: LatentCache | None
+    store: LatentStore | None
     model: Model
     state: TrainState
     validator: Validator
@@ -121,7 +121,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     components.set_prediction_type(recipe.prediction_type or scheduler.config.prediction_type)
     provenance = None
     if data.provenances or recipe.cache_latents != "off":  # of the weights as they were loaded
-        provenance = made_by(recipe, components.vae, DTYPES[accelerator.mixed_precision])
+        provenance = provenance_of(recipe, components.vae, DTYPES[accelerator.mixed_precision])
         check_one_provenance(data.provenances, provenance)
     if accelerator.is_main_process and accelerator.mixed_precision != "no":
         keep_as_loaded(family, components)  # for the export
@@ -269,7 +269,7 @@ def build_validator(
     )
 
 
-def open_store(recipe: Recipe, provenance: dict[str, Any] | None, accelerator: Accelerator) -> LatentCache | None:
+def open_store(recipe: Recipe, provenance: dict[str, Any] | None, accelerator: Accelerator) -> LatentStore | None:
     """The recipe's latent store, if it asks for one. Raises RecipeError if there is no room for it in memory."""
     if recipe.dry_run:  # it reads no row, leaves no trace, and takes no other run's memory
         return None
@@ -287,7 +287,7 @@ def open_store(recipe: Recipe, provenance: dict[str, Any] | None, accelerator: A
     if recipe.cache_latents == "memory":
         wait_for_all()  # until it is removed
         folder = memory_folder(recipe.output_dir)
-    return LatentCache(folder, provenance, accelerator.process_index, temporary=recipe.cache_latents == "memory")
+    return LatentStore(folder, provenance, accelerator.process_index, temporary=recipe.cache_latents == "memory")
 
 
 def describe(run: Run) -> str:

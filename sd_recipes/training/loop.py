@@ -16,7 +16,7 @@ from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resu
 from sd_recipes.checkpoints.saver import BackgroundSaver, NotSaved
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Batch
-from sd_recipes.data.latent_store import LatentCache
+from sd_recipes.data.latent_store import LatentStore
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import StopAgreement, all_gather, wait_for_all
 from sd_recipes.runtime.fsdp import full_tensor
@@ -99,7 +99,7 @@ def fit(run: Run, saver: BackgroundSaver) -> None:
 
 
 def backward(
-    micro_batches: Sequence[Batch], model: Model, store: LatentCache | None, accelerator: Accelerator
+    micro_batches: Sequence[Batch], model: Model, store: LatentStore | None, accelerator: Accelerator
 ) -> torch.Tensor:
     """Add the gradient of a whole step to the parameters; returns this process's share of its loss, on the device.
 
