@@ -37,7 +37,7 @@ test-slow: $(READY)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 test-faults: $(READY)  ## kill runs a hundred times and at every file operation; takes minutes
-	$(BIN)/python -m pytest -s tests/test_faults.py
+	$(BIN)/python -m pytest -s tests/checkpoints/test_faults.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

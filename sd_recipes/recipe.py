@@ -285,7 +285,7 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
             raise ValueError("no data: give --train_data_dir FOLDER or --dataset_name NAME")
         for source in self.sources:
             if source.dataset_name is None and source.dataset_revision is not None:
-                raise ValueError(f"{source.flag} has no revisions: drop --dataset_revision {source.dataset_revision}")
+                raise ValueError(f"{source.flag} has no revisions: drop --dataset_revision")
         if self.center_crop and self.crop not in (None, "center"):
             raise ValueError(f"--center_crop contradicts --crop {self.crop}: drop one")
         if self.caption_columns and self.caption_template:

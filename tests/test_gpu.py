@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from training import assert_leaves_as_it_came, average, build, train
+from training_runs import assert_leaves_as_it_came, average, build, train
 
 from sd_recipes.commands.train import fit_from
 from sd_recipes.export.pipeline import export_pipeline

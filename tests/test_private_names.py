@@ -51,7 +51,7 @@ def names_of(tree: ast.Module) -> Iterator[tuple[str, bool]]:
 def test_no_other_private_name_of_a_library_is_used() -> None:
     found: dict[str, set[Path]] = {}
     own: set[str] = set()
-    for path in [*(ROOT / "sd_recipes").rglob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+    for path in [*(ROOT / "sd_recipes").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
         for name, is_own in names_of(ast.parse(path.read_text())):
             if is_private(name):
                 found.setdefault(name, set()).add(path.relative_to(ROOT))
@@ -85,7 +85,7 @@ def test_datasets_reads_parquet_by_the_function_that_is_overridden() -> None:
 
 
 def test_accelerates_state_and_launcher_are_as_the_tests_use_them() -> None:
-    changed = f"accelerate {accelerate.__version__} has changed: mend tests/training.py or tests/launching.py"
+    changed = f"accelerate {accelerate.__version__} has changed: mend tests/training_runs.py or tests/launching.py"
     assert "reset_partial_state" in inspect.signature(AcceleratorState._reset_state).parameters, changed
     assert list(inspect.signature(launch._validate_launch_command).parameters) == ["args"], changed
 

@@ -16,7 +16,7 @@ from loopback_hub import LoopbackHub
 from pydantic import ValidationError
 from test_hub import shard
 from tiny_models import build_image_folder
-from training import forget_accelerator
+from training_runs import forget_accelerator
 
 from sd_recipes.checkpoints.resume import compare_settings
 from sd_recipes.commands.inspect import main as inspect
@@ -115,7 +115,7 @@ def test_defect_29_a_secret_in_any_field_is_not_written_down(name: str, shape: s
 
 
 def test_defect_29_a_new_signature_is_no_change_for_a_resumed_run(caplog: pytest.LogCaptureFixture) -> None:
-    from test_checkpoint import contents
+    from test_format_and_saver import contents
 
     manifest = contents(2).manifest
     before = Recipe(**planted("caption_column", "https://host.test/a?sig=one"))

@@ -20,7 +20,7 @@ FLOORS = [
     ["runtime"],
     ["data"],
     ["model"],
-    ["training.objective", "training.optim", "training.ema", "training.state"],
+    ["training_runs.objective", "training_runs.optim", "training_runs.ema", "training_runs.state"],
     ["export.pipeline"],
     ["evaluation"],
     ["checkpoints"],

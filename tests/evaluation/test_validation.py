@@ -21,7 +21,7 @@ from diffusers.models.autoencoders.vae import Decoder
 from launching import finish, flags_of, start, torchrun
 from PIL import Image
 from test_script import environment
-from training import assert_equal, average, train, weights
+from training_runs import assert_equal, average, train, weights
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.validation import MIN_HELD_OUT_SAMPLES

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from training import build
+from training_runs import build
 
 from sd_recipes.data.batches import Batch
 from sd_recipes.runtime.trackers import read_metrics

@@ -12,7 +12,7 @@ from launching import finish, flags_of, launcher_environment, start, torchrun
 from safetensors.torch import load_file
 from test_distributed import CONFIGS, assert_close, losses, samples, saved
 from test_loop import assert_ended_on_both
-from training import assert_equal, assert_leaves_as_it_came, average, forget_accelerator, train, weights
+from training_runs import assert_equal, assert_leaves_as_it_came, average, forget_accelerator, train, weights
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import Recipe

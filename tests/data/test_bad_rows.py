@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import train
+from training_runs import train
 
 from sd_recipes.data.bad_rows import BadRows, TooManyBadRows
 from sd_recipes.model.stable_diffusion import StableDiffusion

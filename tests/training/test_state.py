@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import assert_equal, build, train
+from training_runs import assert_equal, build, train
 
 from sd_recipes.checkpoints.format import verify_checkpoint
 from sd_recipes.errors import RecipeError

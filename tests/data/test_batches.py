@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training import build
+from training_runs import build
 
 from sd_recipes.data.images import fit_image, place_crop
 from sd_recipes.training.loop import backward

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import UNET_CONFIG, build_tiny_pipeline
-from training import forget_accelerator
+from training_runs import forget_accelerator
 
 from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import forget_accelerator
+from training_runs import forget_accelerator
 
 from sd_recipes.checkpoints.saver import BackgroundSaver
 from sd_recipes.commands.train import run

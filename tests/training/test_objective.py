@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_dream_and_update_latents
-from training import losses, train
+from training_runs import losses, train
 
 from sd_recipes.recipe import ObjectiveConfig
 from sd_recipes.training.objective import DenoisingLoss

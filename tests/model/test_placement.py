@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import forget_accelerator, train
+from training_runs import forget_accelerator, train
 
 from sd_recipes.commands.cache import fill_cache
 from sd_recipes.inspection.latents import load_model

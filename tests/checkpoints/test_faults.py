@@ -19,11 +19,11 @@ from conftest import ROOT
 from killing import KillAt, wait
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_checkpoint import contents
+from test_format_and_saver import contents
 from test_resume import assert_same_checkpoint, figures
 from test_script import environment
 from tiny_models import build_image_folder
-from training import assert_equal
+from training_runs import assert_equal
 
 from sd_recipes.checkpoints.format import find_checkpoint, list_checkpoints, write_checkpoint
 from sd_recipes.training.build import UNET_WEIGHTS

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hostile_images import build_hostile_folder
 from tiny_models import build_image_folder
-from training import assert_equal, losses, train, weights
+from training_runs import assert_equal, losses, train, weights
 
 from sd_recipes.data.bad_rows import TooManyBadRows
 from sd_recipes.errors import RecipeError

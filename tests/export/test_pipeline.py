@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from training import assert_leaves_as_it_came, forget_accelerator
+from training_runs import assert_leaves_as_it_came, forget_accelerator
 
 from sd_recipes.commands.train import run
 from sd_recipes.recipe import Recipe

@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import UNET_CONFIG, build_image_folder, build_tiny_pipeline
-from training import assert_equal, forget_accelerator, train, weights
+from training_runs import assert_equal, forget_accelerator, train, weights
 
 from sd_recipes.checkpoints.format import STATE, list_checkpoints, read_manifest
 from sd_recipes.checkpoints.run_folder import output_dir_lock

@@ -18,7 +18,7 @@ from conftest import ROOT
 from launching import ACCELERATE, finish, last_step, start, torchrun, trainers, until
 from test_script import environment
 from tiny_models import build_image_folder
-from training import assert_equal, average, losses, train, weights
+from training_runs import assert_equal, average, losses, train, weights
 
 from sd_recipes.checkpoints.format import list_checkpoints
 from sd_recipes.commands.cache import fill_cache

@@ -12,7 +12,7 @@ import torch
 from launching import flags_of, start, torchrun
 from poisoned import poison
 from safetensors.torch import load_file
-from training import build, train
+from training_runs import build, train
 
 from sd_recipes.checkpoints.format import find_checkpoint, list_checkpoints
 from sd_recipes.commands.train import fit_from
@@ -72,7 +72,7 @@ def test_defect_1_the_gradients_norm_is_logged(settings: dict[str, Any], tmp_pat
 def spoil(path: Path) -> None:
     """Put NaN into a checkpoint, as a version without these checks did, and name it in the manifest."""
     from safetensors.torch import save_file
-    from test_checkpoint import entry, rewrite_manifest
+    from test_format_and_saver import entry, rewrite_manifest
 
     file = path / "unet" / UNET_WEIGHTS
     tensors = load_file(file)

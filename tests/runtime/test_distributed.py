@@ -35,7 +35,7 @@ from launching import (
 from safetensors.torch import load_file
 from test_script import environment
 from torch import distributed
-from training import average, forget_accelerator, train, weights
+from training_runs import average, forget_accelerator, train, weights
 
 from sd_recipes.checkpoints.format import list_checkpoints
 from sd_recipes.errors import RecipeError

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from test_checkpoint import Marker
+from test_format_and_saver import Marker
 
 from sd_recipes.data.rows import load_rows, load_streams
 from sd_recipes.errors import RecipeError

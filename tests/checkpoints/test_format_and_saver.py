@@ -23,7 +23,7 @@ from diffusers import UNet2DConditionModel
 from poisoned import poison
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from training import assert_equal, forget_accelerator, train, weights
+from training_runs import assert_equal, forget_accelerator, train, weights
 
 from sd_recipes.checkpoints import format as checkpoint
 from sd_recipes.checkpoints import saver as saving

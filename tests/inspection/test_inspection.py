@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from conftest import ROOT
 from hostile_images import build_hostile_folder, mixed_captions
 from PIL import Image
 from tiny_models import build_image_folder, tiny_tokenizer
@@ -243,7 +244,7 @@ def test_mistakes_are_one_line_and_status_2(
 
 
 def test_the_documented_commands_are_accepted() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text().replace("\\\n", " ")
+    text = (ROOT / "docs" / "data.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^    sd-recipes inspect (.*)$", text, re.MULTILINE)
     assert len(commands) == 2
     for command in commands:

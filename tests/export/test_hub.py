@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT
 from huggingface_hub import HfApi
 from loopback_hub import Cut, LoopbackHub, Refuse, outage
-from training import forget_accelerator
+from training_runs import forget_accelerator
 
 from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError

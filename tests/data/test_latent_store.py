@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import build_image_folder, build_tiny_pipeline
-from training import assert_equal, build, forget_accelerator, losses, train, weights
+from training_runs import assert_equal, build, forget_accelerator, losses, train, weights
 
 from sd_recipes.checkpoints.format import remove
 from sd_recipes.commands.cache import fill_cache, rows_of_no_data

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from training import train
+from training_runs import train
 
 from sd_recipes.checkpoints.run_folder import output_dir_lock
 from sd_recipes.errors import RecipeError

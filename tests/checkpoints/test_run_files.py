@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from test_resume import figures, run_it
-from training import train
+from training_runs import train
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.export.report import write_report

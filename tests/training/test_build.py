@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from training import train
+from training_runs import train
 
 from sd_recipes.errors import RecipeError
 
