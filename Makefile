@@ -31,7 +31,7 @@ quickstart: $(READY)  ## teach the tiny model flags, on the CPU, in minutes
 	@echo "              --train_data_dir FOLDER --resolution 512 --use_ema --output_dir runs/sd15"
 
 test: $(READY) lint  ## run lint, type checks and the test suite
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-slow: $(READY)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

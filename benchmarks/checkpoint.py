@@ -47,7 +47,7 @@ def measure_stall(work: Path, runs: int) -> None:
     """Time of `save`, for which the loop stands still, and of writing the same checkpoint without a thread."""
     from sd_recipes.checkpoints.format import write_checkpoint
     from sd_recipes.checkpoints.saver import BackgroundSaver
-    from sd_recipes.commands.train import fit_from, identity, resolve
+    from sd_recipes.commands.train import identity, resolve, restore, train_to_end
     from sd_recipes.flags import written_settings
     from sd_recipes.recipe import Recipe
     from sd_recipes.runtime.accelerator import start_accelerator
@@ -60,7 +60,8 @@ def measure_stall(work: Path, runs: int) -> None:
     accelerator = start_accelerator(recipe)
     recipe, checkpoint = resolve(recipe, accelerator, None)
     run = build_run(recipe, accelerator, checkpoint)
-    fit_from(run)  # so that the optimizer has its state
+    restore(run)
+    train_to_end(run)  # so that the optimizer has its state
     state, progress = run.state, run.state.progress
     saver = BackgroundSaver(
         state, accelerator, recipe, run.output_dir,

@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from training_runs import assert_leaves_as_it_came, average, build, train
+from training_runs import assert_leaves_as_it_came, average, build, fit_from, train
 
-from sd_recipes.commands.train import fit_from
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.runtime.trackers import read_metrics
 from sd_recipes.training import loop

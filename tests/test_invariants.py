@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import build_image_folder, training_scheduler
-from training_runs import assert_equal, average, build, losses, train, weights
+from training_runs import assert_equal, average, build, fit_from, losses, train, weights
 
-from sd_recipes.commands.train import fit_from
 from sd_recipes.model.latents import encode_pixels
 from sd_recipes.model.stable_diffusion import last_hidden_states
 from sd_recipes.training.build import UNET_WEIGHTS

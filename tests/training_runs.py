@@ -11,7 +11,8 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 
-from sd_recipes.commands.train import fit_from, resolve
+from sd_recipes.checkpoints.saver import BackgroundSaver
+from sd_recipes.commands.train import memory_given_back, resolve, restore, train_to_end
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.output_dir import check_output_dir
@@ -32,6 +33,13 @@ def build(settings: dict[str, Any], **changes: Any) -> Run:
     accelerator = start_accelerator(recipe)
     recipe, checkpoint = resolve(recipe, accelerator, recipe.resume_from_checkpoint)
     return build_run(recipe, accelerator, checkpoint)
+
+
+def fit_from(run: Run) -> BackgroundSaver:
+    """Restore the checkpoint of a run that was put together, if there is one, and train to the end."""
+    with memory_given_back(run):
+        restore(run)
+        return train_to_end(run)
 
 
 def train(settings: dict[str, Any], **changes: Any) -> Run:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -30,23 +30,12 @@ from sd_recipes.recipe import Recipe, on_resume
 from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.runtime.agreement import broadcast
 from sd_recipes.runtime.out_of_memory import is_out_of_memory
-from sd_recipes.training.state import TrainState
+from sd_recipes.training.state import Progress, TrainState
 
 logger = logging.getLogger(__name__)
 
 
 WAY_OUT = "go back to it, start over with --overwrite, or choose another --output_dir"
-
-
-class SavedProgress(BaseModel):
-    """What is saved of `Progress`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    global_step: int
-    samples_seen: int
-    loss_sum: float = Field(allow_inf_nan=False)
-    logged_step: int = Field(ge=0)
-    awaits_validation: bool
 
 
 class ReaderState(BaseModel):
@@ -56,7 +45,7 @@ class ReaderState(BaseModel):
     epoch: int = Field(ge=0)
     next_shard: int = Field(ge=0)
     turn: int = Field(ge=0)
-    slots: list[list[int]]
+    slots: list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]]
 
 
 class LaneState(BaseModel):
@@ -73,7 +62,7 @@ class StreamState(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     num_lanes: int = Field(ge=1)
-    shape: list[int]
+    shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=2, max_length=2)
     round: int = Field(ge=0)
     done: int = Field(ge=0)
     epoch: int = Field(ge=0)
@@ -84,7 +73,7 @@ class StateFile(BaseModel):
     """state.json of a checkpoint: TrainState's values, and where the stream of each process stands."""
 
     model_config = ConfigDict(extra="forbid")
-    progress: SavedProgress
+    progress: Progress
     optimizer: dict[str, Any]
     schedule_step: int = Field(ge=0)
     scaler: dict[str, Any] | None
@@ -99,6 +88,7 @@ class SavedSettings(BaseModel):
     seed: int = Field(ge=0, lt=2**63)
     train_batch_size: int = Field(ge=1)
     gradient_accumulation_steps: int = Field(ge=1)
+    scale_lr: bool
 
 
 class SavedIdentity(BaseModel):
@@ -112,6 +102,14 @@ class SavedIdentity(BaseModel):
     data_fingerprint: Any
     num_rows: int | None
     global_batch_size: int = Field(ge=1)
+    begun: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None  # an epoch, and its batch size
+
+    @field_validator("begun")
+    @classmethod
+    def is_an_epoch_and_a_size(cls, begun: list[int] | None) -> list[int] | None:
+        if begun is not None and (begun[0] < 0 or begun[1] < 1):
+            raise ValueError("an epoch and the size of its batches")
+        return begun
 
 
 # --------------------------------------------------------------------------------------- before loading

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
-from sd_recipes.data.captions import caption_columns, tokenize
+from sd_recipes.data.captions import caption_columns
 from sd_recipes.data.latent_store import ROWS_PER_FILE, LatentStore, open_cached, provenance_of
 from sd_recipes.data.order import MicroBatch, Order
 from sd_recipes.data.training_data import load_training_data
@@ -57,7 +57,8 @@ def fill_cache(recipe: Recipe) -> Path:
     accelerator = start_accelerator(recipe)
     output_dir = Path(recipe.output_dir)
     check_output_dir(output_dir)
-    scheduler, tokenizer = load_scheduler(recipe), family_of(recipe).load_tokenizer(recipe)
+    family = family_of(recipe)
+    scheduler, tokenizer = load_scheduler(recipe), family.load_tokenizer(recipe)
     data = load_training_data(
         recipe, tokenizer, seed=recipe.seed or 0, global_batch_size=1, rank=accelerator.process_index
     )
@@ -75,7 +76,7 @@ def fill_cache(recipe: Recipe) -> Path:
         data.rows,
         recipe,
         seed=0,
-        tokenize=partial(tokenize, tokenizer),
+        tokenize=partial(family.tokenize, tokenizer),
         latent_shape=latent_shape_of(vae),
         num_train_timesteps=scheduler.config.num_train_timesteps,
         store=store,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,26 +91,30 @@ def resolve(recipe: Recipe, accelerator: Accelerator, resume_point: str | None) 
 
 def train(built: Run) -> None:
     """Train to the end, export, report, and publish."""
-    recipe, accelerator = built.recipe, built.accelerator
-    if accelerator.is_main_process:
+    recipe, accelerator, state = built.recipe, built.accelerator, built.state
+    is_main = accelerator.is_main_process
+    if is_main:
         say(describe(built))
-    # Only once folder, data and model are in order, and before any step is wasted.
-    repo_id = repository(recipe, accelerator.is_main_process)
     try:
-        saver = fit_from(built)
+        with memory_given_back(built):
+            restore(built)
+            # Only once folder, data, model and checkpoint are in order, and before any step is wasted.
+            repo_id = repository(recipe, is_main)
+            saver = train_to_end(built)
     except (Stopped, NotSaved):  # on all processes at once
         built.tracker.close()
         accelerator.end_training()
         raise
     try:
-        with built.state.evaluated(built.model.components, wanted=accelerator.is_main_process):
-            if accelerator.is_main_process:
+        state.export(built.output_dir, is_main=is_main)
+        with state.evaluated(built.model.components, wanted=is_main):
+            if is_main:
                 report = write_results(built)
                 say("\n".join(["", f"pipeline        {built.output_dir}", *report]))
-        if repo_id and accelerator.is_main_process:
-            say(f"pushed          {publish(built.output_dir, repo_id, recipe, built.model.family.folders)}")
+        if repo_id and is_main:
+            say(f"pushed          {publish(built.output_dir, repo_id, recipe, built.model.family)}")
         built.tracker.close()
-    except RunError:  # on the first process, which does this alone: the others end as usual
+    except RunError:  # on the first process, which does this alone; the other processes finish as they would have
         with suppress(RuntimeError):
             wait_for_all()
         raise
@@ -123,24 +128,29 @@ def train(built: Run) -> None:
         )
 
 
-def fit_from(built: Run) -> BackgroundSaver:
-    """Restore the checkpoint to resume from, if there is one, and train to the end; returns what saved the run."""
+def restore(built: Run) -> None:
+    """Load the checkpoint to resume from, if there is one. Raises RecipeError for weights that cannot be trained."""
+    check_loaded(built)
+    if built.checkpoint is None:
+        return
+    path, manifest = built.checkpoint
+    compare_identity(identity(built), manifest, path)
+    load_checkpoint(built.state, path, manifest, is_main=built.accelerator.is_main_process)
+    if not has_finite_weights(built.state, built.accelerator):
+        others = [each.name for each in list_checkpoints(path.parent) if each.resolve() != path.resolve()]
+        raise RecipeError(
+            f"{path} holds weights that are not finite: go back with --resume_from_checkpoint to an older one "
+            f"of {others or 'none'}, or start over with --overwrite"
+        )
+
+
+def train_to_end(built: Run) -> BackgroundSaver:
+    """Train what was restored to the last step; returns what saved the run."""
     recipe, accelerator, state = built.recipe, built.accelerator, built.state
     known = identity(built)
-    check_loaded(built)
-    if built.checkpoint is not None:
-        path, manifest = built.checkpoint
-        compare_identity(known, manifest, path)
-        load_checkpoint(state, path, manifest, is_main=accelerator.is_main_process)
-        if not has_finite_weights(state, accelerator):
-            others = [each.name for each in list_checkpoints(path.parent) if each.resolve() != path.resolve()]
-            raise RecipeError(
-                f"{path} holds weights that are not finite: go back with --resume_from_checkpoint to an older one "
-                f"of {others or 'none'}, or start over with --overwrite"
-            )
-        wait_for_all()  # it fits on all processes
-        if accelerator.is_main_process:
-            begin_history(built.output_dir, path, manifest)
+    wait_for_all()  # a checkpoint fits on all processes
+    if built.checkpoint is not None and accelerator.is_main_process:
+        begin_history(built.output_dir, *built.checkpoint)
     try:
         built.tracker.start_at(state.progress.global_step)
     except OSError as error:
@@ -164,6 +174,22 @@ def fit_from(built: Run) -> BackgroundSaver:
         wait_for_all()
         built.store.close()
     return saver
+
+
+@contextmanager
+def memory_given_back(built: Run) -> Iterator[None]:
+    """A latent store in memory ends with the run, even if the run is ended early.
+
+    With several processes only for a stop, on which they agree: one that fails must not take it away from the others,
+    which are left to the launcher and the next run.
+    """
+    try:
+        yield
+    except BaseException as error:
+        alone = built.accelerator.num_processes == 1
+        if built.store and (alone or isinstance(error, (Stopped, NotSaved))):
+            built.store.give_back()
+        raise
 
 
 def identity(built: Run) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import shutil
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -18,7 +19,7 @@ from sd_recipes.data.bad_rows import row_name
 from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
 from sd_recipes.data.draws import Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
-from sd_recipes.data.latent_store import LatentStore, check_provenance, moments_of, row_key
+from sd_recipes.data.latent_store import SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.data.rows import SIZE_COLUMNS
 from sd_recipes.errors import RecipeError
@@ -112,6 +113,10 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Called by the loader: copies from pinned memory do not block."""
         return self._map(torch.Tensor.pin_memory)
+
+    def out_of_shared_memory(self) -> Batch:
+        """With pixels of its own: those that a worker made lie in shared memory, of which there may be little."""
+        return replace(self, pixels=self.pixels.clone())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """From a worker to the loop: torch shares each tensor's memory, NumPy arrays are copied."""
@@ -378,7 +383,7 @@ class TrainingBatches:
         step: list[Batch] = []
         with closing(self._micro_batches(samples_seen, num_steps, stream_state)) as micro_batches:
             for batch in micro_batches:
-                step.append(batch)
+                step.append(batch.out_of_shared_memory() if self.num_workers and not self.pin_memory else batch)
                 if batch.plan.is_last:
                     yield step
                     step = []
@@ -409,7 +414,7 @@ class TrainingBatches:
             sampler=plans_until_failure(),  # read by the main process only
             batch_size=None,
             num_workers=self.num_workers,
-            prefetch_factor=max(READ_AHEAD, -(-self.read_ahead // self.num_workers)),
+            prefetch_factor=self._prefetch_factor(),
             pin_memory=self.pin_memory,
             worker_init_fn=outlive_signals,
         )
@@ -424,6 +429,14 @@ class TrainingBatches:
         finally:
             self._release()
             end_workers(workers)
+
+    def _prefetch_factor(self) -> int:
+        """Micro-batches that each worker builds ahead: a whole step together, if shared memory has ample room."""
+        wanted = -(-self.read_ahead // self.num_workers)
+        if SHARED_MEMORY.is_dir():
+            pixels = 3 * self.builder.config.resolution**2 * self.builder.config.train_batch_size
+            wanted = min(wanted, shutil.disk_usage(SHARED_MEMORY).free // 4 // (self.num_workers * pixels))
+        return max(READ_AHEAD, wanted)
 
     @staticmethod
     def _plans_of_steps(plans: Iterator[MicroBatch], num_steps: int) -> Iterator[MicroBatch]:

@@ -16,7 +16,7 @@ import fsspec
 import numpy as np
 
 from sd_recipes.data.draws import generator
-from sd_recipes.errors import RunError, one_line
+from sd_recipes.errors import RecipeError, RunError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +172,11 @@ class SourceReader:
         assert not self._open, "it is restored before it reads"
         self.epoch, self.next_shard, self.turn = state["epoch"], state["next_shard"], state["turn"]
         self.slots = [list(slot) for slot in state["slots"]]
+        if any(ordinal >= len(self._own_shards()) for ordinal, _ in self.slots):
+            raise RecipeError(
+                f"{self.shards.name} has {self.shards.number} shards, fewer than when the checkpoint was written in "
+                "the middle of one that is gone: put it back, or start over with --overwrite"
+            )
 
     def _own_shards(self) -> np.ndarray:
         """This lane's shards in the order of the epoch; all of them, where there are fewer than lanes."""

@@ -137,7 +137,7 @@ class Validator:
 
     def _own_share(self) -> Share:
         """This process's share of a validation. Raises Stopped."""
-        share, unet = Share(), self.components.unet
+        share, unet = Share(), self.components.unet.to(self.accelerator.device)  # from host memory, if it was gathered
         was_training = unet.training
         unet.eval()
         try:
@@ -211,18 +211,25 @@ class Validator:
             loss = self._held_out_loss(shares)
             if loss is not None:
                 figures["validation_loss"] = loss
+        try:
+            if self.accelerator.is_main_process:
+                figures |= self._conclude_pictures(shares, step, tracker)
+        finally:  # the loss is not lost with a picture
+            if self.accelerator.is_main_process and figures:
+                tracker.log(figures, step)
+
+    def _conclude_pictures(self, shares: list[Share], step: int, tracker: Tracker) -> dict[str, float]:
+        """Write the grid of all processes' pictures, if there are all; returns their score, if asked for."""
         drawn = {number: picture for share in shares for number, picture in share.pictures.items()}
         prompts = self.recipe.validation_prompts or []
-        if self.accelerator.is_main_process and drawn and len(drawn) == len(prompts):
-            pictures = [drawn[number] for number in range(len(prompts))]
-            path = self._grid_path(step)
-            path.parent.mkdir(exist_ok=True)
-            save_whole(picture_grid(pictures, in_texts(redacted, prompts)), path)
-            tracker.log_pictures(pictures, step)
-            if self.score:
-                figures["image_text_score"] = self.score(pictures, prompts)
-        if self.accelerator.is_main_process and figures:
-            tracker.log(figures, step)
+        if not drawn or len(drawn) < len(prompts):
+            return {}
+        pictures = [drawn[number] for number in range(len(prompts))]
+        path = self._grid_path(step)
+        path.parent.mkdir(exist_ok=True)
+        save_whole(picture_grid(pictures, in_texts(redacted, prompts)), path)
+        tracker.log_pictures(pictures, step)
+        return {"image_text_score": self.score(pictures, prompts)} if self.score else {}
 
     def _held_out_loss(self, shares: list[Share]) -> float | None:
         """Mean loss over the held-out samples of all processes; None if none of the rows can be used."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
@@ -14,6 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 from sd_recipes.assets import ASSETS
 from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.flags import recipe_text
+from sd_recipes.model.family import Family
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted, shown
 
@@ -48,10 +48,10 @@ def create_repository(recipe: Recipe) -> str:
         ) from error
 
 
-def publish(output_dir: Path, repo_id: str, recipe: Recipe, folders: Sequence[str]) -> str:
-    """Write the model card and upload the pipeline's `folders`; returns the repository's URL. Raises PushError."""
-    write_model_card(output_dir, repo_id, recipe)
-    allowed = [*ALLOWED, *(f"{folder}/*" for folder in folders)]
+def publish(output_dir: Path, repo_id: str, recipe: Recipe, family: Family) -> str:
+    """Write the model card and upload the pipeline; returns the repository's address. Raises PushError."""
+    write_model_card(output_dir, repo_id, recipe, family.pipeline_class.__name__)
+    allowed = [*ALLOWED, *(f"{folder}/*" for folder in family.folders)]
     api = HfApi()
     names = (path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file())
     chosen = sorted(filter_repo_objects(names, allow_patterns=allowed))
@@ -65,7 +65,8 @@ def publish(output_dir: Path, repo_id: str, recipe: Recipe, folders: Sequence[st
         includes = " ".join(f"--include '{pattern}'" for pattern in allowed)
         raise PushError(
             f"the model is saved in {output_dir} and was not pushed ({one_line(error, 200)}). "
-            f"Push it with: hf upload {repo_id} {output_dir} . {includes}"
+            "Push it, but for recipe.yaml, which holds local paths, with: "
+            f"hf upload {repo_id} {output_dir} . {includes}"
         ) from error
     return f"{api.endpoint}/{repo_id}"
 
@@ -83,7 +84,7 @@ def _hub_id(name: str | None) -> str | None:
     return name
 
 
-def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe) -> None:
+def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe, pipeline_class: str) -> None:
     """README.md of the model: what it was made from, with what settings, and how to use it."""
     base = _hub_id(recipe.pretrained_model_name_or_path)
     data_set = _hub_id(recipe.dataset_name)
@@ -108,9 +109,9 @@ by sd-recipes. All settings are in `recipe.yaml`.
 
 {pictures}
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import {pipeline_class}
 
-pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(repo_id)})
+pipeline = {pipeline_class}.from_pretrained({json.dumps(repo_id)})
 pipeline({json.dumps(prompts[0])}).images[0].save("image.png")
 ```
 """

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import islice
+from typing import Any
 
 import torch
 
-TextStates = Mapping[str, torch.Tensor]
+TextStates = Mapping[str, torch.Tensor]  # what the text models say, (B, …) each
+Conditioning = Mapping[str, Any]  # keyword arguments of the UNet besides noisy latents and timesteps
 MAX_TEXT_BYTES = 2**30  # of kept text states: about 9,000 captions of CLIP-L in bf16
 
 

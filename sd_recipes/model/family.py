@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from transformers import CLIPTokenizer
 
 from sd_recipes.model.components import Components
-from sd_recipes.recipe import ModelConfig
+from sd_recipes.model.conditioning import Conditioning, TextStates
+from sd_recipes.recipe import CaptionConfig, ModelConfig
 
 if TYPE_CHECKING:
     from sd_recipes.data.batches import Batch
-
-TextStates = Mapping[str, torch.Tensor]  # what the text models return, (B, …) each
-Conditioning = Mapping[str, Any]  # keyword arguments of the UNet besides noisy latents and timesteps
 
 
 class Family(ABC):
     """One kind of pipeline: how it is loaded, how captions become arguments of its UNet, how it is exported."""
 
-    name: ClassVar[str]  # as people call it
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     text_models: ClassVar[tuple[str, ...]]  # attributes of the components: frozen, and moved with them
     folders: ClassVar[tuple[str, ...]]  # of the exported pipeline
@@ -31,6 +27,10 @@ class Family(ABC):
     @abstractmethod
     def load_tokenizer(self, config: ModelConfig) -> CLIPTokenizer:
         """The tokenizer, with which captions are checked before the model is loaded. Raises RecipeError."""
+
+    @abstractmethod
+    def tokenize(self, tokenizer: CLIPTokenizer, captions: list[str], config: CaptionConfig) -> torch.Tensor:
+        """Captions to input_ids (B, L), in a loader's worker. Raises CaptionError."""
 
     @abstractmethod
     def load(self, config: ModelConfig, scheduler: DDPMScheduler, tokenizer: CLIPTokenizer) -> Components:

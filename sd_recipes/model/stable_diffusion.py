@@ -10,10 +10,12 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sd_recipes.data.captions import tokenize
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import Components, load_sampler, load_unet, load_vae, source_of
-from sd_recipes.model.family import Conditioning, Family, TextStates
-from sd_recipes.recipe import ModelConfig
+from sd_recipes.model.conditioning import Conditioning, TextStates
+from sd_recipes.model.family import Family
+from sd_recipes.recipe import CaptionConfig, ModelConfig
 
 if TYPE_CHECKING:
     from sd_recipes.data.batches import Batch
@@ -26,13 +28,15 @@ class StableDiffusionComponents(Components):
 
 
 class StableDiffusion(Family):
-    name = "Stable Diffusion"
     pipeline_class = StableDiffusionPipeline
     text_models = ("text_encoder",)
     folders = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
     def load_tokenizer(self, config: ModelConfig) -> CLIPTokenizer:
         return source_of(config).load(CLIPTokenizer, "tokenizer")
+
+    def tokenize(self, tokenizer: CLIPTokenizer, captions: list[str], config: CaptionConfig) -> torch.Tensor:
+        return tokenize(tokenizer, captions, config)
 
     def load(
         self, config: ModelConfig, scheduler: DDPMScheduler, tokenizer: CLIPTokenizer

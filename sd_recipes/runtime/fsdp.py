@@ -97,10 +97,13 @@ def shard_like(reference: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather(tensors: Mapping[str, torch.Tensor], *, is_wanted: bool) -> dict[str, torch.Tensor]:
-    """The whole of each tensor, where it is wanted; every process has to call it, for the sharded ones."""
+    """The whole of each tensor in host memory, where it is wanted; every process has to call it.
+
+    One at a time, so that no device runs out of memory in the middle of these collectives.
+    """
     whole = {}
     for name, tensor in tensors.items():
         gathered = full_tensor(tensor.detach())
         if is_wanted:
-            whole[name] = gathered
+            whole[name] = gathered.cpu()
     return whole

@@ -17,7 +17,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from sd_recipes.checkpoints.format import Manifest
 from sd_recipes.checkpoints.resume import finish_epoch, global_batch_size
 from sd_recipes.data.batches import BatchBuilder, TrainingBatches
-from sd_recipes.data.captions import tokenize
 from sd_recipes.data.latent_store import (
     LatentStore,
     check_one_provenance,
@@ -28,6 +27,7 @@ from sd_recipes.data.latent_store import (
 from sd_recipes.data.order import Order
 from sd_recipes.data.sizes import square_side
 from sd_recipes.data.training_data import TrainingData, load_training_data, plans
+from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.metrics import ImageTextScore
 from sd_recipes.evaluation.validation import HELD_OUT_SEED, Validator
 from sd_recipes.model.checks import check_recipe_fits
@@ -65,6 +65,7 @@ class Model:
 
     family: Family
     components: Components
+    trained: list[torch.nn.Module]  # of every part, as accelerate wraps it
     unet: torch.nn.Module  # as a training step calls it: wrapped, or sharded, where there are several processes
     encoder: LatentEncoder
     encode_text: Callable[[torch.Tensor], TextStates]  # of input_ids in the host's memory
@@ -128,7 +129,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     model, state = build_model(recipe, family, components, accelerator, batch_size=batch_size, num_steps=num_steps)
     store = open_store(recipe, provenance, accelerator)
     builder_settings: dict[str, Any] = {
-        "tokenize": partial(tokenize, tokenizer),
+        "tokenize": partial(family.tokenize, tokenizer),
         "latent_shape": latent_shape_of(components.vae),
         "num_train_timesteps": scheduler.config.num_train_timesteps,
         "provenance": provenance,
@@ -199,6 +200,8 @@ def build_model(
     optimizer = build_optimizer(parts.values(), recipe, fused=accelerator.mixed_precision != "fp16")
     schedule = build_schedule(optimizer, recipe, num_steps)
     check_wrapped_classes(accelerator, components.unet)
+    if accelerator.is_fsdp2 and len(parts) > 1:  # of several modules accelerate (1.15) shards the last one only
+        raise RecipeError(f"FSDP shards one model, and this run trains {', '.join(parts)}: train without FSDP")
     wait_for_all()  # one may have taken far longer than another to read its data or its model
     *prepared, optimizer = accelerator.prepare(*(part.module for part in parts.values()), optimizer)
     for part, module in zip(parts.values(), prepared, strict=True):
@@ -209,6 +212,7 @@ def build_model(
     model = Model(
         family=family,
         components=components,
+        trained=[part.prepared for part in parts.values()],
         unet=parts["unet"].prepared,
         encoder=encoder,
         encode_text=CachedText(encode_text) if recipe.cache_text else encode_text,

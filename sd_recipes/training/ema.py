@@ -41,13 +41,20 @@ class AveragedWeights:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this context the parameters have the averaged values."""
-        self.model.store(self.parameters)
-        self.model.copy_to(self.parameters)
+        """Within this context the parameters have the averaged values, and the average has theirs."""
+        self._swap()
         try:
             yield
         finally:
-            self.model.restore(self.parameters)
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange both, one tensor at a time: EMAModel would copy all parameters into host memory."""
+        for parameter, shadow in zip(self.parameters, self.model.shadow_params, strict=True):
+            held = parameter.detach().clone()
+            parameter.copy_(shadow)
+            shadow.copy_(held)
 
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """The averages under the parameters' names."""

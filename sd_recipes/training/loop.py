@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +18,9 @@ from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.latent_store import LatentStore
 from sd_recipes.recipe import Recipe
-from sd_recipes.runtime.agreement import StopAgreement, all_gather, wait_for_all
+from sd_recipes.runtime.agreement import StopAgreement, all_gather, broadcast, wait_for_all
 from sd_recipes.runtime.fsdp import full_tensor
-from sd_recipes.runtime.signals import Stopped, stop_request
+from sd_recipes.runtime.signals import stop_request
 from sd_recipes.training.build import Model, Run
 from sd_recipes.training.finite import TrainingDiverged, has_finite_weights
 from sd_recipes.training.meter import Meter
@@ -51,7 +51,6 @@ def fit(run: Run, saver: BackgroundSaver) -> None:
     steps_left = run.num_steps - progress.global_step
     with (
         divergence_explained(run),
-        memory_given_back(run),
         saver,
         progress_bar(run) as bar,
         closing(run.batches(progress.samples_seen, steps_left, progress.stream_state)) as steps,
@@ -116,12 +115,21 @@ def backward(
         conditioning = model.family.conditioning(states, batch)
         accelerator.sync_gradients = batch.plan.is_last
         # What is sharded to save memory must not keep whole gradients until the last micro-batch.
-        with nullcontext() if batch.plan.is_last or accelerator.is_fsdp2 else accelerator.no_sync(model.unet):
+        with nullcontext() if batch.plan.is_last or accelerator.is_fsdp2 else no_sync(model.trained, accelerator):
             losses = model.objective(model.unet, latents, conditioning, batch.timesteps, batch.noise, batch.input_noise)
             loss = (batch.weights * losses).sum() / batch.plan.global_batch_size
             accelerator.backward(loss * scale)
         total += loss.detach()
     return total
+
+
+@contextmanager
+def no_sync(modules: Sequence[torch.nn.Module], accelerator: Accelerator) -> Iterator[None]:
+    """Within this context gradients of none of the modules are exchanged between the processes."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(accelerator.no_sync(module))
+        yield
 
 
 def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float) -> float:
@@ -194,11 +202,11 @@ def stop(run: Run, saver: BackgroundSaver) -> None:
     """Leave once the checkpoint is written. Raises Stopped, or NotSaved."""
     saver.wait()
     stop_request.resume_command = resume_command(run.recipe)
-    wait_for_all()  # a launcher ends the others when the first one leaves
+    failure = broadcast(saver.failure)  # here all wait: a launcher ends the others when the first one leaves
     step = run.state.progress.global_step
-    if saver.failure:
+    if failure:
         raise NotSaved(
-            f"asked to stop, and step {step} could not be saved ({saver.failure}): make room, and "
+            f"asked to stop, and step {step} could not be saved ({failure}): make room, and "
             f"{stop_request.resume_command} {resume_hint(run.recipe)}"
         )
     raise stop_request.stopped(f"saved at step {step}")
@@ -227,22 +235,6 @@ def divergence_explained(run: Run) -> Iterator[None]:
         if list_checkpoints(run.output_dir):
             there_is = f"{resume_command(run.recipe)} then {resume_hint(run.recipe)}"
         raise TrainingDiverged(f"{error}: {advice}; {there_is}") from None
-
-
-@contextmanager
-def memory_given_back(run: Run) -> Iterator[None]:
-    """Remove a latent store in memory when the run ends early, too.
-
-    With several processes only at a stop, on which they agree: one that fails must not take the store away from the
-    others. Then the launcher ends those, and the next run removes it.
-    """
-    try:
-        yield
-    except BaseException as error:
-        alone = run.accelerator.num_processes == 1
-        if run.store and (alone or isinstance(error, (Stopped, NotSaved))):
-            run.store.give_back()
-        raise
 
 
 def length_flag(recipe: Recipe) -> str:

@@ -6,16 +6,15 @@ it is created.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from sd_recipes.model.conditioning import Conditioning
 from sd_recipes.recipe import ObjectiveConfig
-
-Conditioning = Mapping[str, Any]  # keyword arguments of the UNet besides noisy latents and timesteps
 
 
 class NoiseSchedule:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, Field
 from torch.distributed.tensor import DTensor
 
 from sd_recipes.runtime.fsdp import gather, shard_like
@@ -27,10 +29,13 @@ AVERAGE = "_ema"  # suffix of the folder with a part's averaged weights
 class Progress:
     """Where a run stands. `samples_seen` is its position in the data and in the random draws."""
 
+    # Also the schema of what a checkpoint saves of it.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     global_step: int = 0  # global batches done
     samples_seen: int = 0
-    loss_sum: float = 0.0  # of the steps that have not been logged yet
-    logged_step: int = 0
+    loss_sum: Annotated[float, Field(allow_inf_nan=False)] = 0.0  # of the steps that have not been logged yet
+    logged_step: Annotated[int, Field(ge=0)] = 0
     awaits_validation: bool = False  # of this step, which comes after its checkpoint
     stream_state: dict[str, Any] | None = None  # where this process's stream stands, if there is one
 
@@ -49,6 +54,8 @@ class TrainedPart:
     config: str  # the content of that config.json
     learning_rate: float
     rebuild: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module]
+    # What it leaves in the run's folder of its whole evaluated tensors, besides its place in the pipeline.
+    export: Callable[[Mapping[str, torch.Tensor], Path], None] | None = None
     average: AveragedWeights | None = None
     prepared: torch.nn.Module = field(init=False)  # as accelerate wraps it, for training steps to call
 
@@ -101,6 +108,14 @@ class TrainState:
         for part in self.parts.values():
             if part.average:
                 part.average.step()
+
+    def export(self, output_dir: Path, *, is_main: bool) -> None:
+        """Let the first process write what the parts export by themselves. Every process has to call it."""
+        for part in self.parts.values():
+            if part.export:
+                whole = gather(part.evaluated_tensors(), is_wanted=is_main)
+                if is_main:
+                    part.export(whole, output_dir)
 
     @contextmanager
     def evaluated(self, components: Any, *, wanted: bool = True) -> Iterator[None]:

@@ -23,7 +23,7 @@ from diffusers import UNet2DConditionModel
 from poisoned import poison
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from training_runs import assert_equal, forget_accelerator, train, weights
+from training_runs import assert_equal, fit_from, forget_accelerator, train, weights
 
 from sd_recipes.checkpoints import format as checkpoint
 from sd_recipes.checkpoints import saver as saving
@@ -41,7 +41,7 @@ from sd_recipes.checkpoints.format import (
     write_checkpoint,
 )
 from sd_recipes.checkpoints.saver import NotSaved
-from sd_recipes.commands.train import fit_from, resolve, run
+from sd_recipes.commands.train import resolve, run
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
@@ -598,13 +598,17 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no seed": (rewritten(lambda m: m["settings"].pop("seed")), "does not describe a run (1 validation error"),
     "no batch size": (rewritten(lambda m: m["settings"].pop("train_batch_size")), "train_batch_size Field required"),
     "no global batch": (rewritten(lambda m: m["identity"].pop("global_batch_size")), "_batch_size Field required"),
+    "no rate's scale": (rewritten(lambda m: m["settings"].pop("scale_lr")), "scale_lr Field required"),
+    "half an epoch": (rewritten(lambda m: m["identity"].update(begun=[3])), "does not describe a run (1 validation"),
+    "empty batches": (rewritten(lambda m: m["identity"].update(begun=[0, 0])), "does not describe a run (1 validation"),
     "no base": (
         rewritten(lambda m: m["identity"].update(parts={"unet": "x"}, base=None)), "base Input should be a valid string"
     ),
     "lines in a setting": (rewritten(lambda m: m["settings"].update(optimizer="a\n\nb")), "was a b"),
     "a step beyond all numbers": (rewritten(lambda m: m.update(step=10**300)), "manifest.json: 1 validation error"),
     "a loss that is NaN": (state_changed(lambda s: s["progress"].update(loss_sum=float("nan"))), "does not fit this"),
-    "no position": (state_changed(lambda s: s["progress"].pop("samples_seen")), "does not fit this run (Validation"),
+    "no position": (state_changed(lambda s: s["progress"].pop("samples_seen")), "name different steps"),
+    "a strange position": (state_changed(lambda s: s["progress"].update(x=1)), "does not fit this run (Validation"),
     "another step": (state_changed(lambda s: s["progress"].update(global_step=7)), "name different steps"),
     "a schedule beyond": (state_changed(lambda s: s.update(schedule_step=10**300)), "does not fit this run (Val"),
     "a stream of nothing": (state_changed(lambda s: s.update(streams=[{}])), "does not fit this run (ValidationError"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import shutil
 import subprocess
@@ -49,6 +50,18 @@ def pixels(run: Run) -> np.ndarray:
     """The grids of all validations."""
     samples = sorted((Path(run.recipe.output_dir) / "samples").iterdir())
     return np.stack([np.asarray(Image.open(path)).astype(int) for path in samples])
+
+
+def test_a_picture_that_cannot_be_written_does_not_take_the_loss_with_it(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sd_recipes.evaluation.validation.save_whole", full)
+    run = train(settings, **VALIDATED, **HELD_OUT)
+    assert len(figures(run, "validation_loss")) == 2
+    assert caplog.text.count("pictures cannot be written") == 2
 
 
 # ------------------------------------------------------------------------------------------ memory

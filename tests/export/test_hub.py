@@ -185,13 +185,28 @@ def test_defect_8_a_mistake_leaves_no_repository(
     assert "tester/discs" not in hub.models
 
 
+def test_defect_8_a_checkpoint_that_does_not_fit_leaves_no_repository(
+    flags: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*map(str, flags), "--max_train_steps", "1"]
+    forget_accelerator()
+    run(load_recipe(flags))
+    forget_accelerator()
+    with LoopbackHub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        pushing = [*flags, "--push_to_hub", "--hub_model_id", "tester/discs", "--prediction_type", "v_prediction"]
+        with pytest.raises(RecipeError, match="--prediction_type is v_prediction and was epsilon"):
+            run(load_recipe(pushing))
+    assert [asked.path for asked in hub.requests if asked.method == "POST"] == []
+
+
 def test_a_card_that_the_hub_refuses_fails_the_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(pretrained_model_name_or_path="someone/two..dots", train_data_dir="pictures")
     (tmp_path / "model_index.json").write_text("{}")
     with LoopbackHub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
         with pytest.raises(PushError) as error:
-            publish(tmp_path, "tester/discs", recipe, StableDiffusion.folders)
+            publish(tmp_path, "tester/discs", recipe, StableDiffusion())
     assert '"base_model[0]" with value "someone/two..dots" is not valid' in str(error.value)
     assert "\n" not in str(error.value)
     assert hub.requests[-1].path == "/api/validate-yaml"  # nothing was uploaded

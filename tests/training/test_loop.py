@@ -12,10 +12,9 @@ import torch
 from launching import flags_of, start, torchrun
 from poisoned import poison
 from safetensors.torch import load_file
-from training_runs import build, train
+from training_runs import build, fit_from, train
 
 from sd_recipes.checkpoints.format import find_checkpoint, list_checkpoints
-from sd_recipes.commands.train import fit_from
 from sd_recipes.errors import RecipeError
 from sd_recipes.training.build import UNET_WEIGHTS, Run
 from sd_recipes.training.finite import TrainingDiverged

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_runs import assert_equal, build, train
 
 from sd_recipes.checkpoints.format import verify_checkpoint
@@ -38,7 +38,10 @@ def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         def rebuild(tensors: Any) -> torch.nn.Module:
             raise AssertionError("it is not sharded")
 
-        part = TrainedPart("adapter", adapter, "weights.safetensors", '{"size": 32}', 1e-2, rebuild)
+        def export(tensors: Any, output_dir: Path) -> None:
+            save_file(dict(tensors), output_dir / "adapter.safetensors")
+
+        part = TrainedPart("adapter", adapter, "weights.safetensors", '{"size": 32}', 1e-2, rebuild, export)
         return of_unet(recipe, family, components, batch_size) | {"adapter": part}
 
     monkeypatch.setattr(building, "trained_parts", with_adapter)
@@ -123,3 +126,27 @@ def _listed_as(part: TrainedPart, names: list[str]) -> TrainedPart:
             return {name: found[name] for name in names}
 
     return Listed(part.name, part.module, part.weights_file, part.config, part.learning_rate, part.rebuild)
+
+
+@pytest.mark.usefixtures("two_parts")
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_a_part_leaves_what_it_exports_by_itself(settings: dict[str, Any], tmp_path: Path, use_ema: bool) -> None:
+    """Its evaluated weights, which are the average's where there is one."""
+    run = train(settings, use_ema=use_ema)
+    run.state.export(tmp_path / "run", is_main=True)
+    part = run.state.parts["adapter"]
+    wanted = part.average.named_tensors() if part.average else part.module.state_dict()
+    assert_equal(load_file(tmp_path / "run" / "adapter.safetensors"), dict(wanted))
+    assert not torch.equal(wanted["weight"], torch.eye(32))
+
+
+@pytest.mark.usefixtures("two_parts")
+def test_an_average_is_exchanged_with_the_weights_and_back_to_the_bit(settings: dict[str, Any]) -> None:
+    run = train(settings, use_ema=True)
+    part = run.state.parts["unet"]
+    weights_before = {name: each.detach().clone() for name, each in part.module.state_dict().items()}
+    average_before = {name: each.clone() for name, each in part.average.named_tensors().items()}
+    with run.state.evaluated(run.model.components):
+        assert_equal(dict(part.module.state_dict()), average_before)
+    assert_equal(dict(part.module.state_dict()), weights_before)
+    assert_equal(dict(part.average.named_tensors()), average_before)
