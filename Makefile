@@ -1,4 +1,4 @@
-# Both commands set the environment up themselves: make quickstart, make test.
+# `make quickstart` and `make test` set up the environment themselves.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,10 +7,10 @@ LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.
 
 .PHONY: help setup quickstart test test-slow test-faults lint format docs base clean
 
-help:  ## these lines
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-setup: $(READY)  ## the environment in .venv, at the tested versions
+setup: $(READY)  ## set up .venv with the tested versions
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or later is needed: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -21,7 +21,7 @@ quickstart: $(READY)  ## teach the tiny model flags, on the CPU, in minutes
 	$(LAUNCH) --config quickstart
 	@echo
 	@echo "Look at   runs/quickstart/before_after.png and runs/quickstart/loss_curve.png"
-	@echo "Next      your own pictures (a folder with a metadata.jsonl), on the CPU, from the same tiny base:"
+	@echo "Next      your own pictures (a folder with a metadata.jsonl), on the CPU, starting from the same tiny model:"
 	@echo "            $(LAUNCH) \\"
 	@echo "              --pretrained_model_name_or_path sd-recipes/tiny-emoji --train_data_dir FOLDER --resolution 64 \\"
 	@echo "              --learning_rate 1e-3 --max_train_steps 1000 --use_ema --output_dir runs/mine"
@@ -30,14 +30,14 @@ quickstart: $(READY)  ## teach the tiny model flags, on the CPU, in minutes
 	@echo "              --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\"
 	@echo "              --train_data_dir FOLDER --resolution 512 --use_ema --output_dir runs/sd15"
 
-test: $(READY) lint  ## lint, types and the test suite
-	$(BIN)/python -m pytest -m 'not slow'
+test: $(READY) lint  ## run lint, type checks and the test suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
-test-slow: $(READY)  ## the tests that take minutes
+test-slow: $(READY)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-test-faults: $(READY)  ## runs killed a hundred times and at every file operation; minutes
-	$(BIN)/python -m pytest -s tests/test_faults.py
+test-faults: $(READY)  ## kill runs a hundred times and at every file operation; takes minutes
+	$(BIN)/python -m pytest -s tests/checkpoints/test_faults.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -48,10 +48,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY)  ## the generated parts of the documentation
+docs: $(READY)  ## write the generated parts of the documentation
 	$(BIN)/python tools/write_docs.py
 
-base: $(READY)  ## rebuild the embedded data set and the tiny base, from nothing (hours on two cores)
+base: $(READY)  ## rebuild the embedded data set and the tiny base model from scratch (hours on two cores)
 	$(BIN)/python tools/build_emoji_dataset.py --output_dir sd_recipes/assets/emoji
 	$(BIN)/python tools/train_tiny_vae.py --dataset_dir sd_recipes/assets/emoji --output_dir build/tiny_vae
 	$(BIN)/python tools/train_tiny_clip.py --dataset_dir sd_recipes/assets/emoji --output_dir build/tiny_clip
@@ -60,5 +60,5 @@ base: $(READY)  ## rebuild the embedded data set and the tiny base, from nothing
 	$(BIN)/python tools/install_tiny_base.py --run runs/tiny_from_scratch --clip build/tiny_clip \
 		--vae_figures build/tiny_vae/figures.json
 
-clean:  ## what runs and builds left; not the environment
+clean:  ## remove what runs and builds left, but not the environment
 	rm -rf build runs .pytest_cache .mypy_cache .ruff_cache

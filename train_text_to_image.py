@@ -14,25 +14,12 @@ On your own pictures, on a GPU:
 `--help` lists every setting, `--help optimization` one group of them, `--dry_run` shows what a run would do.
 """
 
-import sys
-
-from sd_recipes.console import mistakes_in_one_line, set_up_console
-from sd_recipes.flags import SCRIPT, Command, load_recipe
-from sd_recipes.redaction import redacted
-from sd_recipes.signals import stop_request
+from sd_recipes.commands.cli import train
 
 
-def main(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
-    """Train by the flags in `argv`, given to `command`. A mistake leaves one line on stderr, and status 2."""
-    with mistakes_in_one_line():
-        recipe = load_recipe(argv, command)
-        sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers publish the command line
-        stop_request.listen()
-        # Imported here, because it takes seconds: a mistake on the command line is answered before.
-        set_up_console()
-        from sd_recipes.run import run
-
-        run(recipe)
+def main(argv: list[str] | None = None) -> None:
+    """Train with the flags in `argv`. A mistake ends in one line on stderr and status 2."""
+    train(argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What checkpoints cost: the stall of a save in the background against a synchronous one, and the start from one.
+"""What checkpoints cost: the stall of a save in the background against a synchronous one, and the time to resume.
 
     python benchmarks/checkpoint.py stall --shape quarter
     python benchmarks/checkpoint.py resume --shape quarter
@@ -44,33 +44,47 @@ def spread(seconds: list[float]) -> str:
 
 
 def measure_stall(work: Path, runs: int) -> None:
-    """Time of `save`, for which the loop stands still, and of the same with the wait for the written checkpoint."""
-    from sd_recipes.accelerator import start_accelerator
-    from sd_recipes.build import build_training
-    from sd_recipes.checkpoint import Progress, write_checkpoint
-    from sd_recipes.loop import fit
+    """Time of `save`, for which the loop stands still, and of writing the same checkpoint without a thread."""
+    from sd_recipes.checkpoints.format import write_checkpoint
+    from sd_recipes.checkpoints.saver import BackgroundSaver
+    from sd_recipes.commands.train import identity, resolve, restore, train_to_end
+    from sd_recipes.flags import written_settings
     from sd_recipes.recipe import Recipe
-    from sd_recipes.resume import identity_of
-    from sd_recipes.saving import Checkpointer
+    from sd_recipes.runtime.accelerator import start_accelerator
+    from sd_recipes.runtime.output_dir import check_output_dir
+    from sd_recipes.training.build import build_run
 
     settings = recipe_of(work, "run") | {"max_train_steps": 2, "checkpoints_total_limit": 2}
     recipe = Recipe(**settings)
-    training = build_training(recipe, start_accelerator(recipe))
-    training.checkpoint = None
-    fit(training)  # the optimizer has its state
+    check_output_dir(work / "run")
+    accelerator = start_accelerator(recipe)
+    recipe, checkpoint = resolve(recipe, accelerator, None)
+    run = build_run(recipe, accelerator, checkpoint)
+    restore(run)
+    train_to_end(run)  # so that the optimizer has its state
+    state, progress = run.state, run.state.progress
+    saver = BackgroundSaver(
+        state, accelerator, recipe, run.output_dir,
+        settings=written_settings(recipe), identity=identity(run), num_steps=run.num_steps,
+    )  # fmt: skip
     stalls, synchronous = [], []
-    with Checkpointer(training, work / "run", identity_of(training)) as checkpointer:
+    with saver:
         for number in range(runs + 1):
+            progress.global_step = 10 + number
             started = time.perf_counter()
-            checkpointer.save(Progress(global_step=10 + number, samples_seen=4 * number))
+            saver.save()
             stalls.append(time.perf_counter() - started)
-            checkpointer.wait()
-            # As it would be without a thread: nothing is copied first, where the tensors are in the host's memory.
+            saver.wait()
+            # As it would be without a thread: nothing is copied first if the tensors are in host memory.
+            progress.global_step = 1000 + number
             started = time.perf_counter()
-            contents = checkpointer._contents(Progress(global_step=1000 + number), [None])
-            for part in checkpointer._parts():
-                contents.tensors.setdefault(part.file, {})[part.name] = part.tensor.detach().cpu()
-            path = write_checkpoint(contents, work / "run", 2)
+            live = state.state_dict()
+            contents = saver._contents(live, [None])
+            contents.tensors = {
+                file: {name: tensor.detach().cpu() for name, tensor in named.items()}
+                for file, named in live.tensors.items()
+            }
+            path = write_checkpoint(contents, run.output_dir, 2)
             synchronous.append(time.perf_counter() - started)
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     first, *stalls = stalls
@@ -82,7 +96,7 @@ def measure_stall(work: Path, runs: int) -> None:
 
 
 def seconds_to_first_step(settings: dict[str, Any], step: int) -> float:
-    """From the start of the process to the line of that step in metrics.jsonl; then it is killed."""
+    """From the start of the process to that step's line in metrics.jsonl; then the process is killed."""
     flags: list[str] = []
     for name, value in settings.items():
         flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -105,7 +119,7 @@ def seconds_to_first_step(settings: dict[str, Any], step: int) -> float:
 
 def measure_resume(work: Path, runs: int) -> None:
     settings = recipe_of(work, "begun") | {"max_train_steps": 1000, "checkpointing_steps": 1}
-    seconds_to_first_step(settings, 3)  # checkpoint-1 stands, since the save of step 2 waited for it
+    seconds_to_first_step(settings, 3)  # checkpoint-1 is whole, since the save of step 2 waited for it
     begun = work / "begun"
     fresh, resumed = [], []
     for number in range(runs):

@@ -1,4 +1,4 @@
-"""Speed of data: our loader against diffusers' transform, cached epochs against live ones, the start of a run.
+"""Speed of data: our loader against diffusers' transform, cached epochs against the first, the start of a run.
 
     python benchmarks/data.py loader --workers 2
     python benchmarks/data.py epochs
@@ -6,7 +6,7 @@
     python benchmarks/data.py inspect
 
 The transform of diffusers' script is written out here on Pillow, as torchvision computes it, with the
-same `datasets`, DataLoader and collation: what is compared is the way from file to batch.
+same `datasets`, DataLoader and collation: what is compared is the path from file to batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SCRIPT = HERE.parent / "train_text_to_image.py"
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Smooth shapes with grain: it compresses as a photograph does, to 0.38 bytes a pixel at quality 92."""
+    """Smooth shapes with grain: it compresses like a photograph, to 0.38 bytes a pixel at quality 92."""
     coarse = rng.integers(0, 256, (height // 96 + 2, width // 96 + 2, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
     grain = rng.normal(0, 8, (height, width, 1)).astype(np.int16)
@@ -106,8 +106,10 @@ def diffusers_loader(folder: Path, tokenizer, resolution: int, batch: int, worke
 def our_loader(folder: Path, tokenizer, resolution: int, batch: int, workers: int):
     """The loader of train_text_to_image.py, draws of noise included."""
     from functools import partial
+    from itertools import chain
 
     from sd_recipes.data.batches import BatchBuilder, TrainingBatches
+    from sd_recipes.data.captions import tokenize
     from sd_recipes.data.order import Order, plans_of_order
     from sd_recipes.data.rows import load_rows
     from sd_recipes.recipe import Recipe
@@ -117,9 +119,13 @@ def our_loader(folder: Path, tokenizer, resolution: int, batch: int, workers: in
     )
     rows = load_rows(recipe)
     order = Order((len(rows),), batch, seed=0, sizes=((resolution, resolution),))
-    builder = BatchBuilder(rows, tokenizer, recipe, seed=0, latent_shape=_latent_shape, num_train_timesteps=1000)
+    builder = BatchBuilder(
+        rows, recipe, seed=0, tokenize=partial(tokenize, tokenizer), latent_shape=_latent_shape,
+        num_train_timesteps=1000,
+    )  # fmt: skip
     plans = partial(plans_of_order, order, rank=0, world_size=1, micro_batch_size=batch)
-    return TrainingBatches(builder, plans, num_workers=workers, pin_memory=False)(0, order.num_steps(1))
+    steps = TrainingBatches(builder, plans, num_workers=workers, pin_memory=False)(0, order.num_steps(1))
+    return chain.from_iterable(steps)
 
 
 def _latent_shape(size: tuple[int, int]) -> tuple[int, int, int]:
@@ -168,7 +174,7 @@ def measure_loader(args: argparse.Namespace) -> None:
 
 
 def run_script(flags: list[object]) -> tuple[list[dict], float]:
-    """Train in a process of its own; the lines of its metrics, and the time of day at which it was started."""
+    """Train in a process of its own; returns the lines of its metrics, and the time of day when it was started."""
     output_dir = Path(str(flags[flags.index("--output_dir") + 1]))
     started = time.time()
     done = subprocess.run(
@@ -183,7 +189,7 @@ def run_script(flags: list[object]) -> tuple[list[dict], float]:
 def measure_epochs(args: argparse.Namespace) -> None:
     from make_model import build
 
-    print(f"live and cached epochs at quarter width, 256², batch 4; {machine()}")
+    print(f"first and cached epochs at quarter width, 256², batch 4; {machine()}")
     with tempfile.TemporaryDirectory() as work:
         build("quarter", Path(work), None)
         folder = build_folder(Path(work, "photographs"), 16, 1155, 866)
@@ -201,7 +207,7 @@ def measure_epochs(args: argparse.Namespace) -> None:
             cached = statistics.median(speed[step] for step in range(6, 17))
             ratios.append(cached / live)
             print(
-                f"  {repeat + 1}: live {live:.2f} images/s, cached {cached:.2f}, ratio {cached / live:.2f}", flush=True
+                f"  {repeat + 1}: first {live:.2f} images/s, cached {cached:.2f}, ratio {cached / live:.2f}", flush=True
             )
         print(f"  median ratio {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
         cached_row_time(Path(work), folder)
@@ -209,20 +215,21 @@ def measure_epochs(args: argparse.Namespace) -> None:
 
 def cached_row_time(work: Path, folder: Path) -> None:
     """Milliseconds in the loader for a cached row, at 512²: 64 x 64 latents."""
-    from sd_recipes.data.cache import LatentCache, moments_of, row_key
+    from sd_recipes.data.latent_store import FORMAT, LatentStore, moments_of, row_key
     from sd_recipes.data.rows import load_rows
     from sd_recipes.recipe import Recipe
 
     rows = load_rows(Recipe(pretrained_model_name_or_path="-", train_data_dir=str(folder)))
-    made = {"format": 1, "dtype": "fp16", "flips": False}
-    cache = LatentCache(work / "rows", made, 0)
+    made = {"format": FORMAT, "dtype": "fp16", "flips": False}
+    cache = LatentStore(work / "rows", made, 0)
     encoded = [row["image"] for row in rows]
+    sizes = {"height": 512, "width": 512, "original_height": 866, "original_width": 1155}
     cache.put(
-        [{"key": row_key(each), "height": 512, "width": 512, "text": "a photograph"} for each in encoded],
+        [{"key": row_key(each), **sizes, "text": "a photograph"} for each in encoded],
         torch.randn(len(encoded), 8, 64, 64), None,
     )  # fmt: skip
     cache.flush()
-    reader = LatentCache(work / "rows", made, 0)
+    reader = LatentStore(work / "rows", made, 0)
     times = []
     for _ in range(20):
         for each in encoded:
@@ -274,7 +281,7 @@ def measure_inspect(args: argparse.Namespace) -> None:
                 )
         if args.repeats:
             fewer, more = map(statistics.median, times.values())
-            print(f"  without the start, by the difference of the medians: {8_000 / (more - fewer):.0f} images/s")
+            print(f"  without the start, from the difference of the medians: {8_000 / (more - fewer):.0f} images/s")
         for number in args.rows:
             path = Path(args.parquet or Path(work, f"{number}.parquet"))
             if not path.is_file():
@@ -310,10 +317,10 @@ def small_rows(path: Path, number: int) -> Path:
 
 
 def inspect(flags: list[object]) -> tuple[float, int]:
-    """Seconds of one inspection, and the most memory that its processes held together, but for mapped files."""
+    """Seconds of one inspection, and the most memory that its processes held together, without mapped files."""
     import psutil
 
-    command = [sys.executable, "-m", "sd_recipes.cli", "inspect", "--resolution", "512", *map(str, flags)]
+    command = [sys.executable, "-m", "sd_recipes.commands.cli", "inspect", "--resolution", "512", *map(str, flags)]
     started, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=errors, stderr=errors) as process:
         while process.poll() is None:

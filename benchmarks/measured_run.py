@@ -80,7 +80,7 @@ def peak_memory() -> int:
 
 
 def main() -> None:
-    # Everything that asks whether torchvision is there must have asked before the stand-in comes.
+    # Everything that asks whether torchvision is there must have asked before its stand-in is installed.
     _ = diffusers.StableDiffusionPipeline, diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
     sys.argv = sys.argv[1:]
     with open(sys.argv[0]) as script:

@@ -1,11 +1,11 @@
-"""Images a second and peak memory of train_text_to_image.py and of diffusers' script, side by side.
+"""Images per second and peak memory of train_text_to_image.py and of diffusers' script, side by side.
 
     python benchmarks/vs_diffusers.py --peer_script path/to/diffusers/examples/text_to_image/train_text_to_image.py
 
 Both get the same generated model (random weights), the same pictures and the same command line, in
 turn, several times. Speed is read from the TensorBoard files that both write: from a step after the
 warm-up to the last one, at both of which both wait for the device. The peer's path is an argument:
-its code is no part of this repository.
+its code is not part of this repository.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def command_line(args: argparse.Namespace, work: Path, output_dir: Path) -> list
 
 
 def run_one(script: Path, flags: list[str], device: str) -> int:
-    """Run a script in a process of its own; its peak memory in bytes."""
+    """Run a script in a process of its own; returns its peak memory in bytes."""
     report = Path(flags[flags.index("--output_dir") + 1] + ".peak")
     environment = {**os.environ, "PEAK_FILE": str(report), "ACCELERATE_USE_CPU": "1" if device == "cpu" else "0"}
     done = subprocess.run(

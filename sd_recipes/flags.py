@@ -1,6 +1,6 @@
-"""Flags and recipe files to a Recipe, and back to a file.
+"""Turn flags and recipe files into a Recipe, and a Recipe back into a file.
 
-Defaults < the file of `--config` < flags. Imports no torch: a mistake is answered at once.
+Precedence: defaults < the `--config` file < flags. Imports no torch, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal, NoReturn
 import yaml
 from pydantic import ValidationError
 
+from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.reading import StrangeFile, open_regular, read_text
-from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, Recipe, RecipeError, Section, heading
+from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, Recipe, Section, heading
 from sd_recipes.redaction import LEFT_OUT, in_texts, redacted, without_folders
 
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
@@ -28,7 +29,7 @@ MAX_RECIPE_BYTES = 2**20
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML in which a mapping has a key once; PyYAML takes the last of two, and says nothing."""
+    """YAML that refuses duplicate keys; PyYAML silently keeps the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -47,7 +48,7 @@ class RecipeLoader(yaml.SafeLoader):
 
 @dataclass(frozen=True)
 class Command:
-    """How a command begins its `--help`: what one types, what that does, and examples of it."""
+    """The head of a command's `--help`: how it is called, what it does, and examples."""
 
     prog: str
     description: str
@@ -77,7 +78,7 @@ def load_recipe(argv: list[str] | None = None, command: Command = SCRIPT) -> Rec
 
 
 def build_recipe(settings: dict[str, Any], from_file: dict[str, Any] | None = None) -> Recipe:
-    """Recipe from a mapping of settings, of which those in `from_file` are blamed on the file."""
+    """Recipe from a mapping of settings; mistakes in those of `from_file` are blamed on the file."""
     try:
         return Recipe(**settings)
     except ValidationError as error:
@@ -94,18 +95,18 @@ def _explain(problem: Any, from_file: dict[str, Any]) -> str:
 
 
 def read_recipe_file(name: str) -> dict[str, Any]:
-    """Settings in a YAML recipe: a path, or the name of a shipped recipe. Raises RecipeError."""
+    """Settings in a YAML recipe, given by its path or by the name of a shipped one. Raises RecipeError."""
     path = Path(name)
     if not path.is_file():
         path = SHIPPED_RECIPES / f"{name}.yaml"
     if not path.is_file():
         shipped = sorted(recipe.stem for recipe in SHIPPED_RECIPES.glob("*.yaml"))
-        raise RecipeError(f"--config {name}: no such file, nor a shipped recipe{_nearest(name, shipped)}: {shipped}")
+        raise RecipeError(f"--config {name}: neither a file nor a shipped recipe{_nearest(name, shipped)}: {shipped}")
     try:
-        # It may be linked.
+        # It may be a symbolic link, which read_text does not follow.
         settings = yaml.load(read_text(path.resolve(), MAX_RECIPE_BYTES), RecipeLoader) or {}
     except (OSError, StrangeFile, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise RecipeError(f"--config {path}: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"--config {path}: {one_line(error)}") from None
     if not isinstance(settings, dict):
         raise RecipeError(f"--config {path}: a recipe is a list of `key: value` lines, not a {type(settings).__name__}")
     for key in settings:
@@ -115,7 +116,7 @@ def read_recipe_file(name: str) -> dict[str, Any]:
     return settings
 
 
-# What a file of the resolved recipe leaves out: how this call was made, and what a repetition must not do again.
+# What a resolved recipe leaves out: how this run was started, and what a repetition must not do again.
 NOT_OF_THE_RUN = {
     "config", "dry_run", "hub_token", "local_rank", "use_8bit_adam", "resume_from_checkpoint", "overwrite",
     "push_to_hub",
@@ -135,15 +136,15 @@ def is_resolved_recipe(path: Path) -> bool:
 
 
 def written_settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings of the run as they may be written down: without secrets."""
+    """The run's settings as they are written to files: without secrets."""
     settings: dict[str, Any] = in_texts(redacted, recipe.model_dump(mode="json", exclude=NOT_OF_THE_RUN))
     return settings
 
 
 def recipe_text(recipe: Recipe, *, shared: bool = False) -> str:
-    """The resolved recipe as YAML; `--config` with a file of it gives the same run again.
+    """The resolved recipe as YAML; `--config` with this file repeats the run.
 
-    Secrets are left out and, of a file that is `shared`, the folders of paths. The file says so.
+    Secrets are left out and, in a file to be `shared`, the folders of paths. The file says so.
     """
     settings = written_settings(recipe)
     if not recipe.data_sources:
@@ -151,10 +152,10 @@ def recipe_text(recipe: Recipe, *, shared: bool = False) -> str:
     lines = [RESOLVED]
     if secret := [name for name, value in settings.items() if LEFT_OUT in str(value)]:
         ways = [f"--{name}" if name not in ONLY_IN_FILES else f"{name} in a copy of this file" for name in secret]
-        lines.append(f"# {LEFT_OUT} stands for what looks like a secret. Give anew: {', '.join(ways)}.\n")
+        lines.append(f"# {LEFT_OUT} stands for what looks like a secret. Set again: {', '.join(ways)}.\n")
     if shared:
         settings = in_texts(without_folders, settings)
-        lines.append("# Of paths the last part is left: give those that are yours.\n")
+        lines.append("# Only the last part of each path is kept: fill in your own paths.\n")
     for section in SECTIONS:
         names = [name for name in section.model_fields if name in settings]
         lines.append(f"\n# {section.__doc__}\n")
@@ -163,7 +164,7 @@ def recipe_text(recipe: Recipe, *, shared: bool = False) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """One flag a field, in a group a section, with the field's help and default. `--help GROUP` shows one group."""
+    """One flag per field, one group per section, with the field's help and default. `--help GROUP` shows one group."""
 
     def __init__(self, sections: Sequence[type[Section]], **options: Any) -> None:
         super().__init__(
@@ -182,7 +183,7 @@ class Parser(argparse.ArgumentParser):
         raise RecipeError(message)
 
     def show_help(self, name: str) -> None:
-        """All groups, or the one of that name. Raises RecipeError."""
+        """Print all groups, or the one of that name. Raises RecipeError."""
         if not name:
             self.print_help()
             return
@@ -227,7 +228,7 @@ def build_parser(sections: Sequence[type[Section]] = SECTIONS, command: Command 
         prog=command.prog,
         usage=f"{command.prog} [--config RECIPE] [--FLAG VALUE ...]",
         description=f"{command.description}\n{command.examples}\n"
-        "`--help GROUP` shows one group of flags alone, such as --help images.",
+        "`--help GROUP` shows only one group of flags, such as --help images.",
     )
     help_flags = parser.add_argument("-h", "--help", action=_Help, nargs="*", help=argparse.SUPPRESS)
     parser.flags += help_flags.option_strings
@@ -235,7 +236,7 @@ def build_parser(sections: Sequence[type[Section]] = SECTIONS, command: Command 
 
 
 def _flag_kind(annotation: Any) -> tuple[type, list[str] | None, bool]:
-    """Python type, choices and whether several values are taken, of a field's annotation."""
+    """Of a field's annotation: Python type, choices, and whether it takes several values."""
     if typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
@@ -250,7 +251,7 @@ def _flag_kind(annotation: Any) -> tuple[type, list[str] | None, bool]:
 
 
 def parse_flags(argv: list[str], parser: Parser) -> dict[str, Any]:
-    """The flags that were given, by name. Raises RecipeError, with the nearest name of an unknown flag."""
+    """The flags that were given, by name. Raises RecipeError for an unknown flag, with the nearest name."""
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -264,5 +265,5 @@ def _nearest(name: str, names: typing.Iterable[str]) -> str:
 
 
 def recipe_schema() -> str:
-    """JSON schema of a recipe file, with which editors complete and check it."""
+    """JSON schema of a recipe file, for completion and checks in editors."""
     return json.dumps(Recipe.model_json_schema(), indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""Files in folders that others may have written: only regular ones, and no more of them than is expected."""
+"""Read files in folders that others may have written to: only regular files, only up to the expected size."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pathlib import Path
 
 
 class StrangeFile(ValueError):
-    """What stands there is not what is read from such a folder; the message goes on from the file's name."""
+    """Not a file that should be read from such a folder; the message continues after the file's name."""
 
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BufferedReader]:
-    """A regular file, to be read. No link is followed, no FIFO waited for, no device read: raises StrangeFile."""
+    """Open a regular file for reading. Raises StrangeFile for anything else, such as a link, a FIFO or a device."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
-            raise StrangeFile("is no regular file") from None
+            raise StrangeFile("is not a regular file") from None
         raise
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise StrangeFile("is no regular file")
+            raise StrangeFile("is not a regular file")
         with open(descriptor, "rb", closefd=False) as file:
             yield file
     finally:
@@ -34,7 +34,7 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """The text of a regular file of `limit` bytes at most. Raises StrangeFile, OSError, UnicodeDecodeError."""
+    """The text of a regular file of at most `limit` bytes. Raises StrangeFile, OSError, UnicodeDecodeError."""
     with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:

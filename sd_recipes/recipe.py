@@ -1,31 +1,16 @@
 """The recipe: every setting of a run, with its help and its checks.
 
-One flat pydantic model made of small sections by inheritance: flat names for users, a narrow
-section as the type of a function's argument. Flag, key of a recipe file and attribute share one name.
-This module imports neither torch nor diffusers, so that a mistake on the command line is answered at once.
+One flat pydantic model that inherits from small sections: users see flat names, and a function takes only the section
+that it needs. A flag, a key of a recipe file and an attribute share one name.
+This module imports neither torch nor diffusers, so that a mistake on the command line is reported at once.
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from sd_recipes.redaction import LEFT_OUT, has_login, in_texts, redacted
-
-
-class RunError(Exception):
-    """An end of a run that is told in one line, without a traceback; `status` is the process's exit status."""
-
-    status = 1
-
-    def __init__(self, *words: Any) -> None:
-        super().__init__(*in_texts(redacted, words))  # an address, or another program's error, may hold a secret
-
-
-class RecipeError(RunError, ValueError):
-    """A person's mistake: the line names the flag or the file, and the way out."""
-
-    status = 2
 
 
 def _number_from_text(value: Any) -> Any:
@@ -46,9 +31,9 @@ def _no_from_false(value: Any) -> Any:
 def _check_no_password(text: str) -> str:
     if has_login(text):
         raise ValueError(
-            "a user's name or password in an address is refused, because recipes are written down and shared: give it "
-            "in ~/.netrc (https), in the environment (HF_TOKEN of the Hub, AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY of s3), or in fsspec's configuration (~/.config/fsspec)"
+            "a user name or password in a URL is refused, because recipes are saved and shared: put it in ~/.netrc "
+            "(https), in the environment (HF_TOKEN for the Hub, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3), "
+            "or in fsspec's configuration (~/.config/fsspec)"
         )
     if LEFT_OUT in text:
         raise ValueError(f"{LEFT_OUT} stands for a secret that was not written down: give the whole value")
@@ -57,11 +42,29 @@ def _check_no_password(text: str) -> str:
 
 Number = Annotated[float, BeforeValidator(_number_from_text)]
 
+# What it means for a resumed run that a setting differs from the checkpoint's. `refused`: the state would not fit.
+# `warned`: the run continues with the new value, and differs from the uninterrupted one. `compared`: what it stands for
+# is compared (checkpoints/resume.py), since a folder may have moved, or several settings decide it together. `free`:
+# the weights do not depend on it, except for rounding.
+OnResume = Literal["refused", "warned", "compared", "free"]
+
+
+def setting(default: Any, on_resume: OnResume, description: str, **constraints: Any) -> Any:
+    """A field of a section: its default, what a change means for a resumed run, its help, and its range."""
+    return Field(default, description=description, json_schema_extra={"on_resume": on_resume}, **constraints)
+
+
+def on_resume(name: str) -> OnResume:
+    """What a change of the setting `name` means for a resumed run."""
+    extra = Recipe.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return cast(OnResume, extra["on_resume"])
+
 
 class Section(BaseModel):
-    """Settings that belong together; a section's docstring is `Title: description.`, as help and docs show it."""
+    """Settings that belong together. A section's docstring is `Title: description.`, which help and docs show."""
 
-    # A ValidationError would print what was given, which may hold a password.
+    # A ValidationError would print the input, which may hold a password.
     model_config = ConfigDict(
         extra="forbid", validate_assignment=False, protected_namespaces=(), hide_input_in_errors=True
     )
@@ -69,7 +72,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def hold_no_password(cls, value: Any) -> Any:
-        """Refuse what would be written down with the recipe. Raises ValueError."""
+        """Refuse a password, which would be saved with the recipe. Raises ValueError."""
         in_texts(_check_no_password, value)
         return value
 
@@ -81,46 +84,47 @@ def heading(section: type[Section]) -> tuple[str, str]:
 
 
 class RunConfig(Section):
-    """Run and output: the recipe, the folder of the run, its seed, precision and device."""
+    """Run and output: the recipe, the output folder, seed, precision and device."""
 
-    config: str | None = Field(None, description="A YAML recipe: a path, or the name of a shipped one (quickstart).")
-    dry_run: bool = Field(False, description="Print the resolved recipe with its derived numbers, and leave.")
-    output_dir: str = Field(
+    config: str | None = setting(None, "free", "A YAML recipe: a path, or the name of a shipped one (quickstart).")
+    dry_run: bool = setting(False, "free", "Print the resolved recipe and a summary of the run, then exit.")
+    output_dir: str = setting(
         "sd-model-finetuned",
-        description="Where checkpoints, logs and the pipeline are written; a run that is there is continued.",
+        "free",
+        "Where checkpoints, logs and the pipeline are written; a run that is already there is continued.",
     )
-    overwrite: bool = Field(False, description="Remove the run that is in --output_dir, and start anew.")
-    seed: int | None = Field(
-        None, ge=0, lt=2**63, description="Seed of every random draw; drawn and recorded if not given."
+    overwrite: bool = setting(False, "free", "Remove the run in --output_dir and start over.")
+    seed: int | None = setting(
+        None, "warned", "Seed of all random draws; if not given, one is drawn and recorded.", ge=0, lt=2**63
     )
-    mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, BeforeValidator(_no_from_false)] = Field(
-        None, description="Autocast type. If not given, accelerate's configuration decides."
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, BeforeValidator(_no_from_false)] = setting(
+        None, "warned", "Autocast type; if not given, accelerate's configuration decides."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where to train; `auto` leaves it to accelerate."
-    )
-    allow_tf32: bool = Field(False, description="TF32 in matrix products and convolutions, on Ampere GPUs and later.")
-    local_rank: int = Field(-1, description="Accepted for old launchers; the environment's LOCAL_RANK is used.")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "free", "Where to train; `auto` leaves it to accelerate.")
+    allow_tf32: bool = setting(False, "warned", "Use TF32 in matrix products and convolutions (Ampere GPUs and later).")
+    local_rank: int = setting(-1, "free", "Accepted for old launchers; LOCAL_RANK in the environment is used.")
 
 
 class ModelConfig(Section):
     """Model: the pipeline that training starts from."""
 
-    pretrained_model_name_or_path: str | None = Field(
-        None, description="A pipeline folder in diffusers format, a Hub id, or sd-recipes/tiny-emoji."
+    pretrained_model_name_or_path: str | None = setting(
+        None, "compared", "A pipeline folder in diffusers format, a Hub id, or sd-recipes/tiny-emoji."
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of the Hub model.")
-    variant: str | None = Field(None, description="Variant of the weight files, such as fp16.")
-    non_ema_revision: str | None = Field(None, description="Revision of the UNet only (deprecated: --variant non_ema).")
-    cache_dir: str | None = Field(None, description="Where downloads are kept.")
-    train_from_scratch: bool = Field(False, description="Start from a UNet with fresh random weights.")
-    unet_config: str | None = Field(
-        None, description="JSON file with the UNet's configuration (needs --train_from_scratch)."
+    revision: str | None = setting(None, "warned", "Branch, tag or commit of the Hub model.")
+    variant: str | None = setting(None, "warned", "Variant of the weight files, such as fp16.")
+    non_ema_revision: str | None = setting(
+        None, "compared", "Revision of the UNet only (deprecated: use --variant non_ema)."
+    )
+    cache_dir: str | None = setting(None, "free", "Where downloads are cached.")
+    train_from_scratch: bool = setting(False, "compared", "Start from a UNet with random weights.")
+    unet_config: str | None = setting(
+        None, "compared", "JSON file with the UNet's configuration (needs --train_from_scratch)."
     )
 
 
 class DataSource(Section):
-    """One of several sources of rows, mixed by weight; fields as the flags of the same names."""
+    """One of several sources of rows, mixed by weight; the other fields are like the flags of the same names."""
 
     dataset_name: str | None = None
     dataset_config_name: str | None = None
@@ -131,46 +135,47 @@ class DataSource(Section):
 
     @property
     def flag(self) -> str:
-        """How a message names the source."""
+        """How messages name the source."""
         if self.dataset_name is not None:
             return f"--dataset_name {self.dataset_name}"
         return f"--train_data_dir {self.train_data_dir}"
 
 
 class DataConfig(Section):
-    """Data: where the rows come from, and what becomes of those that cannot be used."""
+    """Data: where the rows come from, and what happens to those that cannot be used."""
 
-    dataset_name: str | None = Field(
-        None, description="A Hub data set, a folder, a .parquet, .arrow or .tar file (globs and URLs too), "
-        "or sd-recipes/emoji."
-    )  # fmt: skip
-    dataset_config_name: str | None = Field(None, description="Configuration of the data set, if it has several.")
-    dataset_revision: str | None = Field(None, description="Branch, tag or commit of the Hub data set.")
-    train_data_dir: str | None = Field(
-        None, description="Folder of images with a metadata.jsonl or .csv, whose `text` holds the captions."
+    dataset_name: str | None = setting(
+        None,
+        "compared",
+        "A Hub data set, a folder, a .parquet, .arrow or .tar file (globs and URLs too), or sd-recipes/emoji.",
     )
-    train_split: str = Field("train", description="Split of the data set to train on.")
-    data_sources: list[DataSource] | None = Field(
-        None, description="Several sources mixed by weight, instead of --dataset_name; in a recipe file only."
+    dataset_config_name: str | None = setting(None, "compared", "Configuration of the data set, if it has several.")
+    dataset_revision: str | None = setting(None, "compared", "Branch, tag or commit of the Hub data set.")
+    train_data_dir: str | None = setting(
+        None, "compared", "Folder of images with a metadata.jsonl or .csv, whose `text` column holds the captions."
     )
-    image_column: str = Field("image", description="Column with the image.")
-    max_train_samples: int | None = Field(None, ge=1, description="Train on this many rows, drawn by the seed.")
-    streaming: bool = Field(False, description="Read rows as they come, from the Hub, local files or a URL.")
-    shuffle_block: int = Field(1000, ge=1, description="Rows of a stream that are shuffled together, per process.")
-    stream_outage_minutes: Number = Field(
-        10.0, ge=0, description="How long a stream may fail on end before the run gives up."
+    train_split: str = setting("train", "compared", "Split of the data set to train on.")
+    data_sources: list[DataSource] | None = setting(
+        None, "compared", "Several sources mixed by weight, instead of --dataset_name; only in a recipe file."
     )
-    check_data: Literal["full", "sample", "off"] = Field(
-        "sample", description="Check rows before a model is loaded: all, a sample, or none."
+    image_column: str = setting("image", "warned", "Column with the image.")
+    max_train_samples: int | None = setting(None, "warned", "Train on this many rows, drawn with the seed.", ge=1)
+    streaming: bool = setting(False, "refused", "Stream the rows from the Hub, local files or a URL.")
+    shuffle_block: int = setting(1000, "warned", "How many rows of a stream are shuffled together, per process.", ge=1)
+    stream_outage_minutes: Number = setting(
+        10.0, "free", "How long a stream may keep failing before the run gives up.", ge=0
     )
-    max_bad_rows: int | None = Field(
-        None, ge=0, description="Stop when more rows than this could not be used; otherwise at 1 % of the rows."
+    check_data: Literal["full", "sample", "off"] = setting(
+        "sample", "free", "Which rows to check before the model is loaded: all, a sample, or none."
     )
-    dataloader_num_workers: int = Field(0, ge=0, description="Loader processes; 0 reads ahead in a thread.")
+    max_bad_rows: int | None = setting(
+        None, "free", "Stop when more rows than this are unusable; if not given, at 1 % of the rows.", ge=0
+    )
+    dataloader_num_workers: int = setting(0, "free", "Number of loader processes; 0 reads ahead in a thread.", ge=0)
 
     @property
     def sources(self) -> list[DataSource]:
-        """The sources to mix; one, where they are given by flags."""
+        """The sources to mix; a single one if it is given by flags."""
         if self.data_sources:
             return self.data_sources
         return [
@@ -185,26 +190,26 @@ class DataConfig(Section):
 
 
 class ImageConfig(Section):
-    """Images: how a picture is brought to the size of training."""
+    """Images: how pictures are brought to the training size."""
 
-    resolution: int = Field(512, ge=8, description="Width and height of the training images, in pixels.")
-    center_crop: bool = Field(False, description="Crop the middle; otherwise crop at random. Same as --crop center.")
-    crop: Literal["random", "center", "none"] | None = Field(
-        None, description="Where to crop; `none` fits the whole image in, changing its shape."
+    resolution: int = setting(512, "warned", "Width and height of the training images, in pixels.", ge=8)
+    center_crop: bool = setting(False, "warned", "Crop the center instead of a random part; same as --crop center.")
+    crop: Literal["random", "center", "none"] | None = setting(
+        None, "warned", "Where to crop; `none` squeezes the whole image in, changing its aspect ratio."
     )
-    random_flip: bool = Field(False, description="Mirror images left to right at random.")
+    random_flip: bool = setting(False, "warned", "Flip images left to right at random.")
     image_interpolation_mode: Literal[
         "nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
-    ] = Field("lanczos", description="Filter for resizing.")
-    max_image_megapixels: Number = Field(
-        100.0, gt=0, description="Larger images are bad rows: a small file can unfold to more memory than there is."
+    ] = setting("lanczos", "warned", "Filter for resizing.")
+    max_image_megapixels: Number = setting(
+        100.0, "warned", "Larger images are bad rows: a small file can decode to more memory than there is.", gt=0
     )
-    aspect_ratio_buckets: bool = Field(
-        False, description="Train on several shapes of about --resolution² pixels, each image on the nearest."
+    aspect_ratio_buckets: bool = setting(
+        False, "warned", "Train on several shapes of about --resolution² pixels, each image in the nearest one."
     )
-    bucket_step: int = Field(64, ge=8, description="Sides of the buckets are multiples of this many pixels.")
-    max_upscale: Number = Field(
-        2.0, ge=1, description="With buckets, enlarge no image more than this; smaller ones get smaller buckets."
+    bucket_step: int = setting(64, "warned", "The sides of buckets are multiples of this many pixels.", ge=8)
+    max_upscale: Number = setting(
+        2.0, "warned", "With buckets, enlarge no image by more than this; smaller images get smaller buckets.", ge=1
     )
 
     @property
@@ -214,145 +219,186 @@ class ImageConfig(Section):
 
 
 class CaptionConfig(Section):
-    """Captions: which text goes with a picture, and what becomes of missing and long ones."""
+    """Captions: which text goes with a picture, and what happens to missing and long captions."""
 
-    caption_column: str = Field("text", description="Column with the caption, or with a list of captions.")
-    caption_columns: list[str] | None = Field(
-        None, description="Several columns of captions instead, of which a sample draws one."
+    caption_column: str = setting("text", "warned", "Column with the caption, or with a list of captions.")
+    caption_columns: list[str] | None = setting(
+        None, "warned", "Several caption columns instead; each sample draws one of them."
     )
-    caption_template: str | None = Field(
-        None, description='Caption made of columns, such as "a photo of {name}", instead of a caption column.'
+    caption_template: str | None = setting(
+        None, "warned", 'Caption made from columns, such as "a photo of {name}", instead of a caption column.'
     )
-    shuffle_tags: bool = Field(False, description="Shuffle the parts of a caption between --tag_separator.")
-    keep_tags: int = Field(0, ge=0, description="With --shuffle_tags, leave this many leading parts in place.")
-    tag_separator: str = Field(",", min_length=1, description="What separates the tags of a caption.")
-    caption_dropout: Number = Field(
-        0.0, ge=0, le=1, description="Share of captions replaced by the empty one, for classifier-free guidance."
+    shuffle_tags: bool = setting(False, "warned", "Shuffle the parts of a caption, split at --tag_separator.")
+    keep_tags: int = setting(0, "warned", "With --shuffle_tags, leave this many leading parts in place.", ge=0)
+    tag_separator: str = setting(",", "warned", "What separates the tags of a caption.", min_length=1)
+    caption_dropout: Number = setting(
+        0.0, "warned", "Fraction of captions replaced by the empty one, for classifier-free guidance.", ge=0, le=1
     )
-    blank_captions: Literal["skip", "empty", "error"] = Field(
+    blank_captions: Literal["skip", "empty", "error"] = setting(
         "skip",
-        description="Rows whose caption is missing or blank: skip them as bad, train on the empty caption, or stop.",
+        "warned",
+        "Rows whose caption is missing or blank: skip them as bad, train on the empty caption, or stop.",
     )
-    long_captions: Literal["error", "truncate", "chunk"] = Field(
-        "truncate", description="Captions over the tokenizer's limit: stop, cut, or encode in several chunks."
+    long_captions: Literal["error", "truncate", "chunk"] = setting(
+        "truncate", "warned", "Captions over the tokenizer's limit: stop, truncate them, or encode them in chunks."
     )
-    caption_chunks: int = Field(
-        3, ge=1, description="With --long_captions chunk, the number of chunks of every caption; longer ones are cut."
+    caption_chunks: int = setting(
+        3, "warned", "With --long_captions chunk, the number of chunks per caption; longer ones are truncated.", ge=1
     )
 
 
 class CacheConfig(Section):
-    """Caches: what is computed once and kept, instead of in every epoch."""
+    """Caches: what is computed once and kept, instead of again in every epoch."""
 
-    cache_latents: Literal["disk", "memory", "off"] = Field(
-        "off", description="Keep the VAE's moments, so that later epochs skip decoding and VAE; needs a fixed crop."
+    cache_latents: Literal["disk", "memory", "off"] = setting(
+        "off", "warned", "Keep the VAE's moments: later epochs skip image decoding and the VAE. Needs a fixed crop."
     )
-    latent_cache_dir: str | None = Field(
-        None, description="Where moments are kept, shared between runs; otherwise in the output folder."
+    latent_cache_dir: str | None = setting(
+        None, "free", "Where the moments are kept, to share them between runs; if not given, in --output_dir."
     )
-    latent_cache_dtype: Literal["fp16", "bf16"] = Field("fp16", description="Precision of the kept moments.")
-    cache_text: bool = Field(
-        False, description="Keep the text states of captions, up to 1 GiB of them; for few and fixed ones."
+    latent_cache_dtype: Literal["fp16", "bf16"] = setting("fp16", "warned", "Precision of the kept moments.")
+    cache_text: bool = setting(
+        False, "warned", "Keep the captions' text states, up to 1 GiB; for captions that are few and do not change."
     )
+
+
+class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
+    """The data settings that training and `inspect` share: where rows come from, and what is made of them."""
+
+    @model_validator(mode="after")
+    def settings_agree(self) -> "DataSettings":
+        if self.data_sources is not None:
+            if self.dataset_name or self.train_data_dir:
+                raise ValueError(
+                    "data_sources of the recipe file contradict --dataset_name and --train_data_dir: drop one"
+                )
+            if not self.data_sources:
+                raise ValueError("data_sources of the recipe file is empty: name a dataset_name or a train_data_dir")
+            for name in ("dataset_config_name", "dataset_revision", "train_split"):
+                # A resolved recipe names them too, at their defaults.
+                if getattr(self, name) != DataConfig.model_fields[name].default:
+                    raise ValueError(
+                        f"--{name} {getattr(self, name)} is not read with data_sources of the recipe file: set it "
+                        "in the sources that it is meant for"
+                    )
+        if any(source.dataset_name is None and source.train_data_dir is None for source in self.sources):
+            raise ValueError("no data: give --train_data_dir FOLDER or --dataset_name NAME")
+        for source in self.sources:
+            if source.dataset_name is None and source.dataset_revision is not None:
+                raise ValueError(f"{source.flag} has no revisions: drop --dataset_revision")
+        if self.center_crop and self.crop not in (None, "center"):
+            raise ValueError(f"--center_crop contradicts --crop {self.crop}: drop one")
+        if self.caption_columns and self.caption_template:
+            raise ValueError("--caption_columns and --caption_template both say what the caption is: drop one")
+        if self.keep_tags and not self.shuffle_tags:
+            raise ValueError("--keep_tags needs --shuffle_tags: add it, or drop --keep_tags")
+        if self.streaming and self.max_train_samples is not None:
+            raise ValueError(
+                "--max_train_samples draws from all rows, which a stream does not know: drop it, or drop --streaming"
+            )
+        if self.cache_latents != "off" and self.cropping == "random":
+            raise ValueError(
+                "--cache_latents keeps one crop of an image, and the crop is random: add --center_crop or --crop none"
+            )
+        return self
 
 
 class ObjectiveConfig(Section):
     """Objective: what the UNet learns to predict, and how its errors are weighted."""
 
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(
-        None, description="What the UNet predicts; if not given, what the model's scheduler says."
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = setting(
+        None, "compared", "What the UNet predicts; if not given, what the model's scheduler says."
     )
-    snr_gamma: Number | None = Field(None, gt=0, description="Min-SNR weighting; 5.0 is recommended.")
-    noise_offset: Number = Field(0.0, ge=0, description="Scale of a noise that is constant over a channel.")
-    input_perturbation: Number = Field(0.0, ge=0, description="Scale of extra noise on the input; 0.1 is recommended.")
-    dream_training: bool = Field(False, description="DREAM: a second forward pass rectifies noise and target.")
-    dream_detail_preservation: Number = Field(1.0, ge=0, description="DREAM's exponent p.")
+    snr_gamma: Number | None = setting(None, "warned", "Min-SNR weighting; 5.0 is recommended.", gt=0)
+    noise_offset: Number = setting(0.0, "warned", "Scale of added noise that is constant over each channel.", ge=0)
+    input_perturbation: Number = setting(0.0, "warned", "Scale of extra noise on the input; 0.1 is recommended.", ge=0)
+    dream_training: bool = setting(False, "warned", "DREAM: a second forward pass rectifies noise and target.")
+    dream_detail_preservation: Number = setting(1.0, "warned", "DREAM's exponent p.", ge=0)
 
 
 class OptimConfig(Section):
     """Optimization: batch size, steps, optimizer, learning rate and averaged weights."""
 
-    train_batch_size: int = Field(16, ge=1, description="Images per device and micro-batch.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
-    num_train_epochs: int = Field(100, ge=1, description="Passes over the data.")
-    max_train_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides --num_train_epochs.")
-    optimizer: Literal["adamw", "adamw8bit", "sgd", "adafactor"] = Field("adamw", description="Optimizer.")
-    use_8bit_adam: bool = Field(False, description="Same as --optimizer adamw8bit (bitsandbytes).")
-    learning_rate: Number = Field(1e-4, ge=0, description="Learning rate after the warm-up.")
-    scale_lr: bool = Field(False, description="Multiply the learning rate by the global batch size.")
+    train_batch_size: int = setting(16, "compared", "Images per device and micro-batch.", ge=1)
+    gradient_accumulation_steps: int = setting(1, "compared", "Micro-batches per optimizer step.", ge=1)
+    num_train_epochs: int = setting(100, "compared", "Passes over the data.", ge=1)
+    max_train_steps: int | None = setting(None, "compared", "Optimizer steps; overrides --num_train_epochs.", ge=1)
+    optimizer: Literal["adamw", "adamw8bit", "sgd", "adafactor"] = setting("adamw", "refused", "Optimizer.")
+    use_8bit_adam: bool = setting(False, "free", "Same as --optimizer adamw8bit (bitsandbytes).")
+    learning_rate: Number = setting(1e-4, "warned", "Learning rate after the warm-up.", ge=0)
+    scale_lr: bool = setting(False, "warned", "Multiply the learning rate by the global batch size.")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = Field("constant", description="Learning-rate schedule, in optimizer steps.")
-    lr_warmup_steps: int = Field(500, ge=0, description="Optimizer steps of warm-up.")
-    adam_beta1: Number = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate.")
-    adam_beta2: Number = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate.")
-    adam_weight_decay: Number = Field(1e-2, ge=0, description="Weight decay, of every optimizer.")
-    adam_epsilon: Number = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    sgd_momentum: Number = Field(0.9, ge=0, lt=1, description="SGD's momentum.")
-    max_grad_norm: Number = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    use_ema: bool = Field(False, description="Keep an exponential moving average of the weights, and export it.")
-    ema_decay: Number = Field(0.9999, ge=0, lt=1, description="The average's largest decay.")
-    offload_ema: bool = Field(False, description="Keep the average in the host's memory.")
-    foreach_ema: bool = Field(False, description="Accepted; the average is always updated with foreach operations.")
+    ] = setting("constant", "compared", "Learning-rate schedule, in optimizer steps.")
+    lr_warmup_steps: int = setting(500, "warned", "Optimizer steps of warm-up.", ge=0)
+    adam_beta1: Number = setting(0.9, "warned", "AdamW's first decay rate.", ge=0, lt=1)
+    adam_beta2: Number = setting(0.999, "warned", "AdamW's second decay rate.", ge=0, lt=1)
+    adam_weight_decay: Number = setting(1e-2, "warned", "Weight decay, for every optimizer.", ge=0)
+    adam_epsilon: Number = setting(1e-8, "warned", "AdamW's epsilon.", gt=0)
+    sgd_momentum: Number = setting(0.9, "warned", "SGD's momentum.", ge=0, lt=1)
+    max_grad_norm: Number = setting(1.0, "warned", "Gradients are clipped to this norm.", gt=0)
+    use_ema: bool = setting(False, "warned", "Keep an exponential moving average of the weights, and export it.")
+    ema_decay: Number = setting(0.9999, "warned", "Maximum decay of the average.", ge=0, lt=1)
+    offload_ema: bool = setting(False, "free", "Keep the average in host memory.")
+    foreach_ema: bool = setting(False, "free", "Accepted; the average is always updated with foreach operations.")
 
 
 class MemoryConfig(Section):
-    """Memory and speed: what trades the one for the other."""
+    """Memory and speed: what trades one for the other."""
 
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
-    enable_xformers_memory_efficient_attention: bool = Field(
-        False, description="Accepted; PyTorch's own attention is used, with a warning, where xFormers is absent."
+    gradient_checkpointing: bool = setting(False, "warned", "Recompute activations: less memory, slower.")
+    enable_xformers_memory_efficient_attention: bool = setting(
+        False, "warned", "Use xFormers' attention; where it is not installed, PyTorch's own, with a warning."
     )
-    channels_last: Literal["auto", "always", "never"] = Field(
-        "auto", description="Memory format of UNet and VAE; auto: channels last, but for float32 on a GPU."
+    channels_last: Literal["auto", "always", "never"] = setting(
+        "auto", "warned", "Memory format of UNet and VAE; auto: channels last, except for float32 on a GPU."
     )
-    compile_unet: bool = Field(False, description="Compile the UNet with torch.compile.")
+    compile_unet: bool = setting(False, "warned", "Compile the UNet with torch.compile.")
 
 
 class CheckpointConfig(Section):
-    """Checkpoints: how often the state of a run is saved, and from which it goes on."""
+    """Checkpoints: how often a run's state is saved, and which checkpoint it resumes from."""
 
-    checkpointing_steps: int = Field(500, ge=1, description="Save the state every so many optimizer steps.")
-    checkpointing_minutes: Number | None = Field(
-        None, gt=0, description="Save it also when the last time is so many minutes ago."
+    checkpointing_steps: int = setting(500, "free", "Optimizer steps between checkpoints.", ge=1)
+    checkpointing_minutes: Number | None = setting(
+        None, "free", "Also save when the last checkpoint is this many minutes old.", gt=0
     )
-    checkpoints_total_limit: int | None = Field(None, ge=1, description="Keep this many of the newest checkpoints.")
-    resume_from_checkpoint: str | None = Field(
-        None, description="`latest`, which is the default where --output_dir holds a run, or the path of a checkpoint."
+    checkpoints_total_limit: int | None = setting(None, "free", "Keep only this many of the newest checkpoints.", ge=1)
+    resume_from_checkpoint: str | None = setting(
+        None, "free", "`latest`, the default if --output_dir holds a run, or a checkpoint's name or path."
     )
 
 
 class ValidationConfig(Section):
-    """Validation and tracking: what is drawn and measured on the way, and where the numbers go."""
+    """Validation and tracking: what is drawn and measured during training, and where the numbers go."""
 
-    validation_prompts: list[str] | None = Field(None, description="Prompts to draw at every validation.")
-    validation_epochs: int = Field(5, ge=1, description="Validate after every so many epochs.")
-    validation_steps: int | None = Field(None, ge=1, description="Validate every so many steps, not by epochs.")
-    validation_split: str | None = Field(None, description="Split for the held-out loss.")
-    validate_before_training: bool = Field(False, description="Validate at step 0 too, and write before_after.png.")
-    validation_inference_steps: int = Field(20, ge=1, description="Denoising steps of a validation picture.")
-    validation_guidance_scale: Number = Field(7.5, ge=0, description="Guidance scale of a validation picture.")
-    validation_clip_model: str | None = Field(
-        None, description="CLIP model for the image-text score of validation pictures (folder, Hub id, "
-        "or sd-recipes/tiny-clip)."
-    )  # fmt: skip
-    logging_dir: str = Field("logs", description="TensorBoard folder, inside --output_dir.")
-    logging_steps: int = Field(10, ge=1, description="Log every so many steps; others never wait for the device.")
-    report_to: str = Field("tensorboard", description="tensorboard, wandb, comet_ml, all or none.")
-    tracker_project_name: str = Field("text2image-fine-tune", description="Name of the run in the trackers.")
+    validation_prompts: list[str] | None = setting(None, "free", "Prompts to draw pictures of at every validation.")
+    validation_epochs: int = setting(5, "free", "Epochs between validations.", ge=1)
+    validation_steps: int | None = setting(None, "free", "Steps between validations, instead of epochs.", ge=1)
+    validation_split: str | None = setting(None, "free", "Split for the held-out loss.")
+    validate_before_training: bool = setting(False, "free", "Validate at step 0 too, and write before_after.png.")
+    validation_inference_steps: int = setting(20, "free", "Denoising steps of a validation picture.", ge=1)
+    validation_guidance_scale: Number = setting(7.5, "free", "Guidance scale of a validation picture.", ge=0)
+    validation_clip_model: str | None = setting(
+        None,
+        "free",
+        "CLIP model for the image-text score of validation pictures (folder, Hub id, or sd-recipes/tiny-clip).",
+    )
+    logging_dir: str = setting("logs", "free", "TensorBoard folder, inside --output_dir.")
+    logging_steps: int = setting(10, "free", "Steps between logs.", ge=1)
+    report_to: str = setting("tensorboard", "free", "tensorboard, wandb, comet_ml, all or none.")
+    tracker_project_name: str = setting("text2image-fine-tune", "free", "Name of the run in the trackers.")
 
 
 class HubConfig(Section):
     """Hub: publishing the pipeline on the Hugging Face Hub."""
 
-    push_to_hub: bool = Field(False, description="Upload the pipeline at the end.")
-    hub_model_id: str | None = Field(None, description="Repository to push to; otherwise the output folder's name.")
-    hub_token: str | None = Field(
-        None, description="Refused: it would end up in logs. Use `hf auth login` or HF_TOKEN."
-    )
+    push_to_hub: bool = setting(False, "free", "Upload the pipeline at the end.")
+    hub_model_id: str | None = setting(None, "free", "Repository to push to; if not given, the output folder's name.")
+    hub_token: str | None = setting(None, "free", "Refused: it would end up in logs. Use `hf auth login` or HF_TOKEN.")
 
 
-ONLY_IN_FILES = {"data_sources"}  # what a flag cannot say
+ONLY_IN_FILES = {"data_sources"}  # settings that have no flag
 SECTIONS: tuple[type[Section], ...] = (
     RunConfig, ModelConfig, DataConfig, ImageConfig, CaptionConfig, CacheConfig, ObjectiveConfig, OptimConfig,
     MemoryConfig, CheckpointConfig, ValidationConfig, HubConfig,
@@ -360,10 +406,23 @@ SECTIONS: tuple[type[Section], ...] = (
 
 
 class Recipe(
-    RunConfig, ModelConfig, DataConfig, ImageConfig, CaptionConfig, CacheConfig, ObjectiveConfig, OptimConfig,
-    MemoryConfig, CheckpointConfig, ValidationConfig, HubConfig,
+    RunConfig, ModelConfig, DataSettings, ObjectiveConfig, OptimConfig, MemoryConfig, CheckpointConfig,
+    ValidationConfig, HubConfig,
 ):  # fmt: skip
-    """All settings of a run. Raises pydantic's ValidationError, which `load_recipe` turns into RecipeError."""
+    """All settings of a run, frozen. Raises pydantic's ValidationError, which `load_recipe` turns into RecipeError."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_optimizer(cls, settings: Any) -> Any:
+        """`--use_8bit_adam` is another way to say `--optimizer adamw8bit`."""
+        if isinstance(settings, dict) and settings.get("use_8bit_adam") is True:
+            return {
+                **settings,
+                "optimizer": {"adamw": "adamw8bit"}.get(name := settings.get("optimizer", "adamw"), name),
+            }
+        return settings
 
     @model_validator(mode="after")
     def check(self) -> "Recipe":
@@ -371,9 +430,8 @@ class Recipe(
             raise ValueError(
                 "--pretrained_model_name_or_path is missing: give a pipeline folder, a Hub id, or sd-recipes/tiny-emoji"
             )
-        check_data_settings(self)
         if self.streaming and self.max_train_steps is None:
-            raise ValueError("--streaming knows no number of rows: give --max_train_steps")
+            raise ValueError("--streaming does not know the number of rows: give --max_train_steps")
         if self.hub_token is not None:
             raise ValueError(
                 "--hub_token is refused, because flags are written to logs: log in with `hf auth login`, "
@@ -385,14 +443,14 @@ class Recipe(
             )
         if self.train_from_scratch and self.non_ema_revision:
             raise ValueError("--train_from_scratch loads no UNet, so --non_ema_revision contradicts it: drop one")
-        if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
+        if self.use_8bit_adam and self.optimizer != "adamw8bit":
             raise ValueError(f"--use_8bit_adam contradicts --optimizer {self.optimizer}: drop one of them")
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
             raise ValueError(
                 f"--dream_training is defined for the prediction type epsilon, not for {self.prediction_type}: drop one"
             )
         if self.overwrite and self.resume_from_checkpoint:
-            raise ValueError("--overwrite starts anew, which --resume_from_checkpoint contradicts: drop one")
+            raise ValueError("--overwrite starts over, which --resume_from_checkpoint contradicts: drop one")
         if self.validation_clip_model and not self.validation_prompts:
             raise ValueError("--validation_clip_model scores the pictures of --validation_prompts: give some prompts")
         if not re.fullmatch(r"[A-Za-z0-9._-]+", self.tracker_project_name) or set(self.tracker_project_name) == {"."}:
@@ -403,20 +461,18 @@ class Recipe(
         trackers = {"tensorboard", "wandb", "comet_ml", "all", "none"}
         if self.report_to not in trackers:
             raise ValueError(f"--report_to {redacted(self.report_to)!r} is not one of: {', '.join(sorted(trackers))}")
-        if self.use_8bit_adam:
-            self.optimizer = "adamw8bit"
         if self.optimizer == "adamw8bit" and self.channels_last == "always":
             raise ValueError("--channels_last always contradicts AdamW8bit, which makes weights contiguous: use auto")
         return self
 
 
 def odd_settings(recipe: Recipe) -> list[str]:
-    """What is hardly meant, and runs as in diffusers' script all the same."""
+    """Warnings about settings that are probably a mistake, but run as they do in diffusers' script."""
     odd = []
     if recipe.dream_training and recipe.input_perturbation:
         odd.append(
             "--dream_training rectifies along the error of a prediction from the perturbed noise of "
-            "--input_perturbation, so that both change the UNet's input: one of them is usual."
+            "--input_perturbation, so that both change the UNet's input: usually only one of them is set."
         )
     if recipe.offload_ema and not recipe.use_ema:
         odd.append("--offload_ema does nothing without --use_ema.")
@@ -424,38 +480,3 @@ def odd_settings(recipe: Recipe) -> list[str]:
         if source.dataset_name is None and source.dataset_config_name is not None:
             odd.append(f"--dataset_config_name {source.dataset_config_name} is not read: {source.flag} has none.")
     return odd
-
-
-def check_data_settings(config: Any) -> None:
-    """What the data, image, caption and cache sections may not ask for together. Raises ValueError."""
-    if config.data_sources is not None:
-        if config.dataset_name or config.train_data_dir:
-            raise ValueError("data_sources of the recipe file contradict --dataset_name and --train_data_dir: drop one")
-        if not config.data_sources:
-            raise ValueError("data_sources of the recipe file is empty: name a dataset_name or a train_data_dir")
-        for name in ("dataset_config_name", "dataset_revision", "train_split"):
-            # A resolved recipe names them too, at their defaults.
-            if getattr(config, name) != DataConfig.model_fields[name].default:
-                raise ValueError(
-                    f"--{name} {getattr(config, name)} is not read beside data_sources of the recipe file: name it in "
-                    "the sources that it is meant for"
-                )
-    if any(source.dataset_name is None and source.train_data_dir is None for source in config.sources):
-        raise ValueError("no data: give --train_data_dir FOLDER or --dataset_name NAME")
-    for source in config.sources:
-        if source.dataset_name is None and source.dataset_revision is not None:
-            raise ValueError(f"{source.flag} has no revisions: drop --dataset_revision {source.dataset_revision}")
-    if config.center_crop and config.crop not in (None, "center"):
-        raise ValueError(f"--center_crop contradicts --crop {config.crop}: drop one")
-    if config.caption_columns and config.caption_template:
-        raise ValueError("--caption_columns and --caption_template both say what the caption is: drop one")
-    if config.keep_tags and not config.shuffle_tags:
-        raise ValueError("--keep_tags needs --shuffle_tags: add it, or drop --keep_tags")
-    if config.streaming and config.max_train_samples is not None:
-        raise ValueError(
-            "--max_train_samples draws from all rows, which a stream does not know: drop it, or drop --streaming"
-        )
-    if config.cache_latents != "off" and config.cropping == "random":
-        raise ValueError(
-            "--cache_latents keeps one crop of an image, and the crop is random: add --center_crop or --crop none"
-        )

@@ -1,7 +1,7 @@
-"""What must not leave with a run's files and words: passwords, tokens and signatures; and paths, where it is shared.
+"""Keep secrets out of a run's files and messages: passwords, tokens and signatures; and paths, in what is shared.
 
-An address with a signature or a token in its query may be read from. Wherever it is written, `LEFT_OUT` stands for
-what is secret in it. This module imports nothing of the package, since the recipe uses it.
+Data may be read from a URL with a signature or a token in its query. Wherever the URL is written, `LEFT_OUT` replaces
+its secrets. This module imports nothing from the package, since the recipe uses it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LEFT_OUT = "[left-out]"
 
 # user:password@ before a host; a password may hold a slash that should have been written %2F.
 LOGIN = re.compile(r"://(?:[^\s/?#]+|[^\s/?#:@]+:(?!:|\d*(?:[/?#\s]|$))[^\s@]*)@")
-# The value of a query's (or fragment's) part whose name speaks of a secret, or that itself looks like one.
+# The value of a query (or fragment) parameter whose name suggests a secret, or which looks like one itself.
 _NAMES = (
     r"[\w.%-]*(?:token|sig|secret|passw|pwd|passphrase|key|credential|policy|auth|session|jwt)[\w.%-]*"
     r"|[\w.%-]+(?==(?=\S*[0-9])(?=\S*[A-Za-z])[\w+/=%~-]{24,}(?:[&#\"<>\s]|$))"
@@ -38,12 +38,12 @@ ASSIGNED = re.compile(
 
 
 def has_login(text: str) -> bool:
-    """Whether there is an address with a user's name or password in it."""
+    """Whether the text has a URL with a user name or password in it."""
     return LOGIN.search(text) is not None
 
 
 def redacted(text: str) -> str:
-    """The text with `LEFT_OUT` for all that looks like a secret; of a text without any, the very same."""
+    """The text with `LEFT_OUT` in place of everything that looks like a secret; unchanged if nothing does."""
     text = LOGIN.sub(f"://{LEFT_OUT}@", text)
     text = QUERY.sub(rf"\1={LEFT_OUT}", text)
     text = HEADER.sub(rf"\1{LEFT_OUT}", text)
@@ -52,7 +52,7 @@ def redacted(text: str) -> str:
 
 
 def in_texts(change: Callable[[str], str], value: Any) -> Any:
-    """The value with `change` made to each text in it, in lists and mappings too."""
+    """The value with `change` applied to each string in it, in lists and mappings too."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -63,7 +63,7 @@ def in_texts(change: Callable[[str], str], value: Any) -> Any:
 
 
 def without_folders(text: str) -> str:
-    """Of a path on this machine its last part: the folders before it tell users' names. Anything else as it is."""
+    """The last part of a path on this machine, since its folders may reveal user names. Anything else is unchanged."""
     is_path = re.search(r"^(?:file:|[A-Za-z]:[\\/]|\.{0,2}[\\/]|~)|::(?:file:)?[/~]", text)
     if not is_path and ("://" in text or not _exists(text)):
         return text
@@ -71,7 +71,7 @@ def without_folders(text: str) -> str:
 
 
 def shown(name: str) -> str:
-    """The name of a model or of data as others may read it."""
+    """The name of a model or data set in a form that may be shared."""
     return without_folders(redacted(name))
 
 

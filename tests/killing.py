@@ -100,20 +100,20 @@ def wait(child: int) -> int:
 
 def watch(phases: Phases, trace: Path) -> None:
     """In the child: mark its phases, and write down what each micro-batch is made of."""
-    import sd_recipes.checkpoint as checkpoint
-    import sd_recipes.loop as loop
-    import sd_recipes.saving as saving
-    from sd_recipes.data.cache import _Writer
-    from sd_recipes.validation import Validator
+    import sd_recipes.checkpoints.format as checkpoint
+    import sd_recipes.checkpoints.saver as saving
+    from sd_recipes.data.batches import Batch
+    from sd_recipes.data.latent_store import _Writer
+    from sd_recipes.evaluation.validation import Validator
 
     saving.write_checkpoint = phases.during("saving", saving.write_checkpoint)  # type: ignore[assignment]
     checkpoint._prune = phases.during("pruning", checkpoint._prune)  # type: ignore[assignment]
     Validator.__call__ = phases.during("validating", Validator.__call__)  # type: ignore[method-assign]
     _Writer._write = phases.during("caching", _Writer._write)  # type: ignore[method-assign]
     file = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    batch_moments = loop.batch_moments
+    all_moments = Batch.all_moments
 
-    def recorded(vae: Any, batch: Any, *rest: Any) -> Any:
+    def recorded(batch: Batch, *arguments: Any) -> Any:
         phases.begin_batch()
         line = {
             "samples_seen": batch.plan.samples_seen,
@@ -125,14 +125,14 @@ def watch(phases: Phases, trace: Path) -> None:
             "input_ids": batch.input_ids.sum().item(),
         }
         os.write(file, (json.dumps(line) + "\n").encode())
-        return batch_moments(vae, batch, *rest)
+        return all_moments(batch, *arguments)
 
-    loop.batch_moments = recorded  # type: ignore[assignment]
+    Batch.all_moments = recorded  # type: ignore[method-assign]
 
 
 def kill_often(plan: dict[str, Any]) -> dict[str, Any]:
     """Kill a run `kills` times with SIGKILL, typing the same command each time, and then let it end."""
-    from sd_recipes.checkpoint import list_checkpoints
+    from sd_recipes.checkpoints.format import list_checkpoints
 
     phases, chance, out = Phases(), random.Random(plan["seed"]), Path(plan["argv"][-1])
     log, trace = Path(plan["log"]), Path(plan["trace"])
@@ -187,7 +187,7 @@ class KillAt:
         self.done: list[str] = []
 
     def install(self) -> None:
-        import sd_recipes.checkpoint as checkpoint
+        import sd_recipes.checkpoints.format as checkpoint
 
         for owner, name in (
             (os, "fsync"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (os, "open"),
@@ -213,7 +213,7 @@ class KillAt:
 
 def kill_at_every_operation(plan: dict[str, Any]) -> dict[str, Any]:
     """Kill a run at operation n of its save, for every n; verify what is left, and let the same command end it."""
-    from sd_recipes.checkpoint import find_checkpoint
+    from sd_recipes.checkpoints.format import find_checkpoint
 
     begun, out, log, ends = Path(plan["begun"]), Path(plan["out"]), Path(plan["log"]), Path(plan["ends"])
     ends.mkdir()
@@ -239,7 +239,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import sd_recipes.run  # noqa: F401 - imported once, for all children
+    import sd_recipes.commands.train  # noqa: F401 - imported once, for all children
 
     actions = {"often": kill_often, "every operation": kill_at_every_operation}
     print(json.dumps([actions[plan["action"]](plan) for plan in plans]))

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from sd_recipes import build
-from sd_recipes.build import Training
+from sd_recipes.training import build
+from sd_recipes.training.build import Run
 
 
-def poison(training: Training, steps: set[int]) -> None:
+def poison(run: Run, steps: set[int]) -> None:
     """Gradients become infinite in these steps of one micro-batch each; the losses stay what they are."""
     done = 0
 
@@ -22,18 +22,18 @@ def poison(training: Training, steps: set[int]) -> None:
             if done in steps:
                 output.register_hook(lambda gradient: gradient * torch.inf)
 
-    training.components.unet.conv_out.register_forward_hook(hook)
+    run.model.components.unet.conv_out.register_forward_hook(hook)
 
 
 if __name__ == "__main__":
-    from sd_recipes import run
+    from sd_recipes.commands import train
     from train_text_to_image import main
 
-    def build_poisoned(*arguments: Any) -> Training:
-        training = build.build_training(*arguments)
+    def build_poisoned(*arguments: Any) -> Run:
+        run = build.build_run(*arguments)
         if os.environ["RANK"] == os.environ["POISONED_RANK"]:
-            poison(training, {int(os.environ["POISONED_STEP"])})
-        return training
+            poison(run, {int(os.environ["POISONED_STEP"])})
+        return run
 
-    run.build_training = build_poisoned
+    train.build_run = build_poisoned
     main()

@@ -17,15 +17,15 @@ from train_text_to_image import main
 unrecorded = batches.TrainingBatches.__call__
 
 
-def recorded(self: batches.TrainingBatches, *arguments: Any) -> Iterator[batches.Batch]:
+def recorded(self: batches.TrainingBatches, *arguments: Any) -> Iterator[list[batches.Batch]]:
     path = Path(self.builder.config.output_dir) / f"samples-{os.environ.get('RANK', 0)}.jsonl"
     with path.open("a") as file:
-        for batch in unrecorded(self, *arguments):
-            plan = batch.plan
-            samples = list(zip(plan.positions.tolist(), plan.rows.tolist(), strict=True)) if plan.weight else []
-            file.write(json.dumps([plan.samples_seen, samples]) + "\n")
+        for micro_batches in unrecorded(self, *arguments):
+            for plan in (batch.plan for batch in micro_batches):
+                samples = list(zip(plan.positions.tolist(), plan.rows.tolist(), strict=True)) if plan.weight else []
+                file.write(json.dumps([plan.samples_seen, samples]) + "\n")
             file.flush()
-            yield batch
+            yield micro_batches
 
 
 if __name__ == "__main__":

@@ -32,7 +32,11 @@ def slowly(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def main() -> None:
-    from sd_recipes import build, resume, run, run_folder, saving, validation
+    from sd_recipes.checkpoints import resume, run_folder
+    from sd_recipes.checkpoints import saver as saving
+    from sd_recipes.commands import train as run
+    from sd_recipes.evaluation import validation
+    from sd_recipes.model.stable_diffusion import StableDiffusion
     from train_text_to_image import main as train
 
     start = run.start_accelerator
@@ -46,9 +50,9 @@ def main() -> None:
     for place, name in (
         (run_folder, "_prepare"),
         (resume, "data_fingerprint"),
-        (build, "load_components"),
+        (StableDiffusion, "load"),
         (validation.Validator, "__call__"),
-        (saving.Checkpointer, "wait"),
+        (saving.BackgroundSaver, "wait"),
         (run, "write_results"),
     ):
         setattr(place, name, slowly(getattr(place, name)))

@@ -15,8 +15,8 @@ from PIL import Image
 from sd_recipes import assets
 from sd_recipes.data.images import fit_image, open_image
 from sd_recipes.data.rows import load_rows
+from sd_recipes.evaluation.metrics import ImageTextScore
 from sd_recipes.flags import load_recipe
-from sd_recipes.metrics import ImageTextScore
 from sd_recipes.model.latents import encode_pixels, to_pixel_values
 from sd_recipes.recipe import Recipe
 

@@ -2,13 +2,18 @@
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from launching import flags_of
+from test_script import environment
+from tiny_models import build_tiny_pipeline
 
 from sd_recipes.flags import load_recipe
+from sd_recipes.runtime.trackers import read_metrics
 
 sys.path.insert(0, str(ROOT / "tools"))
 from write_docs import pages
@@ -22,7 +27,7 @@ DOCUMENTS = [
 
 
 # Pages that name the script without a command to run it.
-QUOTED_ONLY = {"docs/architecture.md", "docs/from_diffusers.md", "docs/benchmarks/README.md"}
+QUOTED_ONLY = {"docs/architecture.md", "docs/objective.md", "docs/from_diffusers.md", "docs/benchmarks/README.md"}
 
 
 def test_the_generated_pages_are_fresh() -> None:
@@ -55,3 +60,29 @@ def test_links_and_paths_in_the_documentation_exist(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_the_example_of_another_objective_trains_with_it(image_folder: Path, tmp_path: Path) -> None:
+    """As a script of one's own, outside the checkout; against the same script without its entry."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "objective.md").read_text(), re.DOTALL)
+    (entry,) = re.findall(r"^MIN_SNR_WEIGHTS\[.*\n", example, re.MULTILINE)
+    settings = {
+        "pretrained_model_name_or_path": build_tiny_pipeline(tmp_path / "model", prediction_type="v_prediction"),
+        "train_data_dir": image_folder, "resolution": 32, "train_batch_size": 4, "max_train_steps": 2, "snr_gamma": 5,
+        "logging_steps": 1, "seed": 5, "report_to": "none",
+    }  # fmt: skip
+    curves = {}
+    for name, source in (("with", example), ("without", example.replace(entry, ""))):
+        script, output_dir = tmp_path / f"{name}.py", tmp_path / name
+        script.write_text(source)
+        flags = [str(flag) for flag in flags_of(settings | {"output_dir": output_dir})]
+        done = subprocess.run(
+            [sys.executable, str(script), "--device", "cpu", *flags],
+            env=environment(PYTHONPATH=str(ROOT)), cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        curves[name] = [line["train_loss"] for line in read_metrics(output_dir / "metrics.jsonl")]
+    assert len(curves["with"]) == len(curves["without"]) == 2
+    # Of the same samples: the first loss is before any update, so that the weights of the timesteps alone differ.
+    assert 0 < curves["with"][0] < curves["without"][0], "SNR·γ / (SNR + γ) is below min(SNR, γ)"
+    assert curves["with"][1] != curves["without"][1]

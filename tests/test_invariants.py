@@ -11,15 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import build_image_folder, training_scheduler
-from training import assert_equal, losses, train, weights
+from training_runs import assert_equal, average, build, fit_from, losses, train, weights
 
-from sd_recipes.accelerator import start_accelerator
-from sd_recipes.build import build_training
-from sd_recipes.checkpoint import UNET_WEIGHTS
-from sd_recipes.loop import fit
-from sd_recipes.model.conditioning import encode_text
 from sd_recipes.model.latents import encode_pixels
-from sd_recipes.recipe import Recipe
+from sd_recipes.model.stable_diffusion import last_hidden_states
+from sd_recipes.training.build import UNET_WEIGHTS
 
 
 def test_accumulation_is_one_big_batch(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -46,23 +42,23 @@ def test_the_loop_equals_a_float64_run_of_the_algorithm(settings: dict[str, Any]
         "prediction_type": prediction_type,
     }  # fmt: skip
     training = train(settings)
-    components = build_training(Recipe(**settings), training.accelerator).components  # fresh weights
+    components = build(settings).model.components  # fresh weights
     scheduler = training_scheduler(Path(settings["pretrained_model_name_or_path"]))
     a = scheduler.alphas_cumprod.double()
     for module in (components.unet, components.vae, components.text_encoder):
         module.double()
     expected_losses = []
-    batches = list(training.batches(0, 2))
-    for window in (batches[:3], batches[3:]):
+    windows = list(training.batches(0, 2))
+    for window in windows:
         components.unet.zero_grad()
         window_losses = []
         for batch in window:
-            moments = encode_pixels(components.vae, batch.pixel_values.double() / 127.5 - 1).double()
+            moments = encode_pixels(components.vae, batch.pixels.double() / 127.5 - 1).double()
             mean, logvar = moments.chunk(2, dim=1)
             latents = (
                 mean + (0.5 * logvar).exp() * batch.posterior_noise.double()
             ) * components.vae.config.scaling_factor
-            states = encode_text(components.text_encoder, batch.input_ids)
+            states = last_hidden_states(components.text_encoder, batch.input_ids)
             t = a[batch.timesteps][:, None, None, None]
             noise = batch.noise.double()
             noisy = t.sqrt() * latents + (1 - t).sqrt() * noise
@@ -76,7 +72,10 @@ def test_the_loop_equals_a_float64_run_of_the_algorithm(settings: dict[str, Any]
         with torch.no_grad():
             for parameter in components.unet.parameters():
                 parameter -= 1e-2 * parameter.grad
-    assert [len(batch.timesteps) for batch in batches] == [2, 2, 2, 2]  # of 8 rows: 6, then 2
+    assert [[len(batch.timesteps) for batch in window] for window in windows] == [
+        [2, 2, 2],
+        [2],
+    ]  # of 8 rows: 6, then 2
     np.testing.assert_allclose(losses(training), expected_losses, rtol=1e-5)
     for name, value in components.unet.state_dict().items():
         torch.testing.assert_close(weights(training)[name].double(), value, rtol=1e-4, atol=1e-6)
@@ -94,18 +93,17 @@ def test_loader_workers_change_nothing(settings: dict[str, Any], num_workers: in
 
 
 def test_every_trainable_parameter_moves_and_no_frozen_one(settings: dict[str, Any]) -> None:
-    recipe = Recipe(**settings)
-    training = build_training(recipe, start_accelerator(recipe))
-    parts = {name: getattr(training.components, name) for name in ("unet", "vae", "text_encoder")}
+    training = build(settings)
+    parts = {name: getattr(training.model.components, name) for name in ("unet", "vae", "text_encoder")}
     before = {name: {key: value.clone() for key, value in part.named_parameters()} for name, part in parts.items()}
-    fit(training)
+    fit_from(training)
     moved = {
         name: {key for key, value in part.named_parameters() if not torch.equal(value, before[name][key])}
         for name, part in parts.items()
     }
     assert moved["unet"] == set(before["unet"])
     assert moved["vae"] == moved["text_encoder"] == set()
-    in_optimizer = sum(len(group["params"]) for group in training.optimizer.param_groups)
+    in_optimizer = sum(len(group["params"]) for group in training.state.optimizer.param_groups)
     assert in_optimizer == len(before["unet"])
 
 
@@ -115,15 +113,17 @@ def test_resumed_is_uninterrupted_to_the_bit(settings: dict[str, Any], tmp_path:
         "optimizer": optimizer, "use_ema": True, "lr_scheduler": "cosine", "max_train_steps": 7, "train_batch_size": 3,
         "checkpointing_steps": 4, "random_flip": True, "caption_dropout": 0.3, "noise_offset": 0.1,
     }  # fmt: skip
-    quiet = train(settings, output_dir=str(tmp_path / "quiet"))
+    uninterrupted = train(settings, output_dir=str(tmp_path / "uninterrupted"))
     # 8 rows in threes: step 4 stands in the middle of the second epoch.
     resumed = train(
-        settings, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=str(tmp_path / "quiet/checkpoint-4")
+        settings,
+        output_dir=str(tmp_path / "resumed"),
+        resume_from_checkpoint=str(tmp_path / "uninterrupted/checkpoint-4"),
     )
-    assert_equal(weights(quiet), weights(resumed))
-    assert_equal(quiet.ema.named_tensors(), resumed.ema.named_tensors())
-    assert quiet.schedule.get_last_lr() == resumed.schedule.get_last_lr()
-    assert losses(quiet)[4:] == losses(resumed)
+    assert_equal(weights(uninterrupted), weights(resumed))
+    assert_equal(average(uninterrupted).named_tensors(), average(resumed).named_tensors())
+    assert uninterrupted.state.schedule.get_last_lr() == resumed.state.schedule.get_last_lr()
+    assert losses(uninterrupted)[4:] == losses(resumed)
 
 
 def test_resuming_a_finished_run_trains_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -137,14 +137,12 @@ def test_resuming_a_finished_run_trains_nothing(settings: dict[str, Any], tmp_pa
 def test_ema_leaves_training_alone_and_is_the_average(settings: dict[str, Any]) -> None:
     plain, averaged = train(settings), train(settings, use_ema=True, ema_decay=0.5)
     assert_equal(weights(plain), weights(averaged))
-    recipe = Recipe(**settings)
-    training = build_training(recipe, start_accelerator(recipe))
-    expected = {name: value.double() for name, value in weights(training).items()}
+    expected = {name: value.double() for name, value in weights(build(settings)).items()}
     for step in range(1, settings["max_train_steps"] + 1):
         decay = min(0.5, step / (9 + step)) if step > 1 else 0.0  # diffusers' rule
         now = weights(train(settings, max_train_steps=step))
         expected = {name: decay * expected[name] + (1 - decay) * now[name].double() for name in expected}
-    for name, value in averaged.ema.named_tensors().items():
+    for name, value in average(averaged).named_tensors().items():
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
@@ -183,7 +181,7 @@ def test_schedule_counts_optimizer_steps(settings: dict[str, Any]) -> None:
     lines = (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()
     rates = [json.loads(line)["lr"] for line in lines]
     np.testing.assert_allclose(rates, [7.5e-4, 5e-4, 2.5e-4, 0.0])
-    assert training.schedule.last_epoch == 4
+    assert training.state.schedule.last_epoch == 4
 
 
 def test_from_scratch_starts_anew_and_trains_the_given_unet(
@@ -193,7 +191,7 @@ def test_from_scratch_starts_anew_and_trains_the_given_unet(
     config["block_out_channels"] = [16, 32]
     (tmp_path / "unet.json").write_text(json.dumps(config))
     training = train(settings, train_from_scratch=True, unet_config=str(tmp_path / "unet.json"))
-    assert training.components.unet.config.block_out_channels == [16, 32]
+    assert training.model.components.unet.config.block_out_channels == [16, 32]
     same_shape = train(settings, train_from_scratch=True, max_train_steps=1, learning_rate=0.0)
     pretrained = load_file(tiny_pipeline / "unet" / UNET_WEIGHTS)
     assert not torch.equal(weights(same_shape)["conv_in.weight"], pretrained["conv_in.weight"])

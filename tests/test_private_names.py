@@ -13,10 +13,11 @@ from accelerate.commands import launch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 from datasets.packaged_modules.parquet.parquet import Parquet
+from torch.distributed import distributed_c10d
 
 from sd_recipes.data import images
 from sd_recipes.data.batches import end_workers
-from sd_recipes.signals import outlive_signals
+from sd_recipes.runtime.signals import outlive_signals
 
 USED = {
     "_shutdown_workers": "torch",
@@ -24,6 +25,7 @@ USED = {
     "_cast_table": "datasets",
     "_reset_state": "accelerate, in tests",
     "_validate_launch_command": "accelerate, in tests",
+    "_set_pg_timeout": "torch, in tests",
 }
 
 
@@ -49,7 +51,7 @@ def names_of(tree: ast.Module) -> Iterator[tuple[str, bool]]:
 def test_no_other_private_name_of_a_library_is_used() -> None:
     found: dict[str, set[Path]] = {}
     own: set[str] = set()
-    for path in [*(ROOT / "sd_recipes").rglob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+    for path in [*(ROOT / "sd_recipes").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
         for name, is_own in names_of(ast.parse(path.read_text())):
             if is_private(name):
                 found.setdefault(name, set()).add(path.relative_to(ROOT))
@@ -83,9 +85,14 @@ def test_datasets_reads_parquet_by_the_function_that_is_overridden() -> None:
 
 
 def test_accelerates_state_and_launcher_are_as_the_tests_use_them() -> None:
-    changed = f"accelerate {accelerate.__version__} has changed: mend tests/training.py or tests/launching.py"
+    changed = f"accelerate {accelerate.__version__} has changed: mend tests/training_runs.py or tests/launching.py"
     assert "reset_partial_state" in inspect.signature(AcceleratorState._reset_state).parameters, changed
     assert list(inspect.signature(launch._validate_launch_command).parameters) == ["args"], changed
+
+
+def test_torchs_time_out_between_processes_is_set_as_the_tests_do() -> None:
+    changed = f"torch {torch.__version__} sets it in another way: mend tests/slow_first.py"
+    assert list(inspect.signature(distributed_c10d._set_pg_timeout).parameters) == ["timeout", "group"], changed
 
 
 def test_which_filters_torch_has_is_found_by_trying(monkeypatch) -> None:

@@ -16,14 +16,15 @@ from loopback_hub import LoopbackHub
 from pydantic import ValidationError
 from test_hub import shard
 from tiny_models import build_image_folder
-from training import forget_accelerator
+from training_runs import forget_accelerator
 
-from sd_recipes.console import RedactedRecord, say
+from sd_recipes.checkpoints.resume import compare_settings
+from sd_recipes.commands.inspect import main as inspect
+from sd_recipes.errors import RecipeError
 from sd_recipes.flags import build_recipe, is_resolved_recipe, load_recipe, read_recipe_file, recipe_text
-from sd_recipes.inspection.command import main as inspect
-from sd_recipes.recipe import DataSource, Recipe, RecipeError
+from sd_recipes.recipe import DataSource, Recipe
 from sd_recipes.redaction import LEFT_OUT, redacted, without_folders
-from sd_recipes.resume import compare_settings
+from sd_recipes.runtime.console import RedactedRecord, say
 from train_text_to_image import main
 
 PASSWORD = "open-sesame"
@@ -99,7 +100,7 @@ def test_defect_29_a_secret_in_any_field_is_not_written_down(name: str, shape: s
         assert secret not in written
         is_of_the_run = name in yaml.safe_load(written)
         assert (LEFT_OUT in written) == is_of_the_run
-        assert not is_of_the_run or f"Give anew: {'' if name == 'data_sources' else '--'}{name}" in written
+        assert not is_of_the_run or f"Set again: {'' if name == 'data_sources' else '--'}{name}" in written
     if not is_of_the_run:
         return
     # A file with something left out is none without it, and is the same run with it.
@@ -114,7 +115,7 @@ def test_defect_29_a_secret_in_any_field_is_not_written_down(name: str, shape: s
 
 
 def test_defect_29_a_new_signature_is_no_change_for_a_resumed_run(caplog: pytest.LogCaptureFixture) -> None:
-    from test_checkpoint import contents
+    from test_format_and_saver import contents
 
     manifest = contents(2).manifest
     before = Recipe(**planted("caption_column", "https://host.test/a?sig=one"))
@@ -132,7 +133,7 @@ def test_defect_29_a_new_signature_is_no_change_for_a_resumed_run(caplog: pytest
 @pytest.fixture
 def console(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What main() sets for its whole process is taken back."""
-    monkeypatch.setattr("sd_recipes.signals.stop_request.listen", lambda: None)
+    monkeypatch.setattr("sd_recipes.runtime.signals.stop_request.listen", lambda: None)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr("threading.excepthook", sys.modules["threading"].excepthook)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
@@ -175,7 +176,7 @@ def test_defect_29_no_byte_of_a_run_holds_a_secret_nor_a_pushed_one_a_path(
             "tracker_project_name": f"hf_{SECRET}", "logging_dir": f"ghp_{SECRET}",
             "hub_model_id": "tester/discs", "max_train_steps": 2,
             "validation_prompts": [f"a disc by hf_{SECRET}"], "validation_inference_steps": 1,
-            "report_to": "tensorboard", "checkpointing_steps": 1, "dataset_revision": f"hf_{SECRET}",
+            "report_to": "tensorboard", "checkpointing_steps": 1,
             "revision": f"sk-{SECRET}", "cache_dir": str(tmp_path / "alice" / f"gho_{SECRET}"),
             "latent_cache_dir": str(tmp_path / "alice" / f"ghp_{SECRET}"), "cache_latents": "disk", "crop": "center",
         }  # fmt: skip
@@ -255,12 +256,12 @@ def test_defect_29_a_bad_row_is_noted_without_its_signature(tmp_path: Path) -> N
     rows.add(found, 2)
     assert len(rows) == 1
     assert files_holding(tmp_path, SECRET) == []
-    assert len(BadRows(tmp_path, 5, 100, 0)) == 1
+    assert len(BadRows(tmp_path, 5, 100, 0).recorded()) == 1
 
 
 @pytest.mark.usefixtures("console")
 def test_defect_29_libraries_and_tracebacks_tell_no_secret(capfd: pytest.CaptureFixture[str]) -> None:
-    from sd_recipes.console import set_up_console
+    from sd_recipes.runtime.console import set_up_console
 
     set_up_console()
     address = f"https://host.test/a?X-Goog-Signature={SECRET}"

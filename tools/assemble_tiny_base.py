@@ -1,4 +1,4 @@
-"""Put the parts of the embedded base into one folder: everything but the UNet, which is trained from them.
+"""Put the parts of the embedded base into one folder: everything but the UNet, which is trained on top of them.
 
     python tools/assemble_tiny_base.py --vae build/tiny_vae --clip build/tiny_clip --output_dir build/tiny_parts
 

@@ -4,7 +4,7 @@
 
 The pictures are Noto emoji (Apache-2.0, Google) from the npm package `emoji-datasource-google`;
 names, keywords and groups are from `emojibase-data` (MIT). Both are fetched with `npm pack`.
-Flags are kept apart from everything else, so that a base model can be trained which has never
+Flags are kept apart from everything else, so that a base model can be trained that has never
 drawn one. One picture in 20 of either kind is held out, chosen by a hash of its code point, so
 that the split does not depend on the order of the files.
 """
@@ -51,14 +51,14 @@ def fetch_packages(folder: Path) -> Path:
 
 
 def caption(label: str) -> str:
-    """`flag: France` becomes `flag of France`: the form in which a person would ask for it."""
+    """`flag: France` becomes `flag of France`: as a person would ask for it."""
     if label.startswith("flag: "):
         return "flag of " + label.removeprefix("flag: ")
     return label.replace(":", "")
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """One row a picture; skin-tone variants are left out, as they share their name's picture."""
+    """One row per picture. Skin-tone variants are left out, as they share the picture of their name."""
 
     def key(code: str) -> str:  # variation selectors differ between the two packages
         return code.upper().replace("-FE0F", "")
@@ -96,7 +96,7 @@ def split_of(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--packages_dir", type=Path, help="where both packages are unpacked already")
+    parser.add_argument("--packages_dir", type=Path, help="folder where both packages are already unpacked")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:

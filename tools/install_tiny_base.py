@@ -3,7 +3,7 @@
     python tools/install_tiny_base.py --run runs/tiny_from_scratch --clip build/tiny_clip \
         --vae_figures build/tiny_vae/figures.json
 
-The figures on the card are read from what the training scripts left, none is typed in.
+The figures on the card are read from what the training scripts left; none is typed in.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     recipe = yaml.safe_load((args.run / "recipe.yaml").read_text())
     validations = [line for line in lines if "validation_loss" in line]
     trained = [line for line in lines if "train_loss" in line]
-    # Time in training steps alone: each logged window has its speed.
+    # Time in training steps only: each logged window has its speed.
     seconds, before = 0.0, 0
     for line in trained:
         seconds += (line["step"] - before) * recipe["train_batch_size"] / line["images_per_second"]

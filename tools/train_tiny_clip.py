@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 VOCAB_SIZE = 6144
-MAX_LENGTH = 32  # the longest name has 12 tokens; every further one would cost time in cross-attention
+MAX_LENGTH = 32  # the longest name has 12 tokens; every additional one would cost time in cross-attention
 HIDDEN_SIZE = 128
 IMAGE_SIZE = 64
 

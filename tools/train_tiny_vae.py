@@ -4,7 +4,7 @@
         --output_dir build/tiny_vae --num_steps 5000
 
 The loss is an evidence lower bound (Kingma & Welling 2013, eq. 3) with a Laplace likelihood, whose
-scale is set by `--kl_weight`, on the pixels and on their differences to the neighbours: without the
+scale is set by `--kl_weight`, on the pixels and on their differences to their neighbours: without the
 second term outlines come out soft. At the end the latents' standard deviation is measured and
 written as the scaling factor (Rombach et al. 2021, appendix G), so that a UNet sees unit variance.
 `--decoder_only` freezes the encoder, and with it the latents that a UNet was trained on.

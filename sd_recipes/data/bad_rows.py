@@ -1,4 +1,4 @@
-"""Rows that could not be used: skipped, counted, named, and no more of them than agreed."""
+"""Rows that could not be used: skipped, counted and named, up to an agreed limit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sd_recipes.recipe import RunError
+from sd_recipes.errors import RunError
 from sd_recipes.redaction import in_texts, redacted
 
 logger = logging.getLogger(__name__)
 
-TOLD = 20  # on the console; the file has all
+TOLD = 20  # on the console; the file has them all
 NAMED = 5  # in the message that ends a run
 RECORDS = "bad_rows*.jsonl"  # of all processes
-FEWEST_OF_STREAM = 10  # so that the first bad row of a stream is not more than 1 % of what was seen
+FEWEST_OF_STREAM = 10  # without it, the first bad row of a stream would be over 1 % of the rows seen
 
 
 class TooManyBadRows(RunError):
@@ -28,10 +28,10 @@ class TooManyBadRows(RunError):
 
 
 class BadRows:
-    """The bad rows that this process met, each once; noted in bad_rows.jsonl in the output folder.
+    """The bad rows that this process met, each counted once and recorded in bad_rows.jsonl in the output folder.
 
-    The record lasts over the parts of a run. Its rows count when they are bad again: they may have been repaired. A dry
-    run `writes` nothing.
+    The record is kept when a run resumes. Rows in it count only if they are bad again: they may have been repaired. A
+    dry run `writes` nothing.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class BadRows:
         self.num_rows = num_rows
         self.writes = writes
         self.reasons: dict[str, str] = {}
-        self._recorded: dict[str, str] | None = None  # read with the first row: until then rows may be forgotten
+        self._recorded: dict[str, str] | None = None  # read when a row is first added: until then rows may be forgotten
         self._to_record: dict[str, str] = {}
         self._told: set[Path | str] = set()
 
@@ -69,7 +69,7 @@ class BadRows:
         self.check(len(self), samples_seen)
 
     def _record(self) -> None:
-        """Write down what is not yet. What a full disk does not take is tried again with the next row."""
+        """Write the rows that are not in the record yet. On a full disk, they are tried again with the next row."""
         if not self._to_record or not self.writes:
             return
         try:
@@ -77,19 +77,19 @@ class BadRows:
                 begun = b"\n" if _ends_within_line(file) else b""  # cut short by a kill or a full disk
                 file.write(begun + _lines(self._to_record))
         except OSError as error:
-            self._tell("full", f"Bad rows cannot be noted in {self.path} ({error}): they are counted all the same.")
+            self._tell("full", f"Bad rows cannot be recorded in {self.path} ({error}): they still count.")
             return
         self._to_record = {}
 
     def recorded(self) -> dict[str, str]:
-        """The rows that were bad when they were last met, by whichever process, with their reasons."""
+        """The rows that were bad when a process last met them, with their reasons; those of all processes."""
         found: dict[str, str] = {}
         for path in sorted(self.path.parent.glob(RECORDS)):
             found |= self._read(path)
         return found
 
     def forget(self, names: set[str]) -> None:
-        """Take rows out of the records of all processes; before any of them has met a row."""
+        """Remove rows from the records of all processes; to be called before any of them has met a row."""
         for path in sorted(self.path.parent.glob(RECORDS)):
             rows = self._read(path)
             if names.isdisjoint(rows) or not self.writes:
@@ -120,7 +120,7 @@ class BadRows:
         return rows
 
     def _tell(self, what: Path | str, words: str) -> None:
-        """Once of each."""
+        """Warn, once about each."""
         if what not in self._told:
             self._told.add(what)
             logger.warning("%s", words)
@@ -133,7 +133,7 @@ class BadRows:
             named = "; ".join(f"{name}: {reason}" for name, reason in examples[-NAMED:])
             raise TooManyBadRows(
                 f"{number} rows cannot be used, more than the {allowed} that may be skipped (--max_bad_rows); "
-                f"`sd-recipes inspect` looks at all. Some of them: {named}"
+                f"`sd-recipes inspect` checks every row. Some of them: {named}"
             )
 
     def allowed(self, samples_seen: int) -> int:
@@ -146,7 +146,7 @@ class BadRows:
 
 
 def row_name(number: int, encoded: Any, *, streamed: bool = False) -> str:
-    """How a row is named: by its number and its image's path. Of a stream only the path is the same in every epoch."""
+    """A row's name: its number and its image's path. In a stream only the path is the same in every epoch."""
     path = encoded.get("path") if isinstance(encoded, dict) else None
     if streamed:
         return path or f"sample {number} of the stream"
@@ -154,14 +154,14 @@ def row_name(number: int, encoded: Any, *, streamed: bool = False) -> str:
 
 
 def row_number(name: str) -> int | None:
-    """The number in a row's name; of a stream's rows there is none."""
+    """The number in a row's name; None for a row of a stream."""
     found = re.match(r"row (\d+)(?: \(|$)", name)
     return int(found[1]) if found else None
 
 
 def _lines(rows: dict[str, str]) -> bytes:
     lines = [json.dumps({"row": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in rows.items()]
-    return "".join(lines).encode(errors="backslashreplace")  # names of files need not be UTF-8
+    return "".join(lines).encode(errors="backslashreplace")  # file names need not be UTF-8
 
 
 def _ends_within_line(file: BinaryIO) -> bool:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import shutil
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from itertools import chain, islice
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from transformers import CLIPTokenizer
 
 from sd_recipes.data.bad_rows import row_name
-from sd_recipes.data.cache import LatentCache, check_made_by, moments_of, row_key
-from sd_recipes.data.captions import CaptionError, caption_columns, make_caption, tokenize
+from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
 from sd_recipes.data.draws import Draws, draw
-from sd_recipes.data.images import ImageError, fit_image, open_image
+from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
+from sd_recipes.data.latent_store import SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
 from sd_recipes.data.order import MicroBatch
-from sd_recipes.recipe import Recipe, RecipeError
-from sd_recipes.signals import outlive_signals
+from sd_recipes.data.rows import SIZE_COLUMNS
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import CaptionConfig, Recipe
+from sd_recipes.runtime.signals import outlive_signals
 
 RECIPE_ERROR = f"{RecipeError.__module__}.{RecipeError.__qualname__}"
 SMALL = 2**14  # bytes of a tensor that a worker sends through its pipe: sharing memory takes longer
@@ -29,6 +32,7 @@ READ_AHEAD = 2  # micro-batches, of the reading thread and of each worker proces
 END = 2**62  # an epoch that is never reached
 
 Row = dict[str, Any]
+Encode = Callable[[torch.Tensor], torch.Tensor]  # uint8 pixels (U, 3, H, W) to moments (U, 2C, h, w)
 Plans = Callable[[int, dict[str, Any] | None], Iterator[MicroBatch]]  # from (samples seen, state of the stream) on
 
 
@@ -36,33 +40,86 @@ Plans = Callable[[int, dict[str, Any] | None], Iterator[MicroBatch]]  # from (sa
 class Batch:
     """A micro-batch with everything the training step needs: the step is a function of it and the weights.
 
-    Of each image it has the pixels or, where these were found in a cache, the moments.
+    It has the pixels of each image or, where they are known already, its moments.
     """
 
-    pixel_values: torch.Tensor  # (U, 3, H, W) uint8, of the rows in `live`
-    live: torch.Tensor  # (U,) int64: the places in the batch whose moments are still to be made
+    pixels: torch.Tensor  # (U, 3, H, W) uint8, of the rows in `to_encode`
+    to_encode: torch.Tensor  # (U,) int64: the places in the batch whose moments are still to be made
     moments: torch.Tensor | None  # (B, 2C, h, w) float32 of the other rows; None if there are none
-    flip: torch.Tensor  # (B,) bool: still to be mirrored, where the cache keeps both
+    flip: torch.Tensor  # (B,) bool: still to be mirrored, where the store keeps both
     input_ids: torch.Tensor  # (B, L) int64
     timesteps: torch.Tensor  # (B,) int64
     noise: torch.Tensor  # (B, C, h, w) float32, the noise offset included
     input_noise: torch.Tensor | None  # (B, C, h, w) float32: the noise with the input perturbation on top
     posterior_noise: torch.Tensor  # (B, C, h, w) float32
+    # What some families condition on (Podell et al. 2023, section 2.2), in pixels as (height, width) or (top, left);
+    # zeros for a row that cannot be used.
+    original_size: torch.Tensor  # (B, 2) int64: of the picture in its file, upright
+    crop_corner: torch.Tensor  # (B, 2) int64: of the crop in the scaled picture, mirrored where that is
+    target_size: torch.Tensor  # (B, 2) int64: of the images
     weights: torch.Tensor  # (B,) float32: 0 for a row that cannot be used
     plan: MicroBatch
     bad: tuple[tuple[str, str], ...]  # (name, reason) of the rows that cannot be used
-    records: list[Row]  # of the rows in `live`: what the cache keeps beside their moments
+    records: list[Row]  # of the rows in `to_encode`: what the store keeps besides their moments
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, copied without waiting for it."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def all_moments(self, encode: Encode, store: LatentStore | None = None) -> torch.Tensor:
+        """Moments (B, 2C, h, w): those in the batch, and those encoded from its pixels, which the store keeps."""
+        if len(self.to_encode) == len(self.weights) and store is None:
+            return encode(self.pixels)
+        batch_size, channels, height, width = self.noise.shape
+        moments = self.moments
+        if moments is None:
+            moments = torch.zeros(batch_size, 2 * channels, height, width, device=self.noise.device)
+        if len(self.to_encode) == 0:
+            return moments
+        made = encode(self.pixels)
+        if store is not None:
+            made = store.round(made)
+            mirrored = store.round(encode(self.pixels.flip(-1))) if store.keeps_flips else None
+            if self.plan.weight:  # otherwise another process trains on the row, and keeps it
+                store.put(self.records, made, mirrored)
+            if mirrored is not None:
+                made = torch.where(self.flip[self.to_encode][:, None, None, None], mirrored, made)
+        moments[self.to_encode] = made
+        return moments
+
+    def split(self, number: int) -> list[Batch]:
+        """The same samples with the same draws in at most `number` batches, as even as possible."""
+        bounds = np.linspace(0, len(self.weights), min(number, len(self.weights)) + 1).round().astype(int).tolist()
+        return [self._part(start, end, is_last=end == bounds[-1]) for start, end in itertools.pairwise(bounds)]
+
+    def _part(self, start: int, end: int, *, is_last: bool) -> Batch:
+        live = (self.to_encode >= start) & (self.to_encode < end)
+        plan = replace(
+            self.plan,
+            rows=self.plan.rows[start:end],
+            positions=self.plan.positions[start:end],
+            strata=self.plan.strata[start:end],
+            is_last=self.plan.is_last and is_last,
+            examples=None if self.plan.examples is None else self.plan.examples[start:end],
+        )
+        own: dict[str, Any] = {"plan": plan, "pixels": self.pixels[live], "to_encode": self.to_encode[live] - start}
+        own["records"] = [self.records[number] for number in live.nonzero()[:, 0].tolist()]
+        own["bad"] = self.bad if start == 0 else ()
+        for name in (field.name for field in fields(self) if field.name not in own):
+            whole = getattr(self, name)
+            own[name] = None if whole is None else whole[start:end]
+        return Batch(**own)
+
     def pin_memory(self) -> Batch:
-        """Called by the loader: copies from pinned memory need not wait."""
+        """Called by the loader: copies from pinned memory do not block."""
         return self._map(torch.Tensor.pin_memory)
 
+    def out_of_shared_memory(self) -> Batch:
+        """With pixels of its own: those that a worker made lie in shared memory, of which there may be little."""
+        return replace(self, pixels=self.pixels.clone())
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """From a worker to the loop: torch shares the memory of each tensor, NumPy's arrays are copied."""
+        """From a worker to the loop: torch shares each tensor's memory, NumPy arrays are copied."""
         return _unpacked, tuple(
             value.numpy() if isinstance(value, torch.Tensor) and value.nbytes <= SMALL else value
             for value in (getattr(self, field.name) for field in fields(self))
@@ -85,30 +142,30 @@ class BatchBuilder(torch.utils.data.Dataset):
     """Builds the batch of a MicroBatch; runs in the loader's workers.
 
     `latent_shape` gives (C, h, w) for an image size (height, width). `rows` is None for a stream, whose
-    rows come with the MicroBatch; `made_by` is what the moments must be made by, where rows have such. A row
-    whose image or caption is unusable gets weight 0 and is named; settings that say so raise RecipeError for it.
+    rows come with the MicroBatch; `provenance` is what the rows' moments must have, where rows have moments. A row
+    whose image or caption is unusable gets weight 0 and is named, or raises RecipeError if the settings say so.
     """
 
     def __init__(
         self,
         rows: datasets.Dataset | None,
-        tokenizer: CLIPTokenizer,
         config: Recipe,
         *,
         seed: int,
+        tokenize: Callable[[list[str], CaptionConfig], torch.Tensor],
         latent_shape: Callable[[tuple[int, int]], tuple[int, int, int]],
         num_train_timesteps: int,
         noise_offset: float = 0.0,
         input_perturbation: float = 0.0,
-        cache: LatentCache | None = None,
-        made_by: dict[str, Any] | None = None,
+        store: LatentStore | None = None,
+        provenance: dict[str, Any] | None = None,
     ) -> None:
         self.rows = rows
-        self.made_by = made_by
-        self._known_makers: set[str] = set()
-        # Its own: a fast tokenizer keeps padding and truncation as state, and this one is used from another thread
-        # than the pipeline's, which would meet "Already borrowed" (huggingface/transformers#47085).
-        self.tokenizer = copy.deepcopy(tokenizer)
+        self.provenance = provenance
+        self._known_provenances: set[str] = set()
+        # A copy: a fast tokenizer keeps padding and truncation as state, and this one is used from another thread
+        # than the pipeline's, which would raise "Already borrowed" (huggingface/transformers#47085).
+        self.tokenize = copy.deepcopy(tokenize)
         self.config = config
         self.captions = caption_columns(config)
         self.seed = seed
@@ -116,11 +173,11 @@ class BatchBuilder(torch.utils.data.Dataset):
         self.num_train_timesteps = num_train_timesteps
         self.noise_offset = noise_offset
         self.input_perturbation = input_perturbation
-        self.cache = cache
+        self.store = store
 
     def __getitem__(self, plan: MicroBatch) -> Batch:
-        if self.cache is not None:
-            self.cache.begin_epoch(plan.epoch)
+        if self.store is not None:
+            self.store.begin_epoch(plan.epoch)
         latent_shape = self.latent_shape(plan.size)
         drawn = [
             draw(
@@ -147,8 +204,8 @@ class BatchBuilder(torch.utils.data.Dataset):
                 bad.append((name, str(error)))
                 weights[place] = 0
                 caption = ""
-                if self.cache is None:
-                    images.add_pixels(place, np.zeros((3, *plan.size), dtype=np.uint8), {})
+                if self.store is None:
+                    images.add_pixels(place, np.zeros((3, *plan.size), dtype=np.uint8), (0, 0), {})
             captions.append(caption)
         noise = np.stack([sample.noise for sample in drawn])  # (B, C, h, w)
         if self.noise_offset:
@@ -157,10 +214,10 @@ class BatchBuilder(torch.utils.data.Dataset):
         if self.input_perturbation:
             perturbation = [s.perturbation_noise for s in drawn if s.perturbation_noise is not None]
             input_noise = torch.from_numpy(noise + self.input_perturbation * np.stack(perturbation))
-        keeps_both = self.cache is not None and self.config.random_flip
+        keeps_both = self.store is not None and self.config.random_flip
         return Batch(
-            pixel_values=images.pixel_values,
-            live=torch.tensor(images.live, dtype=torch.int64),
+            pixels=images.pixels,
+            to_encode=torch.tensor(images.to_encode, dtype=torch.int64),
             moments=images.moments,
             flip=torch.tensor([keeps_both and self._flips(sample) for sample in drawn]),
             input_ids=self._input_ids(captions),
@@ -168,6 +225,14 @@ class BatchBuilder(torch.utils.data.Dataset):
             noise=torch.from_numpy(noise),
             input_noise=input_noise,
             posterior_noise=torch.from_numpy(np.stack([sample.posterior_noise for sample in drawn])),
+            original_size=torch.tensor(images.original_sizes),
+            crop_corner=torch.tensor(
+                [
+                    self._crop_corner(images.original_sizes[place], plan.size, drawn[place])
+                    for place in range(len(drawn))
+                ]
+            ),
+            target_size=torch.tensor([plan.size] * len(drawn)),
             weights=weights,
             plan=plan,
             bad=tuple(bad),
@@ -180,6 +245,15 @@ class BatchBuilder(torch.utils.data.Dataset):
         assert self.rows is not None
         columns = self.rows[plan.rows.tolist()]
         return [{name: values[number] for name, values in columns.items()} for number in range(len(plan.rows))]
+
+    def _crop_u(self, drawn: Draws) -> tuple[float, float] | None:
+        return {"random": drawn.crop_u, "center": (0.5, 0.5), "none": None}[self.config.cropping]
+
+    def _crop_corner(self, original_size: tuple[int, int], size: tuple[int, int], drawn: Draws) -> tuple[int, int]:
+        if 0 in original_size:
+            return 0, 0
+        (_, width), (top, left) = place_crop(original_size, size, self._crop_u(drawn))
+        return top, width - left - size[1] if self._flips(drawn) else left
 
     def _flips(self, drawn: Draws) -> bool:
         return self.config.random_flip and drawn.flip_u < 0.5
@@ -194,50 +268,47 @@ class BatchBuilder(torch.utils.data.Dataset):
 
     def _input_ids(self, captions: list[str]) -> torch.Tensor:
         try:
-            return tokenize(self.tokenizer, captions, self.config)
+            return self.tokenize(captions, self.config)
         except CaptionError as error:  # --long_captions error
             raise RecipeError(str(error)) from error
 
-    def _check_maker(self, found: str) -> None:
-        """Moments that come as data must be this VAE's, those of every row. Raises RecipeError."""
-        if found not in self._known_makers:
-            assert self.made_by is not None
-            check_made_by(found, self.made_by)
-            self._known_makers.add(found)
+    def _check_provenance(self, found: str) -> None:
+        """Check that moments that come as data are this VAE's, in every row. Raises RecipeError."""
+        if found not in self._known_provenances:
+            assert self.provenance is not None
+            check_provenance(found, self.provenance)
+            self._known_provenances.add(found)
 
     def _add_image(self, images: _Images, place: int, row: Row, drawn: Draws) -> None:
         """The row's moments where they are known, otherwise its pixels. Raises ImageError."""
         if "moments" in row:
-            self._check_maker(row["made_by"])
-            images.add_moments(place, moments_of(row, flip=self._flips(drawn), latent_shape=images.latent_shape))
+            self._check_provenance(row["made_by"])
+            images.add_moments(place, row, flip=self._flips(drawn))
             return
         encoded, config = row[self.config.image_column], self.config
         record: Row = {}
-        if self.cache is not None:
+        if self.store is not None:
             try:
                 key = row_key(encoded)
             except (OSError, TypeError) as error:
                 raise ImageError(f"no image: {error}") from error
-            kept = self.cache.find(key)
+            kept = self.store.find(key)
             if kept is not None:
-                images.add_moments(place, moments_of(kept, flip=self._flips(drawn), latent_shape=images.latent_shape))
+                images.add_moments(place, kept, flip=self._flips(drawn))
                 return
-            record = {
-                "key": key,
-                "height": images.size[0],
-                "width": images.size[1],
-                **{name: row[name] for name in self.captions},
-            }
-        crop_u = {"random": drawn.crop_u, "center": (0.5, 0.5), "none": None}[config.cropping]
+            record = {"key": key, **{name: row[name] for name in self.captions}}
         height, width = images.size
+        image, original_size = open_with_size(
+            encoded, at_least=(width, height), max_megapixels=config.max_image_megapixels
+        )
         pixels = fit_image(
-            open_image(encoded, at_least=(width, height), max_megapixels=config.max_image_megapixels),
+            image,
             images.size,
             interpolation=config.image_interpolation_mode,
-            crop_u=crop_u,
-            flip=self._flips(drawn) and self.cache is None,
+            crop_u=self._crop_u(drawn),
+            flip=self._flips(drawn) and self.store is None,
         )
-        images.add_pixels(place, pixels, record)
+        images.add_pixels(place, pixels, original_size, record)
 
 
 class _Images:
@@ -247,65 +318,86 @@ class _Images:
         self.size = size
         self.latent_shape = latent_shape
         self.number = number
-        self.live: list[int] = []
+        self.original_sizes = [(0, 0)] * number
+        self.to_encode: list[int] = []
         self.records: list[Row] = []
         self.moments: torch.Tensor | None = None
         self._pixels: torch.Tensor | None = None
 
-    def add_pixels(self, place: int, pixels: np.ndarray, record: Row) -> None:
+    def add_pixels(self, place: int, pixels: np.ndarray, original_size: tuple[int, int], record: Row) -> None:
         if self._pixels is None:
             self._pixels = torch.empty((self.number, 3, *self.size), dtype=torch.uint8)
             if torch.utils.data.get_worker_info() is not None:
                 self._pixels.share_memory_()  # where the loop reads them
-        self._pixels.numpy()[len(self.live)] = pixels
-        self.live.append(place)
-        self.records.append(record)
+        self._pixels.numpy()[len(self.to_encode)] = pixels
+        self.to_encode.append(place)
+        self.original_sizes[place] = original_size
+        sizes = zip(SIZE_COLUMNS, (*self.size, *original_size), strict=True)
+        self.records.append({**record, **dict(sizes)})
 
-    def add_moments(self, place: int, moments: torch.Tensor) -> None:
+    def add_moments(self, place: int, row: Row, *, flip: bool) -> None:
+        moments = moments_of(row, flip=flip, latent_shape=self.latent_shape)
         if self.moments is None:
-            channels, height, width = self.latent_shape
-            self.moments = torch.zeros(self.number, 2 * channels, height, width)
+            self.moments = torch.zeros(self.number, *moments.shape)
         self.moments[place] = moments
+        self.original_sizes[place] = row["original_height"], row["original_width"]
 
     @property
-    def pixel_values(self) -> torch.Tensor:
+    def pixels(self) -> torch.Tensor:
         if self._pixels is None:
             return torch.zeros((0, 3, *self.size), dtype=torch.uint8)
-        return self._pixels[: len(self.live)]
+        return self._pixels[: len(self.to_encode)]
 
 
 def end_workers(iterator: Any) -> None:
     """End the processes of a DataLoader's iterator, and wait for them.
 
-    They ignore the signal with which Python would end them at its own end. torch (2.13) does it publicly only where
-    the iterator is deleted, which an error's traceback puts off.
+    They ignore the signal with which Python would end them when it exits. torch (2.13) has no public way but to
+    delete the iterator, which an error's traceback delays.
     """
     iterator._shutdown_workers()
 
 
 class TrainingBatches:
-    """This process's micro-batches from a position on, built ahead by workers or, without any, by a thread.
+    """This process's optimizer steps from a position on, each a list of its micro-batches.
 
-    Not sharded again by accelerate: the share of each process is part of the plans.
+    Built ahead by workers or, without any, by a thread, at least a whole step ahead.
+
+    Not sharded again by accelerate: each process's share is part of the plans.
     """
 
-    def __init__(self, builder: BatchBuilder, plans: Plans, *, num_workers: int, pin_memory: bool) -> None:
+    def __init__(
+        self, builder: BatchBuilder, plans: Plans, *, num_workers: int, pin_memory: bool, read_ahead: int = READ_AHEAD
+    ) -> None:
+        """At least `read_ahead` micro-batches are built before they are asked for."""
         self.builder = builder
         self.plans = plans
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.read_ahead = max(READ_AHEAD, read_ahead)
 
     def __call__(
         self, samples_seen: int, num_steps: int, stream_state: dict[str, Any] | None = None
+    ) -> Generator[list[Batch], None, None]:
+        """The micro-batches of the next `num_steps` global batches; close it, since the workers end with it."""
+        step: list[Batch] = []
+        with closing(self._micro_batches(samples_seen, num_steps, stream_state)) as micro_batches:
+            for batch in micro_batches:
+                step.append(batch.out_of_shared_memory() if self.num_workers and not self.pin_memory else batch)
+                if batch.plan.is_last:
+                    yield step
+                    step = []
+
+    def _micro_batches(
+        self, samples_seen: int, num_steps: int, stream_state: dict[str, Any] | None
     ) -> Generator[Batch, None, None]:
-        """The batches of the next `num_steps` global batches; to be closed, since the workers end with it."""
         plans = self._plans_of_steps(self.plans(samples_seen, stream_state), num_steps)
-        if self.builder.cache is not None:
+        if self.builder.store is not None:
             if (first := next(plans, None)) is None:
                 return
-            # An epoch may have fewer micro-batches than there are workers: some meet a later one first.
-            self.builder.cache.start_at(first.epoch)
-            plans = chain([first], plans)
+            # An epoch may have fewer micro-batches than there are workers: some begin with a later one.
+            self.builder.store.start_at(first.epoch)
+            plans = itertools.chain([first], plans)
         if self.num_workers == 0:
             yield from self._read_ahead(plans)
             return
@@ -322,7 +414,7 @@ class TrainingBatches:
             sampler=plans_until_failure(),  # read by the main process only
             batch_size=None,
             num_workers=self.num_workers,
-            prefetch_factor=READ_AHEAD,
+            prefetch_factor=self._prefetch_factor(),
             pin_memory=self.pin_memory,
             worker_init_fn=outlive_signals,
         )
@@ -338,6 +430,14 @@ class TrainingBatches:
             self._release()
             end_workers(workers)
 
+    def _prefetch_factor(self) -> int:
+        """Micro-batches that each worker builds ahead: a whole step together, if shared memory has ample room."""
+        wanted = -(-self.read_ahead // self.num_workers)
+        if SHARED_MEMORY.is_dir():
+            pixels = 3 * self.builder.config.resolution**2 * self.builder.config.train_batch_size
+            wanted = min(wanted, shutil.disk_usage(SHARED_MEMORY).free // 4 // (self.num_workers * pixels))
+        return max(READ_AHEAD, wanted)
+
     @staticmethod
     def _plans_of_steps(plans: Iterator[MicroBatch], num_steps: int) -> Iterator[MicroBatch]:
         while num_steps > 0:
@@ -346,21 +446,23 @@ class TrainingBatches:
             num_steps -= plan.is_last
 
     def _read_ahead(self, plans: Iterator[MicroBatch]) -> Iterator[Batch]:
-        # One thread of torch's for scaling images: the others are the model's.
+        # torch gets one thread for scaling images: the others are for the model.
         with ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,)) as reader:
             try:
-                waiting: list[Future[Batch]] = [reader.submit(self._build, plan) for plan in islice(plans, READ_AHEAD)]
+                waiting: list[Future[Batch]] = [
+                    reader.submit(self._build, plan) for plan in itertools.islice(plans, self.read_ahead)
+                ]
                 while waiting:
                     batch = waiting.pop(0).result()
-                    waiting += [reader.submit(self._build, plan) for plan in islice(plans, 1)]
+                    waiting += [reader.submit(self._build, plan) for plan in itertools.islice(plans, 1)]
                     yield batch
             finally:
                 self._release()
 
     def _release(self) -> None:
-        """Let readers end that wait for an epoch to be written."""
-        if self.builder.cache is not None:
-            self.builder.cache.seal(END)
+        """Release readers that wait for an epoch to be written, so that they can end."""
+        if self.builder.store is not None:
+            self.builder.store.publish_epoch(END)
 
     def _build(self, plan: MicroBatch) -> Batch:
         batch = self.builder[plan]

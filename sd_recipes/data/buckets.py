@@ -1,7 +1,7 @@
 """Image sizes to aspect-ratio buckets.
 
-Training pictures of several shapes and nearly one area, as in NovelAI's aspect ratio bucketing ("NovelAI
-Improvements on Stable Diffusion", 2022): little of a picture is cropped away, and a batch is of one shape.
+Training pictures of several shapes and nearly the same area, as in NovelAI's aspect ratio bucketing ("NovelAI
+Improvements on Stable Diffusion", 2022): little of a picture is cropped away, and a batch has one shape.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from sd_recipes.data.images import ImageError
-from sd_recipes.recipe import RecipeError
+from sd_recipes.errors import RecipeError
 
 MAX_ASPECT_RATIO = 4
 
@@ -20,7 +20,7 @@ MAX_ASPECT_RATIO = 4
 class Buckets:
     """The shapes to train on: sides are multiples of `step`, areas at most `resolution`².
 
-    The square is among them; where `resolution` is no multiple of `step`, it is rounded down to one. Raises
+    The square is among them; where `resolution` is not a multiple of `step`, it is rounded down to one. Raises
     RecipeError if not even one step fits.
     """
 
@@ -34,14 +34,14 @@ class Buckets:
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """All buckets of the full area, (height, width): for every width the largest height, and the reverse."""
+        """All buckets of the full area, (height, width): for every width the largest height, and vice versa."""
         return list(_sizes(self.resolution, self.step))
 
     def size_for(self, width: int, height: int) -> tuple[int, int]:
         """The bucket (height, width) for a picture: nearest in log aspect ratio, enlarged by at most `max_upscale`.
 
-        A picture that is too small for all of them gets the nearest of the buckets for a resolution that is smaller
-        by a step, and so on. Raises ImageError if it would be enlarged too much even to step × step.
+        A picture that is too small for all of them gets the nearest of the buckets for a resolution that is one step
+        smaller, and so on. Raises ImageError if it would be enlarged too much even to step × step.
         """
         aspect = math.log(width) - math.log(height)
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sd_recipes.data.draws import Draws
-from sd_recipes.recipe import CaptionConfig, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import CaptionConfig
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +33,9 @@ def caption_columns(config: CaptionConfig) -> list[str]:
 def make_caption(row: dict[str, Any], config: CaptionConfig, drawn: Draws) -> str:
     """The caption of a row, by the sample's draws: column, choice in a list, order of the tags, dropout.
 
-    Blank columns, and blank members of a list, are not drawn while others are usable. In a template, lists of one
-    length are read at one place. Raises CaptionError for what is not text, and, unless blank captions are to be
-    empty, for a row without a caption; never dependent on the draws.
+    Blank columns, and blank members of a list, are not drawn while others are usable. In a template, lists of the
+    same length are read at the same place. Raises CaptionError for a value that is not text and, unless blank captions
+    are to be empty, for a row without a caption; whether it does never depends on the draws.
     """
     columns = caption_columns(config)
     texts = {column: _texts(row.get(column), column, numbers=bool(config.caption_template)) for column in columns}
@@ -66,11 +67,11 @@ def make_caption(row: dict[str, Any], config: CaptionConfig, drawn: Draws) -> st
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], config: CaptionConfig) -> torch.Tensor:
     """Captions to input_ids (B, L), int64, where L is tokenizer.model_max_length; with chunks, (B, caption_chunks · L).
 
-    Each chunk holds up to L - 2 tokens in their order, between the tokens of beginning and end, then padding; a
-    caption that is over before the last chunk goes on with empty ones, and what is left after it is cut.
+    Each chunk holds up to L - 2 tokens in order, between the begin and end tokens, then padding. A caption that ends
+    before the last chunk is followed by empty chunks, and what does not fit into them is cut.
     Raises CaptionError for a caption over the limit where that is an error.
     """
-    import torch  # here, since it takes a second and inspection without a model has no need of it
+    import torch  # here, since it takes a second and inspection without a model does not need it
 
     length = tokenizer.model_max_length
     room = length - 2
@@ -91,14 +92,14 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str], config: CaptionConfi
 
 
 def count_tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> list[int]:
-    """The number of each caption's tokens, without those of beginning and end."""
+    """The number of each caption's tokens, without the begin and end tokens."""
     return [len(tokens) for tokens in _tokens(tokenizer, captions)]
 
 
 def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> list[list[int]]:
     if not captions:
         return []
-    # Not verbose: it would warn of captions over the model's limit, which are dealt with here.
+    # Not verbose: it would warn about captions over the model's limit, which are handled here.
     return tokenizer(captions, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
 
 
@@ -109,17 +110,17 @@ def _parts(template: str) -> list[tuple[str, str | None]]:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise RecipeError(f"{flag}: {str(error).lower()}; write a brace of the text itself twice") from None
+        raise RecipeError(f"{flag}: {str(error).lower()}; write a literal brace twice") from None
     for _, field, form, conversion in parts:
         if field is not None and (not field.strip() or form or conversion):
-            raise RecipeError(f"{flag}: between braces stands the name of a column, and nothing else")
+            raise RecipeError(f"{flag}: between braces there may only be the name of a column")
     if all(field is None for _, field, _, _ in parts):
         raise RecipeError(f'{flag} names no column: put one between braces, as in "a photo of {{name}}"')
     return [(literal, field) for literal, field, _, _ in parts]
 
 
 def _texts(value: Any, column: str, *, numbers: bool) -> list[str]:
-    """The texts in a column's value, "" for one that is missing, which NaN says too. Raises CaptionError."""
+    """The texts in a column's value, "" for a missing one (None or NaN). Raises CaptionError."""
     texts = []
     for text in value if isinstance(value, list | tuple) else [value]:
         if is_missing(text):
@@ -135,12 +136,12 @@ def _texts(value: Any, column: str, *, numbers: bool) -> list[str]:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a column has no value in a row: none, or NaN, which pandas writes for it."""
+    """Whether a column has no value in a row: None, or NaN, which pandas writes instead."""
     return value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
 
 
 def _without_gaps(texts: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The columns' texts at the places where no list of the same length has a blank, so that these still match."""
+    """The columns' texts at the places where no list of the same length has a blank, so that such lists still match."""
     blank = {(len(column), place) for column in texts.values() for place, text in enumerate(column) if not text.strip()}
     return {
         name: [text for place, text in enumerate(column) if (len(column), place) not in blank]
@@ -156,7 +157,7 @@ def _pick(options: list[Any], u: float) -> tuple[Any, float]:
 
 
 def _shuffled(caption: str, config: CaptionConfig, drawn: Draws) -> str:
-    """The caption with its tags in the drawn order, but for the leading ones to keep; separators stay in place."""
+    """The caption with its tags in the drawn order, except the leading ones to keep; separators stay in place."""
     parts = _tags_and_separators(caption, config.tag_separator)
     places = [place for place in range(0, len(parts), 2) if parts[place]][config.keep_tags :]
     tags = [parts[place] for place in places]
@@ -166,12 +167,12 @@ def _shuffled(caption: str, config: CaptionConfig, drawn: Draws) -> str:
 
 
 def _tags_and_separators(caption: str, separator: str) -> list[str]:
-    """Tags and, between them, the separators with the space around them; joined they are the caption, stripped."""
+    """Tags and, between them, the separators with the space around them; joined, they are the stripped caption."""
     caption = caption.strip()
     parts: list[str] = []
     begin = 0
-    # The space before a separator is taken off afterwards: a pattern that began with it would try every long run of
-    # spaces from each of its places.
+    # The space before a separator is stripped afterwards: a pattern that began with it would retry a long run of
+    # spaces from every place in it.
     for found in re.finditer(rf"{re.escape(separator)}\s*", caption):
         tag = caption[begin : found.start()]
         parts += [tag.rstrip(), tag[len(tag.rstrip()) :] + found.group()]

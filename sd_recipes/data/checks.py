@@ -1,4 +1,4 @@
-"""The cheap part of `sd-recipes inspect`, before a model is loaded: do the rows decode, are there captions."""
+"""The cheap part of `sd-recipes inspect`, before a model is loaded: do the images decode, are there captions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from sd_recipes.data.captions import CaptionError, count_tokens, make_caption
 from sd_recipes.data.draws import draw
 from sd_recipes.data.images import ImageError, open_image
 from sd_recipes.data.shards import with_bytes
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -30,30 +31,30 @@ CHUNK = 64
 def check_rows(
     rows: datasets.Dataset, config: Recipe, tokenizer: CLIPTokenizer, *, seed: int, bad_rows: BadRows
 ) -> None:
-    """Decode the images and make the captions of all rows, or of a sample, and tell of those that fail.
+    """Decode the images and make the captions of all rows, or of a sample, and report those that fail.
 
     Raises RecipeError if none of them can be used, and TooManyBadRows if more fail than may be skipped, or,
-    by a sample, if that is all but certain.
+    judging by a sample, if that is all but certain.
     """
     examined = _Examined(config, tokenizer)
-    everything = examined.look_at(rows, seed)
+    everything = examined.sample(rows, seed)
     found = examined.bad
     if everything:
         bad_rows.add(tuple(found), 0)
     elif len(found) >= FEWEST_TO_PROJECT:
-        # Half of what the sample projects: a data set that is as good as allowed hardly gives such a sample.
+        # Half of what the sample projects: a data set within the limit hardly ever gives such a sample.
         bad_rows.check(len(found) * len(rows) // examined.number // 2, 0, found)
 
 
 def check_held_out(rows: datasets.Dataset, config: Recipe, tokenizer: CLIPTokenizer, *, seed: int) -> None:
-    """As `check_rows`, of the held-out split: its bad rows are named, and not counted among those of training."""
-    _Examined(config, tokenizer, of=f" of --validation_split {config.validation_split}").look_at(rows, seed)
+    """Like `check_rows`, for the held-out split: its bad rows are named, but not counted with those of training."""
+    _Examined(config, tokenizer, of=f" of --validation_split {config.validation_split}").sample(rows, seed)
 
 
 def check_bad_rows_again(
     rows: datasets.Dataset, config: Recipe, tokenizer: CLIPTokenizer, *, bad_rows: BadRows
 ) -> None:
-    """Look again at the rows that were bad in an earlier part of the run: only those that still are count.
+    """Look again at the rows that were bad before the run was resumed: only those that are still bad count.
 
     Raises TooManyBadRows.
     """
@@ -72,7 +73,7 @@ def check_bad_rows_again(
 
 
 def check_stream(stream: datasets.IterableDataset, config: Recipe, tokenizer: CLIPTokenizer) -> None:
-    """As `check_rows`, of the first rows of a stream."""
+    """Like `check_rows`, for the first rows of a stream."""
     rows = [with_bytes(row) for row in itertools.islice(stream, SAMPLED_STREAM_ROWS)]
     examined = _Examined(config, tokenizer)
     examined.add(list(enumerate(rows)))
@@ -89,10 +90,13 @@ class _Examined:
         self.number = 0
         self.bad: list[tuple[str, str]] = []  # (name, reason)
         self.long_captions = 0
+        self.max_tokens = tokenizer.model_max_length - 2  # without the begin and end tokens
+        if config.long_captions == "chunk":
+            self.max_tokens *= config.caption_chunks
         self.draws = draw(0, 0, stratum=0, global_batch_size=1, latent_shape=(1, 1, 1), num_train_timesteps=1)
 
-    def look_at(self, rows: datasets.Dataset, seed: int) -> bool:
-        """Add all rows, or a sample, and tell of them; whether it was all. Raises RecipeError as `add` and `tell`."""
+    def sample(self, rows: datasets.Dataset, seed: int) -> bool:
+        """Add all rows, or a sample, and report on them; whether it was all. Raises RecipeError as `add`, `tell` do."""
         everything = self.config.check_data == "full" or len(rows) <= SAMPLED_ROWS
         numbers = np.arange(len(rows))
         if not everything:
@@ -108,16 +112,13 @@ class _Examined:
         return everything
 
     def add(self, rows: list[tuple[int, dict[str, Any]]]) -> None:
-        """Look at numbered rows. Raises RecipeError for what the settings do not let pass."""
+        """Look at numbered rows. Raises RecipeError for what the settings do not allow."""
         with ThreadPoolExecutor() as readers:
             results = list(readers.map(self._examine, rows))
         self.number += len(rows)
         self.bad += [found for _, found in results if found is not None]
         captions = [caption for caption, _ in results if caption is not None]
-        limit = self.tokenizer.model_max_length - 2  # the marks of start and end
-        if self.config.long_captions == "chunk":
-            limit *= self.config.caption_chunks
-        self.long_captions += sum(tokens > limit for tokens in count_tokens(self.tokenizer, captions))
+        self.long_captions += sum(tokens > self.max_tokens for tokens in count_tokens(self.tokenizer, captions))
 
     def _examine(self, item: tuple[int, dict[str, Any]]) -> tuple[str | None, tuple[str, str] | None]:
         """The row's caption, and its (name, reason) if it cannot be used."""
@@ -134,7 +135,7 @@ class _Examined:
         return caption, None
 
     def tell(self, what: str) -> None:
-        """Say what was found in the rows, `what` they are. Raises RecipeError if no row can be used."""
+        """Report what was found in the rows; `what` names them. Raises RecipeError if no row can be used."""
         what += self.of
         named = "; ".join(f"{name}: {reason}" for name, reason in self.bad[:NAMED])
         if self.bad and len(self.bad) == self.number:
@@ -144,8 +145,10 @@ class _Examined:
                 "%d of %d %s cannot be used and will be skipped: %s", len(self.bad), self.number, what, named
             )
         if self.long_captions:
-            limit, setting = self.tokenizer.model_max_length - 2, self.config.long_captions
-            words = f"the captions of {self.long_captions} of {self.number} {what} are longer than {limit} tokens"
+            setting = self.config.long_captions
+            words = (
+                f"the captions of {self.long_captions} of {self.number} {what} are longer than {self.max_tokens} tokens"
+            )
             if setting == "error":
                 raise RecipeError(f"{words}: shorten them, or use --long_captions truncate or chunk")
             remedy = "raise --caption_chunks" if setting == "chunk" else "--long_captions chunk keeps all"

@@ -1,8 +1,8 @@
 """(seed, position) to a sample's random draws.
 
 Drawn from a counter-based generator (Philox, Salmon et al. 2011) keyed by the seed and the sample's
-position in the run, so that they do not depend on the process, the micro-batch, the worker or the
-device that the sample meets, and a resumed run needs no generator state.
+position in the run, so that they do not depend on the process, micro-batch, worker or device that
+handles the sample, and a resumed run needs no generator state.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# One counter a purpose: a setting that needs one more draw leaves all others alone.
+# One counter per purpose: a setting that needs one more draw leaves all the others unchanged.
 CHOICES, NOISE, POSTERIOR, OFFSET, PERTURBATION, TAGS = range(1, 7)
 
 
@@ -29,16 +29,17 @@ class Draws:
     noise: np.ndarray  # (C, h, w)
     posterior_noise: np.ndarray  # (C, h, w): which latent of the VAE's posterior
     offset_noise: np.ndarray  # (C, 1, 1)
-    perturbation_noise: np.ndarray | None  # (C, h, w), drawn only where it is asked for
+    perturbation_noise: np.ndarray | None  # (C, h, w), drawn only where it is needed
 
     def tag_keys(self, num_tags: int) -> np.ndarray:
-        """One key in [0, 1) a tag, (num_tags,), by which they are sorted; drawn here, for most captions need none."""
-        return _generator(self.seed, self.position, TAGS).random(num_tags)
+        """One sort key in [0, 1) per tag, (num_tags,); drawn on demand, since most captions need none."""
+        return generator(self.seed, self.position, TAGS).random(num_tags)
 
 
-def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:
-    key = np.array([seed, position], dtype=np.uint64)
-    counter = np.array([0, 0, 0, purpose], dtype=np.uint64)
+def generator(seed: int, number: int, purpose: int, part: int = 0) -> np.random.Generator:
+    """A generator that depends only on its arguments."""
+    key = np.array([seed, number], dtype=np.uint64)
+    counter = np.array([0, 0, part, purpose], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
@@ -54,14 +55,14 @@ def draw(
 ) -> Draws:
     """All draws of the sample at `position`, with latents of `latent_shape` (C, h, w).
 
-    The timestep is uniform over 0 … num_train_timesteps - 1, stratified: the sample that is number
-    `stratum` of its global batch draws from that one of `global_batch_size` equal slices (variance
-    reduction, as Kingma et al. 2021, appendix I.1).
+    The timestep is uniform over 0 … num_train_timesteps - 1, stratified: the sample draws from slice
+    number `stratum` of `global_batch_size` equal slices (variance reduction, as in Kingma et al. 2021,
+    appendix I.1).
     """
-    u = _generator(seed, position, CHOICES).random(6)
+    u = generator(seed, position, CHOICES).random(6)
 
     def normal(purpose: int, shape: tuple[int, ...]) -> np.ndarray:
-        return _generator(seed, position, purpose).standard_normal(shape, dtype=np.float32)
+        return generator(seed, position, purpose).standard_normal(shape, dtype=np.float32)
 
     return Draws(
         seed=seed,

@@ -1,7 +1,7 @@
 """A folder of images with metadata files, as rows.
 
 What datasets' imagefolder does, read in one pass over the folder: with 100,000 images that takes
-a second instead of twenty, and images without a row are told instead of dropped in silence.
+a second instead of twenty, and images without a row are reported instead of silently dropped.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from sd_recipes.recipe import RecipeError
+from sd_recipes.errors import RecipeError, one_line
 
 logger = logging.getLogger(__name__)
 
 
 def _read_csv(path: Path) -> pa.Table:
-    # Captions may have line breaks, in quotes; pyarrow would split rows there in files of more than a megabyte.
+    # Quoted captions may have line breaks; pyarrow would split rows there in files of more than a megabyte.
     return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
 
 
@@ -43,9 +43,9 @@ NAMED = 5  # file names that a message lists
 def read_folder(folder: Path) -> datasets.Dataset | None:
     """Rows of all metadata files under `folder`: {"image": {"bytes": None, "path"}, the other columns}.
 
-    None if there is no metadata file with a `file_name` column. Rows whose file is absent stay, to be
+    None if there is no metadata file with a `file_name` column. Rows whose file is missing stay, to be
     counted as bad when they are read. Raises RecipeError for a metadata file that cannot be read or
-    that names a file outside of the folder.
+    that names a file outside the folder.
     """
     files, metadata = _list_files(folder)
     tables = [table for path in metadata if (table := _read_metadata(path, folder)) is not None]
@@ -70,7 +70,7 @@ def read_folder(folder: Path) -> datasets.Dataset | None:
     features = datasets.Features.from_arrow_schema(table.drop_columns([IMAGE_COLUMN]).schema)
     features[IMAGE_COLUMN] = datasets.Image(decode=False)
     features = datasets.Features({name: features[name] for name in table.column_names})
-    # A fingerprint of its own spares hashing the table; nothing is cached under it.
+    # A random fingerprint saves hashing the table; nothing is cached under it.
     return datasets.Dataset(
         datasets.table.InMemoryTable(table.replace_schema_metadata()),
         info=datasets.DatasetInfo(features=features),
@@ -96,8 +96,7 @@ def _read_metadata(path: Path, folder: Path) -> pa.Table | None:
         table = METADATA_READERS[path.name](path)
     except (pa.ArrowException, OSError) as error:
         raise RecipeError(
-            f"{path} cannot be read: {' '.join(str(error).split())[:300]}; every line is one row, and a column has one "
-            "type"
+            f"{path} cannot be read: {one_line(error)}; every line is one row, and a column has one type"
         ) from None
     if "file_name" not in table.column_names:
         return None

@@ -1,4 +1,4 @@
-"""Whether data are the same as before, told cheaply: by the names and sizes of files, not by their content."""
+"""Whether data are the same as before, checked cheaply: by the names and sizes of files, not by their content."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from sd_recipes import assets
 from sd_recipes.data.folder import METADATA_READERS
+from sd_recipes.recipe import DataSettings
 from sd_recipes.redaction import redacted
 
 MAX_HASHED_BYTES = 64 * 2**20  # a metadata.jsonl is read: a changed caption may be as long as the old one
 
 
-def data_fingerprint(config: Any) -> str:
-    """Of the sources of a recipe: local files by name below their folder and by size, others by their address.
+def data_fingerprint(config: DataSettings) -> str:
+    """A hash of a recipe's sources: local files by their name below the folder and by size, others by their address.
 
-    It does not depend on where the files lie, nor on their times, so that data may be moved and copied.
+    It depends neither on where the files are nor on their times, so that data may be moved and copied.
     """
     digest = hashlib.blake2b(digest_size=8)
     for source in config.sources:
@@ -29,7 +29,7 @@ def data_fingerprint(config: Any) -> str:
                 continue
             found = list(_files(assets.resolve(place)))
             if not found:
-                # Without the signature of an address, which is another every time.
+                # Without the signature in an address, which differs every time.
                 digest.update(repr((redacted(place), source.dataset_revision)).encode())
             for name, path in found:
                 digest.update(repr((name, path.stat().st_size)).encode())
@@ -39,7 +39,7 @@ def data_fingerprint(config: Any) -> str:
 
 
 def _files(place: str) -> Iterator[tuple[str, Path]]:
-    """Name and path of the local files that `place` stands for, in a fixed order; none of an address elsewhere."""
+    """Name and path of the local files that `place` stands for, in a fixed order; none for an address elsewhere."""
     if "://" in place:
         return
     for path in sorted(map(Path, glob.glob(place) or [place])):

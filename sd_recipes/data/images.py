@@ -14,6 +14,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from sd_recipes.errors import one_line
+
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "nearest_exact": Image.Resampling.NEAREST,
@@ -34,18 +36,18 @@ RESAMPLING = {
 #   draft to just above, gap 2           42+9,  46.4 dB       42+0,  41.0 dB     4+3, 32.0 dB
 #   draft to 1.25 times, gap 2           42+10, 46.4 dB       45+33, 46.3 dB     4+3, 32.0 dB
 # The margin keeps a JPEG from being scaled by the decoder alone, which is as coarse as a box filter. The 32 dB are
-# half a pixel: at half the size, 1155 columns become 578, the last of which is half outside of the picture.
+# half a pixel: at half the size, 1155 columns become 578, the last of which is half outside the picture.
 REDUCING_GAP = 2.0
 DRAFT_MARGIN = 1.25
 
-# No format whose reader starts another program (EPS, WMF) or that is hardly ever a photograph's.
+# No format whose reader starts another program (EPS, WMF) or that hardly any photograph is stored in.
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
 FORMATS += ["AVIF"] if "AVIF" in Image.registered_extensions().values() else []
 
-# What a folder of pictures often holds besides, by its first bytes.
+# What else a folder of pictures often holds, by its first bytes.
 NOT_PICTURES = {
-    b"\x00\x05\x16\x07": "not a picture, but what macOS leaves beside a file on foreign disks (AppleDouble); delete it",
-    b"\xd0\xcf\x11\xe0": "not a picture, but Windows' collection of thumbnails (Thumbs.db) or its like; delete it",
+    b"\x00\x05\x16\x07": "not a picture, but what macOS puts next to a file on foreign disks (AppleDouble); delete it",
+    b"\xd0\xcf\x11\xe0": "not a picture, but Windows' cache of thumbnails (Thumbs.db) or the like; delete it",
     b"version https://git-lfs": "a pointer of Git LFS instead of the picture; run `git lfs pull`",
     b"%PDF": "a PDF, which is not read for safety; convert it to PNG",
     b"%!PS": "PostScript, which is not read for safety; convert it to PNG",
@@ -63,7 +65,7 @@ TRANSPOSITIONS = {
 }
 SWAP_SIDES = {TRANSPOSITIONS[orientation] for orientation in (5, 6, 7, 8)}
 
-# Broken metadata says nothing, and a person can do nothing about it; but too many pixels are always an exception.
+# Warnings of broken metadata are silenced: nobody can do anything about it. Too many pixels always raise an exception.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
@@ -82,20 +84,47 @@ def read_size(encoded: dict[str, Any] | None, *, max_megapixels: float = 100.0) 
 def open_image(
     encoded: dict[str, Any] | None, *, at_least: tuple[int, int] | None = None, max_megapixels: float = 100.0
 ) -> Image.Image:
-    """The picture in {"bytes", "path"} as upright sRGB, transparency on white; of an animation, the first frame.
+    """Like `open_with_size`, without the size."""
+    return open_with_size(encoded, at_least=at_least, max_megapixels=max_megapixels)[0]
+
+
+def open_with_size(
+    encoded: dict[str, Any] | None, *, at_least: tuple[int, int] | None = None, max_megapixels: float = 100.0
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture in {"bytes", "path"} as upright sRGB, and its upright (height, width) in the file.
+
+    Transparency is laid over white; of an animation, the first frame is taken.
 
     With `at_least`, the upright (width, height) that it will be made to cover, a JPEG may be decoded at a reduced
     size that still covers it, which for a 12-megapixel picture is several times faster. A colour profile is
-    applied (relative colorimetric with black point compensation), unless it is broken. Gray of 16 bits is scaled
-    from 0 … 65535, floating point from 0 … 1. Raises ImageError, also beyond `max_megapixels`.
+    applied (relative colorimetric with black point compensation), unless it is broken. 16-bit gray is scaled
+    from 0 … 65535, floating point from 0 … 1. Raises ImageError, also for a picture over `max_megapixels`.
     """
     with _opened(encoded, max_megapixels) as image:
         transposition = _transposition(image)
+        across, down = image.size
+        original_size = (across, down) if transposition in SWAP_SIDES else (down, across)
         if at_least is not None:
             width, height = (int(side * DRAFT_MARGIN) for side in at_least)
             image.draft(None, (height, width) if transposition in SWAP_SIDES else (width, height))
         upright = image if transposition is None else image.transpose(transposition)
-        return _to_rgb(upright)
+        return _to_rgb(upright), original_size
+
+
+def place_crop(
+    original_size: tuple[int, int], size: tuple[int, int], crop_u: tuple[float, float] | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The (height, width) to which a picture is scaled to cover `size`, and the crop's corner (top, left) in it.
+
+    `crop_u`, each in [0, 1), places the crop horizontally and vertically; 0.5 crops the middle. None crops nothing
+    and changes the picture's shape instead.
+    """
+    if crop_u is None:
+        return size, (0, 0)
+    scale = max(wanted / side for wanted, side in zip(size, original_size, strict=True))
+    height, width = (max(wanted, round(side * scale)) for wanted, side in zip(size, original_size, strict=True))
+    across, down = crop_u
+    return (height, width), (int(down * (height - size[0] + 1)), int(across * (width - size[1] + 1)))
 
 
 def fit_image(
@@ -106,17 +135,10 @@ def fit_image(
     crop_u: tuple[float, float] | None,
     flip: bool,
 ) -> np.ndarray:
-    """Scale to cover `size` (height, width), crop, mirror: uint8 (3, height, width).
-
-    `crop_u` places the crop, each in [0, 1): horizontally and vertically; 0.5 crops the middle. None crops nothing
-    and changes the picture's shape instead.
-    """
+    """Scale to cover `size` (height, width), crop as `place_crop`, mirror: uint8 (3, height, width)."""
     height, width = size
-    covering, left, top = (width, height), 0, 0
-    if crop_u is not None:
-        scale = max(width / image.width, height / image.height)
-        covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-        left, top = (int(u * (side - cut + 1)) for u, side, cut in zip(crop_u, covering, (width, height), strict=True))
+    covered, (top, left) = place_crop((image.height, image.width), size, crop_u)
+    covering = covered[::-1]
     # Only what the crop shows is scaled: a picture of 1 × 100000 must not become one of 512 × 51200000.
     across, down = image.width / covering[0], image.height / covering[1]
     right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
@@ -133,18 +155,18 @@ def fit_image(
 
 @functools.cache
 def torch_filters() -> set[str]:
-    """The filters that torch has for uint8 pixels as Pillow has them; Lanczos in recent versions only: 2.13 has it.
+    """The filters that torch applies to uint8 pixels as Pillow does; Lanczos in recent versions only: 2.13 has it.
 
-    They are several times as fast (12 megapixels to 512 high after a draft: 2 ms against 7, 50 dB both).
+    They are several times as fast (12 megapixels to 512 high after a draft: 2 ms against 7, both 50 dB).
     """
-    # Imported here, since it takes a second and 80 MB of a process, which inspection's workers can do without.
+    # Imported here, since it costs a process a second and 80 MB, which inspection's workers can do without.
     import torch
     import torch.nn.functional as F
 
     def scales_by(name: str) -> bool:
         try:
             F.interpolate(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), size=2, mode=name, antialias=True)
-        except (ValueError, RuntimeError):  # as NotImplementedError is one
+        except (ValueError, RuntimeError):  # NotImplementedError is a RuntimeError
             return False
         return True
 
@@ -154,9 +176,9 @@ def torch_filters() -> set[str]:
 def scale_by_torch(
     image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], interpolation: str
 ) -> np.ndarray:
-    """The part of an RGB picture in `box`, to the nearest of its pixels, as uint8 (3, height, width) of `size`.
+    """The part of an RGB picture in `box`, rounded to whole pixels, scaled to `size`: uint8 (3, height, width).
 
-    By torch's vectorised filters.
+    Uses torch's vectorised filters.
     """
     import pyarrow as pa
     import torch
@@ -165,22 +187,22 @@ def scale_by_torch(
     left, top, right, bottom = map(round, box)
     try:  # Pillow's own memory, four bytes a pixel, not copied
         pixels = torch.from_dlpack(pa.array(image).flatten()).view(image.height, image.width, 4)
-    except ValueError:  # of pictures of more than 16 MB, which Pillow keeps in pieces
+    except ValueError:  # a picture of more than 16 MB, which Pillow keeps in pieces
         pixels = torch.from_numpy(np.array(image))
-    part = pixels[top:bottom, left:right].permute(2, 0, 1)[None]  # in channels last, as the fast kernel needs it
+    part = pixels[top:bottom, left:right].permute(2, 0, 1)[None]  # channels last, as the fast kernel needs
     return F.interpolate(part, size=size, mode=interpolation, antialias=True)[0, :3].numpy()
 
 
 @contextmanager
 def _opened(encoded: dict[str, Any] | None, max_megapixels: float) -> Iterator[Image.Image]:
-    """The picture before its pixels are decoded; what goes wrong with it in the `with` block is an ImageError."""
+    """The picture before its pixels are decoded; what goes wrong with it in the `with` block becomes an ImageError."""
     if encoded is None:
         raise ImageError("an image without a name: the row has no image")
     content, path = encoded.get("bytes"), encoded.get("path")
     name = path or "an image without a name"
     if content is None and not path:
         raise ImageError(f"{name}: the row has neither its bytes nor its path")
-    # Pillow's own guard, set to this limit: it stops some formats that allocate memory before they can be asked.
+    # Pillow's own guard, set to this limit: it stops some formats that allocate memory before their size can be read.
     Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)
     try:
         with io.BytesIO(content) if content is not None else open(str(path), "rb") as stream:
@@ -194,7 +216,7 @@ def _opened(encoded: dict[str, Any] | None, max_megapixels: float) -> Iterator[I
         raise ImageError(f"{name}: {_too_large(str(error).split(' exceeds')[0].lower(), max_megapixels)}") from error
     # Bad data makes Pillow's decoders raise nearly anything: SyntaxError, struct.error, AssertionError, KeyError.
     except Exception as error:
-        raise ImageError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise ImageError(f"{name}: {one_line(error)}") from error
 
 
 def _check_size(image: Image.Image, max_megapixels: float) -> None:
@@ -205,11 +227,11 @@ def _check_size(image: Image.Image, max_megapixels: float) -> None:
 
 
 def _too_large(size: str, max_megapixels: float) -> str:
-    return f"{size} is over --max_image_megapixels {max_megapixels:g}; raise that if the picture is meant to be so"
+    return f"{size} is over --max_image_megapixels {max_megapixels:g}; raise it if the picture is meant to be so large"
 
 
 def _what_else(stream: IO[bytes], name: str) -> str:
-    """What the file is, which is not a picture in one of FORMATS."""
+    """What a file is that is not a picture in one of FORMATS."""
     stream.seek(0)
     start = stream.read(64)
     kinds = [kind for prefix, kind in NOT_PICTURES.items() if start.lstrip().startswith(prefix)]
@@ -225,7 +247,7 @@ def _what_else(stream: IO[bytes], name: str) -> str:
 
 
 def _transposition(image: Image.Image) -> Image.Transpose | None:
-    """What turns the picture upright, by its EXIF orientation; without decoding pixels."""
+    """What turns the picture upright, by its EXIF orientation, found without decoding pixels."""
     if image.format == "TIFF":  # Pillow reports its upright size and turns it as it decodes
         return None
     if image.format == "PNG" and "exif" not in image.info:
@@ -233,13 +255,13 @@ def _transposition(image: Image.Image) -> Image.Transpose | None:
     try:
         # Not the PNG reader's own method, which decodes the pixels.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except Exception:  # of broken EXIF, as many kinds as of broken pixels
+    except Exception:  # broken EXIF raises as many kinds as broken pixels
         return None
     return TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _exif_after_pixels(image: Any) -> dict[str | tuple[int, int], bytes]:
-    """EXIF of a PNG whose eXIf chunk stands behind the pixels, as the format allows (PNG 3rd edition, 11.3.3.3)."""
+    """EXIF of a PNG whose eXIf chunk comes after the pixels, as the format allows (PNG 3rd edition, 11.3.3.3)."""
     stream = image.fp
     position = stream.tell()
     stream.seek(8)
@@ -273,13 +295,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Gray of 16 bits, or of floating point, as gray of 8 bits; Pillow's own conversion clips at 255."""
+    """16-bit or floating-point gray as 8-bit gray; Pillow's own conversion clips at 255."""
     values = np.asarray(image)
     white = 1.0 if image.mode == "F" else 65535.0
-    if not (values.min() >= 0 and values.max() <= white):  # not a number is neither
+    if not (values.min() >= 0 and values.max() <= white):  # NaN is neither
         raise ImageError(
-            f"its values are from {values.min():g} to {values.max():g}, and what is white is known "
-            f"only of 0 … {white:g}: save it with 8 or 16 bits a channel"
+            f"its values range from {values.min():g} to {values.max():g}, and which one is white is known "
+            f"only for 0 … {white:g}: save it with 8 or 16 bits per channel"
         )
     scaled = np.rint(values * (255.0 / white)).astype(np.uint8)
     if (transparent := image.info.get("transparency")) is not None:
@@ -303,7 +325,7 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
         return None
     if mode != "RGB":
         return transform
-    # Most profiles are sRGB under one of its many names: known by what it does to a lattice of colours.
+    # Most profiles are sRGB under one of its many names: recognised by what they do to a lattice of colours.
     levels = np.linspace(0, 255, 16).astype(np.uint8)
     lattice = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(64, 64, 3)
     changed = np.asarray(ImageCms.applyTransform(Image.fromarray(lattice), transform))

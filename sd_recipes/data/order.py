@@ -1,7 +1,7 @@
 """Which rows form which global batch: a function of the seed and of the number of samples seen.
 
-The position of a run is that one number. Every row comes once an epoch; a global batch is smaller
-where the rows of an epoch, or of a bucket, do not divide. A process takes every world-size-th sample
+The position of a run is that one number. Every row comes once per epoch; a global batch is smaller
+where the rows of an epoch, or of a bucket, do not divide evenly. A process takes every world-size-th sample
 of a global batch, so the shares of a small one differ by at most one sample.
 """
 
@@ -15,21 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from sd_recipes.data.draws import generator
+
 # They keep the keys of these permutations apart from those of the samples' draws and from each other.
 ORDER_PURPOSE, SOURCE_PURPOSE, BATCHES_PURPOSE, STRATA_PURPOSE = 0xE70C, 0xE70D, 0xE70E, 0xE70F
-
-
-def generator(seed: int, number: int, purpose: int, part: int = 0) -> np.random.Generator:
-    """A generator that depends on its arguments only (Philox, Salmon et al. 2011)."""
-    key = np.array([seed, number], dtype=np.uint64)
-    counter = np.array([0, 0, part, purpose], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
     """`total` in whole parts proportional to `weights`, none of which shrinks as the total grows.
 
-    Webster's method: unit number n of a part comes at n / weight, in the middle of its span, and the first `total`
+    Webster's method: the n-th unit of a part comes at (n - ½) / weight, the middle of its span, and the first `total`
     of all parts' units are dealt.
     """
     exact = total * np.asarray(weights, dtype=np.float64) / sum(weights)
@@ -51,9 +46,9 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def portion(number: int, size: int, weights: Sequence[float]) -> list[range]:
-    """Which of its samples each source gives to portion `number` of a run, of `size` samples: the next ones.
+    """Which of its samples each source gives to portion `number`, of `size` samples, of a run: its next ones.
 
-    What rounding leaves of a source's share is carried over, so that the smallest has its turn.
+    What rounding leaves of a source's share is carried over, so that even the smallest source has its turn.
     """
     starts, ends = apportion(number * size, weights), apportion((number + 1) * size, weights)
     return [range(start, end) for start, end in zip(starts, ends, strict=True)]
@@ -76,7 +71,7 @@ class MicroBatch:
 
     rows: np.ndarray  # (B,)
     positions: np.ndarray  # (B,) of the samples in the run
-    strata: np.ndarray  # (B,) which slice of the timesteps each sample has, of as many as its global batch has samples
+    strata: np.ndarray  # (B,) each sample's slice of the timesteps, out of as many as its global batch has samples
     global_batch_size: int  # M
     weight: float  # 0 if this process has no share of the global batch and only joins the collectives
     is_last: bool  # the optimizer steps after it
@@ -84,7 +79,7 @@ class MicroBatch:
     ends_epoch: bool
     epoch: int
     size: tuple[int, int]  # (height, width) of the images, in pixels
-    # Of a stream: the rows themselves, and where this process's stream stands when the global batch is done.
+    # For a stream: the rows themselves, and where this process's stream stands when the global batch is done.
     examples: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
     stream_state: dict[str, Any] | None = None
 
@@ -93,9 +88,9 @@ class MicroBatch:
 class Order:
     """Epochs, permutations and global batches of the rows of one or several sources.
 
-    `source_lengths` are those of the sources that the data set is a concatenation of; an epoch has as
+    `source_lengths` are those of the sources that make up the data set, one after the other; an epoch has as
     many samples as there are rows, shared out by `source_weights` (default: by length, each row once).
-    With `buckets`, (num_rows,) indices into `sizes`, every global batch has the rows of one bucket.
+    With `buckets`, (num_rows,) indices into `sizes`, every global batch has rows of one bucket only.
     """
 
     source_lengths: tuple[int, ...]
@@ -104,14 +99,14 @@ class Order:
     source_weights: tuple[float, ...] | None = None
     sizes: tuple[tuple[int, int], ...] = ((512, 512),)
     buckets: np.ndarray | None = None
-    begun: tuple[int, int] | None = None  # with buckets: an epoch, and the other global batch size in which it is dealt
+    begun: tuple[int, int] | None = None  # with buckets: an epoch, and the other global batch size it began with
 
     @property
     def num_rows(self) -> int:
         return sum(self.source_lengths)
 
     def num_steps(self, num_epochs: int, samples_seen: int = 0) -> int:
-        """Optimizer steps from a position on until `num_epochs` epochs are over."""
+        """Optimizer steps from a position until `num_epochs` epochs are over."""
         epoch, first = divmod(samples_seen, self.num_rows)
         if epoch >= num_epochs:
             return 0
@@ -123,7 +118,7 @@ class Order:
         )
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
-        """(num_rows,) rows of an epoch in their order."""
+        """(num_rows,) the rows of an epoch, in order."""
         if self.source_weights is None:
             return generator(self.seed, epoch, ORDER_PURPOSE).permutation(self.num_rows)
         chosen, first_row = [], 0
@@ -138,11 +133,11 @@ class Order:
         return generator(self.seed, epoch, ORDER_PURPOSE).permutation(np.concatenate(chosen))
 
     def _epoch_batches(self, epoch: int, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of an epoch in the order of its batches, and the offsets beyond `first` at which these end."""
+        """Rows of an epoch in the order of its batches, and the offsets beyond `first` at which the batches end."""
         rows, step = self.epoch_rows(epoch), self.global_batch_size
         if self.buckets is None:  # from the position on, whatever the batch size was before it
             return rows, np.append(np.arange(first + step, self.num_rows, step), self.num_rows)
-        if self.begun and epoch == self.begun[0]:  # another size would deal it anew, and rows come twice or never
+        if self.begun and epoch == self.begun[0]:  # another size would make rows come twice or never
             step = self.begun[1]
         batches = []
         buckets = self.buckets[rows]
@@ -155,7 +150,7 @@ class Order:
         return np.concatenate(batches), ends[ends > first]
 
     def batches_from(self, samples_seen: int) -> Iterator[GlobalBatch]:
-        """Yield the global batches that follow, without end."""
+        """Yield the following global batches, without end."""
         for epoch in itertools.count(samples_seen // self.num_rows):
             first = max(0, samples_seen - epoch * self.num_rows)
             rows, ends = self._epoch_batches(epoch, first)
@@ -171,11 +166,11 @@ class Order:
 
 
 def share(batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_size: int) -> list[MicroBatch]:
-    """The micro-batches of one process: as many on all, with weight 0 for those for which it has no sample."""
+    """The micro-batches of one process: as many on every process, with weight 0 where it has no sample for one."""
     strata = np.arange(len(batch.rows))[rank::world_size]  # the places: rows come in another order every epoch
     largest_share = math.ceil(len(batch.rows) / world_size)
     starts = range(0, largest_share, micro_batch_size)
-    stand_in = np.zeros(1, dtype=np.int64)  # the other processes wait for this one's forward pass or gradients
+    padding_sample = np.zeros(1, dtype=np.int64)  # the other processes wait for this one's forward pass or gradients
     return [
         MicroBatch(
             rows=batch.rows[chosen],
@@ -190,7 +185,7 @@ def share(batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_size: i
             size=batch.size,
         )
         for start in starts
-        for chosen in [strata[start : start + micro_batch_size] if start < len(strata) else stand_in]
+        for chosen in [strata[start : start + micro_batch_size] if start < len(strata) else padding_sample]
     ]
 
 

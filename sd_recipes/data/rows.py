@@ -15,17 +15,19 @@ from sd_recipes.data.captions import caption_columns
 from sd_recipes.data.folder import read_folder
 from sd_recipes.data.parquet_files import load_parquet
 from sd_recipes.data.shards import with_bytes
-from sd_recipes.recipe import DataSource, Recipe, RecipeError
+from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.recipe import DataSettings, DataSource, Recipe
 
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 FOLDER_SHARDS = 64  # of a folder that is read as a stream
 MAX_HELD_OUT_STREAM_ROWS = 1000  # a held-out split of a stream is kept in memory
-# A row of a latent cache holds these instead of an image (see cache.py).
-MOMENTS_COLUMNS = ("moments", "moments_flipped", "height", "width", "made_by")
+SIZE_COLUMNS = ("height", "width", "original_height", "original_width")  # of the crop, and of the picture in its file
+# A row of a latent cache holds these instead of an image (see latent_store.py).
+MOMENTS_COLUMNS = ("moments", "moments_flipped", *SIZE_COLUMNS, "made_by")
 
 
 def load_rows(
-    config: Any, *, split: str | None = None, cache_dir: str | None = None, seed: int | None = None
+    config: DataSettings, *, split: str | None = None, cache_dir: str | None = None, seed: int | None = None
 ) -> datasets.Dataset:
     """Rows of all sources one after the other, with the image and caption columns checked.
 
@@ -45,8 +47,10 @@ def join_rows(parts: list[datasets.Dataset], number: int | None, seed: int | Non
     return rows
 
 
-def load_sources(config: Any, *, split: str | None = None, cache_dir: str | None = None) -> list[datasets.Dataset]:
-    """The rows of each source, with the same columns in all. Raises RecipeError as `load_rows`."""
+def load_sources(
+    config: DataSettings, *, split: str | None = None, cache_dir: str | None = None
+) -> list[datasets.Dataset]:
+    """The rows of each source, with the same columns in all. Raises RecipeError as `load_rows` does."""
     parts = []
     for source in config.sources:
         found = _load(source, config, cache_dir, streaming=False)
@@ -62,20 +66,20 @@ def load_sources(config: Any, *, split: str | None = None, cache_dir: str | None
     return parts
 
 
-def load_streams(config: Any, *, cache_dir: str | None = None) -> list[datasets.IterableDataset]:
-    """The stream of each source, images undecoded, columns checked. Raises RecipeError as `load_rows`."""
+def load_streams(config: DataSettings, *, cache_dir: str | None = None) -> list[datasets.IterableDataset]:
+    """The stream of each source, images undecoded, columns checked. Raises RecipeError as `load_rows` does."""
     streams = []
     for source in config.sources:
         found = _load(source, config, cache_dir, streaming=True)
         stream = found[_split(found, source, None)]
-        # Of files that do not say them, `datasets` reads them from the first rows where streams are joined.
+        # For files that do not state them, `datasets` infers them from the first rows when streams are joined.
         features = _guarded(source, lambda stream=stream: datasets.concatenate_datasets([stream]).features)
         streams.append(_checked(stream, features, source, config))
     return streams
 
 
 def load_held_out_rows(config: Recipe, split: str, cache_dir: str | None) -> datasets.Dataset:
-    """Rows of the first source's split `split`; of a stream the first 1,000, in memory. Raises RecipeError."""
+    """Rows of the first source's split `split`; for a stream the first 1,000, in memory. Raises RecipeError."""
     config = config.model_copy(update={"data_sources": [config.sources[0].model_copy(update={"train_split": split})]})
     if not config.streaming:
         return load_rows(config, split=split, cache_dir=cache_dir)
@@ -87,7 +91,7 @@ def load_held_out_rows(config: Recipe, split: str, cache_dir: str | None) -> dat
 
 
 def is_local(source: DataSource) -> bool:
-    """Whether a source is of files on this machine."""
+    """Whether a source's files are on this machine."""
     name = source.dataset_name and assets.resolve(source.dataset_name)
     return name is None or bool(glob.glob(name))
 
@@ -100,24 +104,24 @@ def _split(found: Any, source: DataSource, split: str | None) -> str:
 
 
 def _guarded(source: DataSource, read: Any) -> Any:
-    """What `read` returns, its errors as RecipeError about the source."""
+    """What `read` returns; its errors become a RecipeError about the source."""
     try:
         return read()
     except RecipeError:
         raise
-    except StopIteration:  # where `datasets` looks at a file's first rows
+    except StopIteration:  # raised where `datasets` looks at a file's first rows
         raise RecipeError(f"{source.flag} has a file without rows: remove it, or give a folder with rows") from None
-    # Whatever `datasets` raises while it reads a person's files is about those files. It has no
-    # common base class, so the error is passed on in one line with its own words.
+    # Whatever `datasets` raises while it reads a user's files is about those files. Its errors have no
+    # common base class, so each is passed on in one line with its own words.
     except Exception as error:
         told: BaseException = error
         while isinstance(told, datasets.exceptions.DatasetGenerationError) and told.__cause__ is not None:
-            told = told.__cause__  # it says what "an error occurred"
-        words = " ".join(str(told).split())[:500]
-        raise RecipeError(f"{source.flag} cannot be read: {words or type(told).__name__}") from error
+            told = told.__cause__  # the cause says what went wrong
+        words = one_line(told, 500)
+        raise RecipeError(f"{source.flag} cannot be read: {words}") from error
 
 
-def _load(source: DataSource, config: Any, cache_dir: str | None, *, streaming: bool) -> Any:
+def _load(source: DataSource, config: DataSettings, cache_dir: str | None, *, streaming: bool) -> Any:
     options: dict[str, Any] = {"cache_dir": cache_dir, "streaming": streaming}
     if source.dataset_name is not None:
         name = assets.resolve(source.dataset_name)
@@ -160,8 +164,8 @@ def _load(source: DataSource, config: Any, cache_dir: str | None, *, streaming: 
     )
 
 
-def _checked(rows: Any, features: datasets.Features, source: DataSource, config: Any) -> Any:
-    """The rows with the needed columns only and images undecoded; a Dataset or an IterableDataset."""
+def _checked(rows: Any, features: datasets.Features, source: DataSource, config: DataSettings) -> Any:
+    """The rows with only the needed columns, images undecoded; a Dataset or an IterableDataset."""
     captions = caption_columns(config)
     images = [config.image_column]
     if config.image_column not in features and "moments" in features:
@@ -189,7 +193,7 @@ def _checked(rows: Any, features: datasets.Features, source: DataSource, config:
     return rows
 
 
-def _check_column(flag: str, column: str, columns: list[str], source: DataSource, config: Any) -> None:
+def _check_column(flag: str, column: str, columns: list[str], source: DataSource, config: DataSettings) -> None:
     if column in columns:
         return
     near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
@@ -203,7 +207,7 @@ def _check_column(flag: str, column: str, columns: list[str], source: DataSource
 
 
 def _can_hold_captions(feature: object) -> bool:
-    """Whether it is of strings or of lists of strings; one that is all null is found row by row."""
+    """Whether it holds strings or lists of strings; a column that is all null is found row by row."""
     if isinstance(feature, (datasets.List, datasets.LargeList)):
         feature = feature.feature
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")

@@ -1,4 +1,4 @@
-"""The rows of a stream's shards: read ahead, from any row on, and outages survived."""
+"""The rows of a stream's shards: read ahead, from any row on, and through outages."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import datasets
 import fsspec
 import numpy as np
 
-from sd_recipes.data.order import generator
-from sd_recipes.recipe import RunError
+from sd_recipes.data.draws import generator
+from sd_recipes.errors import RecipeError, RunError, one_line
 
 logger = logging.getLogger(__name__)
 
-SHARDS_PURPOSE = 0x57E0  # keeps the keys of its permutations apart from all others'
+SHARDS_PURPOSE = 0x57E0  # keeps the keys of its permutations apart from all others
 OPEN_SHARDS = 4  # read in turn, row by row: mixes shards and hides latency
 READ_AHEAD_ROWS = 32  # of each open shard
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two attempts
-# What another attempt does not mend.
+# What another attempt does not fix.
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, datasets.exceptions.DatasetNotFoundError)
 
 
@@ -45,16 +45,16 @@ class Shards:
     stream: datasets.IterableDataset
     name: str
     outage_seconds: float
-    is_local: bool = False  # what is wrong with a file of this machine does not mend itself
+    is_local: bool = False  # what is wrong with a file on this machine does not go away
 
     @property
     def number(self) -> int:
         return self.stream.num_shards
 
     def rows(self, shard: int, start: int, closed: threading.Event) -> Iterator[dict[str, Any]]:
-        """The rows of a shard from number `start` on; read anew after an error, from the row where it struck.
+        """The rows of a shard from number `start` on; after an error, read again from the row where it occurred.
 
-        Raises StreamLost when that failed for `outage_seconds` on end, at once for a file that is not there; and
+        Raises StreamLost when that has failed for `outage_seconds` on end, or at once where trying again is no use; and
         StreamClosed instead of trying again, once `closed` is set.
         """
         row, pause, failing_since = start, FIRST_PAUSE, None
@@ -69,10 +69,10 @@ class Shards:
             except Exception as error:
                 if closed.is_set():
                     raise StreamClosed from error
-                words = f"{self.name}: shard {shard} at row {row}: {' '.join(str(error).split())[:200] or repr(error)}"
+                words = f"{self.name}: shard {shard} at row {row}: {one_line(error, 200)}"
                 if isinstance(error, PERMANENT):
                     raise StreamLost(f"{words}: the file is gone or forbidden") from error
-                if self.is_local and not isinstance(error, OSError):  # which a network's file system may mend
+                if self.is_local and not isinstance(error, OSError):  # which a network file system may recover from
                     raise StreamLost(f"{words}: the file is damaged") from error
                 now = time.monotonic()
                 failing_since = failing_since or now
@@ -88,7 +88,7 @@ class Shards:
 
 
 class ReadAhead:
-    """An iterator's rows, read by a thread ahead of their use, until `closed`; errors are raised where they are met."""
+    """An iterator's rows, read by a thread ahead of their use, until `closed`; errors are raised when reached."""
 
     def __init__(self, rows: Iterator[dict[str, Any]], closed: threading.Event) -> None:
         self._rows, self._closed = rows, closed
@@ -114,7 +114,7 @@ class ReadAhead:
                 continue
 
     def peek(self) -> dict[str, Any] | None:
-        """The next row, which stays the next; None at the end."""
+        """The next row, without taking it; None at the end."""
         while self._next is None:
             if self._closed.is_set():
                 raise StreamClosed
@@ -126,12 +126,12 @@ class ReadAhead:
         return value
 
     def take(self) -> None:
-        """Go on to the row after the one that `peek` gave."""
+        """Move on to the row after the one that `peek` gave."""
         self._next = None
 
 
 def with_bytes(example: dict[str, Any]) -> dict[str, Any]:
-    """The row with the bytes of its image, where it only names a file elsewhere, as streamed folders do."""
+    """The row with the bytes of its image, where it only names a remote file, as rows of streamed folders do."""
     for name, value in example.items():
         if isinstance(value, dict) and value.get("bytes", b"") is None and "://" in (value.get("path") or ""):
             with fsspec.open(value["path"], "rb") as file:
@@ -143,15 +143,15 @@ def with_bytes(example: dict[str, Any]) -> dict[str, Any]:
 class SourceReader:
     """The rows of one lane's shards of a source: open shards in turn, the others after them.
 
-    Its `state` is the epoch, the next shard to open, and (shard's number in the epoch's order, row) of
-    each open one.
+    Its `state` is the epoch, the next shard to open, whose turn it is, and (shard's number in the epoch's
+    order, row) of each open one.
     """
 
     shards: Shards
     seed: int
     lane: int
     num_lanes: int
-    part: int  # the source's number, which tells its permutations from other sources'
+    part: int  # the source's number, which keeps its permutations apart from other sources'
     epoch: int = 0
     next_shard: int = 0
     turn: int = 0
@@ -172,6 +172,11 @@ class SourceReader:
         assert not self._open, "it is restored before it reads"
         self.epoch, self.next_shard, self.turn = state["epoch"], state["next_shard"], state["turn"]
         self.slots = [list(slot) for slot in state["slots"]]
+        if any(ordinal >= len(self._own_shards()) for ordinal, _ in self.slots):
+            raise RecipeError(
+                f"{self.shards.name} has {self.shards.number} shards, fewer than when the checkpoint was written in "
+                "the middle of one that is gone: put it back, or start over with --overwrite"
+            )
 
     def _own_shards(self) -> np.ndarray:
         """This lane's shards in the order of the epoch; all of them, where there are fewer than lanes."""
@@ -183,9 +188,9 @@ class SourceReader:
         return self.shards.number < self.num_lanes
 
     def peek(self) -> dict[str, Any] | None:
-        """The next row, which stays the next; None once all of the epoch are taken, and the next epoch begins.
+        """The next row, without taking it; None once all of the epoch are taken, and the next epoch begins.
 
-        Raises StreamClosed once it was closed, from another thread.
+        Raises StreamClosed once another thread has closed it.
         """
         own = self._own_shards()
         while True:
@@ -210,7 +215,7 @@ class SourceReader:
                 return example
 
     def take(self) -> None:
-        """Go on to the row after the one that `peek` gave: of the next open shard."""
+        """Move on to the row after the one that `peek` gave: of the next open shard."""
         self._go_on()
         self.turn += 1
 
@@ -219,5 +224,5 @@ class SourceReader:
         self.slots[self.turn][1] += 1
 
     def close(self) -> None:
-        """End its threads, for good: also what waits for the end of an outage."""
+        """End its threads for good, also one that waits for the end of an outage."""
         self._closed.set()

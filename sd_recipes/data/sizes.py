@@ -1,4 +1,4 @@
-"""On which size each row is trained: the square of the resolution, or its aspect-ratio bucket."""
+"""The size at which each row is trained: the square of the resolution, or its aspect-ratio bucket."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from tqdm.auto import tqdm
 
 from sd_recipes.data.buckets import Buckets
 from sd_recipes.data.images import ImageError, read_size
-from sd_recipes.recipe import ImageConfig, Recipe, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import DataSettings, ImageConfig, Recipe
 
 Size = tuple[int, int]  # (height, width)
 CHUNK = 256
 
 
-def size_of_row(config: Any) -> Callable[[dict[str, Any]], Size]:
-    """The function from a row to its size. A row whose image cannot be read gets the square: it is met as bad later."""
+def size_of_row(config: DataSettings) -> Callable[[dict[str, Any]], Size]:
+    """The function from a row to its size. A row whose image cannot be read gets the square: it is found bad later."""
     square = (config.resolution, config.resolution)
     buckets = None
     if config.aspect_ratio_buckets:
@@ -39,14 +40,14 @@ def size_of_row(config: Any) -> Callable[[dict[str, Any]], Size]:
 
 
 def square_side(config: ImageConfig) -> int:
-    """The side of the square that is trained on: --resolution, with buckets the largest multiple of a step in it."""
+    """The side of the square to train on: --resolution or, with buckets, the largest multiple of the step in it."""
     return (
         config.resolution - config.resolution % config.bucket_step if config.aspect_ratio_buckets else config.resolution
     )
 
 
-def assign_buckets(rows: datasets.Dataset, config: Any) -> tuple[tuple[Size, ...], np.ndarray]:
-    """The sizes that occur, and (num_rows,) which of them each row has; reads the header of every image."""
+def assign_buckets(rows: datasets.Dataset, config: DataSettings) -> tuple[tuple[Size, ...], np.ndarray]:
+    """The sizes that occur, and each row's index into them (num_rows,); reads the header of every image."""
     size_of = size_of_row(config)
     columns = [name for name in (config.image_column, "moments", "height", "width") if name in rows.column_names]
     needed = rows.select_columns([name for name in columns if name != "moments" or "height" not in columns])
@@ -67,7 +68,7 @@ def assign_buckets(rows: datasets.Dataset, config: Any) -> tuple[tuple[Size, ...
 
 
 def check_held_out_sizes(rows: datasets.Dataset, config: Recipe) -> None:
-    """Moments cannot be brought to the one size of the held-out loss. Raises RecipeError."""
+    """Raises RecipeError for moments of another size than that of the held-out loss: they cannot be resized."""
     if "moments" not in rows.column_names:
         return
     side = square_side(config)
@@ -75,7 +76,7 @@ def check_held_out_sizes(rows: datasets.Dataset, config: Recipe) -> None:
     if other:
         raise RecipeError(
             f"--validation_split {config.validation_split} holds moments of {other[0][0]} x {other[0][1]} pixels, and "
-            f"the held-out loss is of {side} x {side} (--resolution): change --resolution, or drop --validation_split"
+            f"the held-out loss needs {side} x {side} (--resolution): change --resolution, or drop --validation_split"
         )
 
 

@@ -1,15 +1,15 @@
 """Rows that come as a stream of shards: their order and their position, on any number of processes.
 
 A stream is read in lanes, one for each process that the run began with. A lane reads its own shards
-(shuffled anew every epoch, a few at a time in turn) into blocks of `shuffle_block` rows, and shuffles
-each block by (seed, epoch, block). There is no running shuffle buffer: the position is where the block
-began and how many global batches of it are done, a few numbers, from which the very same rows follow.
-A round is one block of every lane; the processes tell each other how many rows the lanes have for it,
-so that the last, uneven one of an epoch is shared out exactly like any other global batch.
+(shuffled again every epoch, a few at a time in turn) into blocks of `shuffle_block` rows, and shuffles
+each block by (seed, block, lane). There is no rolling shuffle buffer: the position is where the block
+began and how many global batches of it are done, and from these few numbers exactly the same rows follow.
+A round is one block of every lane. The processes exchange how many rows the lanes have for it, so that
+the last, uneven global batch of an epoch is shared out exactly like any other.
 
-The lanes stay when a run goes on with another number of processes: fewer read several lanes each, and
-of more, some read the same lane and train on different rows of it. So the rows, their global batches
-and their draws do not depend on the number of processes.
+The lanes stay the same when a run resumes on another number of processes: fewer processes read several
+lanes each; of more processes, some share a lane and train on different rows of it. So the rows, their
+global batches and their draws do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch, generator, portion
+from sd_recipes.data.draws import generator
+from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch, portion
 from sd_recipes.data.shards import Shards, SourceReader
-from sd_recipes.recipe import RecipeError
+from sd_recipes.errors import RecipeError
 
 logger = logging.getLogger(__name__)
 
-BLOCK_PURPOSE, ROUND_PURPOSE = 0x57E1, 0x57E2  # keep the keys of these permutations apart from all others'
+BLOCK_PURPOSE, ROUND_PURPOSE = 0x57E1, 0x57E2  # keep the keys of these permutations apart from all others
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Lane:
         state: dict[str, Any] | None,
     ) -> None:
         self.number, self.readers, self.seed, self.size_of = number, readers, seed, size_of
-        self.parts_of = parts_of  # the number of a block to each source's rows in it
+        self.parts_of = parts_of  # from a block's number to the number of its rows from each source
         self.next_block = state["block"] if state else 0
-        # A lane whose rows of the epoch are used up waits with its next block for the others.
+        # A lane that has used up its rows of the epoch waits for the others before it begins its next block.
         self.waits = bool(state and state["waits"])
         for reader, saved in zip(readers, state["readers"] if state else [], strict=False):
             reader.restore(saved)
@@ -66,7 +67,7 @@ class Lane:
         self._coming = self._ahead.submit(self._read, self.next_block)
 
     def begin_round(self) -> tuple[dict[tuple[int, int], int], bool]:
-        """How many rows of each size this round has; and whether the lane's epoch ends with it."""
+        """How many rows of each size the lane has for this round, and whether its epoch ends with it."""
         self.block = self._coming.result()
         self.examples = {} if self.waits else self.block.examples
         self.ended = self.waits or self.block.ends_epoch
@@ -76,7 +77,7 @@ class Lane:
         return {size: len(rows) for size, rows in self.examples.items()}, self.ended
 
     def within_round(self) -> dict[str, Any]:
-        """The state from which this round is read again."""
+        """The state from which this round can be read again."""
         return {"block": self.block.number, "waits": self.waits, "readers": self.block.before}
 
     def after_round(self, *, waits: bool) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class Lane:
                 else:
                     was_empty = True
             if len(self.readers) == 1 and not ended:
-                ended = reader.peek() is None  # a block that is just full may be the epoch's last
+                ended = reader.peek() is None  # a block that is exactly full may be the epoch's last
         examples: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for place in generator(self.seed, number, BLOCK_PURPOSE, part=self.number).permutation(len(rows)):
             examples.setdefault(self.size_of(rows[place]), []).append(rows[place])
@@ -119,7 +120,7 @@ Agree = Callable[[Any], list[Any]]  # every process's value, given this one's
 
 
 def joined_states(states: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """The state of all lanes, from those that the processes of a run saved; None at the run's beginning."""
+    """The state of all lanes, joined from what each process of a run saved; None at the start of a run."""
     known = [state for state in states if state]
     if not known:
         return None
@@ -127,11 +128,11 @@ def joined_states(states: list[dict[str, Any] | None]) -> dict[str, Any] | None:
 
 
 class Stream:
-    """Micro-batches of a stream, of any number of processes.
+    """Micro-batches of a stream, on any number of processes.
 
-    `size_of` gives the (height, width) on which a row is trained. `agree` exchanges a small value between
-    the processes, as `[value]` with one. Several sources are mixed by `weights` within every block and
-    go through their epochs each on its own; the run's epoch then never ends.
+    `size_of` gives the (height, width) at which a row is trained. `agree` exchanges a small value between
+    the processes; with one process it gives `[value]`. Several sources are mixed by `weights` within every
+    block, and each goes through its own epochs; the run's epoch then never ends.
     """
 
     def __init__(
@@ -156,30 +157,30 @@ class Stream:
 
     def _open_lanes(self, num_lanes: int, saved: dict[str, Any]) -> tuple[list[Lane], list[int]]:
         """This process's lanes, and every lane's share of a whole global batch. Raises RecipeError if one has none."""
-        if num_lanes > self.global_batch_size:  # its rows would never be read, and the epoch never end
+        if num_lanes > self.global_batch_size:  # a lane without a share would never be read, and the epoch never end
             raise RecipeError(
                 f"the stream was begun by {num_lanes} processes, each with a part of its rows, and a global batch of "
                 f"{self.global_batch_size} has no room for a row of each: choose --train_batch_size and "
-                f"--gradient_accumulation_steps so that, on {self.world_size} processes, it is {num_lanes} at least, "
-                "or start anew with --overwrite"
+                f"--gradient_accumulation_steps so that, on {self.world_size} processes, it is at least {num_lanes}, "
+                "or start from scratch with --overwrite"
             )
         for shards in self.sources:
             if shards.number < num_lanes:
                 logger.warning(
                     "%s has %d shards for %d processes: every process reads all rows and keeps its share; more shards "
-                    "would spare that",
+                    "would avoid that",
                     shards.name, shards.number, num_lanes,
                 )  # fmt: skip
         if self.world_size > num_lanes:
             logger.warning(
-                "The stream was begun by %d processes and is read as by as many: of %d, those that share a lane read "
-                "the same rows and train on a part of them each",
+                "The stream was begun by %d processes and is read as if by that many: of the %d now, those that share "
+                "a lane read the same rows, and each trains on a part of them",
                 num_lanes, self.world_size,
             )  # fmt: skip
         shares = [len(range(each, self.global_batch_size, num_lanes)) for each in range(num_lanes)]
         lanes = []
         for number in _lanes_of(self.rank, self.world_size, num_lanes):
-            # Blocks of whole shares.
+            # A block is a whole number of shares.
             block_rows = max(1, -(-self.shuffle_block // max(1, shares[number]))) * shares[number]
             readers = [SourceReader(each, self.seed, number, num_lanes, part) for part, each in enumerate(self.sources)]
             parts_of = partial(self._parts, block_rows)
@@ -192,7 +193,7 @@ class Stream:
     def micro_batches(self, samples_seen: int, state: dict[str, Any] | None) -> Iterator[MicroBatch]:
         """This process's micro-batches from `state` on, without end.
 
-        `state` is that of the last micro-batch done, or, of other numbers of processes, `joined_states`.
+        `state` is that of the last micro-batch done or, after a change of the number of processes, `joined_states`.
         """
         state = state or {"num_lanes": self.world_size, "round": 0, "done": 0, "epoch": 0, "lanes": {}}
         num_lanes, round_number, done, epoch = (state[name] for name in ("num_lanes", "round", "done", "epoch"))
@@ -209,7 +210,7 @@ class Stream:
                 counts = [of_lanes[number][0] for number in range(num_lanes)]
                 ends_epoch = all(ended for _, ended in of_lanes.values())
                 batches = _batches_of_round(counts, shares, generator(self.seed, round_number, ROUND_PURPOSE))
-                if not batches:  # a lane's last block has rows, if it has any
+                if not batches:  # a lane's last block has rows, if the lane has any
                     raise RecipeError(f"{' and '.join(shards.name for shards in self.sources)} has no rows to train on")
                 waiting = {lane.number: lane.ended and not ends_epoch for lane in lanes}
                 common = {"num_lanes": num_lanes, "shape": shape}
@@ -262,7 +263,7 @@ class Stream:
     ) -> Iterator[MicroBatch]:
         """This process's micro-batches of the global batch at `position`: rows_of[l] rows of lane l from first_rows[l].
 
-        Raises RecipeError if it has no row at all, which it needs for joining the others' collectives.
+        Raises RecipeError if the process has no row at all: it needs one to join the others' collectives.
         """
         own: list[tuple[int, dict[str, Any]]] = []  # (place in the global batch, row)
         for lane in lanes:
@@ -270,14 +271,14 @@ class Stream:
             turns = _turns(self.rank, self.world_size, lane.number, rows_of)
             own += [(_place(turn, lane.number, rows_of), rows[turn]) for turn in turns]
         own.sort(key=lambda each: each[0])
-        # A row's place tells its lane, so that by place it would meet the same timesteps again and again.
+        # A row's place depends on its lane: with strata by place, it would meet the same timesteps again and again.
         strata = generator(self.seed, position, STRATA_PURPOSE).permutation(sum(rows_of))
-        # As many micro-batches on all processes: those wait for this one's forward pass or gradients.
+        # As many micro-batches on every process: the others wait for this one's forward pass or gradients.
         starts = range(0, _largest_share(self.world_size, rows_of), self.micro_batch_size)
         for start in starts:
             chosen, size_of_chosen = own[start : start + self.micro_batch_size], size
             if not chosen:
-                size_of_chosen, row = _stand_in(lanes)
+                size_of_chosen, row = _padding_sample(lanes)
                 chosen = [(0, row)]
             places = np.array([place for place, _ in chosen], dtype=np.int64)
             yield MicroBatch(
@@ -297,19 +298,19 @@ class Stream:
 
 
 def _lanes_of(rank: int, world_size: int, num_lanes: int) -> range:
-    """The lanes that a process reads: one, where there are as many or fewer lanes than processes."""
+    """The lanes that a process reads: only one, unless there are more lanes than processes."""
     return range(rank, num_lanes, world_size) if world_size <= num_lanes else range(rank % num_lanes, num_lanes)[:1]
 
 
 def _turns(rank: int, world_size: int, lane: int, rows_of: list[int]) -> range:
-    """Which of a lane's rows in a global batch are a process's, by number; of several on one lane every so many-th."""
+    """The numbers of a lane's rows in a global batch that a process takes: every k-th if k processes share the lane."""
     if world_size <= len(rows_of):
         return range(rows_of[lane])
     return range(rows_of[lane])[rank // len(rows_of) :: len(range(lane, world_size, len(rows_of)))]
 
 
 def _largest_share(world_size: int, rows_of: list[int]) -> int:
-    """The most samples of a global batch that a process has."""
+    """The most samples of a global batch that any process has."""
     num_lanes = len(rows_of)
     return max(
         sum(len(_turns(rank, world_size, lane, rows_of)) for lane in _lanes_of(rank, world_size, num_lanes))
@@ -318,11 +319,11 @@ def _largest_share(world_size: int, rows_of: list[int]) -> int:
 
 
 def _place(turn: int, lane: int, rows_of: list[int]) -> int:
-    """The number in the global batch of a lane's row: as if dealt in turn, as in order.share."""
+    """The place of a lane's row in the global batch, as if the rows were dealt in turn, as in order.share."""
     return sum(min(count, turn) for count in rows_of) + sum(count > turn for count in rows_of[:lane])
 
 
-def _stand_in(lanes: list[Lane]) -> tuple[tuple[int, int], dict[str, Any]]:
+def _padding_sample(lanes: list[Lane]) -> tuple[tuple[int, int], dict[str, Any]]:
     """A row, with its own size, for a process without a share, which only joins the others' collectives."""
     for lane in lanes:
         for size, rows in lane.block.examples.items():
@@ -333,9 +334,9 @@ def _stand_in(lanes: list[Lane]) -> tuple[tuple[int, int], dict[str, Any]]:
 def _batches_of_round(
     counts: list[dict[tuple[int, int], int]], shares: list[int], shuffling: np.random.Generator
 ) -> list[tuple[tuple[int, int], int, list[int]]]:
-    """Size, number among those of that size, and each lane's number of rows, of each global batch of a round.
+    """For each global batch of a round: its size, its number among those of that size, and each lane's number of rows.
 
-    `counts` are each lane's rows by size, `shares` its rows of a whole global batch.
+    `counts` are each lane's numbers of rows by size, `shares` its number of rows in a whole global batch.
     """
     batches = []
     for size in sorted({size for each in counts for size in each}):
@@ -344,6 +345,6 @@ def _batches_of_round(
         for step in range(steps):
             rows_of = [max(0, min(share, number - step * share)) for number, share in zip(numbers, shares, strict=True)]
             batches.append((size, step, rows_of))
-    if len({size for size, *_ in batches}) > 1:  # those of one size are shuffled already, the small one last
+    if len({size for size, *_ in batches}) > 1:  # batches of one size are shuffled already, the small one last
         batches = [batches[place] for place in shuffling.permutation(len(batches))]
     return batches

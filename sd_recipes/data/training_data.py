@@ -1,15 +1,15 @@
-"""A recipe's data, read, checked and put in order: rows or streams, and the plans of what is trained when."""
+"""A recipe's data, read, checked and put in order: rows or streams, and the plans of what is trained on when."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
-from accelerate import Accelerator
+from transformers import CLIPTokenizer
 
-from sd_recipes.agreement import exchange
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Plans
 from sd_recipes.data.checks import check_bad_rows_again, check_held_out, check_rows, check_stream
@@ -18,8 +18,9 @@ from sd_recipes.data.rows import is_local, join_rows, load_held_out_rows, load_s
 from sd_recipes.data.shards import Shards
 from sd_recipes.data.sizes import assign_buckets, check_held_out_sizes, has_buckets, size_of_row
 from sd_recipes.data.stream import Stream
-from sd_recipes.model.components import load_scheduler, load_tokenizer
-from sd_recipes.recipe import Recipe, RecipeError
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.agreement import all_gather_in_thread
 
 
 @dataclass
@@ -31,39 +32,39 @@ class TrainingData:
     streams: list[datasets.IterableDataset]
     held_out_rows: datasets.Dataset | None
     bad_rows: BadRows
+    global_batch_size: int  # images of an optimizer step, over all processes
 
     @property
     def num_rows(self) -> int | None:
         return None if self.rows is None else len(self.rows)
 
     @property
-    def makers(self) -> list[str]:
-        """What made the moments, where rows have moments instead of images; of a stream those of its first row."""
+    def provenances(self) -> list[str]:
+        """Provenance of the moments, where rows have moments instead of images; for a stream, that of its first row."""
         if self.rows is not None:
             return self.rows.unique("made_by") if "made_by" in self.rows.column_names else []
         first = [next(iter(stream)) for stream in self.streams if "made_by" in (stream.column_names or ())]
         return [row["made_by"] for row in first]
 
 
-def load_training_data(recipe: Recipe, *, seed: int, global_batch_size: int, rank: int) -> TrainingData:
+def load_training_data(
+    recipe: Recipe, tokenizer: CLIPTokenizer, *, seed: int, global_batch_size: int, rank: int
+) -> TrainingData:
     """Read and check everything that a recipe says about data. Raises RecipeError and TooManyBadRows."""
-    # The smallest part, so that an absent model is answered first: for the tokenizer, which the checks need,
-    # transformers would ask an unreachable Hub for minutes.
-    load_scheduler(recipe)
     held_out = None
     if recipe.validation_split:
         held_out = load_held_out_rows(recipe, recipe.validation_split, recipe.cache_dir)
         check_held_out_sizes(held_out, recipe)
         if recipe.check_data != "off" and rank == 0:
-            check_held_out(held_out, recipe, load_tokenizer(recipe), seed=seed)
+            check_held_out(held_out, recipe, tokenizer, seed=seed)
     output_dir = Path(recipe.output_dir)
     if recipe.streaming:
         streams = load_streams(recipe, cache_dir=recipe.cache_dir)
         if recipe.check_data != "off" and rank == 0:
             for stream in streams:
-                check_stream(stream, recipe, load_tokenizer(recipe))
+                check_stream(stream, recipe, tokenizer)
         bad_rows = BadRows(output_dir, recipe.max_bad_rows, None, rank, writes=not recipe.dry_run)
-        return TrainingData(None, None, streams, held_out, bad_rows)
+        return TrainingData(None, None, streams, held_out, bad_rows, global_batch_size)
 
     parts = load_sources(recipe, cache_dir=recipe.cache_dir)
     lengths, weights = tuple(map(len, parts)), None
@@ -82,21 +83,22 @@ def load_training_data(recipe: Recipe, *, seed: int, global_batch_size: int, ran
         )
     bad_rows = BadRows(output_dir, recipe.max_bad_rows, len(rows), rank, writes=not recipe.dry_run)
     if rank == 0:
-        check_bad_rows_again(rows, recipe, load_tokenizer(recipe), bad_rows=bad_rows)
+        check_bad_rows_again(rows, recipe, tokenizer, bad_rows=bad_rows)
     if recipe.check_data != "off" and rank == 0:
-        check_rows(rows, recipe, load_tokenizer(recipe), seed=seed, bad_rows=bad_rows)
+        check_rows(rows, recipe, tokenizer, seed=seed, bad_rows=bad_rows)
     order = Order(lengths, global_batch_size, seed, weights, ((recipe.resolution, recipe.resolution),))
     if has_buckets(rows, recipe):
         sizes, buckets = assign_buckets(rows, recipe)
         order = replace(order, sizes=sizes, buckets=buckets)
-    return TrainingData(rows, order, [], held_out, bad_rows)
+    return TrainingData(rows, order, [], held_out, bad_rows, global_batch_size)
 
 
-def plans(data: TrainingData, recipe: Recipe, accelerator: Accelerator, *, seed: int, global_batch_size: int) -> Plans:
-    """What this process trains on, from any position on."""
-    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+def plans(data: TrainingData, recipe: Recipe, *, rank: int, world_size: int) -> Plans:
+    """What a process trains on, from any position on."""
+    place: dict[str, Any] = {"rank": rank, "world_size": world_size, "micro_batch_size": recipe.train_batch_size}
     if data.order is not None:
-        return partial(plans_of_order, data.order, micro_batch_size=recipe.train_batch_size, **place)
+        return partial(plans_of_order, data.order, **place)
+    assert recipe.seed is not None
     outage_seconds = 60 * recipe.stream_outage_minutes
     shards = [
         Shards(stream, source.flag, outage_seconds, is_local=is_local(source))
@@ -105,11 +107,10 @@ def plans(data: TrainingData, recipe: Recipe, accelerator: Accelerator, *, seed:
     return Stream(
         shards,
         weights=[source.weight for source in recipe.sources],
-        seed=seed,
-        global_batch_size=global_batch_size,
+        seed=recipe.seed,
+        global_batch_size=data.global_batch_size,
         shuffle_block=recipe.shuffle_block,
-        micro_batch_size=recipe.train_batch_size,
         size_of=size_of_row(recipe),
-        agree=exchange(accelerator.num_processes),
+        agree=all_gather_in_thread(world_size),
         **place,
     ).micro_batches

@@ -1,4 +1,4 @@
-"""What captions tell: whether they are there, how long they are, which words they use."""
+"""What captions show: whether they are there, how long they are, which words they use."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ import numpy as np
 from sd_recipes.data.captions import CaptionError, caption_columns, count_tokens, is_missing, make_caption
 from sd_recipes.data.draws import draw
 from sd_recipes.inspection.findings import BoundedCounter, Finding
+from sd_recipes.recipe import DataSettings
 from sd_recipes.redaction import redacted
 
-MAX_WORDS = 50_000  # different words that are counted
+MAX_WORDS = 50_000  # number of different words that are counted
 LONGEST = 512  # words or tokens of a caption; longer ones are counted as this long
 FIRST = draw(0, 0, stratum=0, global_batch_size=1, latent_shape=(1, 1, 1), num_train_timesteps=1)
 WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 class CaptionSummary:
-    """Of the captions of some rows: their lengths, words, and eight bytes of digest each."""
+    """Summary of the captions of some rows: lengths, words, and an 8-byte digest of each."""
 
-    def __init__(self, config: Any, tokenizer: Any | None) -> None:
+    def __init__(self, config: DataSettings, tokenizer: Any | None) -> None:
         self.config = config
         self.columns = caption_columns(config)
         self._undisturbed = config.model_copy(
@@ -50,7 +51,7 @@ class CaptionSummary:
         return np.asarray(self._digests)
 
     def update(self, rows: list[tuple[int, str, dict[str, Any]]]) -> list[Finding]:
-        """Add rows of (number, name, columns); what is wrong with them."""
+        """Add rows of (number, name, columns); returns what is wrong with them."""
         findings: list[Finding] = []
         captions: list[str] = []
         owners: list[tuple[int, str]] = []
@@ -71,7 +72,7 @@ class CaptionSummary:
         return findings + self._count_tokens(owners, captions)
 
     def captions_of(self, values: dict[str, Any]) -> list[str]:
-        """All captions that training may draw of a row; of a template, the first. Raises CaptionError if none."""
+        """All captions that training may draw for a row; of a template, the first. Raises CaptionError if none."""
         made = make_caption(values, self._undisturbed, FIRST)
         if self.config.caption_template is not None:
             return [made]
@@ -97,7 +98,7 @@ class CaptionSummary:
         return captions, []
 
     def _count_tokens(self, owners: list[tuple[int, str]], captions: list[str]) -> list[Finding]:
-        """Adds to the counts of tokens; the captions that are over the limit."""
+        """Add to the token counts; returns the captions that are over the limit."""
         if self.tokenizer is None or not captions:
             return []
         findings = []
@@ -112,7 +113,7 @@ class CaptionSummary:
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens of a caption that reach the model, without the two that mark start and end."""
+        """The most tokens of a caption that reach the model, without the begin and end tokens."""
         assert self.tokenizer is not None
         room = self.tokenizer.model_max_length - 2
         return room * (self.config.caption_chunks if self.config.long_captions == "chunk" else 1)

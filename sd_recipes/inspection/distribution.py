@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-LEVELS = 256  # of a channel with eight bits
+LEVELS = 256  # of an 8-bit channel
 PAIR_BINS = 64  # a side, of the green-blue density
 JOINT_BINS = 32  # a side, of the density in colour space
 
@@ -18,7 +18,7 @@ JOINT_BINS = 32  # a side, of the density in colour space
 class Moments:
     """Mean and covariance of vectors, by the pairwise update of Chan, Golub and LeVeque 1983, eq. 2.1.
 
-    Unlike the sum of squares, it loses no digits where the mean is large against the deviation.
+    Unlike the sum of squares, it loses no digits where the mean is large compared with the deviation.
     """
 
     def __init__(self, dimension: int) -> None:
@@ -56,8 +56,8 @@ class Moments:
 def gaussian_from_histogram(counts: np.ndarray, bin_width: float, start: float) -> tuple[np.ndarray, np.ndarray]:
     """Mean (d,) and covariance (d, d) of the density that is constant within each bin of `counts` (n_1, …, n_d).
 
-    All axes begin at `start` with bins of `bin_width`. A bin's own variance, bin_width² / 12 an axis, belongs
-    to it; without that, pictures in gray alone, or in one colour, would have a singular covariance.
+    All axes begin at `start` with bins of `bin_width`. A bin's own variance, bin_width² / 12 per axis, is
+    included; without it, pictures only in gray, or in one colour, would have a singular covariance.
     """
     weights = counts / counts.sum()
     filled = np.argwhere(counts)  # (k, d)
@@ -74,7 +74,7 @@ def kl_from_gaussian(counts: np.ndarray, bin_width: float) -> float:
 
     p is constant within each bin of `counts` (n_1, …, n_d), all of `bin_width`. Since the Gaussian has p's
     moments, ∫ p log N = -½ log det(2πe Σ), and the divergence is the difference of two entropies,
-    ½ log det(2πe Σ) - h(p), called the negentropy (Comon 1994): never negative, 0 for a Gaussian alone, and no
+    ½ log det(2πe Σ) - h(p), called the negentropy (Comon 1994): never negative, 0 only for a Gaussian, and no
     other Gaussian is nearer to p. From n samples it comes out too large by about (filled bins - 1) / 2n
     (Miller 1955).
     """
@@ -88,8 +88,8 @@ def kl_from_gaussian(counts: np.ndarray, bin_width: float) -> float:
 class PixelDistribution:
     """The colours of a data set: moments and histograms of red, green and blue in [0, 1].
 
-    A level k of 0…255 stands for the interval of width 1/255 around k/255, in histograms of fewer bins
-    for its share of one: the first bin begins at -½/255 and the last ends at 1 + ½/255.
+    A level k of 0…255 stands for the interval of width 1/255 around k/255; in histograms of fewer bins
+    it is a part of a bin. The first bin begins at -½/255 and the last ends at 1 + ½/255.
     """
 
     start = -0.5 / (LEVELS - 1)
@@ -121,7 +121,7 @@ class PixelDistribution:
 
     @staticmethod
     def bin_width(bins: int) -> float:
-        """Of a histogram with so many bins a side, in units of v."""
+        """That of a histogram with this many bins a side, in units of v."""
         return LEVELS / bins / (LEVELS - 1)
 
     def kl_from_gaussians(self) -> dict[str, float]:
@@ -194,7 +194,7 @@ class LatentDistribution:
 
 
 def stable_diffusion_alphas_cumprod() -> np.ndarray:
-    """ᾱ_t for t = 1…1000 of Stable Diffusion's schedule, whose √β_t runs linearly (Rombach et al. 2022)."""
+    """ᾱ_t for t = 1…1000 of Stable Diffusion's schedule, whose √β_t is linear in t (Rombach et al. 2022)."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     return np.cumprod(1 - betas)
 
@@ -203,7 +203,7 @@ def forward_kl(mean_square: float | np.ndarray, alpha_bar: float | np.ndarray) -
     """KL(q(x_t | x_0) ‖ N(0, I)) in nats per dimension, averaged over the x_0 whose mean of x_0² is given.
 
     q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I) (Ho et al. 2020, eq. 4), so that the divergence of the two Gaussians
-    is ½ [ᾱ_t x_0² - ᾱ_t - log(1 - ᾱ_t)] a dimension. At t = T it is the prior term of the variational bound
+    is ½ [ᾱ_t x_0² - ᾱ_t - log(1 - ᾱ_t)] per dimension. At t = T it is the prior term of the variational bound
     (Sohl-Dickstein et al. 2015, eq. 14; Ho et al. 2020, eq. 5).
     """
     return 0.5 * (alpha_bar * (mean_square - 1) - np.log1p(-alpha_bar))

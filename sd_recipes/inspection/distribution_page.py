@@ -52,7 +52,7 @@ def forward_section(inspected: Inspected) -> dict[str, Any]:
 
 
 def _diffused_pixels(pixels: np.ndarray) -> tuple[np.ndarray, Any]:
-    """x_0 in [-1, 1] (3, h, w), and what makes a picture of an x_t."""
+    """x_0 in [-1, 1] (3, h, w), and the function that turns an x_t into a picture."""
     small = Image.fromarray(pixels.transpose(1, 2, 0))
     small.thumbnail((DIFFUSED_SIDE, DIFFUSED_SIDE))
     x_0 = np.asarray(small).transpose(2, 0, 1) / 127.5 - 1
@@ -67,7 +67,7 @@ def _diffused_latents(model: Any, pixels: np.ndarray) -> tuple[np.ndarray, Any]:
 
 
 def _diffused(alpha_bars: list[float], pictures: list[tuple[np.ndarray, Any]]) -> list[dict[str, Any]]:
-    """Each picture, and with the noise of each ᾱ_t beside its distance from pure noise in nats a dimension."""
+    """Each picture, alone and with the noise of each ᾱ_t, with its distance from pure noise in nats per dimension."""
     rng = np.random.default_rng(0)
     shown = []
     for x_0, to_picture in pictures:

@@ -1,4 +1,4 @@
-"""Rows that are alike: by equal 64-bit digests, and by perceptual hashes that differ in few bits."""
+"""Rows that are alike, by equal 64-bit digests, and by perceptual hashes that differ in only a few bits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 BANDS = 4
-NEAR_BITS = BANDS - 1  # hashes that differ in fewer bits than there are bands agree in one band
+NEAR_BITS = BANDS - 1  # hashes that differ in fewer bits than there are bands agree in a whole band
 LISTED = 10  # rows of a group that are named
-WINDOW = 256  # neighbours in sorted order with which a hash is compared
+WINDOW = 256  # neighbours in sorted order that a hash is compared with
 
 
 @dataclass
@@ -25,12 +25,12 @@ class Group:
 
 @dataclass
 class Groups:
-    """All groups of rows that are alike: how many, the rows in them, and the largest, largest first."""
+    """All groups of rows that are alike: how many, how many rows in them, and the largest, largest first."""
 
     num_groups: int
     num_rows: int
     largest: list[Group]
-    complete: bool = True  # whether every pair was compared that can be near
+    complete: bool = True  # whether every pair that can be near was compared
 
     @property
     def num_surplus(self) -> int:
@@ -48,8 +48,8 @@ def near_groups(hashes: np.ndarray, limit: int) -> Groups:
 
     Two such hashes agree in at least one of BANDS bands of 16 bits. So the hashes are sorted by each
     band in turn, and only those that share it are compared: in practice a few million comparisons for a million
-    rows, instead of 5 · 10¹¹. Of a band that more than WINDOW different hashes share, those are compared that
-    lie within WINDOW of each other in sorted order; `complete` is then False.
+    rows, instead of 5 · 10¹¹. Where more than WINDOW different hashes share a band, only those
+    within WINDOW of each other in sorted order are compared; `complete` is then False.
     """
     values, inverse = np.unique(hashes, return_inverse=True)
     labels = np.arange(len(values), dtype=np.int32)
@@ -64,7 +64,7 @@ def near_groups(hashes: np.ndarray, limit: int) -> Groups:
 
 
 def _sorted_by_band(values: np.ndarray, band: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of `values` when a band of theirs is turned to the front, and the turned values in that order."""
+    """The order of `values` when one of their bands is rotated to the front, and the rotated values in that order."""
     turn = np.uint64(16 * band)
     rotated = (values << turn) | (values >> (np.uint64(64) - turn)) if band else values
     order = np.argsort(rotated, kind="stable")
@@ -84,7 +84,7 @@ def _neighbours(bands: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _near_pairs(ordered: np.ndarray, bands: np.ndarray) -> Iterator[np.ndarray]:
-    """Positions (2, m) of neighbours that are near, many at a time: to link them is a pass over all labels."""
+    """Positions (2, m) of neighbours that are near, many at a time: linking them is a pass over all labels."""
     pairs, number = [], 0
     for left, right in _neighbours(bands):
         near = np.bitwise_count(ordered[left] ^ ordered[right]) <= NEAR_BITS
@@ -106,7 +106,7 @@ def _link(labels: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 
 def _groups(labels: np.ndarray, limit: int, complete: bool = True) -> Groups:
-    """Rows of equal label as groups."""
+    """Rows with equal labels as groups."""
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(labels[order]) != 0]) if len(labels) else np.zeros(0, int)
     sizes = np.diff(np.r_[starts, len(labels)])

@@ -81,9 +81,9 @@ def draw_captions(captions: CaptionSummary) -> str:
         has_tokens = captions.tokenizer is not None
         figure = _figure(9 if has_tokens else 4.5, 3)
         axes = figure.subplots(1, 1 + has_tokens, squeeze=False)[0]
-        _draw_lengths(axes[0], captions.word_counts, "words of a caption")
+        _draw_lengths(axes[0], captions.word_counts, "words per caption")
         if has_tokens:
-            _draw_lengths(axes[1], captions.token_counts, "tokens of a caption")
+            _draw_lengths(axes[1], captions.token_counts, "tokens per caption")
             limit = captions.max_tokens
             axes[1].set_xlim(right=max(limit + 2, axes[1].get_xlim()[1]))
             axes[1].axvline(limit, color=LINE, linestyle="--", linewidth=1, label=f"limit: {limit}")
@@ -155,7 +155,7 @@ def draw_green_blue(pixels: PixelDistribution) -> str:
 def draw_colour_space(pixels: PixelDistribution) -> str:
     """Cells of the RGB cube in their own colours, with the 3-D Gaussian's surface at 1 and 2 deviations.
 
-    Up to DOTS cells are drawn by chance, a cell the likelier the more pixels it has.
+    Up to DOTS cells are drawn at random, a cell being likelier the more pixels it has.
     """
     with matplotlib.rc_context(STYLE):
         figure = _figure(9, 4.6)
@@ -172,7 +172,7 @@ def draw_colour_space(pixels: PixelDistribution) -> str:
         reach = (min(0.0, (mean + 2 * surface).min()), max(1.0, (mean + 2 * surface).max()))
         for number, (elevation, azimuth) in enumerate(((18, -60), (18, 30)), start=1):
             axes = figure.add_subplot(1, 2, number, projection="3d")
-            axes.computed_zorder = False  # the surfaces over the dots, which would hide them
+            axes.computed_zorder = False  # draws the surfaces over the dots, which would hide them
             axes.scatter(*places.T, s=7, c=places.clip(0, 1), alpha=0.6, linewidths=0, depthshade=False, zorder=1)
             for deviations, alpha in ((1, 0.9), (2, 0.45)):
                 x, y, z = np.moveaxis(mean + deviations * surface, -1, 0)
@@ -218,7 +218,7 @@ def draw_latents(latents: LatentDistribution) -> str:
 
 
 def draw_forward_kl(curves: dict[str, tuple[float, np.ndarray]]) -> str:
-    """KL(q(x_t|x_0) ‖ N(0, I)) against t, of each (mean of x_0², ᾱ) by name."""
+    """KL(q(x_t|x_0) ‖ N(0, I)) against t, for each named (mean of x_0², ᾱ)."""
     with matplotlib.rc_context(STYLE):
         figure = _figure(6, 3)
         axes = figure.subplots()
@@ -231,7 +231,7 @@ def draw_forward_kl(curves: dict[str, tuple[float, np.ndarray]]) -> str:
 
 
 def draw_buckets(buckets: list[tuple[str, int]], batch_size: int) -> str:
-    """Images of each bucket, with the size of a batch."""
+    """The number of images in each bucket, with the size of a batch."""
     with matplotlib.rc_context(STYLE):
         figure = _figure(9, 0.8 + 0.22 * len(buckets))
         axes = figure.subplots()

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sd_recipes.recipe import DataSettings
+
 LISTED = 10_000  # rows that are named, of each kind
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", ".ds_store"}
 
@@ -15,7 +17,7 @@ Severity = Literal["bad", "problem", "note"]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of finding: a `bad` row cannot be trained on, a `problem` should be mended, a `note` need not be."""
+    """A kind of finding: a `bad` row cannot be trained on, a `problem` should be fixed, a `note` need not be."""
 
     title: str
     severity: Severity
@@ -32,8 +34,8 @@ class Finding:
     detail: str
 
 
-def kinds(config: Any) -> dict[str, Kind]:
-    """The kinds of findings, in the order in which they are told; severities as the settings make them."""
+def kinds(config: DataSettings) -> dict[str, Kind]:
+    """The kinds of findings, in the order in which they are reported; severities depend on the settings."""
     blank: Severity = "note" if config.blank_captions == "empty" else "bad"
     small: Severity = "bad" if config.aspect_ratio_buckets else "problem"
     long: Severity = "bad" if config.long_captions == "error" else "note"
@@ -54,7 +56,7 @@ def kinds(config: Any) -> dict[str, Kind]:
         "blank_caption": Kind("blank caption", blank, "Empty, or only spaces."),
         "caption_not_text": Kind("caption that is not text", "bad", "Neither a string nor a list of strings."),
         "image_without_row": Kind(
-            "image without a row", "problem", "It lies in the folder, but no metadata file names it, so that it is "
+            "image without a row", "problem", "It is in the folder, but no metadata file names it, so it is "
             "never trained on."
         ),
         "long_caption": Kind(
@@ -66,7 +68,7 @@ def kinds(config: Any) -> dict[str, Kind]:
         ),
         "animated": Kind("animated image", "note", "The first frame is used."),
         "system_file": Kind(
-            "file of the operating system", "note", "Left by macOS or Windows beside the images; delete it."
+            "file of the operating system", "note", "Left by macOS or Windows next to the images; delete it."
         ),
     }  # fmt: skip
 
@@ -87,7 +89,7 @@ class Findings:
 
 
 class BoundedCounter:
-    """Counts of the commonest values, of which it never holds more than twice `limit`.
+    """Counts of the commonest values, never holding more than twice `limit` of them.
 
     When there are more, the rarest are forgotten (`pruned` is then True), and one that comes back starts from 0:
     counts of rare values may come out too low.
@@ -107,5 +109,5 @@ class BoundedCounter:
 
 
 def is_system_file(name: str) -> bool:
-    """Whether macOS or Windows leaves files of this name beside images; `._x.jpg` looks like one, but is none."""
+    """Whether macOS or Windows leaves files of this name next to images; `._x.jpg` looks like one, but is not."""
     return name.startswith("._") or name.lower() in SYSTEM_FILES

@@ -1,4 +1,4 @@
-"""What the bytes of images tell: whether they decode, how large they are, what their pixels are.
+"""What the bytes of images show: whether they decode, how large they are, what their pixels are.
 
 An image is read and decoded once. Runs in worker processes, and therefore imports neither torch nor transformers.
 """
@@ -25,18 +25,18 @@ from sd_recipes.inspection.distribution import PixelDistribution
 from sd_recipes.inspection.findings import BoundedCounter, Finding
 
 SAMPLED_SIDE = 64  # a picture gives 64² pixels to the statistics
-HASHED_SIDE = 256  # pixels a side, at least, of what is hashed
-SIDE_EDGES = 2.0 ** np.arange(2, 15.25, 0.25)  # pixels, four bins an octave
+HASHED_SIDE = 256  # pixels a side, at least, of the picture that is hashed
+SIDE_EDGES = 2.0 ** np.arange(2, 15.25, 0.25)  # pixels, four bins per octave
 ASPECT_EDGES = 2.0 ** np.arange(-3, 3.0625, 0.125)  # width / height
 CUT_OFF = re.compile(r"truncated|unexpected end|premature|broken data stream|not enough image data", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What the checks need to know of the flags; small, since it is sent to every process."""
+    """What the checks need to know from the flags; small, since it is sent to every process."""
 
     resolution: int
-    buckets: Buckets | None  # None if the step does not fit into the resolution
+    buckets: Buckets | None  # None if the step is over the resolution
     uses_buckets: bool
     max_upscale: float
     max_image_megapixels: float
@@ -45,7 +45,7 @@ class ImageSettings:
 
 @dataclass
 class ImageSummary:
-    """Of the images of some rows; two of them merge into the summary of both."""
+    """Summary of the images of some rows; two of them merge into the summary of both."""
 
     pixels: PixelDistribution = field(default_factory=PixelDistribution)
     shorter_sides: np.ndarray = field(default_factory=lambda: np.zeros(len(SIDE_EDGES) - 1, np.int64))
@@ -65,7 +65,7 @@ class ImageSummary:
 
 @dataclass
 class InspectedImages:
-    """What a chunk of rows gave: a summary, what was found, and eight bytes twice for each row that decoded."""
+    """What a chunk of rows gave: a summary, what was found, and two 8-byte hashes for each row that decoded."""
 
     summary: ImageSummary
     findings: list[Finding]
@@ -74,8 +74,8 @@ class InspectedImages:
     looks: np.ndarray  # uint64 (n,), their perceptual hashes
 
 
-def row_name(encoded: dict[str, Any] | None, row: int, root: str | None) -> str:
-    """How a row is called: its image's path, below `root` where it lies there, or its number."""
+def picture_name(encoded: dict[str, Any] | None, row: int, root: str | None) -> str:
+    """The name of a row's picture: its image's path, relative to `root` if it is in there, or the row's number."""
     path = (encoded or {}).get("path")
     if not path:
         return f"row {row}"
@@ -87,7 +87,7 @@ def inspect_images(rows: Iterable[tuple[int, dict[str, Any] | None]], settings: 
     summary, findings = ImageSummary(), []
     sampled, decoded, contents, looks = [], [], [], []
     for row, encoded in rows:
-        name = row_name(encoded, row, settings.root)
+        name = picture_name(encoded, row, settings.root)
         try:
             data = _read(encoded)
             encoded = {"bytes": data, "path": name}
@@ -108,7 +108,7 @@ def inspect_images(rows: Iterable[tuple[int, dict[str, Any] | None]], settings: 
 
 
 def get_ready() -> None:
-    """Import what the first picture would: the package of the hash imports scipy only when it is called."""
+    """Import what the first picture would need: the package of the hash imports scipy only when it is called."""
     perceptual_hash(Image.new("RGB", (8, 8)))
 
 
@@ -141,7 +141,7 @@ def _read(encoded: dict[str, Any] | None) -> bytes:
 def _decode(
     encoded: dict[str, Any], settings: ImageSettings, summary: ImageSummary
 ) -> tuple[Image.Image, list[_Found]]:
-    """The picture, and what is to be told of it; its size is added to the summary."""
+    """The picture, and what is to be reported about it; its size is added to the summary."""
     notes = []
     try:
         width, height = read_size(encoded, max_megapixels=settings.max_image_megapixels)
@@ -160,7 +160,7 @@ def _decode(
         if too_small:
             notes.append(_Found("too_small", f"{width} × {height} pixels"))
         if _is_animated(encoded["bytes"]):
-            notes.append(_Found("animated", "of several frames"))
+            notes.append(_Found("animated", "it has several frames"))
         image = open_image(encoded, at_least=at_least, max_megapixels=settings.max_image_megapixels)
     except ImageError as error:
         detail = str(error).removeprefix(f"{encoded['path']}: ")
@@ -179,7 +179,7 @@ def _is_animated(data: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return getattr(image, "is_animated", False)
-    # To look for a second frame makes Pillow raise many kinds on bad data; whether it matters, decoding tells.
+    # Looking for a second frame makes Pillow raise many kinds on bad data; decoding tells whether it matters.
     except Exception:
         return False
 
@@ -190,7 +190,7 @@ def _count(histogram: np.ndarray, edges: np.ndarray, value: float) -> None:
 
 
 def sample_pixels(image: Image.Image, row: int) -> np.ndarray:
-    """SAMPLED_SIDE² of the picture's own pixels, uint8 (n, 3), on a lattice whose place is drawn by the row.
+    """SAMPLED_SIDE² of the picture's own pixels, uint8 (n, 3), on a lattice whose offset is drawn by the row's number.
 
     Every pixel is as likely as any other, so that moments and histograms are those of all pixels on average;
     a reduced picture would show averages instead, whose variance is smaller.
@@ -204,7 +204,7 @@ def sample_pixels(image: Image.Image, row: int) -> np.ndarray:
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """The 64 bits of ImageHash's phash: signs of the lowest frequencies of a small gray picture."""
+    """The 64 bits of ImageHash's phash: the signs of the lowest frequencies of a small gray picture."""
     factor = max(1, min(image.size) // HASHED_SIDE)
     bits = imagehash.phash(image.reduce(factor)).hash
     return int.from_bytes(np.packbits(bits).tobytes())

@@ -1,9 +1,8 @@
-"""What a model's own VAE, tokenizer and scheduler say of a data set."""
+"""What a model's own VAE, tokenizer and scheduler say about a data set."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,25 +11,27 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from sd_recipes.inspection.distribution import LatentDistribution
-from sd_recipes.model.components import load_scheduler, load_tokenizer, load_vae
+from sd_recipes.model.components import load_scheduler, load_vae
+from sd_recipes.model.families import family_of
 from sd_recipes.model.latents import encode_pixels, sample_latents, to_pixel_values
-from sd_recipes.model.placement import allow_tf32
+from sd_recipes.recipe import ModelConfig
+from sd_recipes.runtime.accelerator import allow_tf32
 
 
 @dataclass
 class Model:
-    """The parts of a pipeline that meet the data first; the UNet and the text encoder stay unloaded."""
+    """The parts of a pipeline that meet the data first; the UNet and the text encoder are not loaded."""
 
     vae: AutoencoderKL
     tokenizer: CLIPTokenizer
     alphas_cumprod: np.ndarray  # (T,) float64, ᾱ_t for t = 1…T
 
 
-def load_model(config: Any) -> Model:
+def load_model(config: ModelConfig) -> Model:
     """The VAE, on the GPU if there is one, the tokenizer and the schedule. Raises RecipeError."""
-    allow_tf32(False)  # figures are float32's
+    allow_tf32(False)  # the figures are those of float32
     vae = load_vae(config).to("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(vae, load_tokenizer(config), load_scheduler(config).alphas_cumprod.double().numpy())
+    return Model(vae, family_of(config).load_tokenizer(config), load_scheduler(config).alphas_cumprod.double().numpy())
 
 
 def encode_picture(vae: AutoencoderKL, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -51,7 +52,7 @@ def decode_picture(vae: AutoencoderKL, latents: np.ndarray) -> np.ndarray:
 
 
 def latent_distribution(vae: AutoencoderKL, pictures: list[np.ndarray]) -> LatentDistribution:
-    """Of the scaled latents of `pictures`, uint8 (3, H, W) each."""
+    """Distribution of the scaled latents of `pictures`, uint8 (3, H, W) each."""
     seen, rng = LatentDistribution(), np.random.default_rng(0)
     for pixels in tqdm(pictures, desc="encoding", unit="image"):
         seen.update(encode_picture(vae, pixels, rng))

@@ -1,4 +1,4 @@
-"""The HTML page of an inspection: what templates/inspection/page.html shows, beside what the JSON file says."""
+"""The HTML page of an inspection: what templates/inspection/page.html shows, besides what the JSON file says."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from sd_recipes.data.captions import CaptionError
 from sd_recipes.data.images import ImageError, open_image
+from sd_recipes.export.pages import render_page
 from sd_recipes.inspection import figures
 from sd_recipes.inspection.distribution_page import forward_section, latents_section, pixels_section
 from sd_recipes.inspection.findings import kinds
 from sd_recipes.inspection.summary import Inspected
-from sd_recipes.pages import render_page
 from sd_recipes.redaction import redacted
 
 THUMBNAIL = 96  # pixels a side, at most
@@ -39,7 +39,7 @@ def write_page(inspected: Inspected, content: dict[str, Any], path: Path) -> Non
         latents=latents_section(inspected) if "latents" in content else None,
         forward=forward_section(inspected) if inspected.pictures else None,
     )
-    path.write_text(redacted(page), encoding="utf-8")  # names of files, and captions, come from anywhere
+    path.write_text(redacted(page), encoding="utf-8")  # file names and captions come from anywhere
 
 
 def _findings(inspected: Inspected, content: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _captions(inspected: Inspected) -> dict[str, Any]:
 
 
 def _thumbnails(inspected: Inspected, rows: list[int | None]) -> list[str]:
-    """The rows' pictures, of those that can be had."""
+    """Thumbnails of the rows' pictures, where they can be read."""
     return [uri for row in rows if (uri := _thumbnail(inspected, row)) is not None]
 
 
@@ -105,7 +105,7 @@ def _thumbnail(inspected: Inspected, row: int | None) -> str | None:
 
 
 def _caption(inspected: Inspected, row: int) -> str:
-    """The row's captions, in the words of the data set."""
+    """The row's captions, as they are in the data set."""
     found = inspected.rows.read(row)
     if found is None:
         found = next((values for number, _, values in inspected.scan.samples if number == row), None)
@@ -113,5 +113,5 @@ def _caption(inspected: Inspected, row: int) -> str:
         return f"of row {row}"
     try:
         return " | ".join(inspected.scan.captions.captions_of(found))
-    except CaptionError:  # told among the findings
+    except CaptionError:  # it is among the findings
         return ""

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from sd_recipes.data.buckets import Buckets
 from sd_recipes.data.rows import load_rows, load_streams
+from sd_recipes.errors import RecipeError
 from sd_recipes.inspection.caption_checks import CaptionSummary
 from sd_recipes.inspection.findings import Findings, kinds
-from sd_recipes.inspection.image_checks import ImageSettings, ImageSummary, row_name
+from sd_recipes.inspection.image_checks import ImageSettings, ImageSummary, picture_name
+from sd_recipes.inspection.settings import Inspection
 from sd_recipes.inspection.workers import Images, ImageWorkers
-from sd_recipes.recipe import RecipeError
 
 CHUNK_ROWS = 32
 CHUNK_BYTES = 16 * 2**20
@@ -28,12 +29,12 @@ Row = dict[str, Any]
 
 
 class Rows:
-    """The rows to inspect, as (number, row): all of them, or `max_rows` drawn at random; of a stream the first ones.
+    """The rows to inspect, as (number, row): all of them, or `max_rows` drawn at random; from a stream, the first ones.
 
     `total` is None where it is not known. Raises RecipeError for data that cannot be read.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Inspection) -> None:
         self.image_column = config.image_column
         self.max_rows = config.max_rows
         self._rows: datasets.Dataset | None = None
@@ -63,7 +64,7 @@ class Rows:
                 yield int(number), {name: values[place] for name, values in columns.items()}
 
     def read(self, number: int) -> Row | None:
-        """The row of this number; None if it went by in a stream."""
+        """The row with this number; None for a stream, whose rows have gone by."""
         return self._rows[number] if self._rows is not None else None
 
     def paths(self) -> Iterator[str]:
@@ -78,7 +79,7 @@ class Rows:
 
 @dataclass
 class Scan:
-    """All that one pass gives; the numbers and digests, 32 bytes a row with the captions', are all that grows."""
+    """Everything that one pass gives; only the row numbers and digests grow, 32 bytes a row with the captions'."""
 
     captions: CaptionSummary
     images: ImageSummary = field(default_factory=ImageSummary)
@@ -86,12 +87,12 @@ class Scan:
     num_rows: int = 0
     num_bad: int = 0  # rows that cannot be trained on
     samples: list[tuple[int, str, Row]] = field(default_factory=list)  # (number, name, row), drawn at random
-    rows: array[int] = field(default_factory=lambda: array("I"))  # that decoded
+    rows: array[int] = field(default_factory=lambda: array("I"))  # rows that decoded
     contents: array[int] = field(default_factory=lambda: array("Q"))  # digests of their files
     looks: array[int] = field(default_factory=lambda: array("Q"))  # their perceptual hashes
 
 
-def scan(rows: Rows, config: Any, tokenizer: Any | None, num_samples: int, workers: ImageWorkers) -> Scan:
+def scan(rows: Rows, config: Inspection, tokenizer: Any | None, num_samples: int, workers: ImageWorkers) -> Scan:
     """Inspect all of `rows`. Raises RecipeError if one of the workers dies."""
     result = Scan(CaptionSummary(config, tokenizer))
     buckets = None
@@ -109,7 +110,9 @@ def scan(rows: Rows, config: Any, tokenizer: Any | None, num_samples: int, worke
     good = _Reservoir(result.samples, num_samples)
     with tqdm(total=rows.total, desc="inspecting", unit="row", mininterval=0.5) as bar:
         for chunk, images in workers.inspect(_chunks(rows, config.image_column), settings):
-            named = [(number, row_name(row[config.image_column], number, settings.root), row) for number, row in chunk]
+            named = [
+                (number, picture_name(row[config.image_column], number, settings.root), row) for number, row in chunk
+            ]
             findings = images.findings + result.captions.update(named)
             bad = {finding.row for finding in findings if finding.kind in bad_kinds}
             result.images.merge(images.summary)

@@ -1,4 +1,4 @@
-"""All that an inspection found, as the JSON file says it."""
+"""Everything that an inspection found, as the JSON file states it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from sd_recipes.inspection.distribution import (
-    LatentDistribution,
-    forward_kl,
-    stable_diffusion_alphas_cumprod,
-)
+from sd_recipes.inspection.distribution import LatentDistribution, forward_kl, stable_diffusion_alphas_cumprod
 from sd_recipes.inspection.duplicates import Groups, equal_groups, near_groups
 from sd_recipes.inspection.findings import LISTED, kinds
-from sd_recipes.inspection.image_checks import SAMPLED_SIDE, row_name
+from sd_recipes.inspection.image_checks import SAMPLED_SIDE, picture_name
 from sd_recipes.inspection.scan import Rows, Scan
+from sd_recipes.inspection.settings import Inspection
 
 GROUPS = 1000  # of duplicates that are listed
 STATUS_NAMES = {0: "clean", 1: "problems", 2: "unusable"}
@@ -25,7 +22,7 @@ SHOWN_TIMESTEPS = (0.05, 0.1, 0.2, 0.4, 0.6, 1.0)  # of T
 
 @dataclass
 class Duplicates:
-    """Groups of rows with the same file, of different files that look alike, and with the same caption."""
+    """Groups of rows with the same file, with different files that look alike, and with the same caption."""
 
     images: Groups
     near_images: Groups
@@ -36,7 +33,7 @@ class Duplicates:
 class Inspected:
     """An inspection's results."""
 
-    config: Any
+    config: Inspection
     rows: Rows
     scan: Scan
     duplicates: Duplicates
@@ -55,7 +52,9 @@ class Inspected:
 
     @property
     def source(self) -> str:
-        return self.config.sources[0].dataset_name or self.config.sources[0].train_data_dir
+        """The first source's name or folder."""
+        source = self.config.sources[0]
+        return source.dataset_name or source.train_data_dir or ""
 
     def schedule(self) -> np.ndarray:
         """ᾱ_t for t = 1…T: the model's, or Stable Diffusion's."""
@@ -63,7 +62,7 @@ class Inspected:
 
     def row_label(self, row: int) -> str:
         found = self.rows.read(row)
-        return f"row {row}" if found is None else row_name(found[self.config.image_column], row, self.root)
+        return f"row {row}" if found is None else picture_name(found[self.config.image_column], row, self.root)
 
     @property
     def root(self) -> str | None:
@@ -71,7 +70,7 @@ class Inspected:
 
 
 def find_duplicates(scan: Scan) -> Duplicates:
-    """Of all rows that decoded, and of all captions."""
+    """The duplicates among all rows that decoded, and among all captions."""
     rows, contents, looks = map(np.asarray, (scan.rows, scan.contents, scan.looks))  # not copied
     first = np.sort(np.unique(contents, return_index=True)[1])  # one row of those with the same file
     return Duplicates(
@@ -89,7 +88,7 @@ def _of_rows(groups: Groups, rows: np.ndarray) -> Groups:
 
 
 def bucket_fill(inspected: Inspected) -> Iterator[dict[str, Any]]:
-    """Of each bucket, largest first: its images, the batches of an epoch, and the images of its last, smaller batch."""
+    """For each bucket, largest first: its images, its batches per epoch, and the images in the last, smaller batch."""
     batch_size = inspected.config.train_batch_size
     for (height, width), number in inspected.scan.images.buckets.most_common():
         yield {
@@ -102,7 +101,7 @@ def bucket_fill(inspected: Inspected) -> Iterator[dict[str, Any]]:
 
 
 def as_json(inspected: Inspected) -> dict[str, Any]:
-    """The JSON file's content; every number that the page shows."""
+    """The JSON file's content: every number that the page shows."""
     scan, config = inspected.scan, inspected.config
     images, captions = scan.images, scan.captions
     content: dict[str, Any] = {
@@ -219,7 +218,7 @@ def _latents(inspected: Inspected) -> dict[str, Any]:
 
 
 def forward_process(mean_square: float, alphas_cumprod: np.ndarray) -> list[dict[str, float]]:
-    """t, ᾱ_t and the KL of q(x_t | x_0) to N(0, I) in nats per dimension, at some rising t."""
+    """t, ᾱ_t and the KL of q(x_t | x_0) to N(0, I) in nats per dimension, at some t in rising order."""
     steps = [max(1, round(share * len(alphas_cumprod))) for share in (0.001, 0.01, *SHOWN_TIMESTEPS)]
     return [
         {

@@ -1,4 +1,4 @@
-"""The processes that look at images: started before the data are opened, and answered in the rows' order."""
+"""The processes that look at images: created before the data are opened; results come in the rows' order."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from sd_recipes.errors import RecipeError
 from sd_recipes.inspection.image_checks import ImageSettings, InspectedImages, get_ready, inspect_images
-from sd_recipes.recipe import RecipeError
 
-CHUNKS_AHEAD = 3  # a worker's, so that it never waits for the next
+CHUNKS_AHEAD = 3  # per worker, so that it never waits for the next one
 
 Images = list[tuple[int, dict[str, Any] | None]]  # (row's number, {"bytes", "path"})
 
 
 class ImageWorkers:
-    """`inspect_images` in `number` processes; with none of them, in this one."""
+    """`inspect_images` in `number` processes; with 0, in this one."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -26,14 +26,15 @@ class ImageWorkers:
             # Fresh processes: a fork would take over the locks of torch's and the tokenizer's threads.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(number, mp_context=context, initializer=get_ready)
-            self._pool.submit(get_ready)  # with the first call all are started
+            for _ in range(number):  # each call starts one
+                self._pool.submit(get_ready)
 
     def inspect(
         self, chunks: Iterable[tuple[Any, Images]], settings: ImageSettings
     ) -> Iterator[tuple[Any, InspectedImages]]:
-        """Of each chunk of (what belongs to it, images), the former with what `inspect_images` says, in order.
+        """For each chunk of (what belongs to it, images), the former and what `inspect_images` finds, in order.
 
-        A bounded number of chunks is under way. Raises RecipeError if a process dies.
+        Only a bounded number of chunks is in flight. Raises RecipeError if a process dies.
         """
         if not self.number:
             for owner, images in chunks:
@@ -50,7 +51,7 @@ class ImageWorkers:
                 yield done, future.result()
         except BrokenProcessPool:
             raise RecipeError(
-                f"--num_workers {self.number}: a worker process was killed, probably for want of memory: use fewer, "
+                f"--num_workers {self.number}: a worker process was killed, probably for lack of memory: use fewer, "
                 "or lower --max_image_megapixels"
             ) from None
 

@@ -1,6 +1,6 @@
-"""The parts of a Stable Diffusion pipeline, each loaded by its own class, in safetensors only.
+"""The parts that pipelines of all families have, each loaded by its own class, from safetensors only.
 
-No class is taken from the repository's own say, and no code of a repository is run.
+A repository cannot choose a class, except a sampler from SAMPLERS, and none of its code is run.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
 from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from sd_recipes import assets
-from sd_recipes.recipe import ModelConfig, RecipeError
+from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.recipe import ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +40,18 @@ SAMPLERS: dict[str, type[SchedulerMixin]] = {
 
 @dataclass
 class Components:
-    """Everything that a StableDiffusionPipeline is made of."""
+    """What every pipeline is made of; a family adds its text models and tokenizers."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
     scheduler: DDPMScheduler  # of training
     sampler: SchedulerMixin  # of the pipeline
-    # The frozen parts as they were loaded, where they run rounded to another type; see `placement.place`.
-    as_loaded: dict[str, Any] = field(default_factory=dict)
+    # The frozen parts as they were loaded, if they run rounded to another type; see `placement.keep_as_loaded`.
+    as_loaded: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels a side that one latent stands for."""
+        """Pixels per side that one latent stands for."""
         return _scale_factor(self.vae)
 
     def set_prediction_type(self, prediction_type: str) -> None:
@@ -79,43 +77,40 @@ def _latent_shape(channels: int, factor: int, size: tuple[int, int]) -> tuple[in
     return channels, height // factor, width // factor
 
 
-def load_components(config: ModelConfig) -> Components:
-    """Load every part in float32, the VAE and the text encoder frozen. Raises RecipeError naming what is missing."""
-    source = _source(config)
-    scheduler = load_scheduler(config)
-    tokenizer = load_tokenizer(config)
-    text_encoder = source.load_model(CLIPTextModel, "text_encoder", dtype=torch.float32)
-    vae = load_vae(config)
-    if config.train_from_scratch:
-        unet = _new_unet(config, source)
-    else:
-        unet = source.load_model(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
-    components = Components(unet, vae, text_encoder, tokenizer, scheduler, _load_sampler(source, scheduler))
-    _check_fit(components, config)
-    text_encoder.requires_grad_(False)
-    text_encoder.eval()
-    return components
-
-
 def load_vae(config: ModelConfig) -> AutoencoderKL:
     """The VAE in float32, frozen. Raises RecipeError."""
-    vae = _source(config).load_model(AutoencoderKL, "vae", torch_dtype=torch.float32)
+    vae = source_of(config).load_model(AutoencoderKL, "vae", torch_dtype=torch.float32)
     vae.requires_grad_(False)
     return vae.eval()
 
 
-def load_tokenizer(config: ModelConfig) -> CLIPTokenizer:
-    """Raises RecipeError."""
-    return _source(config).load(CLIPTokenizer, "tokenizer")
-
-
 def load_scheduler(config: ModelConfig) -> DDPMScheduler:
-    """The scheduler of training. Raises RecipeError."""
-    return _source(config).load(DDPMScheduler, "scheduler")
+    """The training scheduler. Raises RecipeError."""
+    return source_of(config).load(DDPMScheduler, "scheduler")
+
+
+def load_unet(config: ModelConfig) -> UNet2DConditionModel:
+    """The UNet in float32, or a new one with random weights. Raises RecipeError."""
+    source = source_of(config)
+    if config.train_from_scratch:
+        return _new_unet(config, source)
+    return source.load_model(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
+
+
+def load_sampler(config: ModelConfig, scheduler: DDPMScheduler) -> SchedulerMixin:
+    """The scheduler class that the model's own scheduler_config.json names, if it is a known one."""
+    source = source_of(config)
+    saved = DDPMScheduler.load_config(
+        source.name, subfolder="scheduler", revision=config.revision, cache_dir=config.cache_dir
+    )
+    name = str(saved.get("_class_name", "DDIMScheduler"))
+    if name not in SAMPLERS:
+        logger.warning("The model's scheduler %s is not one of %s: DDIM is used.", name, ", ".join(SAMPLERS))
+    return SAMPLERS.get(name, DDIMScheduler).from_config(saved)
 
 
 @dataclass
-class _Source:
+class Source:
     """A pipeline folder or Hub repository, from which parts are loaded by class."""
 
     name: str
@@ -140,14 +135,13 @@ class _Source:
             )
         try:
             return part.from_pretrained(self.name, **options)
-        # diffusers, transformers and huggingface_hub report an absent, broken or forbidden part by
+        # diffusers, transformers and huggingface_hub report an absent, broken or forbidden part with
         # OSError, ValueError, KeyError, RuntimeError, JSONDecodeError and SafetensorError: no common
-        # base. All of them are about the model that the person named.
+        # base. All of them are about the model that the user named.
         except Exception as error:
-            words = " ".join(str(error).split())[:400]
+            words = one_line(error, 400)
             raise RecipeError(
-                f"--pretrained_model_name_or_path {self.name}: cannot load {subfolder} "
-                f"({part.__name__}): {words or type(error).__name__}"
+                f"--pretrained_model_name_or_path {self.name}: cannot load {subfolder} ({part.__name__}): {words}"
             ) from error
 
     def load_model(self, part: Any, subfolder: str, **options: Any) -> Any:
@@ -159,29 +153,29 @@ class _Source:
         return self.load(part, subfolder, **options)
 
 
-def _source(config: ModelConfig) -> _Source:
-    return _Source(assets.resolve(config.pretrained_model_name_or_path or ""), config)
+def source_of(config: ModelConfig) -> Source:
+    return Source(assets.resolve(config.pretrained_model_name_or_path or ""), config)
 
 
-def _new_unet(config: ModelConfig, source: _Source) -> UNet2DConditionModel:
+def _new_unet(config: ModelConfig, source: Source) -> UNet2DConditionModel:
     unet_config = _read_unet_config(config, source)
     try:
         return UNet2DConditionModel.from_config(unet_config)
-    # diffusers checks a configuration by whatever its blocks raise.
+    # diffusers does not check a configuration: its blocks raise whatever they raise.
     except Exception as error:
-        words = " ".join(str(error).split())[:300]
+        words = one_line(error)
         place = f"--unet_config {config.unet_config}" if config.unet_config else "the model's unet/config.json"
         raise RecipeError(f"{place} does not describe a UNet2DConditionModel: {words}") from error
 
 
-def _read_unet_config(config: ModelConfig, source: _Source) -> dict[str, Any]:
+def _read_unet_config(config: ModelConfig, source: Source) -> dict[str, Any]:
     if config.unet_config is None:
         try:
             return UNet2DConditionModel.load_config(
                 source.name, subfolder="unet", revision=config.revision, cache_dir=config.cache_dir
             )
         except OSError as error:
-            words = " ".join(str(error).split())[:300]
+            words = one_line(error)
             raise RecipeError(
                 f"--train_from_scratch: no UNet configuration, give --unet_config FILE ({words})"
             ) from error
@@ -201,32 +195,3 @@ def _read_unet_config(config: ModelConfig, source: _Source) -> dict[str, Any]:
             hint = f" (nearest: {near[0]})" if near else ""
             raise RecipeError(f"--unet_config {path}: unknown key {key!r}{hint}")
     return unet_config
-
-
-def _load_sampler(source: _Source, scheduler: DDPMScheduler) -> SchedulerMixin:
-    """The scheduler class that the model's own scheduler_config.json names, if it is a known one."""
-    saved = DDPMScheduler.load_config(
-        source.name, subfolder="scheduler", revision=source.config.revision, cache_dir=source.config.cache_dir
-    )
-    name = str(saved.get("_class_name", "DDIMScheduler"))
-    if name not in SAMPLERS:
-        logger.warning("The model's scheduler %s is not one of %s: DDIM is used.", name, ", ".join(SAMPLERS))
-    return SAMPLERS.get(name, DDIMScheduler).from_config(saved)
-
-
-def _check_fit(components: Components, config: ModelConfig) -> None:
-    unet, vae, text_encoder = components.unet.config, components.vae.config, components.text_encoder.config
-    place = "the model's unet/config.json" if config.unet_config is None else f"--unet_config {config.unet_config}"
-    if not unet.in_channels == unet.out_channels == vae.latent_channels:
-        raise RecipeError(
-            f"{place}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels, the VAE's latents "
-            f"have {vae.latent_channels}: set in_channels and out_channels to {vae.latent_channels}"
-        )
-    if unet.cross_attention_dim != text_encoder.hidden_size:
-        raise RecipeError(
-            f"{place}: cross_attention_dim is {unet.cross_attention_dim}, the text encoder's states have "
-            f"{text_encoder.hidden_size} values: set cross_attention_dim to {text_encoder.hidden_size}"
-        )
-    for name in ("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim"):
-        if unet.get(name) is not None:
-            raise RecipeError(f"{place}: {name} asks for a condition beside the caption, and there is none: drop it")

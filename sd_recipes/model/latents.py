@@ -1,18 +1,15 @@
-"""pixel_values to moments to latents.
+"""Pixels to moments to latents.
 
-Split into a deterministic half, which can be kept for later epochs, and a half that depends on a draw.
+Split into a deterministic half, which can be kept for later epochs, and a random half.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from diffusers import AutoencoderKL
-
-if TYPE_CHECKING:
-    from sd_recipes.data.batches import Batch
-    from sd_recipes.data.cache import LatentCache
 
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # bounds of diffusers' DiagonalGaussianDistribution
 
@@ -41,28 +38,32 @@ def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, posterior_noise: t
     return latents * vae.config.scaling_factor
 
 
-def batch_moments(
-    vae: AutoencoderKL, batch: Batch, dtype: torch.dtype, cache: LatentCache | None = None
-) -> torch.Tensor:
-    """Moments (B, 2C, h, w) of a batch: those that came with it, and those of its pixels, which the cache keeps."""
-    if len(batch.live) == len(batch.weights) and cache is None:
-        return encode_pixels(vae, to_pixel_values(batch.pixel_values, dtype))
-    batch_size, channels, height, width = batch.noise.shape
-    moments = batch.moments
-    if moments is None:
-        moments = torch.zeros(batch_size, 2 * channels, height, width, device=batch.noise.device)
-    if len(batch.live) == 0:
-        return moments
-    if vae.device != batch.noise.device:  # it was set free when the cache was full
-        vae.to(batch.noise.device)
-    pixel_values = to_pixel_values(batch.pixel_values, dtype)
-    made = encode_pixels(vae, pixel_values)
-    if cache is not None:
-        made = cache.round(made)
-        mirrored = cache.round(encode_pixels(vae, pixel_values.flip(-1))) if cache.keeps_flips else None
-        if batch.plan.weight:  # otherwise another process trains on the row, and keeps it
-            cache.put(batch.records, made, mirrored)
-        if mirrored is not None:
-            made = torch.where(batch.flip[batch.live][:, None, None, None], mirrored, made)
-    moments[batch.live] = made
-    return moments
+class LatentEncoder:
+    """The VAE as a run uses it. It alone moves the VAE between devices: off the GPU while moments come from a store."""
+
+    def __init__(self, vae: AutoencoderKL, device: torch.device, dtype: torch.dtype) -> None:
+        self.vae, self.device, self.dtype = vae, device, dtype
+        self.vae.to(device, dtype=dtype)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (U, 3, H, W) on the run's device to moments (U, 2C, H/f, W/f), float32."""
+        self.vae.to(self.device)
+        return encode_pixels(self.vae, to_pixel_values(pixels, self.dtype))
+
+    def sample(self, moments: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
+        """Scaled latents, as `sample_latents`."""
+        return sample_latents(self.vae, moments, posterior_noise)
+
+    def rest(self) -> None:
+        """Make room on the device, until the VAE is needed again."""
+        self.vae.to("cpu")
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Within this context the VAE is on the run's device, for a pipeline that decodes; afterwards, where it was."""
+        was_on = self.vae.device
+        self.vae.to(self.device)
+        try:
+            yield
+        finally:
+            self.vae.to(was_on)

@@ -1,0 +1,1 @@
+"""A run's state on disk: its format, writing it in the background, resuming from it."""

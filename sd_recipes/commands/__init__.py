@@ -1,0 +1,1 @@
+"""One file a command; they alone know all the other rooms."""

@@ -1,0 +1,106 @@
+"""The command line: `sd-recipes` and its commands. `train` is train_text_to_image.py without a checkout."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from sd_recipes import __version__
+from sd_recipes.flags import SCRIPT, Command, load_recipe
+from sd_recipes.recipe import Recipe
+from sd_recipes.redaction import redacted
+from sd_recipes.runtime.console import mistakes_in_one_line, set_up_console
+from sd_recipes.runtime.signals import stop_request
+
+TRAIN = Command(
+    "sd-recipes train",
+    SCRIPT.description,
+    """
+    sd-recipes train --config quickstart
+    sd-recipes train --train_data_dir my_pictures \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
+""",
+)
+CACHE = Command(
+    "sd-recipes cache",
+    "Fill the latent cache before training, with the flags of the run that will read it.",
+    """
+    sd-recipes cache --config quickstart --cache_latents disk --center_crop
+    sd-recipes cache --train_data_dir my_pictures --cache_latents disk --center_crop \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
+""",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="sd-recipes", description="Train Stable-Diffusion-class text-to-image models."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser(
+        "train", add_help=False, help="train with flags or a recipe; `sd-recipes train --help` lists them"
+    )
+    commands.add_parser(
+        "inspect", add_help=False, help="look at a data set before training on it; `sd-recipes inspect --help`"
+    )
+    commands.add_parser(
+        "cache", add_help=False, help="fill the latent cache before training, with the flags of `train`"
+    )
+    commands.add_parser("schema", help="print the JSON schema of a recipe file, for editors")
+    arguments, rest = parser.parse_known_args()
+    if arguments.command == "schema":
+        from sd_recipes.flags import recipe_schema
+
+        sys.stdout.write(recipe_schema())
+        return
+    COMMANDS[arguments.command](rest)
+
+
+def start(argv: list[str] | None, command: Command) -> Recipe:
+    """The recipe that `argv` gives to `command`. Starts to note signals, and sets up the console.
+
+    What takes seconds to import is imported afterwards, so that a mistake on the command line is reported at once.
+    """
+    recipe = load_recipe(argv, command)
+    sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers publish the command line
+    stop_request.listen()
+    set_up_console()
+    return recipe
+
+
+def train(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
+    """Train with the flags in `argv` (default: sys.argv[1:]). A mistake ends in one line on stderr and status 2."""
+    with mistakes_in_one_line():
+        recipe = start(argv, command)
+        from sd_recipes.commands.train import run
+
+        run(recipe)
+
+
+def cache(argv: list[str]) -> None:
+    """Fill the latent cache with the flags in `argv`, which are those of `train`."""
+    with mistakes_in_one_line():
+        recipe = start(argv, CACHE)
+        from sd_recipes.commands.cache import fill_cache
+
+        fill_cache(recipe)
+
+
+def inspect(argv: list[str]) -> None:
+    """Look at a data set with the flags in `argv`."""
+    from sd_recipes.commands.inspect import main
+
+    main(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": lambda argv: train(argv, TRAIN),
+    "cache": cache,
+    "inspect": inspect,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""`sd-recipes train` and train_text_to_image.py: build a run, train, export, report and publish."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resume_hint
+from sd_recipes.checkpoints.resume import choose_checkpoint, compare_identity, identity_of, load_checkpoint
+from sd_recipes.checkpoints.run_folder import begin_history, find_resume_point, of_other_history, output_dir_lock
+from sd_recipes.checkpoints.saver import FAILURES, BackgroundSaver, NotSaved
+from sd_recipes.errors import RecipeError, RunError, one_line
+from sd_recipes.export.hub import create_repository, publish
+from sd_recipes.export.pipeline import export_pipeline
+from sd_recipes.export.report import write_report
+from sd_recipes.flags import recipe_text, written_settings
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.runtime.agreement import broadcast, wait_for_all
+from sd_recipes.runtime.console import hide_library_bars, say
+from sd_recipes.runtime.output_dir import NO_ROOM, check_output_dir
+from sd_recipes.runtime.signals import Stopped, stop_request
+from sd_recipes.runtime.trackers import list_samples
+from sd_recipes.training.build import Checkpoint, Run, build_run, describe
+from sd_recipes.training.finite import are_finite, has_finite_weights
+from sd_recipes.training.loop import fit, length_flag
+
+logger = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe) -> None:
+    """Train by a recipe, and write a pipeline with its pictures and figures to the output folder.
+
+    Raises RecipeError for what the user can fix, TrainingDiverged, Stopped, NotSaved, and PushError once the model
+    is saved.
+    """
+    hide_library_bars()
+    accelerator = start_accelerator(recipe)
+    if recipe.dry_run:
+        show(recipe, accelerator)
+        return
+    # Until it has saved something, a run that was given a checkpoint resumes from that one again.
+    stop_request.resume_command = resume_command(recipe) if recipe.overwrite else "the same command"
+    with output_dir_lock(recipe, accelerator.is_main_process) as resume_point:
+        recipe, checkpoint = resolve(recipe, accelerator, resume_point)
+        built = build_run(recipe, accelerator, checkpoint)
+        with closing(built.tracker):
+            train(built)
+
+
+def show(recipe: Recipe, accelerator: Accelerator) -> None:
+    """A dry run: show what the run would be, and what it would refuse; nothing is written."""
+    check_output_dir(Path(recipe.output_dir), writes=False)
+    recipe, checkpoint = resolve(recipe, accelerator, find_resume_point(recipe))
+    built = build_run(recipe, accelerator, checkpoint)
+    if checkpoint:
+        path, manifest = checkpoint
+        compare_identity(identity(built), manifest, path)
+        if others := of_other_history(built.output_dir, path, manifest):
+            names = ", ".join(other.name for other in others)
+            logger.warning("These did not lead up to %s and would be set aside: %s.", path, names)
+    if accelerator.is_main_process:
+        say(f"{describe(built)}\n\n{recipe_text(recipe).rstrip()}")
+    accelerator.end_training()
+
+
+def resolve(recipe: Recipe, accelerator: Accelerator, resume_point: str | None) -> tuple[Recipe, Checkpoint | None]:
+    """The recipe with all that it left open decided, the same on all processes, and the checkpoint to resume from.
+
+    The precision may come from accelerate's configuration. The seed is the given one, the checkpoint's, or one that the
+    first process draws for all. Raises RecipeError if there is no such checkpoint, or if its run had other settings
+    that do not carry over.
+    """
+    recipe = recipe.model_copy(
+        update={"mixed_precision": accelerator.mixed_precision, "resume_from_checkpoint": resume_point}
+    )
+    checkpoint = choose_checkpoint(recipe, accelerator.is_main_process)
+    seed = recipe.seed
+    if seed is None:
+        drawn = int(np.random.SeedSequence().generate_state(1, np.uint32)[0])
+        seed = broadcast(drawn) if checkpoint is None else checkpoint[1].settings["seed"]
+    return recipe.model_copy(update={"seed": seed}), checkpoint
+
+
+def train(built: Run) -> None:
+    """Train to the end, export, report, and publish."""
+    recipe, accelerator, state = built.recipe, built.accelerator, built.state
+    is_main = accelerator.is_main_process
+    if is_main:
+        say(describe(built))
+    try:
+        with memory_given_back(built):
+            restore(built)
+            # Only once folder, data, model and checkpoint are in order, and before any step is wasted.
+            repo_id = repository(recipe, is_main)
+            saver = train_to_end(built)
+    except (Stopped, NotSaved):  # on all processes at once
+        built.tracker.close()
+        accelerator.end_training()
+        raise
+    try:
+        state.export(built.output_dir, is_main=is_main)
+        with state.evaluated(built.model.components, wanted=is_main):
+            if is_main:
+                report = write_results(built)
+                say("\n".join(["", f"pipeline        {built.output_dir}", *report]))
+        if repo_id and is_main:
+            say(f"pushed          {publish(built.output_dir, repo_id, recipe, built.model.family)}")
+        built.tracker.close()
+    except RunError:  # on the first process, which does this alone; the other processes finish as they would have
+        with suppress(RuntimeError):
+            wait_for_all()
+        raise
+    wait_for_all()
+    accelerator.end_training()
+    if saver.not_saved:
+        raise NotSaved(
+            f"the pipeline is in {built.output_dir}, but no checkpoint could be written ({saver.not_saved}): with a "
+            f"larger {length_flag(recipe)} {resume_command(recipe)} {resume_hint(recipe)}; make room, or choose "
+            "another --output_dir"
+        )
+
+
+def restore(built: Run) -> None:
+    """Load the checkpoint to resume from, if there is one. Raises RecipeError for weights that cannot be trained."""
+    check_loaded(built)
+    if built.checkpoint is None:
+        return
+    path, manifest = built.checkpoint
+    compare_identity(identity(built), manifest, path)
+    load_checkpoint(built.state, path, manifest, is_main=built.accelerator.is_main_process)
+    if not has_finite_weights(built.state, built.accelerator):
+        others = [each.name for each in list_checkpoints(path.parent) if each.resolve() != path.resolve()]
+        raise RecipeError(
+            f"{path} holds weights that are not finite: go back with --resume_from_checkpoint to an older one "
+            f"of {others or 'none'}, or start over with --overwrite"
+        )
+
+
+def train_to_end(built: Run) -> BackgroundSaver:
+    """Train what was restored to the last step; returns what saved the run."""
+    recipe, accelerator, state = built.recipe, built.accelerator, built.state
+    known = identity(built)
+    wait_for_all()  # a checkpoint fits on all processes
+    if built.checkpoint is not None and accelerator.is_main_process:
+        begin_history(built.output_dir, *built.checkpoint)
+    try:
+        built.tracker.start_at(state.progress.global_step)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise RecipeError(
+            f"--output_dir {built.output_dir} cannot be written ({error}): make room, or choose another"
+        ) from error
+    saver = BackgroundSaver(
+        state,
+        accelerator,
+        recipe,
+        built.output_dir,
+        settings=written_settings(recipe),
+        identity=known,
+        num_steps=built.num_steps,
+    )
+    fit(built, saver)
+    if built.store is not None:
+        built.store.flush()
+        wait_for_all()
+        built.store.close()
+    return saver
+
+
+@contextmanager
+def memory_given_back(built: Run) -> Iterator[None]:
+    """A latent store in memory ends with the run, even if the run is ended early.
+
+    With several processes only for a stop, on which they agree: one that fails must not take it away from the others,
+    which are left to the launcher and the next run.
+    """
+    try:
+        yield
+    except BaseException as error:
+        alone = built.accelerator.num_processes == 1
+        if built.store and (alone or isinstance(error, (Stopped, NotSaved))):
+            built.store.give_back()
+        raise
+
+
+def identity(built: Run) -> dict[str, Any]:
+    """Which run this is, as its checkpoints record it."""
+    return identity_of(
+        built.recipe,
+        built.state,
+        built.data.order,
+        prediction_type=built.model.objective.prediction_type,
+        num_rows=built.data.num_rows,
+        global_batch_size=built.data.global_batch_size,
+        num_steps=built.num_steps,
+        is_main=built.accelerator.is_main_process,
+    )
+
+
+def check_loaded(built: Run) -> None:
+    """Raises RecipeError for a model whose weights are not finite in the run's precision."""
+    recipe = built.recipe
+    for name in ("unet", "vae", *built.model.family.text_models):
+        if not are_finite(built.accelerator, getattr(built.model.components, name).parameters()):
+            raise RecipeError(
+                f"--pretrained_model_name_or_path {recipe.pretrained_model_name_or_path}: {name} holds weights that "
+                f"are not finite in {recipe.mixed_precision} mixed precision: use another copy or --variant of the "
+                "model, or --mixed_precision no"
+            )
+
+
+def repository(recipe: Recipe, is_main: bool) -> str | None:
+    """The repository to push to, made by the first process for all. Raises RecipeError on all processes."""
+    answer: list[str | None] = [None, None]
+    if is_main and recipe.push_to_hub:
+        try:
+            answer = [create_repository(recipe), None]
+        except RecipeError as error:
+            answer = [None, str(error)]
+    repo_id, problem = broadcast(answer)
+    if problem:
+        raise RecipeError(problem)
+    return repo_id
+
+
+def write_results(built: Run) -> list[str]:
+    """Write the pipeline, pictures and figures; returns lines that sum them up. Raises NotSaved if there is no room."""
+    output_dir, recipe = built.output_dir, built.recipe
+    try:
+        export_pipeline(built.model.family, built.model.components, output_dir)
+        samples = list_samples(output_dir)
+        if samples:
+            shutil.copy(samples[-1], output_dir / "samples.png")
+        return write_report(output_dir)
+    except FAILURES as error:
+        raise NotSaved(
+            f"the pipeline cannot be written to {output_dir} ({one_line(error)}): make room, and "
+            f"{resume_command(recipe)} {resume_hint(recipe)}"
+        ) from error

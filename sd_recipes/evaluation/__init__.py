@@ -1,0 +1,1 @@
+"""How good it is: held-out loss, pictures, scores."""

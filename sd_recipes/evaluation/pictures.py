@@ -1,0 +1,111 @@
+"""Pictures of fixed prompts, drawn with the same noise at every step; and grids of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.signals import stop_request
+
+BROKEN_OFF = "in the middle of a validation, which is abandoned"
+
+
+def draw_pictures(
+    pipeline: Any, recipe: Recipe, size: tuple[int, int], numbers: Sequence[int], at_once: int
+) -> list[Image.Image]:
+    """Pictures of `size` (height, width) for the prompts with these numbers, `at_once` of them at a time.
+
+    The same noise for the same seed and prompt, whatever else is drawn. Raises Stopped.
+    """
+    prompts, (height, width) = recipe.validation_prompts or [], size
+    assert recipe.seed is not None
+    pipeline.set_progress_bar_config(desc="Validation pictures", leave=False)
+    pictures: list[Image.Image] = []
+    with decoded_one_by_one(pipeline.vae):
+        for start in range(0, len(numbers), at_once):
+            some = numbers[start : start + at_once]
+            pictures += pipeline(
+                [prompts[number] for number in some],
+                height=height,
+                width=width,
+                num_inference_steps=recipe.validation_inference_steps,
+                guidance_scale=recipe.validation_guidance_scale,
+                generator=[torch.Generator("cpu").manual_seed((recipe.seed + number) % 2**63) for number in some],
+                callback_on_step_end=check_for_stop,
+            ).images
+    return pictures
+
+
+@contextmanager
+def decoded_one_by_one(vae: AutoencoderKL) -> Iterator[None]:
+    """Within this context the VAE decodes pictures one by one: together they can take more memory than a training step.
+
+    It encodes them one by one too, but not afterwards: training batches stay the same to the bit.
+    """
+    vae.enable_slicing()
+    try:
+        yield
+    finally:
+        vae.disable_slicing()
+
+
+def save_whole(picture: Image.Image, path: Path) -> None:
+    """Save a picture so that a kill or a full disk leaves all of it or nothing."""
+    beside = path.with_name(f".{path.name}")
+    try:
+        picture.save(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def check_for_stop(
+    pipeline: DiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
+) -> dict[str, Any]:
+    """What diffusers calls after every denoising step. Raises Stopped."""
+    stop_request.check(BROKEN_OFF)
+    return tensors
+
+
+def picture_grid(
+    pictures: list[Image.Image], captions: list[str], columns: int | None = None, cell: int | None = None
+) -> Image.Image:
+    """Pictures in rows, each over its caption; small pictures are enlarged to `cell` pixels (default: at least 128)."""
+    columns = columns or min(len(pictures), max(4, math.ceil(math.sqrt(len(pictures)))))
+    width = cell or max(128, pictures[0].width)
+    font_size = max(11, width // 12)
+    # matplotlib's own font has characters that Pillow's lacks.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", font_size)
+    line = font_size + 3
+    height = width * pictures[0].height // pictures[0].width + 2 * line + 6
+    rows = math.ceil(len(pictures) / columns)
+    grid = Image.new("RGB", (columns * (width + 6), rows * height), "white")
+    pen = ImageDraw.Draw(grid)
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = number % columns * (width + 6) + 3, number // columns * height
+        scaled = picture.resize((width, width * picture.height // picture.width), Image.Resampling.LANCZOS)
+        grid.paste(scaled, (left, top))
+        for row, text in enumerate(_wrap(caption, font, width)[:2]):
+            pen.text((left, top + scaled.height + row * line), text, fill="black", font=font)
+    return grid
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

@@ -1,0 +1,1 @@
+"""What leaves a run: pipeline, model card, report."""

@@ -1,0 +1,118 @@
+"""Model card and upload. Only what belongs to the pipeline leaves the machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import filter_repo_objects
+
+from sd_recipes.assets import ASSETS
+from sd_recipes.errors import RecipeError, RunError, one_line
+from sd_recipes.flags import recipe_text
+from sd_recipes.model.family import Family
+from sd_recipes.recipe import Recipe
+from sd_recipes.redaction import in_texts, redacted, shown
+
+logger = logging.getLogger(__name__)
+
+# Never checkpoints, logs or the data: a run's folder may hold much more than a model. Nor its recipe as it is there,
+# with this machine's paths.
+ALLOWED = [
+    "model_index.json",
+    "README.md",
+    "samples.png",
+]
+
+
+class PushError(RunError):
+    """The model is saved, but could not be pushed; the message has the command that pushes it."""
+
+    status = 4
+
+
+def create_repository(recipe: Recipe) -> str:
+    """The repository to push to, made before training, so that missing permissions show first. Raises RecipeError."""
+    name = recipe.hub_model_id or Path(recipe.output_dir).resolve().name
+    try:
+        return HfApi().create_repo(name, exist_ok=True).repo_id
+    # Besides its own errors huggingface_hub lets those of its HTTP client through, whose package has changed
+    # between its versions; all of them are about the repository that the user named.
+    except Exception as error:
+        raise RecipeError(
+            f"--push_to_hub: cannot create {name} ({one_line(error, 200)}): log in with `hf auth login`, "
+            "or drop the flag and upload later"
+        ) from error
+
+
+def publish(output_dir: Path, repo_id: str, recipe: Recipe, family: Family) -> str:
+    """Write the model card and upload the pipeline; returns the repository's address. Raises PushError."""
+    write_model_card(output_dir, repo_id, recipe, family.pipeline_class.__name__)
+    allowed = [*ALLOWED, *(f"{folder}/*" for folder in family.folders)]
+    api = HfApi()
+    names = (path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file())
+    chosen = sorted(filter_repo_objects(names, allow_patterns=allowed))
+    files = [
+        *(CommitOperationAdd(name, output_dir / name) for name in chosen),
+        CommitOperationAdd("recipe.yaml", recipe_text(recipe, shared=True).encode()),
+    ]
+    try:
+        api.create_commit(repo_id, files, commit_message="End of training")
+    except Exception as error:  # as above; the model is saved, and the error is passed on
+        includes = " ".join(f"--include '{pattern}'" for pattern in allowed)
+        raise PushError(
+            f"the model is saved in {output_dir} and was not pushed ({one_line(error, 200)}). "
+            "Push it, but for recipe.yaml, which holds local paths, with: "
+            f"hf upload {repo_id} {output_dir} . {includes}"
+        ) from error
+    return f"{api.endpoint}/{repo_id}"
+
+
+def _hub_id(name: str | None) -> str | None:
+    """The name, if it is a repository's; a folder's or an asset's would make the card's metadata invalid."""
+    if (
+        name is None
+        or redacted(name) != name
+        or name in ASSETS
+        or Path(name).exists()
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    ):
+        return None
+    return name
+
+
+def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe, pipeline_class: str) -> None:
+    """README.md of the model: what it was made from, with what settings, and how to use it."""
+    base = _hub_id(recipe.pretrained_model_name_or_path)
+    data_set = _hub_id(recipe.dataset_name)
+    made_from, with_data = in_texts(shown, [recipe.pretrained_model_name_or_path, recipe.dataset_name])
+    data = ModelCardData(
+        base_model=base if not recipe.train_from_scratch else None,
+        datasets=[data_set] if data_set else None,
+        tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"],
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+    )
+    prompts = in_texts(redacted, recipe.validation_prompts or ["a photo"])
+    pictures = "![samples](samples.png)\n" if (output_dir / "samples.png").is_file() else ""
+    content = f"""---
+{data.to_yaml()}
+---
+
+# {repo_id}
+
+Made from **{made_from}** with **{with_data or "its own images"}**
+by sd-recipes. All settings are in `recipe.yaml`.
+
+{pictures}
+```python
+from diffusers import {pipeline_class}
+
+pipeline = {pipeline_class}.from_pretrained({json.dumps(repo_id)})
+pipeline({json.dumps(prompts[0])}).images[0].save("image.png")
+```
+"""
+    ModelCard(redacted(content)).save(output_dir / "README.md")

@@ -1,0 +1,31 @@
+"""Write components to the folder of a pipeline."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from sd_recipes.model.components import Components
+from sd_recipes.model.family import Family
+from sd_recipes.redaction import shown
+
+
+def export_pipeline(family: Family, components: Components, output_dir: Path) -> None:
+    """Write a folder that the family's pipeline class loads with `from_pretrained`, in safetensors, all in float32.
+
+    In one type, since diffusers loads its parts in float32 and transformers in the type they were saved in.
+    """
+    pipeline = family.build_pipeline(replace(components, **components.as_loaded))
+    pipeline.save_pretrained(output_dir, safe_serialization=True)
+    for pattern in ("model_index.json", *(f"{name}/*.json" for name in family.folders)):
+        for path in output_dir.glob(pattern):
+            _forget_folders(path)
+
+
+def _forget_folders(path: Path) -> None:
+    """Of the place that a part was loaded from, which its configuration names, keep only what may be shared."""
+    config = json.loads(path.read_text())
+    place = config.get("_name_or_path") if isinstance(config, dict) else None
+    if isinstance(place, str) and (kept := shown(place)) != place:
+        path.write_text(json.dumps({**config, "_name_or_path": kept}, indent=2, sort_keys=True) + "\n")

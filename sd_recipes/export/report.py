@@ -1,0 +1,88 @@
+"""A run's figures and pictures at its end: the loss curve, and before and after side by side."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from sd_recipes.evaluation.validation import FIGURES
+from sd_recipes.runtime.trackers import list_samples, read_metrics
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+logger = logging.getLogger(__name__)
+
+
+def write_report(output_dir: Path) -> list[str]:
+    """Write loss_curve.png, and before_after.png if step 0 was validated; returns the lines to print.
+
+    `output_dir` is a run's folder with its metrics.jsonl and samples/.
+    """
+    lines = read_metrics(output_dir / "metrics.jsonl")
+    said = []
+    if any("train_loss" in line for line in lines):
+        draw_loss_curve(lines, output_dir / "loss_curve.png")
+        said.append(f"loss curve      {output_dir / 'loss_curve.png'}")
+    samples = list_samples(output_dir)
+    if samples and samples[0].name == "step-000000.png" and len(samples) > 1:
+        try:
+            before, after = read_picture(samples[0]), read_picture(samples[-1])
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # torn, or not ours
+            logger.warning("No before_after.png: a picture in %s cannot be read (%s).", samples[0].parent, error)
+        else:
+            side_by_side(before, after, output_dir / "before_after.png")
+            said.append(f"before / after  {output_dir / 'before_after.png'}")
+    changes = []
+    for name, label in FIGURES.items():
+        values = [line[name] for line in lines if name in line]
+        if len(values) > 1:
+            changes.append(f"{label} {values[0]:.4g} -> {values[-1]:.4g}")
+        elif values:
+            changes.append(f"{label} {values[0]:.4g}")
+    if changes:
+        said.append("figures         " + ", ".join(changes))
+    return said
+
+
+def draw_loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
+    """Training loss by step, with its running mean, and the held-out loss where it was measured."""
+    steps, losses = zip(*((line["step"], line["train_loss"]) for line in lines if "train_loss" in line), strict=True)
+    # Centered, over a twentieth of the run: an average over the past alone would lag behind where the loss falls fast.
+    reach = max(1, len(losses) // 40)
+    smooth = [float(np.mean(losses[max(0, n - reach) : n + reach + 1])) for n in range(len(losses))]
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss")
+    axes.plot(steps, smooth, color="tab:blue", label="training loss, running mean")
+    held_out = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out loss, fixed noise")
+    axes.set(xlabel="optimizer step", ylabel="loss")
+    axes.set_ylim(0, 1.15 * max([sorted(losses)[int(0.98 * (len(losses) - 1))], *(loss for _, loss in held_out)]))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def read_picture(path: Path) -> Image.Image:
+    with Image.open(path, formats=["PNG"]) as picture:
+        return picture.copy()
+
+
+def side_by_side(left: Image.Image, right: Image.Image, path: Path) -> None:
+    """Two grids side by side, titled."""
+    title, gap = 34, 24
+    sheet = Image.new("RGB", (left.width + right.width + gap, max(left.height, right.height) + title), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)
+    for picture, x, text in ((left, 0, "before training"), (right, left.width + gap, "after training")):
+        pen.text((x + 3, 6), text, fill="black", font=font)
+        sheet.paste(picture, (x, title))
+    pen.line([(left.width + gap // 2, 0), (left.width + gap // 2, sheet.height)], fill="gray")
+    sheet.save(path)

@@ -1,0 +1,49 @@
+"""The kinds of pipelines: one file each, and this interface between them and everything else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from transformers import CLIPTokenizer
+
+from sd_recipes.model.components import Components
+from sd_recipes.model.conditioning import Conditioning, TextStates
+from sd_recipes.recipe import CaptionConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from sd_recipes.data.batches import Batch
+
+
+class Family(ABC):
+    """One kind of pipeline: how it is loaded, how captions become arguments of its UNet, how it is exported."""
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    text_models: ClassVar[tuple[str, ...]]  # attributes of the components: frozen, and moved with them
+    folders: ClassVar[tuple[str, ...]]  # of the exported pipeline
+
+    @abstractmethod
+    def load_tokenizer(self, config: ModelConfig) -> CLIPTokenizer:
+        """The tokenizer, with which captions are checked before the model is loaded. Raises RecipeError."""
+
+    @abstractmethod
+    def tokenize(self, tokenizer: CLIPTokenizer, captions: list[str], config: CaptionConfig) -> torch.Tensor:
+        """Captions to input_ids (B, L), in a loader's worker. Raises CaptionError."""
+
+    @abstractmethod
+    def load(self, config: ModelConfig, scheduler: DDPMScheduler, tokenizer: CLIPTokenizer) -> Components:
+        """All parts in float32, all but the UNet frozen, checked to fit together. Raises RecipeError."""
+
+    @abstractmethod
+    def encode_text(self, components: Components, input_ids: torch.Tensor) -> TextStates:
+        """(B, L) int64, on any device, to text states on the text models' device; a row's depend only on its ids."""
+
+    @abstractmethod
+    def conditioning(self, states: TextStates, batch: Batch) -> Conditioning:
+        """What the UNet is called with, from a batch's text states and whatever else the batch carries."""
+
+    @abstractmethod
+    def build_pipeline(self, components: Components) -> DiffusionPipeline:
+        """A pipeline of the components themselves, not of copies; without a safety checker, as none was loaded."""

@@ -1,0 +1,104 @@
+"""Stable Diffusion 1 and 2: one CLIP text model, whose last hidden states condition the UNet."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sd_recipes.data.captions import tokenize
+from sd_recipes.errors import RecipeError
+from sd_recipes.model.components import Components, load_sampler, load_unet, load_vae, source_of
+from sd_recipes.model.conditioning import Conditioning, TextStates
+from sd_recipes.model.family import Family
+from sd_recipes.recipe import CaptionConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from sd_recipes.data.batches import Batch
+
+
+@dataclass
+class StableDiffusionComponents(Components):
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+
+
+class StableDiffusion(Family):
+    pipeline_class = StableDiffusionPipeline
+    text_models = ("text_encoder",)
+    folders = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+    def load_tokenizer(self, config: ModelConfig) -> CLIPTokenizer:
+        return source_of(config).load(CLIPTokenizer, "tokenizer")
+
+    def tokenize(self, tokenizer: CLIPTokenizer, captions: list[str], config: CaptionConfig) -> torch.Tensor:
+        return tokenize(tokenizer, captions, config)
+
+    def load(
+        self, config: ModelConfig, scheduler: DDPMScheduler, tokenizer: CLIPTokenizer
+    ) -> StableDiffusionComponents:
+        text_encoder = source_of(config).load_model(CLIPTextModel, "text_encoder", dtype=torch.float32)
+        components = StableDiffusionComponents(
+            vae=load_vae(config),
+            unet=load_unet(config),
+            scheduler=scheduler,
+            sampler=load_sampler(config, scheduler),
+            text_encoder=text_encoder.requires_grad_(False).eval(),
+            tokenizer=tokenizer,
+        )
+        _check_fit(components, config)
+        return components
+
+    def encode_text(self, components: Components, input_ids: torch.Tensor) -> TextStates:
+        assert isinstance(components, StableDiffusionComponents)
+        return {"encoder_hidden_states": last_hidden_states(components.text_encoder, input_ids)}
+
+    def conditioning(self, states: TextStates, batch: Batch) -> Conditioning:
+        return states
+
+    def build_pipeline(self, components: Components) -> StableDiffusionPipeline:
+        assert isinstance(components, StableDiffusionComponents)
+        return StableDiffusionPipeline(
+            vae=components.vae,
+            text_encoder=components.text_encoder,
+            tokenizer=components.tokenizer,
+            unet=components.unet,
+            scheduler=copy.deepcopy(components.sampler),  # sampling leaves state in it
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+
+@torch.no_grad()
+def last_hidden_states(text_encoder: CLIPTextModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """(B, n * L) int64 to the text model's last hidden states (B, n * L, D), each chunk of L encoded separately.
+
+    The ids may be in host memory; the states are on the text model's device.
+    """
+    length = min(input_ids.shape[1], text_encoder.config.max_position_embeddings)
+    chunks = input_ids.reshape(-1, length).to(text_encoder.device, non_blocking=True)
+    states = text_encoder(chunks, return_dict=False)[0]
+    return states.reshape(len(input_ids), -1, states.shape[-1])
+
+
+def _check_fit(components: StableDiffusionComponents, config: ModelConfig) -> None:
+    unet, vae, text_encoder = components.unet.config, components.vae.config, components.text_encoder.config
+    place = "the model's unet/config.json" if config.unet_config is None else f"--unet_config {config.unet_config}"
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        raise RecipeError(
+            f"{place}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels, the VAE's latents "
+            f"have {vae.latent_channels}: set in_channels and out_channels to {vae.latent_channels}"
+        )
+    if unet.cross_attention_dim != text_encoder.hidden_size:
+        raise RecipeError(
+            f"{place}: cross_attention_dim is {unet.cross_attention_dim}, the text encoder's states have "
+            f"{text_encoder.hidden_size} values: set cross_attention_dim to {text_encoder.hidden_size}"
+        )
+    for name in ("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim"):
+        if unet.get(name) is not None:
+            raise RecipeError(f"{place}: {name} asks for a condition besides the caption, and there is none: drop it")

@@ -1,0 +1,1 @@
+"""Processes, signals, devices, the console: what a run is built on."""

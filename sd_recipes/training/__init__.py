@@ -1,0 +1,1 @@
+"""What is trained, by what objective, and the loop."""

@@ -1,0 +1,342 @@
+"""Build the parts of a run from a resolved recipe: data, model, state, validation and tracking."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from sd_recipes.checkpoints.format import Manifest
+from sd_recipes.checkpoints.resume import finish_epoch, global_batch_size
+from sd_recipes.data.batches import BatchBuilder, TrainingBatches
+from sd_recipes.data.latent_store import (
+    LatentStore,
+    check_one_provenance,
+    memory_folder,
+    provenance_of,
+    remove_memory_folder,
+)
+from sd_recipes.data.order import Order
+from sd_recipes.data.sizes import square_side
+from sd_recipes.data.training_data import TrainingData, load_training_data, plans
+from sd_recipes.errors import RecipeError
+from sd_recipes.evaluation.metrics import ImageTextScore
+from sd_recipes.evaluation.validation import HELD_OUT_SEED, Validator
+from sd_recipes.model.checks import check_recipe_fits
+from sd_recipes.model.components import Components, latent_shape_of, load_scheduler
+from sd_recipes.model.conditioning import CachedText
+from sd_recipes.model.families import family_of
+from sd_recipes.model.family import Family, TextStates
+from sd_recipes.model.latents import LatentEncoder
+from sd_recipes.model.placement import apply_memory_format, keep_as_loaded, move_models
+from sd_recipes.recipe import ObjectiveConfig, Recipe, odd_settings
+from sd_recipes.redaction import redacted
+from sd_recipes.runtime.accelerator import DTYPES
+from sd_recipes.runtime.agreement import wait_for_all
+from sd_recipes.runtime.fsdp import check_wrapped_classes
+from sd_recipes.runtime.out_of_memory import AtOnce
+from sd_recipes.runtime.signals import stop_request
+from sd_recipes.runtime.trackers import Tracker
+from sd_recipes.training.ema import AveragedWeights
+from sd_recipes.training.objective import DenoisingLoss
+from sd_recipes.training.optim import build_optimizer, build_schedule
+from sd_recipes.training.state import TrainedPart, TrainState
+
+logger = logging.getLogger(__name__)
+
+NOT_BEGUN = "while it was loading, before its first step"
+UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+Checkpoint = tuple[Path, Manifest]
+
+
+@dataclass
+class Model:
+    """A pipeline's parts, loaded and placed, and how a training step uses them."""
+
+    family: Family
+    components: Components
+    trained: list[torch.nn.Module]  # of every part, as accelerate wraps it
+    unet: torch.nn.Module  # as a training step calls it: wrapped, or sharded, where there are several processes
+    encoder: LatentEncoder
+    encode_text: Callable[[torch.Tensor], TextStates]  # of input_ids in the host's memory
+    objective: DenoisingLoss
+
+
+@dataclass
+class Run:
+    """The parts of a run, as `build_run` puts them together; each function gets only those that it needs."""
+
+    recipe: Recipe  # resolved
+    accelerator: Accelerator
+    data: TrainingData
+    batches: TrainingBatches
+    store: LatentStore | None
+    model: Model
+    state: TrainState
+    validator: Validator
+    tracker: Tracker
+    num_steps: int  # of the whole run
+    checkpoint: Checkpoint | None  # that it resumes from
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.recipe.output_dir)
+
+
+def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint | None) -> Run:
+    """Load data and models and put the run together. Raises RecipeError for what the user can fix.
+
+    The recipe is resolved; the checkpoint is the one that the run resumes from.
+    """
+    assert recipe.seed is not None, "the recipe is resolved"
+    manifest = checkpoint and checkpoint[1]
+    for words in odd_settings(recipe):
+        logger.warning("%s", words)
+    family = family_of(recipe)
+    # The smallest parts first, so that a missing model is reported soon: for the tokenizer, which the data checks need,
+    # transformers would keep asking an unreachable Hub for minutes.
+    scheduler, tokenizer = load_scheduler(recipe), family.load_tokenizer(recipe)
+    batch_size = global_batch_size(recipe, accelerator.num_processes, manifest)
+    data = load_training_data(
+        recipe, tokenizer, seed=recipe.seed, global_batch_size=batch_size, rank=accelerator.process_index
+    )
+    if data.order and manifest:
+        data.order = finish_epoch(data.order, manifest)
+    num_steps = steps_of_run(recipe, data.order, manifest)
+
+    stop_request.check(NOT_BEGUN)
+    torch.manual_seed(recipe.seed)  # initial weights of a UNet from scratch, and its dropout
+    components = family.load(recipe, scheduler, tokenizer)
+    stop_request.check(NOT_BEGUN)
+    check_recipe_fits(recipe, components)
+    components.set_prediction_type(recipe.prediction_type or scheduler.config.prediction_type)
+    provenance = None
+    if data.provenances or recipe.cache_latents != "off":  # of the weights as they were loaded
+        provenance = provenance_of(recipe, components.vae, DTYPES[accelerator.mixed_precision])
+        check_one_provenance(data.provenances, provenance)
+    if accelerator.is_main_process and accelerator.mixed_precision != "no":
+        keep_as_loaded(family, components)  # for the export
+    model, state = build_model(recipe, family, components, accelerator, batch_size=batch_size, num_steps=num_steps)
+    store = open_store(recipe, provenance, accelerator)
+    builder_settings: dict[str, Any] = {
+        "tokenize": partial(family.tokenize, tokenizer),
+        "latent_shape": latent_shape_of(components.vae),
+        "num_train_timesteps": scheduler.config.num_train_timesteps,
+        "provenance": provenance,
+    }
+    return Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        data=data,
+        batches=TrainingBatches(
+            BatchBuilder(
+                data.rows,
+                recipe,
+                seed=recipe.seed,
+                noise_offset=recipe.noise_offset,
+                input_perturbation=recipe.input_perturbation,
+                store=store,
+                **builder_settings,
+            ),
+            plans(data, recipe, rank=accelerator.process_index, world_size=accelerator.num_processes),
+            num_workers=recipe.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            read_ahead=micro_batches_of_step(recipe, batch_size, accelerator.num_processes),
+        ),
+        store=store,
+        model=model,
+        state=state,
+        validator=build_validator(recipe, model, data, builder_settings, accelerator),
+        tracker=Tracker(accelerator, recipe),
+        num_steps=num_steps,
+        checkpoint=checkpoint,
+    )
+
+
+def steps_of_run(recipe: Recipe, order: Order | None, manifest: Manifest | None) -> int:
+    """Optimizer steps of the whole run, including those before a checkpoint."""
+    if recipe.max_train_steps is not None:
+        return recipe.max_train_steps
+    assert order is not None, "the recipe's check asks a stream for --max_train_steps"
+    done, samples_seen = (manifest.step, manifest.samples_seen) if manifest else (0, 0)
+    # Not counted over all epochs: the steps already done may have had batches of another size.
+    return done + order.num_steps(recipe.num_train_epochs, samples_seen)
+
+
+def build_encoder(recipe: Recipe, vae: AutoencoderKL, accelerator: Accelerator) -> LatentEncoder:
+    dtype = DTYPES[accelerator.mixed_precision]
+    encoder = LatentEncoder(vae, accelerator.device, dtype)
+    apply_memory_format(vae, recipe, accelerator.device, dtype)
+    return encoder
+
+
+def build_model(
+    recipe: Recipe,
+    family: Family,
+    components: Components,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    num_steps: int,
+) -> tuple[Model, TrainState]:
+    """Put the models where the run needs them; returns them, and what is trained of them."""
+    device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
+    # bitsandbytes makes parameters contiguous at their first step, after its state has taken on their layout, and FSDP
+    # shards only contiguous ones.
+    contiguous = recipe.optimizer == "adamw8bit" or accelerator.is_fsdp2
+    encoder = build_encoder(recipe, components.vae, accelerator)
+    move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
+    parts = trained_parts(recipe, family, components, batch_size)
+    optimizer = build_optimizer(parts.values(), recipe, fused=accelerator.mixed_precision != "fp16")
+    schedule = build_schedule(optimizer, recipe, num_steps)
+    check_wrapped_classes(accelerator, components.unet)
+    if accelerator.is_fsdp2 and len(parts) > 1:  # of several modules accelerate (1.15) shards the last one only
+        raise RecipeError(f"FSDP shards one model, and this run trains {', '.join(parts)}: train without FSDP")
+    wait_for_all()  # one may have taken far longer than another to read its data or its model
+    *prepared, optimizer = accelerator.prepare(*(part.module for part in parts.values()), optimizer)
+    for part, module in zip(parts.values(), prepared, strict=True):
+        part.prepared = module
+        if recipe.use_ema:
+            part.average = AveragedWeights(part.parameters, recipe)
+    encode_text: Callable[[torch.Tensor], TextStates] = partial(family.encode_text, components)
+    model = Model(
+        family=family,
+        components=components,
+        trained=[part.prepared for part in parts.values()],
+        unet=parts["unet"].prepared,
+        encoder=encoder,
+        encode_text=CachedText(encode_text) if recipe.cache_text else encode_text,
+        objective=DenoisingLoss(components.scheduler, recipe, device),
+    )
+    return model, TrainState(parts, optimizer, schedule, accelerator.scaler)
+
+
+def trained_parts(recipe: Recipe, family: Family, components: Components, batch_size: int) -> dict[str, TrainedPart]:
+    """The parts of the components that are trained, by name."""
+    unet = components.unet
+    unet.train()
+    learning_rate = recipe.learning_rate * (batch_size if recipe.scale_lr else 1)
+    # FSDP changes the name of a module's class, so its configuration is taken before that.
+    config, rebuild = redacted(unet.to_json_string()), partial(rebuild_unet, unet.config)
+    return {"unet": TrainedPart("unet", unet, UNET_WEIGHTS, config, learning_rate, rebuild)}
+
+
+def rebuild_unet(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """A frozen UNet from whole tensors, which it uses without copying them."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(config))
+    unet.load_state_dict(dict(tensors), assign=True)
+    return unet.requires_grad_(False).eval()
+
+
+def build_validator(
+    recipe: Recipe, model: Model, data: TrainingData, settings: Mapping[str, Any], accelerator: Accelerator
+) -> Validator:
+    held_out = None
+    if data.held_out_rows is not None:
+        plain = {"center_crop": True, "crop": None, "random_flip": False, "caption_dropout": 0.0, "shuffle_tags": False}
+        held_out = BatchBuilder(data.held_out_rows, recipe.model_copy(update=plain), seed=HELD_OUT_SEED, **settings)
+    side = square_side(recipe)
+    # The pipeline takes multiples of 8 only, whatever the VAE's factor; a smaller factor divides 8.
+    picture_side = side - side % 8
+    if recipe.validation_prompts and picture_side != recipe.resolution:
+        logger.info("Validation pictures have %d x %d pixels.", picture_side, picture_side)
+    num_pictures = min(recipe.train_batch_size, len(recipe.validation_prompts or []))
+    score = None
+    if recipe.validation_clip_model and accelerator.is_main_process:
+        score = ImageTextScore(recipe.validation_clip_model, recipe.cache_dir)
+    # Plain, so that runs with different weightings and tricks can be compared by it.
+    plain_objective = ObjectiveConfig(prediction_type=model.objective.prediction_type)
+    return Validator(
+        recipe,
+        accelerator,
+        model.family,
+        model.components,
+        model.encoder,
+        DenoisingLoss(model.components.scheduler, plain_objective, accelerator.device),
+        held_out,
+        score,
+        held_out_size=(side, side),
+        picture_size=(picture_side, picture_side),
+        held_out_at_once=AtOnce(recipe.train_batch_size, "the held-out loss"),
+        pictures_at_once=AtOnce(num_pictures, "validation pictures"),
+    )
+
+
+def open_store(recipe: Recipe, provenance: dict[str, Any] | None, accelerator: Accelerator) -> LatentStore | None:
+    """The recipe's latent store, if it asks for one. Raises RecipeError if there is no room for it in memory."""
+    if recipe.dry_run:  # it reads no row, leaves no trace, and takes no other run's memory
+        return None
+    if accelerator.is_local_main_process:
+        remove_memory_folder(recipe.output_dir)  # whatever cache this run will use
+    if recipe.cache_latents == "off":
+        return None
+    assert provenance is not None
+    if recipe.streaming and len(recipe.sources) > 1:
+        logger.warning(
+            "Several streams have no common epoch after which the cache could be read: --cache_latents keeps each row "
+            "once, and reads them when the run resumes or another one starts."
+        )
+    folder = Path(recipe.latent_cache_dir or Path(recipe.output_dir) / "latents")
+    if recipe.cache_latents == "memory":
+        wait_for_all()  # until it is removed
+        folder = memory_folder(recipe.output_dir)
+    return LatentStore(folder, provenance, accelerator.process_index, temporary=recipe.cache_latents == "memory")
+
+
+def describe(run: Run) -> str:
+    """The run in a few lines: data, steps, batch, parameters."""
+    accelerator, data = run.accelerator, run.data
+    steps = f"{run.num_steps:,}"
+    if data.order is not None:
+        of_epoch = data.order.num_steps(1)
+        steps += f" ({of_epoch:,} per epoch, {num_epochs(run, data.order):.4g} epochs)"
+    trained = ", ".join(
+        f"{sum(each.numel() for each in part.parameters.values()):,} ({part.name})" for part in run.state.parts.values()
+    )
+    lines = {
+        **({"resumes from": f"{run.checkpoint[0]}"} if run.checkpoint else {}),
+        "rows": "a stream" if data.num_rows is None else f"{data.num_rows:,}",
+        "global batch": _batch_in_words(run.recipe, data.global_batch_size, accelerator.num_processes),
+        "optimizer steps": steps,
+        "trainable parameters": trained,
+        "predicts": run.model.objective.prediction_type,
+        "device": f"{accelerator.device}, {accelerator.mixed_precision} mixed precision"
+        + (f", sharded over {accelerator.num_processes} processes (FSDP2)" if accelerator.is_fsdp2 else ""),
+        "seed": run.recipe.seed,
+    }
+    return "\n".join(f"  {name:<21}{value}" for name, value in lines.items())
+
+
+def num_epochs(run: Run, order: Order) -> float:
+    """Epochs at the end of a run. Those before a checkpoint are counted by samples: batch sizes may have differed."""
+    of_epoch = order.num_steps(1)
+    if run.checkpoint is None:
+        return run.num_steps / of_epoch
+    manifest = run.checkpoint[1]
+    epoch = manifest.samples_seen // order.num_rows
+    left_of_epoch = order.num_steps(epoch + 1, manifest.samples_seen)
+    return epoch + 1 + (run.num_steps - manifest.step - left_of_epoch) / of_epoch
+
+
+def _batch_in_words(recipe: Recipe, global_batch_size: int, num_processes: int) -> str:
+    size, accumulated = recipe.train_batch_size, recipe.gradient_accumulation_steps
+    if size * accumulated * num_processes != global_batch_size:  # the run began on another number
+        accumulated = micro_batches_of_step(recipe, global_batch_size, num_processes)
+        return f"{global_batch_size}, kept, on {num_processes} processes: at most {size} x {accumulated} on each"
+    return f"{global_batch_size} = {size} per device x {accumulated} accumulated x {num_processes} processes"
+
+
+def micro_batches_of_step(recipe: Recipe, global_batch_size: int, num_processes: int) -> int:
+    """The most micro-batches that a process has in an optimizer step."""
+    return math.ceil(math.ceil(global_batch_size / num_processes) / recipe.train_batch_size)

@@ -1,0 +1,254 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resume_hint
+from sd_recipes.checkpoints.saver import BackgroundSaver, NotSaved
+from sd_recipes.data.bad_rows import BadRows
+from sd_recipes.data.batches import Batch
+from sd_recipes.data.latent_store import LatentStore
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.agreement import StopAgreement, all_gather, broadcast, wait_for_all
+from sd_recipes.runtime.fsdp import full_tensor
+from sd_recipes.runtime.signals import stop_request
+from sd_recipes.training.build import Model, Run
+from sd_recipes.training.finite import TrainingDiverged, has_finite_weights
+from sd_recipes.training.meter import Meter
+from sd_recipes.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def fit(run: Run, saver: BackgroundSaver) -> None:
+    """Train from where the state stands to the last step (Ho et al. 2020, algorithm 1).
+
+    Raises TrainingDiverged if loss, gradient or weights become NaN or infinite; Stopped, with everything saved, if any
+    process was asked to end; NotSaved if saving failed then.
+    """
+    recipe, accelerator, state, validator = run.recipe, run.accelerator, run.state, run.validator
+    progress = state.progress
+    any_rank_stopping = StopAgreement(accelerator.num_processes)
+    if progress.global_step >= run.num_steps:
+        logger.info(
+            "Nothing left to train: %d of %d steps are done. A larger %s continues; --overwrite starts over.",
+            progress.global_step, run.num_steps, length_flag(recipe),
+        )  # fmt: skip
+    if validator.is_due_at_start(progress, run.tracker.path):
+        validator(state, run.tracker)
+    if any_rank_stopping(wait=True):
+        raise stop_request.stopped(f"at step {progress.global_step}, before another step")
+    meter = Meter(accelerator.device, progress, remedy(recipe, accelerator.num_processes))
+    steps_left = run.num_steps - progress.global_step
+    with (
+        divergence_explained(run),
+        saver,
+        progress_bar(run) as bar,
+        closing(run.batches(progress.samples_seen, steps_left, progress.stream_state)) as steps,
+    ):
+        for micro_batches in meter.waits(steps):
+            plan = micro_batches[-1].plan
+
+            # Gradients of the whole step, however it is split into micro-batches
+            for batch in micro_batches:
+                run.data.bad_rows.add(batch.bad, progress.samples_seen)
+            meter.add(backward(micro_batches, run.model, run.store, accelerator))
+
+            # Update: weights, schedule, averages
+            meter.grad_norm = update(state, accelerator, recipe.max_grad_norm)
+            progress.global_step += 1
+            progress.samples_seen, progress.stream_state = plan.samples_seen, plan.stream_state
+            bar.update(1)
+            is_done = progress.global_step == run.num_steps
+
+            # Log
+            is_logged = progress.global_step % recipe.logging_steps == 0 or progress.global_step == 1 or is_done
+            if is_logged:
+                log(run, meter, bar)
+
+            # Save, then validate: what can fail comes after what must not be lost
+            is_validated = is_done or validator.is_due(progress, plan)
+            is_saved = saver.is_due(is_logged=is_logged)
+            progress.awaits_validation = is_validated
+            if is_saved:
+                save(run, meter, saver)
+            else:
+                saver.allocate_buffers()
+            if run.store and plan.ends_epoch:
+                run.store.end_epoch(plan.epoch)
+                run.model.encoder.rest()
+            if is_validated:
+                validator(state, run.tracker)
+                meter.restart(progress)
+
+            # Stop, if any process was asked to
+            if any_rank_stopping(wait=is_validated):
+                if not is_saved:
+                    save(run, meter, saver)
+                stop(run, saver)
+
+
+def backward(
+    micro_batches: Sequence[Batch], model: Model, store: LatentStore | None, accelerator: Accelerator
+) -> torch.Tensor:
+    """Add the gradient of a whole step to the parameters; returns this process's share of its loss, on the device.
+
+    accelerate divides by the accumulation steps and averages over processes. Multiplied by both and divided by the
+    global batch's size, the gradient is the mean over its samples, even for an epoch's last batch, whose
+    micro-batches are fewer and uneven.
+    """
+    total = torch.zeros((), device=accelerator.device)
+    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    for batch in micro_batches:
+        states = model.encode_text(batch.input_ids)
+        batch = batch.to(accelerator.device)
+        latents = model.encoder.sample(batch.all_moments(model.encoder.encode, store), batch.posterior_noise)
+        conditioning = model.family.conditioning(states, batch)
+        accelerator.sync_gradients = batch.plan.is_last
+        # What is sharded to save memory must not keep whole gradients until the last micro-batch.
+        with nullcontext() if batch.plan.is_last or accelerator.is_fsdp2 else no_sync(model.trained, accelerator):
+            losses = model.objective(model.unet, latents, conditioning, batch.timesteps, batch.noise, batch.input_noise)
+            loss = (batch.weights * losses).sum() / batch.plan.global_batch_size
+            accelerator.backward(loss * scale)
+        total += loss.detach()
+    return total
+
+
+@contextmanager
+def no_sync(modules: Sequence[torch.nn.Module], accelerator: Accelerator) -> Iterator[None]:
+    """Within this context gradients of none of the modules are exchanged between the processes."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(accelerator.no_sync(module))
+        yield
+
+
+def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float) -> float:
+    """Clip the gradients, step, and average; returns the gradient's norm before clipping.
+
+    A step that the loss scaler skipped advances neither schedule nor averages. The host waits here for the norm, which
+    is the same on all processes; without a scaler it has to be finite, so that the weights stay finite. Raises
+    TrainingDiverged.
+    """
+    grad_norm = full_tensor(accelerator.clip_grad_norm_(list(state.parameters.values()), max_grad_norm)).item()
+    if accelerator.scaler is None and not math.isfinite(grad_norm):
+        raise TrainingDiverged(
+            f"the gradient's norm is {grad_norm} at step {state.progress.global_step + 1}, which is not applied"
+        )
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    if not accelerator.optimizer_step_was_skipped:
+        state.schedule.step()
+        state.update_averages()
+    return grad_norm
+
+
+def log(run: Run, meter: Meter, bar: tqdm) -> None:
+    """Log the figures since the last log. Only here and for a checkpoint does the host wait for the device's losses."""
+    progress = run.state.progress
+    loss, bad_rows = sum_up(meter, run.state, run.accelerator, run.data.bad_rows)
+    figures = {**meter.close(loss, progress), "lr": float(run.state.schedule.get_last_lr()[0])}
+    if run.data.num_rows:
+        figures["epoch"] = progress.samples_seen / run.data.num_rows
+    if bad_rows:
+        figures["bad_rows"] = bad_rows
+    run.tracker.log(figures, progress.global_step)
+    speed = f"{figures['images_per_second']:.1f} images/s"
+    bar.set_postfix_str(f"loss {figures['train_loss']:.4f}, lr {figures['lr']:.2e}, {speed}")
+
+
+def sum_up(meter: Meter, state: TrainState, accelerator: Accelerator, bad_rows: BadRows) -> tuple[float, int]:
+    """Sum of the losses since the last log and number of bad rows so far, over all processes.
+
+    Raises TrainingDiverged, so that no checkpoint holds NaN, and TooManyBadRows.
+    """
+    sums = torch.stack([meter.loss, torch.full_like(meter.loss, len(bad_rows))])
+    loss, bad = accelerator.reduce(sums, "sum").tolist()
+    if not math.isfinite(loss):
+        raise TrainingDiverged(f"the loss is {loss} by step {state.progress.global_step}")
+    if bad and accelerator.num_processes > 1:  # several may have met the same row, in another epoch
+        bad = len({name for names in all_gather(list(bad_rows.reasons)) for name in names})
+    bad_rows.check(int(bad), state.progress.samples_seen)
+    return loss, int(bad)
+
+
+def save(run: Run, meter: Meter, saver: BackgroundSaver) -> None:
+    """Write a checkpoint, after what it relies on: finite numbers, the latent store, and the curve up to here.
+
+    Raises TrainingDiverged.
+    """
+    progress = run.state.progress
+    was_logged = meter.steps_from == progress.global_step  # and summed up there, when the host waited
+    progress.loss_sum = 0.0 if was_logged else sum_up(meter, run.state, run.accelerator, run.data.bad_rows)[0]
+    progress.logged_step = meter.steps_from
+    if not has_finite_weights(run.state, run.accelerator):
+        raise TrainingDiverged(f"the weights are not finite by step {progress.global_step}")
+    if run.store:
+        run.store.flush()
+    run.tracker.flush()
+    saver.save()
+
+
+def stop(run: Run, saver: BackgroundSaver) -> None:
+    """Leave once the checkpoint is written. Raises Stopped, or NotSaved."""
+    saver.wait()
+    stop_request.resume_command = resume_command(run.recipe)
+    failure = broadcast(saver.failure)  # here all wait: a launcher ends the others when the first one leaves
+    step = run.state.progress.global_step
+    if failure:
+        raise NotSaved(
+            f"asked to stop, and step {step} could not be saved ({failure}): make room, and "
+            f"{stop_request.resume_command} {resume_hint(run.recipe)}"
+        )
+    raise stop_request.stopped(f"saved at step {step}")
+
+
+def progress_bar(run: Run) -> tqdm:
+    return tqdm(
+        total=run.num_steps,
+        initial=run.state.progress.global_step,
+        desc="Steps",
+        disable=not run.accelerator.is_local_main_process,
+    )
+
+
+@contextmanager
+def divergence_explained(run: Run) -> Iterator[None]:
+    """Add to a divergence's message what to do about it, and from where the run can resume."""
+    try:
+        yield
+    except TrainingDiverged as error:
+        wait_for_all()  # until the first process has written what it was writing
+        advice = "lower --learning_rate"
+        if run.accelerator.mixed_precision == "fp16":
+            advice += ", or use --mixed_precision bf16 or no"
+        there_is = f"{run.recipe.output_dir} has no checkpoint"
+        if list_checkpoints(run.output_dir):
+            there_is = f"{resume_command(run.recipe)} then {resume_hint(run.recipe)}"
+        raise TrainingDiverged(f"{error}: {advice}; {there_is}") from None
+
+
+def length_flag(recipe: Recipe) -> str:
+    """The flag that sets the length of a run."""
+    return "--num_train_epochs" if recipe.max_train_steps is None else "--max_train_steps"
+
+
+def remedy(recipe: Recipe, num_processes: int) -> str:
+    """What to do about a loader that is slower than the model."""
+    remedies = []
+    workers = max(1, (os.cpu_count() or 1) // num_processes)
+    if recipe.dataloader_num_workers < workers:
+        remedies.append(f"--dataloader_num_workers {workers}")
+    if recipe.cache_latents == "off" and not recipe.streaming:
+        fixed = "" if recipe.cropping != "random" else " --center_crop"
+        remedies.append(f"--cache_latents disk{fixed}")
+    return " or ".join(remedies) or "smaller image files, or a faster disk or network"

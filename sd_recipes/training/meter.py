@@ -1,0 +1,74 @@
+"""Figures of training for the console and the trackers: mean loss, speed, and how long it waits for data."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+
+from sd_recipes.training.state import Progress
+
+logger = logging.getLogger(__name__)
+
+MUCH_WAITING = 0.1  # share of the time that is spent waiting for data
+SECONDS_TO_JUDGE = 30  # of training: the first batch always takes long
+
+Item = TypeVar("Item")
+
+
+class Meter:
+    """Mean loss, speed and waiting since the last log; the loss stays on the device until then."""
+
+    def __init__(self, device: torch.device, progress: Progress, remedy: str) -> None:
+        """`remedy` is what to do about a loader that is slower than the model."""
+        self.loss = torch.tensor(progress.loss_sum, device=device)
+        self.steps_from = progress.logged_step
+        self.grad_norm = 0.0  # of the last step, before clipping
+        self.remedy = remedy
+        self._waited_in_all = self._elapsed_in_all = 0.0
+        self._warned = False
+        self.restart(progress)
+
+    def restart(self, progress: Progress) -> None:
+        """Start timing here: validation and pictures do not count as training time."""
+        self.samples_from = progress.samples_seen
+        self.waited = 0.0
+        self.started = time.perf_counter()
+
+    def waits(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The items; measures how long the loop waits for them."""
+        while True:
+            asked = time.perf_counter()
+            item = next(items, None)
+            self.waited += time.perf_counter() - asked
+            if item is None:
+                return
+            yield item
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.loss += loss.detach()
+
+    def close(self, loss: float, progress: Progress) -> dict[str, float]:
+        """Mean of the steps' losses, whose sum over all processes is `loss`; speed, share of waiting, gradient norm."""
+        elapsed = time.perf_counter() - self.started
+        figures = {
+            "train_loss": loss / (progress.global_step - self.steps_from),
+            "images_per_second": (progress.samples_seen - self.samples_from) / elapsed,
+            "data_wait": self.waited / elapsed,
+        }
+        if math.isfinite(self.grad_norm):  # it is not at a step that the loss scaler skipped; JSON has no infinity
+            figures["grad_norm"] = self.grad_norm
+        self._waited_in_all += self.waited
+        self._elapsed_in_all += elapsed
+        share = self._waited_in_all / self._elapsed_in_all
+        if share > MUCH_WAITING and self._elapsed_in_all > SECONDS_TO_JUDGE and not self._warned:
+            self._warned = True
+            logger.warning("%.0f %% of the time is spent waiting for data: try %s", 100 * share, self.remedy)
+        self.loss.zero_()
+        self.steps_from = progress.global_step
+        self.restart(progress)
+        return figures

@@ -1,0 +1,53 @@
+"""The optimizer of the trained parts, and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import OptimConfig
+from sd_recipes.training.state import TrainedPart
+
+
+def build_optimizer(parts: Iterable[TrainedPart], config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, with a group for each part, which has its own learning rate.
+
+    `fused` asks for AdamW's single kernel; not with a loss scaler, since a skipped step then cannot be
+    seen from outside. Raises RecipeError if bitsandbytes is needed and not installed.
+    """
+    groups = [{"params": list(part.parameters.values()), "lr": part.learning_rate} for part in parts]
+    decay = config.adam_weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=config.sgd_momentum, weight_decay=decay)
+    if config.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, weight_decay=decay)
+    adam: dict[str, Any] = {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": decay,
+    }
+    if config.optimizer == "adamw8bit":
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise RecipeError(
+                "--use_8bit_adam needs bitsandbytes: pip install 'sd-recipes[bitsandbytes]', or drop the flag"
+            ) from error
+        return bitsandbytes.optim.AdamW8bit(groups, **adam)
+    return torch.optim.AdamW(groups, fused=fused, **adam)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, max_train_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """diffusers' schedule of that name, in optimizer steps, on any number of processes."""
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+    )

@@ -1,0 +1,259 @@
+"""What a run has learned so far: its trained parts by name, optimizer, schedule, loss scaler and position.
+
+A checkpoint is written from a `TrainState` and restored into one, and knows nothing else about a run. All tensors in it
+are whole and named after the parameter they belong to, whether a part is sharded or not. So the number of processes,
+and how a part is laid out on them, may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import ConfigDict, Field
+from torch.distributed.tensor import DTensor
+
+from sd_recipes.runtime.fsdp import gather, shard_like
+from sd_recipes.training.ema import AveragedWeights
+
+OPTIMIZER = "optimizer.safetensors"
+CONFIG = "config.json"
+AVERAGE = "_ema"  # suffix of the folder with a part's averaged weights
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `samples_seen` is its position in the data and in the random draws."""
+
+    # Also the schema of what a checkpoint saves of it.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    global_step: int = 0  # global batches done
+    samples_seen: int = 0
+    loss_sum: Annotated[float, Field(allow_inf_nan=False)] = 0.0  # of the steps that have not been logged yet
+    logged_step: Annotated[int, Field(ge=0)] = 0
+    awaits_validation: bool = False  # of this step, which comes after its checkpoint
+    stream_state: dict[str, Any] | None = None  # where this process's stream stands, if there is one
+
+
+@dataclass
+class TrainedPart:
+    """A model of the pipeline that is trained; so far, the UNet.
+
+    `name` is its folder in a checkpoint and its attribute of the components. `rebuild` makes a model of the same kind
+    from whole tensors by name, which evaluation and export use if the part itself is sharded.
+    """
+
+    name: str
+    module: torch.nn.Module  # with its own parameter names, so not wrapped; FSDP2 shards it in place
+    weights_file: str  # in its folder, next to config.json
+    config: str  # the content of that config.json
+    learning_rate: float
+    rebuild: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module]
+    # What it leaves in the run's folder of its whole evaluated tensors, besides its place in the pipeline.
+    export: Callable[[Mapping[str, torch.Tensor], Path], None] | None = None
+    average: AveragedWeights | None = None
+    prepared: torch.nn.Module = field(init=False)  # as accelerate wraps it, for training steps to call
+
+    def __post_init__(self) -> None:
+        self.prepared = self.module
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trained ones, by name."""
+        return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
+
+    @property
+    def is_sharded(self) -> bool:
+        return any(isinstance(each, DTensor) for each in self.module.parameters())
+
+    def evaluated_tensors(self) -> dict[str, torch.Tensor]:
+        """The weights that are evaluated and exported, by name: the averaged ones, if there is an average."""
+        return self.module.state_dict() | (self.average.named_tensors() if self.average else {})
+
+
+@dataclass
+class StateDict:
+    """A TrainState as files: tensors by file and name, texts by file, and values that JSON can hold."""
+
+    tensors: dict[str, dict[str, torch.Tensor]]
+    texts: dict[str, str]
+    values: dict[str, Any]
+
+
+@dataclass
+class TrainState:
+    """Everything that a run changes from step to step."""
+
+    parts: dict[str, TrainedPart]
+    optimizer: Any  # accelerate's wrapper
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler | None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """All trained parameters as PART/NAME, in the optimizer's order."""
+        return {
+            f"{part.name}/{name}": parameter
+            for part in self.parts.values()
+            for name, parameter in part.parameters.items()
+        }
+
+    def update_averages(self) -> None:
+        for part in self.parts.values():
+            if part.average:
+                part.average.step()
+
+    def export(self, output_dir: Path, *, is_main: bool) -> None:
+        """Let the first process write what the parts export by themselves. Every process has to call it."""
+        for part in self.parts.values():
+            if part.export:
+                whole = gather(part.evaluated_tensors(), is_wanted=is_main)
+                if is_main:
+                    part.export(whole, output_dir)
+
+    @contextmanager
+    def evaluated(self, components: Any, *, wanted: bool = True) -> Iterator[None]:
+        """Within this context `components` have the weights that are evaluated and exported, where they are `wanted`.
+
+        Every process has to enter it, since sharded parts are gathered.
+        """
+        with ExitStack() as undo:
+            for part in self.parts.values():
+                if part.is_sharded:
+                    whole = gather(part.evaluated_tensors(), is_wanted=wanted)
+                    if wanted:
+                        undo.callback(setattr, components, part.name, getattr(components, part.name))
+                        setattr(components, part.name, part.rebuild(whole))
+                elif part.average and wanted:
+                    undo.enter_context(part.average.applied())
+            yield
+
+    def state_dict(self) -> StateDict:
+        """The state; tensors are not copied, and may be sharded. The same files and names on all processes."""
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        texts: dict[str, str] = {}
+        for part in self.parts.values():
+            folders = {part.name: part.module.state_dict()}
+            if part.average:
+                folders[part.name + AVERAGE] = part.average.named_tensors()
+            for folder, named in folders.items():
+                tensors[f"{folder}/{part.weights_file}"] = dict(named)
+                texts[f"{folder}/{CONFIG}"] = part.config
+        optimizer = dict(_flat(self._optimizer_state()))
+        tensors[OPTIMIZER] = {name: value for name, value in optimizer.items() if isinstance(value, torch.Tensor)}
+        values = {
+            # Where a stream stands differs between the processes.
+            "progress": {name: value for name, value in asdict(self.progress).items() if name != "stream_state"},
+            "optimizer": {name: value for name, value in optimizer.items() if not isinstance(value, torch.Tensor)},
+            "schedule_step": self.schedule.last_epoch,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "averages": {part.name: part.average.num_updates for part in self.parts.values() if part.average},
+        }
+        return StateDict(tensors, texts, values)
+
+    def check_state_dict(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], values: Mapping[str, Any]) -> None:
+        """Raises ValueError if the state does not have these parts, parameters and shapes; changes nothing."""
+        for file, here in self.state_dict().tensors.items():
+            saved = tensors[file]
+            if file == OPTIMIZER:
+                continue  # it has none before the first step
+            if different := sorted(saved.keys() ^ here.keys()):
+                raise ValueError(f"{file} and the model differ in {different[0]}")
+            for name, tensor in saved.items():
+                if tensor.shape != here[name].shape:
+                    raise ValueError(f"{name} of {file} is {[*tensor.shape]} and the model's {[*here[name].shape]}")
+        of_optimizer = _unflat({**tensors[OPTIMIZER], **values["optimizer"]})
+        if of_optimizer and of_optimizer.keys() != self.parameters.keys():
+            raise ValueError(
+                f"the optimizer's state has {len(of_optimizer)} parameters, of which the model, with "
+                f"{len(self.parameters)}, has {len(of_optimizer.keys() & self.parameters.keys())}"
+            )
+        if self.scaler and values["scaler"] and values["scaler"].keys() != self.scaler.state_dict().keys():
+            raise ValueError("it has another loss scaler")
+        for part in self.parts.values():
+            if part.average and part.name not in values["averages"]:
+                raise ValueError(f"it has no average of {part.name}")
+
+    def load_state_dict(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], values: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, with whole tensors.
+
+        It fits, as `check_state_dict` has shown. Learning rate, decay and the like stay those of this run, whose
+        settings may have changed.
+        """
+        for part in self.parts.values():
+            here = part.module.state_dict()
+            saved = tensors[f"{part.name}/{part.weights_file}"]
+            part.module.load_state_dict({name: shard_like(here[name], tensor) for name, tensor in saved.items()})
+            if part.average:
+                part.average.load(tensors[f"{part.name}{AVERAGE}/{part.weights_file}"], values["averages"][part.name])
+        self._load_optimizer({**tensors[OPTIMIZER], **values["optimizer"]})
+        self._load_schedule(values["schedule_step"])
+        if self.scaler and values["scaler"]:
+            self.scaler.load_state_dict(values["scaler"])
+        self.progress = Progress(**values["progress"])
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state by parameter; torch counts the parameters in the order of its groups."""
+        names = list(self.parameters)
+        return {names[number]: each for number, each in self.optimizer.state_dict()["state"].items()}
+
+    def _load_optimizer(self, flat: Mapping[str, Any]) -> None:
+        saved = _unflat(flat)
+        here = self.parameters
+        self.optimizer.load_state_dict(
+            {
+                "state": {
+                    number: _laid_out_as(parameter, saved[name])
+                    for number, (name, parameter) in enumerate(here.items())
+                    if name in saved
+                },
+                "param_groups": self.optimizer.state_dict()["param_groups"],
+            }
+        )
+
+    def _load_schedule(self, step: int) -> None:
+        schedule = self.schedule
+        rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step, "_last_lr": rates})
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def _laid_out_as(parameter: torch.Tensor, value: Any) -> Any:
+    """Shard tensors of the parameter's shape like it, or give them its memory format; in mappings too."""
+    if isinstance(value, Mapping):
+        return {key: _laid_out_as(parameter, each) for key, each in value.items()}
+    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        return value
+    if isinstance(parameter, DTensor):
+        return shard_like(parameter, value)
+    # Fused optimizers walk the raw memory.
+    return torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
+
+
+# An optimizer's state flattened to one level: PART/PARAMETER/KEY, where a key's value may itself be a mapping.
+
+
+def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _unflat(flat: Mapping[str, Any]) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for name, value in flat.items():
+        part, parameter, *parents, key = name.split("/")
+        place = state.setdefault(f"{part}/{parameter}", {})
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[key] = value
+    return state
