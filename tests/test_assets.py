@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from test_script import environment
 
 from sd_recipes import assets
 from sd_recipes.data.images import fit_image, open_image
@@ -97,7 +98,8 @@ def quickstart(output_dir: Path, *flags: object) -> list[dict]:
         Path(sys.executable).parent / "accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml",
         "train_text_to_image.py", "--config", "quickstart", "--output_dir", output_dir, *flags,
     ]  # fmt: skip
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
+    # One thread: two of them crawl next to the tests of another worker.
+    done = subprocess.run([str(part) for part in command], env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "before / after" in done.stdout
     assert "held-out loss" in done.stdout
