@@ -27,7 +27,7 @@ def poison(run: Run, steps: set[int]) -> None:
 
 if __name__ == "__main__":
     from sd_recipes.commands import train
-    from train_text_to_image import main
+    from sd_recipes.commands.cli import train as main
 
     def build_poisoned(*arguments: Any) -> Run:
         run = build.build_run(*arguments)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sd_recipes.commands.cli import train as main
 from sd_recipes.data import batches
-from train_text_to_image import main
 
 unrecorded = batches.TrainingBatches.__call__
 

@@ -35,9 +35,9 @@ def main() -> None:
     from sd_recipes.checkpoints import resume, run_folder
     from sd_recipes.checkpoints import saver as saving
     from sd_recipes.commands import train as run
+    from sd_recipes.commands.cli import train
     from sd_recipes.evaluation import validation
     from sd_recipes.model.stable_diffusion import StableDiffusion
-    from train_text_to_image import main as train
 
     start = run.start_accelerator
 

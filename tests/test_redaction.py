@@ -19,13 +19,13 @@ from tiny_models import build_image_folder
 from training_runs import forget_accelerator
 
 from sd_recipes.checkpoints.resume import compare_settings
+from sd_recipes.commands.cli import train as main
 from sd_recipes.commands.inspect import main as inspect
 from sd_recipes.errors import RecipeError
 from sd_recipes.flags import build_recipe, is_resolved_recipe, load_recipe, read_recipe_file, recipe_text
 from sd_recipes.recipe import DataSource, Recipe
 from sd_recipes.redaction import LEFT_OUT, redacted, without_folders
 from sd_recipes.runtime.console import RedactedRecord, say
-from train_text_to_image import main
 
 PASSWORD = "open-sesame"
 SHAPES = {
