@@ -74,7 +74,7 @@ def fork(argv: list[str], log: Path, prepare: Callable[[], None]) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         prepare()
-        from train_text_to_image import main
+        from sd_recipes.commands.cli import train as main
 
         main(argv)
         status = 0
