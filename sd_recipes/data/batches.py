@@ -361,7 +361,7 @@ def end_workers(iterator: Any) -> None:
 class TrainingBatches:
     """This process's optimizer steps from a position on, each a list of its micro-batches.
 
-    Built ahead by workers or, without any, by a thread, at least a whole step ahead.
+    Built ahead by workers or, without any, by a thread: a whole step ahead, or less where shared memory is short.
 
     Not sharded again by accelerate: each process's share is part of the plans.
     """
@@ -369,7 +369,7 @@ class TrainingBatches:
     def __init__(
         self, builder: BatchBuilder, plans: Plans, *, num_workers: int, pin_memory: bool, read_ahead: int = READ_AHEAD
     ) -> None:
-        """At least `read_ahead` micro-batches are built before they are asked for."""
+        """At least `read_ahead` micro-batches are built ahead; fewer only where shared memory is short."""
         self.builder = builder
         self.plans = plans
         self.num_workers = num_workers

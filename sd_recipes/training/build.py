@@ -74,7 +74,7 @@ class Model:
 
 @dataclass
 class Run:
-    """The parts of a run, as `build_run` puts them together; each function gets only those that it needs."""
+    """The parts of a run, as `build_run` puts them together."""
 
     recipe: Recipe  # resolved
     accelerator: Accelerator
