@@ -13,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
+from sd_recipes.data.bad_rows import BadRow
 from sd_recipes.data.picture_kinds import (
     FORMATS,
     RAW,
@@ -66,7 +67,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-class ImageError(ValueError):
+class ImageError(BadRow):
     """An image that cannot be used; the message names it."""
 
 
