@@ -63,10 +63,10 @@ def start(argv: list[str] | None, command: Command) -> Recipe:
 
     What takes seconds to import is imported afterwards, so that a mistake on the command line is reported at once.
     """
+    set_up_console()  # first, since loading a recipe may warn
     recipe = load_recipe(argv, command)
     sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers publish the command line
     stop_request.listen()
-    set_up_console()
     return recipe
 
 
