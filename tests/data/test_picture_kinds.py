@@ -1,20 +1,24 @@
 """HEIC, AVIF, JPEG XL and JPEG 2000, and what files are that are no pictures."""
 
 import io
+import json
 import struct
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pillow_jxl.JpegXLImagePlugin
 import pytest
 from conftest import ROOT
-from hostile_images import P3_COLOUR, encoded, p3_profile, tiff, with_brands, with_profile
+from hostile_images import P3_COLOUR, encoded, p3_profile, tiff, wide_png, with_brands, with_profile
 from PIL import Image
 from test_images import srgb_of_p3
+from training_runs import train
 
 from sd_recipes.data import images, picture_kinds
 from sd_recipes.data.images import ImageError, open_image, read_size
+from sd_recipes.inspection.image_checks import ImageSettings, inspect_images
 
 UPRIGHT = Image.new("RGB", (64, 32), "white")
 UPRIGHT.paste("blue", (0, 0, 32, 16))
@@ -225,3 +229,35 @@ def test_a_file_is_named_as_what_it_is(content: bytes, name: str, words: str) ->
     for function in (open_image, read_size):
         with pytest.raises(ImageError, match=rf"^{name}: (not a picture, but )?(a )?{words}"):
             function(source(content, name))
+
+
+def test_new_kinds_are_trained_on_and_inspected(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Pictures of one colour each, which must arrive in the batches."""
+    colours = {"HEIF": "red", "AVIF": "lime", "JXL": "blue", "JPEG2000": "yellow", "TIFF": "cyan", "PNG": "magenta"}
+    pictures = {kind: Image.new("RGB", (40, 36), colour) for kind, colour in colours.items()}
+    for picture in pictures.values():
+        picture.putpixel((0, 0), (9, 9, 9))  # pictures of one value have no white of their own
+    folder = tmp_path / "kinds"
+    folder.mkdir()
+    lines = []
+    for kind, picture in pictures.items():
+        wide = np.asarray(picture).astype(np.uint16)
+        content = {"TIFF": tiff, "PNG": wide_png}.get(kind, lambda _, kind=kind: encoded(pictures[kind], kind))(wide)
+        (folder / f"{kind}.{kind.lower()}").write_bytes(content)
+        lines.append({"file_name": f"{kind}.{kind.lower()}", "text": kind})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = train(settings, train_data_dir=str(folder), train_batch_size=6, max_train_steps=1, dataloader_num_workers=1)
+    [[batch]] = run.batches(0, 1)
+    assert batch.weights.tolist() == [1] * 6
+    for row, pixels in zip(batch.plan.rows, batch.pixels, strict=True):
+        found = pixels[:, 16, 16].numpy().astype(int)
+        expected = list(pictures.values())[row].getpixel((16, 16))
+        assert np.abs(found - expected).max() < 4, list(pictures)[row]
+    checks = ImageSettings(
+        resolution=32, buckets=None, uses_buckets=False, max_upscale=2.0, max_image_megapixels=1.0, root=str(folder)
+    )
+    (folder / "a.mp4").write_bytes(ftyp(b"isom"))
+    paths = [*sorted(path for path in folder.iterdir() if path.suffix != ".jsonl")]
+    inspected = inspect_images(enumerate({"bytes": None, "path": str(path)} for path in paths), checks)
+    assert len(inspected.rows) == 6
+    assert [(found.kind, found.name) for found in inspected.findings] == [("undecodable", "a.mp4")]
