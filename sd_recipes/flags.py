@@ -92,6 +92,8 @@ def read_files(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     file = flags.pop("dataset_config", settings.pop("dataset_config", None))
     if file is None:
         return settings, places
+    if not isinstance(file, str):
+        raise RecipeError(f"{places['dataset_config']}: give the path of kohya's file (it is {file!r})")
     for name in ("dataset_name", "train_data_dir"):
         if flags.get(name) is not None:
             raise RecipeError(f"--dataset_config {file} says which data to use, which --{name} contradicts: drop one")

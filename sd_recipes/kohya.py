@@ -238,20 +238,20 @@ class _Reading:
         if self.settings.get("keep_tags") and not self.settings.get("shuffle_tags"):
             self.settings.pop("keep_tags")
             self._tell("keep_tokens", "without shuffle_caption, tags stay where they are")
-        return self.settings, self.lines
+        return self.settings, list(dict.fromkeys(self.lines))  # what stands in a dataset is told once
 
     def _source(self, subset: _Subset) -> dict[str, Any]:
         """The entry of data_sources."""
         keys = subset.keys
         source = {"weight": "rows", "repeats": keys.get("num_repeats", 1)}
-        folder = keys.get("image_dir")
+        folder = subset.own.get("image_dir")
         if folder is not None and not Path(folder).expanduser().is_dir():
             raise _Mistake(f"{subset.place}.image_dir {folder}: no such folder")
-        if subset.is_table:
+        if subset.is_table or folder is None:
             return source | self._table(subset, folder)
         extension, caption = keys.get("caption_extension"), keys.get("class_tokens")
         # Where no picture has a file of its own, the class tokens are the caption of all.
-        if extension and not (caption and not any(Path(folder or "").expanduser().rglob(f"*{extension}"))):
+        if extension and (not caption or _has_files(folder, extension)):
             source["caption_extension"] = extension
         return source | {"train_data_dir": folder} | ({"caption": caption} if caption else {})
 
@@ -282,7 +282,8 @@ class _Reading:
             values[subset.dataset if of_dataset else subset.place] = subset.keys.get(key, default)
         first, *others = values.values()
         if any(_sides(other) != _sides(first) for other in others):
-            named = ", ".join(f"{json.dumps(value)} in {place}" for place, value in values.items())
+            shown = {place: "none" if value is None else json.dumps(value) for place, value in values.items()}
+            named = ", ".join(f"{value} in {place}" for place, value in shown.items())
             self._tell(key, f"{named}; --{name} is one setting for the whole run: give the flag")
             return
         try:
@@ -299,6 +300,10 @@ class _Reading:
 
     def _tell(self, place: str, why: str) -> None:
         self.lines.append(f"{place}: not mapped: {why}")
+
+
+def _has_files(folder: str, suffix: str) -> bool:
+    return any(path.name.endswith(suffix) for path in Path(folder).expanduser().rglob("*"))
 
 
 def _sides(value: Any) -> list[Any]:

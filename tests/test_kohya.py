@@ -288,6 +288,9 @@ def test_two_answers_to_which_data_are_refused() -> None:
     file = [*MODEL, "--dataset_config", "dataset.toml"]
     with pytest.raises(RecipeError, match=r"contradicts data_sources of --config recipe\.yaml: drop one"):
         load_recipe([*file, "--config", "recipe.yaml"])
+    Path("recipe.yaml").write_text("dataset_config: 3\n")
+    with pytest.raises(RecipeError, match=r"key dataset_config of the recipe file: give the path .* \(it is 3\)"):
+        load_recipe([*MODEL, "--config", "recipe.yaml"])
     for flag in ("--train_data_dir", "--dataset_name"):
         with pytest.raises(RecipeError, match=f"says which data to use, which {flag} contradicts: drop one"):
             load_recipe([*file, flag, "elsewhere"])

@@ -86,7 +86,6 @@ OTHER_KINDS: list[tuple[int, bytes, str]] = [
     (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", f"a video (Windows Media), not a picture; {TAKE_FRAMES}"),
     (0, b"\x00\x00\x01\xba", f"a video (MPEG), not a picture; {TAKE_FRAMES}"),
     (0, b"\x00\x00\x01\xb3", f"a video (MPEG), not a picture; {TAKE_FRAMES}"),
-    (188, b"\x47", f"a video (MPEG transport stream), not a picture; {TAKE_FRAMES}"),
     (0, b"OggS", f"a sound or a video (Ogg), not a picture; {DELETE}"),
     (0, b"fLaC", f"a sound (FLAC), not a picture; {DELETE}"),
     (0, b"ID3", f"a sound (MP3), not a picture; {DELETE}"),
@@ -133,16 +132,19 @@ def what_it_is(start: bytes, name: str) -> str:
         return THUMBNAILS
     if start[4:8] == b"ftyp":
         return _what_of_iso_media(start)
+    if start[: 3 * 188 : 188] == b"\x47" * 3:  # the mark of every packet
+        return f"a video (MPEG transport stream), not a picture; {TAKE_FRAMES}"
     for position, prefix, words in OTHER_KINDS:
-        # A transport stream has its mark at the start of every packet.
-        if start.startswith(prefix, position) and (position != 188 or start.startswith(prefix)):
+        if start.startswith(prefix, position):
             return words
+    if text := _what_text_it_is(start):  # before kinds that begin with letters, as "BM" or "GIF8"
+        return text
     if file.suffix.lower() in RAW_SUFFIXES:
         return RAW
     for position, prefix, kind in DECODED_KINDS:
         if start.startswith(prefix, position):
             return _not_opened(kind)
-    return _what_text_it_is(start) or f"not a picture, or none of {', '.join(FORMATS)}"
+    return f"not a picture, or none of {', '.join(FORMATS)}"
 
 
 def is_camera_raw(image: Image.Image, start: bytes, name: str) -> bool:

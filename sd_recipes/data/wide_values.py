@@ -93,12 +93,14 @@ def _prepare(image: ImageFile.ImageFile, *, lower: bool) -> bool:
         order = ";16L" if image.tag_v2.prefix == b"II" else ";16B"
     tiles, is_wide = [], False
     for tile in image.tile:
-        args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        codec, args = tile.codec_name, tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        if codec == "ppm" and args == ("RGB", 65535):  # whose decoder scales to 8 bits
+            codec, args = "raw", ("RGB;16B", 0, 1)
         mode = args[0] + order if isinstance(args[0], str) and len(args[0]) == 1 else args[0]
         if isinstance(mode, str) and ";16" in mode:
             is_wide = True
             mode = mode[:-1] + OTHER_ORDER[mode[-1]] if lower else mode
-        tiles.append(type(tile)(*tile[:3], (mode, *args[1:])))
+        tiles.append(type(tile)(codec, tile.extents, tile.offset, (mode, *args[1:])))
     if is_wide:
         image.tile = tiles
     return is_wide

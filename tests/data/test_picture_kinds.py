@@ -209,6 +209,7 @@ PREVIEW = np.zeros((8, 8), np.uint16)
         (b"\n<html><body>404", "a.jpg", "a web page"),
         (b"<?xml version='1.0'?><Error>AccessDenied", "a.jpg", "a file in XML"),
         ("1girl, ein Hündchen".encode(), "a.txt", "a text file"),
+        (b"BMW, G-Class, GIF89a" * 50, "a.txt", "a text file"),
         (("ü" * 3000).encode(), "a.txt", "a text file"),
         ("a cat".encode("utf-16"), "a.txt", "a text file"),
         (b'{"text": "a cat"}', "a.json", "a file in JSON"),

@@ -31,6 +31,11 @@ def twelve_bits() -> bytes:
     return tiff(RAMP, bits=12)[: -RAMP.nbytes] + packed
 
 
+def ppm(values: np.ndarray) -> bytes:
+    height, width, _ = values.shape
+    return f"P6 {width} {height} 65535\n".encode() + values.astype(">u2").tobytes()
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -47,6 +52,7 @@ def twelve_bits() -> bytes:
         (tiff(COLOURS * 257, planar=True, order=">"), COLOURS),
         (tiff(COLOURS * 257, deflated=True), COLOURS),
         (tiff(COLOURS * 257, planar=True, deflated=True), COLOURS),
+        (ppm(COLOURS * 257), COLOURS),
         (wide_png(COLOURS * 257), COLOURS),
         (wide_png(np.dstack([RAMP * 257, OPAQUE * 257])), GRAYS),
         (twelve_bits(), GRAYS),
@@ -68,6 +74,7 @@ def twelve_bits() -> bytes:
         (tiff(COLOURS, deflated=True, order=">"), COLOURS),
         (tiff(np.dstack([COLOURS, OPAQUE])), COLOURS),
         (tiff(np.dstack([COLOURS, OPAQUE * 257])), COLOURS),  # wide transparency
+        (ppm(COLOURS), COLOURS),
         (wide_png(COLOURS), COLOURS),
         (wide_png(np.dstack([COLOURS, OPAQUE])), COLOURS),
         (wide_png(np.dstack([COLOURS, OPAQUE * 257])), COLOURS),
