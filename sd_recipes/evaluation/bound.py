@@ -27,7 +27,7 @@ PILOT_IMAGES = 16
 ALL_TIMESTEPS, SAMPLED_TIMESTEPS, CHOICE, PILOT = range(1, 5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Terms:
     """A bound's terms in bits, or their standard errors. Those of single images have one more axis, the first."""
 
@@ -39,10 +39,11 @@ class Terms:
     @classmethod
     def of(cls, values: np.ndarray) -> Terms:
         """From (…, T + 2): L_T, L_{T-1}, …, L_0, and what is said of their sum."""
-        return cls(values[..., 0], values[..., 1:-2], values[..., -2], values[..., -1])
+        # [()]: a number where there is no other axis.
+        return cls(values[..., 0][()], values[..., 1:-2], values[..., -2][()], values[..., -1][()])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bound(Terms):
     """The mean bound of the images, in bits per dimension."""
 

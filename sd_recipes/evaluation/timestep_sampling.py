@@ -10,7 +10,7 @@ UNIFORM_SHARE = 0.1  # of the probability, so that no weight is large where the 
 MAX_KNOTS = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TimestepSampling:
     """With which probabilities timesteps are drawn, (T,), and how many for an image.
 
