@@ -94,12 +94,12 @@ def variational_bound(
 
     `predict(noisy_latents, timesteps)` gets (B, …) float32 and (B,) int64, diffusers' timesteps 0 … T - 1, on the
     latents' device, with B at most `batch_size`, and returns (B, …). With `conditioning`, tensors (N, …), it also gets
-    the rows of its images as keyword arguments. Of `scheduler`, only the `alphas_cumprod` are used. `prediction_type`
-    is epsilon, v_prediction, sample or score (-ε / √(1 - ᾱ_t)).
+    the rows of its images as keyword arguments. Of `scheduler`, the `alphas_cumprod` are used. `prediction_type` is
+    epsilon, v_prediction, sample or score (-ε / √(1 - ᾱ_t)).
 
     `variance` is that of the reverse process: fixed_large (β_t), fixed_small (β̃_t, but β̃_2 in the last term), or
     fitted: for every timestep the one that suits these images best together. It is fitted to the draws that it is
-    judged by, so that the bound is too low by about 1 / (2 N D num_samples ln 2) bits per dimension.
+    judged by, so that the bound is too low by about 1 / (N D num_samples) bits per dimension.
 
     `timesteps=None` evaluates all T, `num_samples` times with other noise. A number evaluates only as many an image,
     again `num_samples` times, without bias: more of those that add more to the bound, which a pilot finds out on up to

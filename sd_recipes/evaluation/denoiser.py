@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -30,16 +31,16 @@ class Denoiser:
         conditioning: Mapping[str, Tensor] | None,
         image_numbers: Sequence[int] | None,
     ) -> None:
-        check_latents(latents)
-        self.predict, self.latents, self.process, self.seed = predict, latents.float(), process, seed
+        self.predict, self.latents, self.process = predict, checked(latents), process
         self.conditioning = conditioning or {}
-        self.image_numbers = range(len(latents)) if image_numbers is None else image_numbers
+        self.seed = operator.index(seed)
+        self.image_numbers = list(range(len(latents)) if image_numbers is None else map(operator.index, image_numbers))
         entries = {"image_numbers": len(self.image_numbers)} | {k: len(v) for k, v in self.conditioning.items()}
         for name, number in entries.items():
             if number != len(latents):
                 raise ValueError(f"{name} has {number} entries for {len(latents)} latents: give one for each")
-        if not all(0 <= each < 2**64 for each in (seed, *self.image_numbers)):
-            raise ValueError("seed or image_numbers are out of range: give whole numbers from 0 to 2**64 - 1")
+        if not all(0 <= each < 2**64 for each in (self.seed, *self.image_numbers)):
+            raise ValueError("seed or image_numbers are out of range: give numbers from 0 to 2**64 - 1")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: give 1 or more")
         self.batch_size = batch_size
@@ -99,12 +100,14 @@ class Denoiser:
         return squared
 
 
-def check_latents(latents: Tensor) -> None:
-    """Raises ValueError if they are not (N, …), with something in them, and finite."""
+def checked(latents: Tensor) -> Tensor:
+    """As float32. Raises ValueError if they are not (N, …), with something in them, and finite."""
     if not isinstance(latents, Tensor) or latents.ndim < 2 or not latents.numel():
         what = f"of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else f"a {type(latents).__name__}"
         raise ValueError(f"latents are {what}: give a tensor (N, C, h, w), with one image or more")
+    latents = latents.detach().float()
     if bad := (~latents.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist():
         raise ValueError(
             f"latents[{bad[0]}] is not finite ({len(bad)} of {len(latents)} are not): leave such images out"
         )
+    return latents
