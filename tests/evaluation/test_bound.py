@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
-from diffusers.utils.torch_utils import randn_tensor
 from test_rooms import graph
 from tiny_models import UNET_CONFIG
 from torch import Tensor
@@ -171,43 +170,48 @@ def test_the_weights_are_those_of_the_errors_of_epsilon_in_float64() -> None:
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_it_bounds_the_process_that_diffusers_samples_from(prediction_type: str, variance: str) -> None:
-    """With the mean and variance that DDPMScheduler.step has for the prediction, and for the truth."""
-    noise_scheduler = scheduler(
-        num_train_timesteps=20, prediction_type=prediction_type, variance_type=variance, clip_sample=False
-    )
+    """With the means and variances that DDPMScheduler.step has for the prediction, and for the truth."""
+    settings = {"num_train_timesteps": 20, "prediction_type": prediction_type, "clip_sample": False}
+    noise_scheduler = scheduler(**settings, variance_type=variance)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
         prediction = torch.tanh(noisy) + 0.01 * timesteps.reshape(-1, 1, 1, 1)
-        seen.update((int(t), (noisy[[i]], prediction[[i]])) for i, t in enumerate(timesteps))
+        seen.update((int(t), (noisy[[i]].double(), prediction[[i]].double())) for i, t in enumerate(timesteps))
         return prediction
 
     bound = variational_bound(
         predict, latents, noise_scheduler, prediction_type=prediction_type, variance=variance, batch_size=7
     )
     assert sorted(seen) == list(range(20))
-    deviations, means, truths = [], [], []
-    for timestep in range(20):
-        noisy, prediction = seen[timestep]
-        alpha_bar = noise_scheduler.alphas_cumprod.double()[timestep]
-        truth = as_type(prediction_type, latents.double(), noisy.double(), alpha_bar)
-        generator = torch.Generator().manual_seed(1)
-        deviation = noise_scheduler._get_variance(timestep).double().sqrt()
-        step_noise = randn_tensor(latents.shape, generator=generator).double() if timestep else 0
-        deviations.append(deviation)
-        for found, output in ((means, prediction.double()), (truths, truth)):
-            step = noise_scheduler.step(output, timestep, noisy.double(), generator=generator.manual_seed(1))
-            found.append(step.prev_sample - deviation * step_noise)
-    for timestep in range(1, 20):
-        posterior = Normal(
-            truths[timestep], noise_scheduler._get_variance(timestep, variance_type="fixed_small").sqrt()
+
+    def step(stepped: DDPMScheduler, prediction: Tensor, timestep: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return stepped.step(prediction, timestep, seen[timestep][0], generator=generator).prev_sample
+
+    def deviation(stepped: DDPMScheduler, timestep: int) -> Tensor:
+        """By how much two steps differ, for how much their noise does."""
+        first, second = (
+            torch.randn(latents.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            for seed in range(2)
         )
-        expected = kl_divergence(posterior, Normal(means[timestep], deviations[timestep])).mean() / math.log(2)
-        assert bound.denoising[19 - timestep] == pytest.approx(expected.item(), rel=2e-4)
-    last = deviations[0] if variance == "fixed_large" else deviations[1]
-    expected = -Normal(means[0], last).log_prob(latents.double()).mean() / math.log(2)
-    assert bound.reconstruction == pytest.approx(expected.item(), rel=1e-3)
+        steps = [step(stepped, seen[timestep][1], timestep, seed) for seed in range(2)]
+        return ((steps[0] - steps[1]) / (first - second)).median()
+
+    for timestep in range(1, 20):
+        noisy, prediction = seen[timestep]
+        truth = as_type(prediction_type, latents.double(), noisy, noise_scheduler.alphas_cumprod[timestep].double())
+        # Both with the same noise, so that they are apart as their means are.
+        means = [step(noise_scheduler, each, timestep) for each in (truth, prediction)]
+        posterior = deviation(scheduler(**settings, variance_type="fixed_small"), timestep)
+        divergence = kl_divergence(
+            Normal(means[0], posterior), Normal(means[1], deviation(noise_scheduler, timestep))
+        ).mean() / math.log(2)
+        assert bound.denoising[19 - timestep] == pytest.approx(divergence.item(), rel=2e-4)
+    last = noise_scheduler.betas[0].double().sqrt() if variance == "fixed_large" else deviation(noise_scheduler, 1)
+    likelihood = Normal(step(noise_scheduler, seen[0][1], 0), last).log_prob(latents.double()).mean() / math.log(2)
+    assert bound.reconstruction == pytest.approx(-likelihood.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
@@ -581,6 +585,7 @@ def test_bad_probabilities_are_answered_in_one_line() -> None:
 
 def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "bound.md").read_text(), re.DOTALL)
+    torch.manual_seed(0)
     exec(example, {})
     first, second = capsys.readouterr().out.splitlines()
     assert float(first.split()[0]) == pytest.approx(ENTROPY, abs=0.05)
