@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from sd_recipes.data.captions import DEFECT, caption_columns
 from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded
-from sd_recipes.data.picture_files import NotFound, PictureFinder
+from sd_recipes.data.picture_files import Missing, NotFound, PictureFinder
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import DataSettings, DataSource
 
@@ -184,6 +184,8 @@ def _with_images(rows: Any, feature: Any, source: DataSource, config: DataSettin
     def make(value: str | None) -> dict[str, Any]:
         try:
             return {column: encoded(value, finder), DEFECT: None}
+        except Missing:  # told when the picture is read
+            return {column: {"bytes": None, "path": value and str(Path(root or "", value))}, DEFECT: None}
         except NotFound as error:
             return {column: {"bytes": None, "path": value}, DEFECT: str(error)}
 

@@ -23,7 +23,7 @@ from sd_recipes.data.recognised import Recognised
 from sd_recipes.data.side_captions import SIDE_SUFFIXES, SideCaptions, find_side_captions
 from sd_recipes.data.splits import SPLITS, TRAIN, split_of_folder
 from sd_recipes.data.table_rows import image_root, path_columns, read_rows
-from sd_recipes.data.tables import PATH_KEY, TABLE_SUFFIXES, Table
+from sd_recipes.data.tables import PARQUET, PATH_KEY, TABLE_SUFFIXES, Table
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import DataConfig, DataSettings, DataSource
 
@@ -154,8 +154,11 @@ class PictureFolder:
         paths = self.listing.with_suffix(*TABLE_SUFFIXES)
         return [Path(path) for path in paths if not (path.endswith(".json") and os.path.splitext(path)[0] in stems)]
 
-    def _candidate(self, path: Path) -> Candidate:
-        """Whether the table in a file has a column of pictures and those of the captions. Raises RecipeError."""
+    def _candidate(self, path: Path) -> Candidate | None:
+        """Whether the table in a file has a column of pictures and those of the captions; None for rows of its own.
+
+        Raises RecipeError for a table of datasets' imagefolder that cannot be read.
+        """
         table = Table(path, self.config.text_encoding)
         try:
             columns = table.columns
@@ -165,10 +168,15 @@ class PictureFolder:
             return Candidate(table, "", str(error))
         names = [PATH_KEY] if is_metadata(path) else path_columns(self.config.image_column)
         pictures = next((name for name in names if name in columns and table.is_text(name)), None)
+        if pictures is None and table.kind in PARQUET and not is_metadata(path):  # the pictures are in it, if anywhere
+            return None
         if pictures is None:
             words = f"{path} has no column of paths"
             if is_metadata(path):
-                words = f"{path} has no column `{PATH_KEY}`, which names the pictures in a table of this name"
+                words = (
+                    f"{path} has no column `{PATH_KEY}`, which names the pictures in a table of this name: rename the "
+                    "one that does, or the table"
+                )
             hint = f": its first line looks like a row: add one that names them, as `{PATH_KEY},text`"
             return Candidate(table, "", f"{words} (its columns: {columns}){hint if table.looks_headless else ''}")
         for name in self.columns:
@@ -184,6 +192,7 @@ class PictureFolder:
         columns: dict[str, list[Any]] = {name: [] for name in self.columns}
         defects: list[str | None] = []
         splits: list[str] = []
+        lacking: list[str] = []
         nearly = 0
         for candidate in candidates:
             table = candidate.table
@@ -192,6 +201,7 @@ class PictureFolder:
                 image_root(self.source) or table.path.parent,
                 within=None if self.source.image_root else self.root,
                 follows_links=self.config.follow_links or not self.listing.links_outside,
+                pictures=self.pictures,
             )
             wanted = [name for name in self.columns if name != LABEL or name in table.columns]
             rows = read_rows(table, candidate.pictures, wanted, finder)
@@ -200,6 +210,7 @@ class PictureFolder:
             for name in self.columns:
                 columns[name] += rows.columns.get(name) or [self._label(image) for image in rows.images]
             splits += [candidate.place[1]] * len(rows.images)
+            lacking += rows.lacking
             nearly += finder.nearly
         paths = [image["path"] or "" for image in images]
         named = set(paths)
@@ -208,8 +219,7 @@ class PictureFolder:
         self._note(
             "pictures have no row in a table and are not used", [path for path in self.pictures if path not in named]
         )
-        missing = [str(path) for path, defect in zip(paths, defects, strict=True) if defect is not None]
-        self._note("rows of a table have no picture", missing)
+        self._note("rows of a table have no picture", lacking)
         if nearly:
             self.recognised.notes.append(f"{nearly:,} paths were found in another case, form or with another slash")
         return self._split(images, columns, defects, splits)

@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,6 +104,10 @@ class NotFound(ValueError):
     """A name in a table that stands for no picture; the message says why."""
 
 
+class Missing(NotFound):
+    """No file of that name, nor of one like it, is there."""
+
+
 class Outside(NotFound):
     """A name that leads out of the folder in which pictures must lie."""
 
@@ -111,11 +116,20 @@ class PictureFinder:
     """The files that the names in a table mean: as they stand, or, where exactly one file fits, nearly.
 
     A name may have either slash, another case or Unicode form, or no suffix. Relative names begin at `root`. With
-    `within`, names may not lead out of that folder, nor, unless `follows_links`, links.
+    `within`, names may not lead out of that folder, nor, unless `follows_links`, links. `pictures` are those known to
+    be there.
     """
 
-    def __init__(self, root: Path, *, within: Path | None = None, follows_links: bool = True) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        within: Path | None = None,
+        follows_links: bool = True,
+        pictures: Sequence[str] = (),
+    ) -> None:
         self.root = root
+        self.pictures = pictures
         self.within = os.path.abspath(within) if within is not None else None
         self.real_within = os.path.realpath(within) if within is not None and not follows_links else None
         self.nearly = 0  # names that were not exactly the file's
@@ -133,6 +147,12 @@ class PictureFinder:
             raise NotFound(f"{path}: a link out of the folder, which --follow_links would follow")
         return path
 
+    def place_of(self, name: object) -> str | None:
+        """The folder of the one known picture whose file's name is that at the end of `name`, if there is one."""
+        last = re.split(r"[\\/]", str(name))[-1].casefold()
+        places = {os.path.dirname(path) for path in self.pictures if os.path.basename(path).casefold() == last}
+        return places.pop() if len(places) == 1 else None
+
     def _path(self, name: str) -> str:
         path = os.path.normpath(os.path.join(self.root, name))
         if self.within is not None and not _is_in(os.path.abspath(path), self.within):
@@ -146,7 +166,7 @@ class PictureFinder:
             fitting = self._in_one(self._like(folder), _compared(stem) + ".*")
         if not fitting:
             drive = ", which begins with a drive of Windows" if WINDOWS_DRIVE.match(name) else ""
-            raise NotFound(f"{path}: no such file{drive}")
+            raise Missing(f"{path}: no such file{drive}")
         if len(fitting) > 1:
             raise NotFound(f"{name}: several files fit: {', '.join(map(os.path.basename, fitting[:3]))}")
         self.nearly += 1

@@ -217,8 +217,7 @@ class _Opening:
         root = image_root(self.source)
         finder = PictureFinder(root or path.parent, within=None if root else within)
         rows = read_rows(table, pictures, columns, finder)
-        missing = [str(image["path"]) for image, defect in zip(rows.images, rows.defects, strict=True) if defect]
-        recognised.note("rows have no picture", missing)
+        recognised.note("rows have no picture", rows.lacking)
         if finder.nearly:
             recognised.notes.append(f"{finder.nearly:,} paths were found in another case, form or with another slash")
         return rows_from(rows.images, rows.columns, rows.defects, self.config.image_column)

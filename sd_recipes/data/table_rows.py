@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded
-from sd_recipes.data.picture_files import NotFound, Outside, PictureFinder
+from sd_recipes.data.picture_files import Missing, NotFound, Outside, PictureFinder
 from sd_recipes.data.tables import PATH_KEY, Table
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import DataSource
@@ -21,12 +21,15 @@ PATH_COLUMNS = (
 
 @dataclass
 class TableRows:
-    """Rows of one table: images, columns, what is wrong with each row, and how many paths stand nearly so in it."""
+    """Rows of one table: images, columns, and what is wrong with each row, or None.
+
+    A missing file is not: that is told when the picture is read.
+    """
 
     images: list[Encoded]
     columns: dict[str, list[Any]]
     defects: list[str | None]
-    nearly: int
+    lacking: list[str]  # the names of pictures that were not found
 
 
 def image_root(source: DataSource) -> Path | None:
@@ -50,8 +53,8 @@ def read_rows(table: Table, pictures: str, columns: list[str], finder: PictureFi
     values = found[pictures]
     first = next((value for value in values if value is not None), None)
     check_holds_pictures(first, pictures, str(table.path), is_local=True)
-    images: list[Encoded] = []
-    defects: list[str | None] = []
+    rows = TableRows([], {name: found[name] for name in columns}, [], [])
+    reason = ""
     for number, value in enumerate(values, start=1):
         defect = None
         try:
@@ -62,13 +65,17 @@ def read_rows(table: Table, pictures: str, columns: list[str], finder: PictureFi
                 f"folder; a table that may name any file is given by itself, as --dataset_name {table.path}"
             ) from None
         except NotFound as error:
-            path = value if isinstance(value, str) else None
-            image, defect = {"bytes": None, "path": path and str(finder.root / path)}, str(error)
-        images.append(image)
-        defects.append(defect)
-    if images and all(defects):
+            image = {"bytes": None, "path": str(finder.root / value) if isinstance(value, str) else None}
+            defect = None if isinstance(error, Missing) else str(error)
+            rows.lacking.append(str(image["path"] or f"row {number}"))
+            reason = reason or str(error)
+        rows.images.append(image)
+        rows.defects.append(defect)
+    if rows.images and len(rows.lacking) == len(rows.images):
+        place = finder.place_of(first)
+        hint = f"; there is one of that name in {place}: give --image_root {place}" if place else ""
         raise RecipeError(
-            f"{table.path}: none of its {len(images)} rows has its picture; the first: {defects[0]} (column "
-            f"{pictures}; --image_root says where the paths begin)"
+            f"{table.path}: none of its {len(values)} rows has its picture; the first: {reason} (column "
+            f"{pictures}; --image_root says where the paths begin){hint}"
         )
-    return TableRows(images, {name: found[name] for name in columns}, defects, finder.nearly)
+    return rows

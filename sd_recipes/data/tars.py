@@ -87,7 +87,7 @@ class TarFiles(WebDataset):
 
 
 def samples(path: str, members: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Sample, str | None]]:
-    """The samples of a shard: key, parts and, where it is damaged, in words how."""
+    """The samples of a shard: key, parts and, where it is damaged, in words how. Raises ReadError if the shard is."""
     key, defect = "", None
     parts: Sample = {}
     try:
@@ -102,11 +102,8 @@ def samples(path: str, members: Iterable[tuple[str, Any]]) -> Iterator[tuple[str
             if part in parts:
                 defect = f"the sample has the part {part} more than once"
             parts[part] = file.read()
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        if "://" in path:  # perhaps only the connection
-            raise
-        yield key, {}, f"the shard is cut short or damaged from here on: {one_line(error)}"
-        return
+    except (tarfile.TarError, EOFError, zlib.error) as error:  # of a stream, perhaps only the connection
+        raise tarfile.ReadError(f"{os.path.basename(path)} is cut short or damaged: {one_line(error)}") from error
     if parts:
         yield key, parts, defect
 
