@@ -216,7 +216,7 @@ def jp2_profile(stream: IO[bytes]) -> bytes | None:
     if _seek_box(stream, b"jp2h") is None or (length := _seek_box(stream, b"colr")) is None:
         return None
     content = stream.read(length)
-    return content[3:] if content[0] in (2, 3) else None  # 1 is a number of a colour space
+    return content[3:] if content[:1] in (b"\2", b"\3") else None  # 1 is a number of a colour space
 
 
 def _seek_box(stream: IO[bytes], *kinds: bytes) -> int | None:

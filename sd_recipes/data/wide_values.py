@@ -83,8 +83,8 @@ def load_lower_bytes(image: ImageFile.ImageFile, higher: Image.Image) -> Image.I
 def _prepare(image: ImageFile.ImageFile, *, lower: bool) -> bool:
     """Set which bytes of several 16-bit channels will be decoded; whether the picture has such channels.
 
-    Pillow takes the first bytes of a picture's parts for those of 8-bit channels where each channel is stored by
-    itself (a planar TIFF).
+    Where each channel is stored by itself (a planar TIFF), Pillow would read 8 bits of every 16, and it scales the
+    values of a PPM.
     """
     if len(image.getbands()) == 1:
         return False
