@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pillow_jxl.JpegXLImagePlugin
 import pytest
 from conftest import ROOT
@@ -262,3 +263,15 @@ def test_new_kinds_are_trained_on_and_inspected(settings: dict[str, Any], tmp_pa
     inspected = inspect_images(enumerate({"bytes": None, "path": str(path)} for path in paths), checks)
     assert len(inspected.rows) == 6
     assert [(found.kind, found.name) for found in inspected.findings] == [("undecodable", "a.mp4")]
+
+
+def test_a_picture_as_phones_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A HEIC of tiles that is turned by its properties, in Display P3."""
+    monkeypatch.setattr(pillow_heif.options, "GRID_TILE_SIZE", 64)
+    across, down = np.mgrid[0:130, 0:200]
+    waves = [across % 200, down % 200, (across + down) // 2 % 200]
+    upright = Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
+    stored = upright.transpose(STORED_AS[6])
+    content = encoded(stored, "HEIF", quality=95, chroma=444, exif=oriented(6), icc_profile=p3_profile())
+    assert b"grid" in content
+    assert distance(content, open_image(source(encoded(upright, icc_profile=p3_profile())))) < 2
