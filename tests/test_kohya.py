@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
 from PIL import Image
+from training_runs import train
 
 from sd_recipes.commands.inspect import read_settings
 from sd_recipes.errors import RecipeError
@@ -300,3 +302,31 @@ def test_a_value_out_of_range_is_blamed_on_the_file() -> None:
     read("[general]\nresolution = 4\n" + SUBSET)
     with pytest.raises(RecipeError, match=r"^--dataset_config dataset\.toml: resolution: .* 8 \(it is 4\)"):
         load_recipe([*MODEL, "--dataset_config", "dataset.toml"])
+
+
+def test_its_subsets_are_trained_on_as_often_as_it_says(settings: dict[str, Any]) -> None:
+    mapped, _ = read("""
+        [general]
+        caption_extension = ".txt"
+        [[datasets]]
+        resolution = 32
+        batch_size = 8
+        [[datasets.subsets]]
+        image_dir = "portraits"
+        num_repeats = 2
+        [[datasets.subsets]]
+        image_dir = "people"
+        class_tokens = "a person"
+        is_reg = true
+        [[datasets]]
+        resolution = 32
+        batch_size = 8
+        [[datasets.subsets]]
+        image_dir = "scans"
+        metadata_file = "scans.json"
+    """)
+    run = train({**settings, "train_data_dir": None, "max_train_steps": 1, **mapped})
+    [[batch]] = run.batches(0, 1)
+    assert batch.weights.tolist() == [1] * 8, "an epoch is one batch of all rows"
+    captions = Counter(run.model.components.tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True))
+    assert captions == {"portraits 0": 2, "portraits 1": 2, "a person": 2, "a scan": 1, "b": 1}
