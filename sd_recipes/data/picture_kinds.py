@@ -164,16 +164,21 @@ def with_known_brand(stream: IO[bytes], start: bytes) -> IO[bytes]:
     """
     if start[4:8] != b"ftyp" or start[8:12] in AVIF_BRANDS | HEIC_BRANDS:
         return stream
-    end = min(int.from_bytes(start[:4]), len(start))
-    brands = [start[position : position + 4] for position in (8, *range(16, end, 4))]
+    brands = _brands(start)
     named = [brand for brand in brands if brand in AVIF_BRANDS | HEIC_BRANDS]
     if not named and CONTAINER_BRANDS.intersection(brands):
-        named = [brand for item, brand in ((b"av01", b"avif"), (b"hvc1", b"heic")) if item in start[end:]]
+        named = [brand for item, brand in ((b"av01", b"avif"), (b"hvc1", b"heic")) if item in start]
     if not named:
         return stream
     stream.seek(0)
     content = stream.read()
     return io.BytesIO(content[:8] + named[0] + content[12:])
+
+
+def _brands(start: bytes) -> list[bytes]:
+    """The brands of a file of the family of MP4, HEIF and AVIF: its own, and those that it is compatible with."""
+    end = min(int.from_bytes(start[:4]), len(start))
+    return [start[position : position + 4] for position in (8, *range(16, end, 4))]
 
 
 def jxl_header(stream: IO[bytes]) -> tuple[int, int, int] | None:
@@ -255,10 +260,7 @@ def _what_of_iso_media(start: bytes) -> str:
         return _not_opened("AVIF")
     if brand in HEIC_BRANDS:
         return _not_opened("HEIC")
-    if any(
-        start[position : position + 4] in CONTAINER_BRANDS
-        for position in range(8, min(int.from_bytes(start[:4]), START), 4)
-    ):
+    if CONTAINER_BRANDS.intersection(_brands(start)):
         return f"a HEIF picture in a coding that is not read, or a damaged one; {TO_PNG}"
     if brand in AUDIO_BRANDS:
         return f"a sound (MP4), not a picture; {DELETE}"
