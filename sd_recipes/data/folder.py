@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from sd_recipes.data.columns import LABEL, columns_of, has_columns, rows_from
 from sd_recipes.data.encoded import Encoded
@@ -232,10 +234,7 @@ class PictureFolder:
         images: list[Encoded] = [{"bytes": None, "path": path} for path in pictures]
         if LABEL in self.columns:
             columns = {**columns, LABEL: [self._label(image) for image in images]}
-        splits = self._split(images, columns, defects, [""] * len(images))
-        if self.config.folder_repeats:
-            splits = {name: self._repeated(rows) for name, rows in splits.items()}
-        return splits
+        return self._split(images, columns, defects, [""] * len(images), repeats=self.config.folder_repeats)
 
     def _check_image_column(self, name: str) -> None:
         """Raises RecipeError if another image column than the one there is was asked for."""
@@ -254,7 +253,13 @@ class PictureFolder:
         return folder_name(path, self.config)
 
     def _split(
-        self, images: list[Encoded], columns: dict[str, list[Any]], defects: list[str | None], given: list[str]
+        self,
+        images: list[Encoded],
+        columns: dict[str, list[Any]],
+        defects: list[str | None],
+        given: list[str],
+        *,
+        repeats: bool = False,
     ) -> Splits:
         """The rows of each split: the one that is `given`, or that the picture's folder is named after."""
         begin = str(self.root) + os.sep
@@ -269,32 +274,32 @@ class PictureFolder:
         splits = {}
         for split in sorted(set(filter(None, found))):
             numbers = [number for number, name in enumerate(found) if name == split]
-            splits[split] = rows_from(
+            rows = rows_from(
                 [images[number] for number in numbers],
                 {column: [values[number] for number in numbers] for column, values in columns.items()},
                 [defects[number] for number in numbers],
                 self.config.image_column,
             )
+            splits[split] = (
+                self._repeated(rows, [str(images[number]["path"]) for number in numbers]) if repeats else rows
+            )
         return splits
 
-    def _repeated(self, rows: datasets.Dataset) -> datasets.Dataset:
-        """The rows, each as often as its folder is named to be repeated."""
-        repeats = [self._repeats(image["path"]) for image in rows[self.config.image_column]]
-        folders: dict[str, list[int]] = {}
-        for image, number in zip(rows[self.config.image_column], repeats, strict=True):
-            if number > 1:
-                folders.setdefault(os.path.dirname(image["path"]), []).append(number)
-        for folder, numbers in folders.items():
-            name = os.path.relpath(folder, self.root)
+    def _repeated(self, rows: datasets.Dataset, paths: list[str]) -> datasets.Dataset:
+        """The rows, each as often as its picture's folder is named to be repeated."""
+        folders = Counter(map(os.path.dirname, paths))
+        repeats = {folder: int(found[1]) for folder in folders if (found := self._repeats(folder))}
+        for folder, number in repeats.items():
             self.recognised.notes.append(
-                f"{name}: {len(numbers):,} pictures, each {numbers[0]} times an epoch (--no-folder_repeats)"
+                f"{os.path.relpath(folder, self.root)}: {folders[folder]:,} pictures, each {number} times an epoch "
+                "(--no-folder_repeats)"
             )
-        return rows.select([row for row, number in enumerate(repeats) for _ in range(number)]) if folders else rows
+        if not repeats:
+            return rows
+        return rows.select(np.repeat(np.arange(len(rows)), [repeats.get(os.path.dirname(path), 1) for path in paths]))
 
-    def _repeats(self, path: str) -> int:
-        folder = os.path.dirname(path)
-        found = REPEATS.fullmatch(os.path.basename(folder)) if folder != str(self.root) else None
-        return max(1, int(found[1])) if found else 1
+    def _repeats(self, folder: str) -> re.Match[str] | None:
+        return REPEATS.fullmatch(os.path.basename(folder)) if folder != str(self.root) else None
 
     def _note(self, what: str, paths: Sequence[str]) -> None:
         begin = str(self.root) + os.sep

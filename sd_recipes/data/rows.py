@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import datasets
+import numpy as np
 
 from sd_recipes.data.captions import DEFECT
 from sd_recipes.data.columns import checked
@@ -61,7 +62,7 @@ def load_sources(config: DataSettings, *, split: str | None = None, cache_dir: s
             raise RecipeError(f"{source.flag} has no rows in split {split or source.train_split!r}")
         rows = checked(rows, rows.features, source, config, opened.root)
         if source.repeats > 1 and split is None:
-            rows = rows.select([row for row in range(len(rows)) for _ in range(source.repeats)])
+            rows = rows.select(np.repeat(np.arange(len(rows)), source.repeats))
         parts.append(SourceRows(rows, opened.recognised))
     if any(DEFECT in part.rows.column_names for part in parts):
         for part in parts:
