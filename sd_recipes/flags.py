@@ -99,7 +99,7 @@ def read_files(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
             raise RecipeError(f"--dataset_config {file} says which data to use, which --{name} contradicts: drop one")
     if settings.get("data_sources"):
         raise RecipeError(f"--dataset_config {file} contradicts data_sources of --config {flags['config']}: drop one")
-    mapped, lines = read_dataset_config(file)
+    mapped, lines = read_dataset_config(file, flags)
     for line in lines:
         logger.warning("--dataset_config %s: %s", file, line)
     settings = {name: value for name, value in settings.items() if name not in OF_ONE_SOURCE}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,14 +152,14 @@ class _Subset:
         return "metadata_file" in self.own
 
 
-def read_dataset_config(name: str) -> tuple[dict[str, Any], list[str]]:
+def read_dataset_config(name: str, decided: Collection[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """The settings that a dataset config stands for, and a line for each of its keys that has no counterpart.
 
-    Only keys that are in the file give a setting. Raises RecipeError for a file that cannot be read, for unknown keys
-    (with the nearest name), values of another type, and folders and files that are not there.
+    Only keys that are in the file give a setting, and none of those `decided` elsewhere. Raises RecipeError for a file
+    that cannot be read, for unknown keys (with the nearest name), values of another type, and what is not there.
     """
     try:
-        return _Reading(_parse(name)).result()
+        return _Reading(_parse(name)).result(decided)
     except _Mistake as mistake:
         raise RecipeError(f"{FLAG} {name}: {mistake}") from None
 
@@ -227,15 +227,17 @@ class _Reading:
             else:
                 self.subsets.append(subset)
 
-    def result(self) -> tuple[dict[str, Any], list[str]]:
-        """The settings and the lines."""
+    def result(self, decided: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+        """The settings but for those decided elsewhere, and the lines."""
         if not self.subsets:
             raise _Mistake("no subset is left to train on: correct num_repeats")
         self.settings["data_sources"] = [self._source(subset) for subset in self.subsets]
         self.settings["folder_repeats"] = False  # here, kohya's scripts do not look at a folder's name
-        for key in OF_THE_RUN:
-            self._map(key)
-        if self.settings.get("keep_tags") and not self.settings.get("shuffle_tags"):
+        for key, (name, _, _) in OF_THE_RUN.items():
+            if name not in decided:
+                self._map(key)
+        shuffles = self.settings.get("shuffle_tags") or "shuffle_tags" in decided
+        if self.settings.get("keep_tags") and not shuffles:
             self.settings.pop("keep_tags")
             self._tell("keep_tokens", "without shuffle_caption, tags stay where they are")
         return self.settings, list(dict.fromkeys(self.lines))  # what stands in a dataset is told once

@@ -277,6 +277,24 @@ def test_flags_win_over_the_file_and_that_over_a_recipe(caplog: pytest.LogCaptur
     assert recipe_text(load_recipe(["--config", "resolved.yaml"])) == recipe_text(recipe)
 
 
+def test_a_flag_decides_what_differs_and_then_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    read("""
+        [[datasets]]
+        resolution = 512
+        [[datasets.subsets]]
+        image_dir = "portraits"
+        keep_tokens = 1
+        [[datasets]]
+        resolution = 768
+        [[datasets.subsets]]
+        image_dir = "garden"
+        keep_tokens = 1
+    """)
+    recipe = load_recipe([*MODEL, "--dataset_config", "dataset.toml", "--resolution", "640", "--shuffle_tags"])
+    assert (recipe.resolution, recipe.keep_tags) == (640, 1)
+    assert caplog.messages == []
+
+
 def test_an_inspection_takes_it_too(caplog: pytest.LogCaptureFixture) -> None:
     read("[general]\nresolution = 64\ncolor_aug = true\n" + SUBSET)
     config = read_settings(["--dataset_config", "dataset.toml"])
