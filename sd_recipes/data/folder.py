@@ -154,7 +154,9 @@ class PictureFolder:
         """Files that may be tables: not a .json beside a picture, which holds that picture's caption."""
         stems = {os.path.splitext(path)[0] for path in self.listing.pictures}
         paths = self.listing.with_suffix(*TABLE_SUFFIXES)
-        return [Path(path) for path in paths if not (path.endswith(".json") and os.path.splitext(path)[0] in stems)]
+        return sorted(
+            Path(path) for path in paths if not (path.endswith(".json") and os.path.splitext(path)[0] in stems)
+        )
 
     def _candidate(self, path: Path) -> Candidate | None:
         """Whether the table in a file has a column of pictures and those of the captions; None for rows of its own.

@@ -116,7 +116,7 @@ class _Opening:
             suffix = _kind(self.name.partition("?")[0])
             if suffix in SHARDS:
                 return self._shards({TRAIN: [self.name]}, Recognised(f"{suffix} files at an address"), None)
-            return self._hub()
+            raise RecipeError(f"{self.source.flag}: of addresses, only those of {', '.join(SHARDS)} files are read")
         if os.path.isdir(self.name):
             return self._in_folder(Path(self.name))
         if files := local_files(self.name):
