@@ -275,8 +275,9 @@ class _Opening:
             if labels:
                 ways += f", or --caption_template 'a photo of a {{label}}' (label: {some(list(labels))})"
             texts = [os.path.relpath(path, folder) for path in listing.with_suffix(*SIDE_SUFFIXES)]
-            hint = f" (no picture lies beside {some(texts)}; a table has to be called .csv or .jsonl)" if texts else ""
-            return RecipeError(f"{flag} has {len(pictures):,} pictures and no captions for them: {ways}{hint}")
+            if texts:
+                ways += f" (no picture lies beside {some(texts)}; a table has to be called .csv or .jsonl)"
+            return RecipeError(f"{flag} has {len(pictures):,} pictures and no captions for them: {ways}")
         if listing.links_outside:
             return RecipeError(f"{flag} has only links that lead out of it: --follow_links follows them")
         others = {suffix: len(paths) for suffix, paths in listing.others.items()}
