@@ -80,9 +80,10 @@ class PictureFolder:
             self._note("tables do not fit and are passed over", [candidate.unfit for candidate in unfit])
             return self._of_tables(fitting)
         extension = self.source.caption_extension or self.config.caption_extension
-        side = find_side_captions(self.listing, extension, self.source.flag)
-        if side is None and self.source.caption is not None:
-            side = SideCaptions("", {}, [])
+        own = self.source.caption
+        side = find_side_captions(self.listing, extension, self.source.flag, required=own is None)
+        if side is None and own is not None:
+            side = SideCaptions(extension or ".txt", {}, [])
         if side is not None:
             self._note("tables are passed over", [str(candidate.table.path) for candidate in unfit])
             return self._beside(side)
@@ -136,7 +137,7 @@ class PictureFolder:
             as_lines=self.config.caption_lines == "several",
             encoding=self.config.text_encoding,
         )
-        self.recognised.captions = f"{side.suffix} files beside the pictures" if side.suffix else "one for all pictures"
+        self.recognised.captions = f"{side.suffix} files beside the pictures" if side.of_picture else f"{own!r} for all"
         several = sum(isinstance(value, list) for values in columns.values() for value in values)
         if several:
             self.recognised.captions += f", {several:,} of several lines, of which one is drawn (--caption_lines)"
