@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+
 from sd_recipes.model.family import Family
+from sd_recipes.model.recognise import PARTS
+from sd_recipes.model.sources import MODEL, SingleFile, open_source
 from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.recipe import ModelConfig
 
+logger = logging.getLogger(__name__)
+
 
 def family_of(config: ModelConfig) -> Family:
-    """The family of the model that a recipe names. So far there is only one; this is where to tell several apart."""
+    """The family of the model that a recipe names. So far there is only one; this is where to tell several apart.
+
+    Raises RecipeError if there is no such model, or if it is of a kind that is not trained here.
+    """
+    model = open_source(config.pretrained_model_name_or_path or "", MODEL, config)
+    if isinstance(model, SingleFile):
+        logger.info("%s is %s.", model.place, model.recognised.words)
+    elif config.base and model.recognised.parts == set(PARTS):
+        logger.warning("--base %s is not used: %s has all parts of a model.", config.base, model.place)
     return StableDiffusion()

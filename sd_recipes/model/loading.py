@@ -1,0 +1,125 @@
+"""Weights into a module: their names are compared with the module's own, and nothing is left at random values."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+
+import torch
+
+from sd_recipes.model.weight_files import Shape, UnreadableWeights, Weights
+
+logger = logging.getLogger(__name__)
+
+# What torch.compile, FSDP, DDP and a trainer's own module put into the names of what they wrap.
+INNER_WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+OUTER_WRAPPERS = ("module.", "model.", "unet.", "vae.", "text_encoder.")
+# Names by another version of the libraries, for the same tensors.
+OTHER_NAMES = {
+    "vae": {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."},
+    "text_encoder": {"text_model.": ""},
+}
+# Tensors that a file may hold besides, which say nothing of the part: positions, CLIP's other half, and what a VAE was
+# trained with.
+HARMLESS = {
+    "unet": re.compile(r"(?!)"),
+    "vae": re.compile(r"loss\.|model_ema\."),
+    "text_encoder": re.compile(
+        r"(.*\.)?position_ids|(text|visual)_projection(\.weight)?|logit_scale|attn_mask|vision_model\."
+    ),
+}
+
+
+def fill(module: torch.nn.Module, weights: Weights, part: str) -> None:
+    """Give a module on the meta device the weights of `part`, in float32 and host memory.
+
+    Raises UnreadableWeights if a tensor is missing, left over, or of another shape, and says of how many.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = _plain_names(weights, part, expected)
+    _compare_names(expected, found, weights, part)
+    for name, shape in expected.items():
+        if _without_ones(found.shapes[name]) != _without_ones(shape):
+            different = [each for each in expected if _without_ones(found.shapes[each]) != _without_ones(expected[each])]
+            raise UnreadableWeights(
+                f"does not fit the {part}'s configuration: {name} has the shape {_written(found.shapes[name])}, and "
+                f"{_written(shape)} is expected ({len(different)} of {len(expected)} tensors differ): use the "
+                "configuration that belongs to it"
+            )
+    values = {}
+    for name, shape in expected.items():
+        value = found.read(name)
+        if not value.is_floating_point():
+            raise UnreadableWeights(
+                f"holds quantised weights ({name} is {str(value.dtype).removeprefix('torch.')}), which cannot be "
+                "trained: use the model in float32, float16 or bfloat16"
+            )
+        # A copy, so that the file may be written over while the run lasts. The convolutions of one pixel, in the VAE's
+        # attention, are matrices in diffusers.
+        values[name] = value.to(torch.float32, copy=True).reshape(shape)
+    module.load_state_dict(values, assign=True)
+
+
+def _plain_names(weights: Weights, part: str, expected: Iterable[str]) -> Weights:
+    """The weights without the prefixes of wrappers, which is said, and with the names of this version."""
+    known, names, wrapped = set(expected), {}, {}
+    for old in weights.shapes:
+        new = INNER_WRAPPERS.sub("", old)
+        while _current(new, part) not in known and (outer := new.partition(".")[0] + ".") in OUTER_WRAPPERS:
+            new = new.removeprefix(outer)
+        if _current(new, part) in known and new != old:
+            inner = INNER_WRAPPERS.search(old)
+            wrapped[old] = inner.group() if inner else old.removesuffix(new)
+        new = _current(new, part)
+        if new in known and (new not in names or old == new):  # a plain name is preferred to a wrapped one
+            names[new] = old
+    left = set(weights.shapes) - set(names.values())
+    if wrapped:
+        prefixes = ", ".join(sorted(set(wrapped.values())))
+        logger.info(
+            "%s: the %s's tensors were saved from within a wrapper; %s is stripped from %d of their names.",
+            weights.place, part, prefixes, len(wrapped),
+        )  # fmt: skip
+    return weights.renamed({**names, **{old: old for old in left}})
+
+
+def _current(name: str, part: str) -> str:
+    for old, new in OTHER_NAMES.get(part, {}).items():
+        name = name.replace(old, new)
+    return name
+
+
+def _compare_names(expected: dict[str, Shape], found: Weights, weights: Weights, part: str) -> None:
+    missing = [name for name in expected if name not in found.shapes]
+    left_over = [name for name in found.shapes if name not in expected and not HARMLESS[part].match(name)]
+    if not missing and not left_over:
+        return
+    if quantised := [name for name in left_over if re.search(r"absmax|quant_state|scaled_fp8|\.scale_weight|qweight", name)]:
+        raise UnreadableWeights(
+            f"holds quantised weights (such as {quantised[0]}), which cannot be trained: use the model in float32, "
+            "float16 or bfloat16"
+        )
+    words = []
+    if missing:
+        words.append(f"{len(missing)} of the {part}'s {len(expected)} tensors are missing (such as {missing[0]})")
+    if left_over:
+        words.append(f"{len(left_over)} tensors are not the {part}'s (such as {left_over[0]})")
+    if missing and left_over:
+        way_out = "use weights and a configuration that were saved together"
+    elif missing:
+        way_out = "it is incomplete, so get the whole of it"
+    else:
+        way_out = "use the configuration that was saved with it, or remove them"
+    raise UnreadableWeights(f"does not hold this {part}: {' and '.join(words)}: {way_out}")
+
+
+def _without_ones(shape: Shape) -> Shape:
+    """(512, 512, 1, 1) and (512, 512) hold the same numbers in the same order."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _written(shape: Shape) -> str:
+    return " x ".join(map(str, shape)) or "of a single number"
