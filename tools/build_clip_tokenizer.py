@@ -3,8 +3,8 @@
 pip download --no-deps open_clip_torch==3.3.0
 python tools/build_clip_tokenizer.py --wheel open_clip_torch-3.3.0-py3-none-any.whl
 
-The vocabulary is a list of merges, the same file that came with CLIP. Its tokens are numbered as CLIP numbers them: the 256
-bytes, the same at the end of a word, one token for each merge, and the two special ones.
+The vocabulary is a list of merges, the same file that came with CLIP. Its tokens are numbered as CLIP numbers them: the
+256 bytes, the same at the end of a word, one token for each merge, and the two special ones.
 """
 
 from __future__ import annotations

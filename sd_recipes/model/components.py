@@ -22,7 +22,7 @@ from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, Eul
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.model.loading import fill
 from sd_recipes.model.sources import Source, source_of
-from sd_recipes.model.weight_files import UnreadableWeights
+from sd_recipes.model.weight_files import UnfittingWeights, UnreadableWeights
 from sd_recipes.recipe import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -111,11 +111,14 @@ def load_part(config: ModelConfig, part: str, build: Callable[[dict[str, Any]], 
     weights = source.weights(part, settings, module.state_dict())
     try:
         fill(module, weights, part)
+    except UnfittingWeights as error:
+        source.cannot_load(part, f"{weights.place} {error}: {source.way_out}", error)
     except UnreadableWeights as error:
         source.cannot_load(part, f"{weights.place} {error}", error)
     # A shard, or a tensor, that cannot be read after all: SafetensorError, OSError, RuntimeError.
     except Exception as error:
-        source.cannot_load(part, f"{weights.place} cannot be read ({one_line(error)}): copy or download it again", error)
+        words = f"{weights.place} cannot be read ({one_line(error)}): copy or download it again"
+        source.cannot_load(part, words, error)
     return module
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from sd_recipes.errors import RecipeError
 from sd_recipes.model.family import Family
 from sd_recipes.model.recognise import PARTS
 from sd_recipes.model.sources import MODEL, SingleFile, open_source
@@ -19,6 +20,8 @@ def family_of(config: ModelConfig) -> Family:
     Raises RecipeError if there is no such model, or if it is of a kind that is not trained here.
     """
     model = open_source(config.pretrained_model_name_or_path or "", MODEL, config)
+    if model.recognised.parts == {"vae"}:
+        raise RecipeError(f"{model.place} is a VAE alone: give it as --vae, and name a model to train here")
     if isinstance(model, SingleFile):
         logger.info("%s is %s.", model.place, model.recognised.words)
     elif config.base and model.recognised.parts == set(PARTS):

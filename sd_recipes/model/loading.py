@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from sd_recipes.model.weight_files import Shape, UnreadableWeights, Weights
+from sd_recipes.model.weight_files import Shape, UnfittingWeights, UnreadableWeights, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +29,25 @@ HARMLESS = {
         r"(.*\.)?position_ids|(text|visual)_projection(\.weight)?|logit_scale|attn_mask|vision_model\."
     ),
 }
+QUANTISED = re.compile(r"absmax|quant_state|scaled_fp8|\.scale_weight|qweight")  # what such weights come with
 
 
 def fill(module: torch.nn.Module, weights: Weights, part: str) -> None:
     """Give a module on the meta device the weights of `part`, in float32 and host memory.
 
-    Raises UnreadableWeights if a tensor is missing, left over, or of another shape, and says of how many.
+    Raises UnfittingWeights if a tensor is missing, left over or of another shape, and says how many are, and
+    UnreadableWeights if they cannot be trained.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = _plain_names(weights, part, expected)
-    _compare_names(expected, found, weights, part)
-    for name, shape in expected.items():
-        if _without_ones(found.shapes[name]) != _without_ones(shape):
-            different = [each for each in expected if _without_ones(found.shapes[each]) != _without_ones(expected[each])]
-            raise UnreadableWeights(
-                f"does not fit the {part}'s configuration: {name} has the shape {_written(found.shapes[name])}, and "
-                f"{_written(shape)} is expected ({len(different)} of {len(expected)} tensors differ): use the "
-                "configuration that belongs to it"
-            )
+    _compare_names(expected, found, part)
+    differing = [name for name in expected if _without_ones(found.shapes[name]) != _without_ones(expected[name])]
+    if differing:
+        name = differing[0]
+        raise UnfittingWeights(
+            f"does not fit the {part}'s configuration: {name} has the shape {_written(found.shapes[name])}, and "
+            f"{_written(expected[name])} is expected ({len(differing)} of {len(expected)} tensors differ)"
+        )
     values = {}
     for name, shape in expected.items():
         value = found.read(name)
@@ -90,28 +91,22 @@ def _current(name: str, part: str) -> str:
     return name
 
 
-def _compare_names(expected: dict[str, Shape], found: Weights, weights: Weights, part: str) -> None:
+def _compare_names(expected: dict[str, Shape], found: Weights, part: str) -> None:
     missing = [name for name in expected if name not in found.shapes]
     left_over = [name for name in found.shapes if name not in expected and not HARMLESS[part].match(name)]
     if not missing and not left_over:
         return
-    if quantised := [name for name in left_over if re.search(r"absmax|quant_state|scaled_fp8|\.scale_weight|qweight", name)]:
+    if quantised := [name for name in left_over if QUANTISED.search(name)]:
         raise UnreadableWeights(
             f"holds quantised weights (such as {quantised[0]}), which cannot be trained: use the model in float32, "
             "float16 or bfloat16"
         )
     words = []
     if missing:
-        words.append(f"{len(missing)} of the {part}'s {len(expected)} tensors are missing (such as {missing[0]})")
+        words.append(f"{len(missing)} of its {len(expected)} tensors are missing (such as {missing[0]})")
     if left_over:
-        words.append(f"{len(left_over)} tensors are not the {part}'s (such as {left_over[0]})")
-    if missing and left_over:
-        way_out = "use weights and a configuration that were saved together"
-    elif missing:
-        way_out = "it is incomplete, so get the whole of it"
-    else:
-        way_out = "use the configuration that was saved with it, or remove them"
-    raise UnreadableWeights(f"does not hold this {part}: {' and '.join(words)}: {way_out}")
+        words.append(f"{len(left_over)} of the file's {len(found.shapes)} are left over (such as {left_over[0]})")
+    raise UnfittingWeights(f"does not hold this {part}: {' and '.join(words)}")
 
 
 def _without_ones(shape: Shape) -> Shape:

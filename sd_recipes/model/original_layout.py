@@ -1,4 +1,4 @@
-"""The names of tensors in Stable Diffusion's own layout, as single files have them, of diffusers' and transformers' names.
+"""The names that tensors have in Stable Diffusion's own layout, as single files do, by diffusers' and transformers'.
 
 Rombach et al.'s code numbers the UNet's blocks from one end to the other, and the VAE's from the image inward. A later
 version of either library may name its modules otherwise, but not these files.
@@ -142,7 +142,5 @@ def _open_clip(weights: Weights, names: Iterable[str]) -> Weights:
         tensor = renamed.read(name)
         return tensor.chunk(3)[thirds[name]] if name in thirds else tensor
 
-    shapes = {
-        name: (shape[0] // 3, *shape[1:]) if name in thirds else shape for name, shape in renamed.shapes.items()
-    }
+    shapes = {name: (shape[0] // 3, *shape[1:]) if name in thirds else shape for name, shape in renamed.shapes.items()}
     return Weights(weights.place, shapes, read, weights.metadata)

@@ -25,7 +25,7 @@ PLAIN = "text-to-image training needs the plain model that it was made from: cho
 
 @dataclass(frozen=True)
 class Recognised:
-    """What a folder or file is, in words, and which parts can be taken from it; for none of them, what to do instead."""
+    """What a folder or file is, in words, and which parts can be taken from it; if there are none, what to do."""
 
     words: str
     parts: frozenset[str] = frozenset()
@@ -128,9 +128,10 @@ def _stable_diffusion(shapes: Mapping[str, Shape]) -> Recognised | None:
         parts.add("scheduler")
     generation = 2 if has_open_clip or 1024 in _text_widths(shapes) else 1
     if len(found) == 3:
-        return Recognised(f"a checkpoint of Stable Diffusion {generation} in one file", frozenset(parts), "", generation)
-    names = {"unet": "a UNet", "vae": "a VAE", "text_encoder": "a text encoder"}
-    words = f"{names[found[0]]} alone" if len(found) == 1 else " and ".join(names[part] for part in found)
+        words = f"a checkpoint of Stable Diffusion {generation} in one file"
+    else:
+        names = {"unet": "a UNet", "vae": "a VAE", "text_encoder": "a text encoder"}
+        words = f"{names[found[0]]} alone" if len(found) == 1 else " and ".join(names[part] for part in found)
     return Recognised(words, frozenset(parts), "", generation)
 
 
@@ -147,14 +148,12 @@ def of_pipeline(index: Mapping[str, Any]) -> Recognised:
         refiner = "text_encoder" in index and "text_encoder" not in present
         return Recognised("the refiner of SDXL" if refiner else f"SDXL ({name})", way_out=NOT_YET)
     if "transformer" in present or "prior" in present or not present & set(PARTS):
-        families = {"StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux"}
-        family = next((words for start, words in families.items() if name.startswith(start)), "a model of another family")
-        return Recognised(f"{family} ({name})", way_out=NOT_YET)
+        return Recognised(f"a model of another family ({name})", way_out=NOT_YET)
     return Recognised("a pipeline", frozenset(present & set(PARTS)))
 
 
 def of_unet(config: Mapping[str, Any]) -> Recognised | None:
-    """What the configuration of a pretrained UNet says of the model, if it is of another kind than those trained here."""
+    """What a pretrained UNet's configuration says of the model, if it is of another kind than those trained here."""
     if config.get("addition_embed_type") == "text_time":
         return Recognised("SDXL (its UNet takes sizes and a second text state)", way_out=NOT_YET)
     if config.get("in_channels") in OTHER_INPUTS:
@@ -185,12 +184,16 @@ def of_plain_folder(folder: Path) -> Recognised:
         return Recognised("the folder of a LoRA", way_out="name the model that it was trained on")
     if present := frozenset(part for part in PARTS if (folder / part).is_dir()):
         return Recognised(f"a folder with {', '.join(part + '/' for part in PARTS if part in present)}", present)
-    inside = sorted({path.parent for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}/model_index.json")})
+    # Of a clone in a folder of its own, of several models, and of a Hub model in the cache.
+    depths = ("*", "*/*", "*/*/*")
+    inside = sorted({path.parent for depth in depths for path in folder.glob(f"{depth}/model_index.json")})
     if inside:
-        return Recognised("no pipeline, but holds one", way_out=f"name that one: {inside[-1]}")
+        return Recognised("a folder around a pipeline", way_out=f"name the pipeline: {inside[-1]}")
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt") and path.is_file())
     if files:
         others = f" (or another of its {len(files)} files)" if len(files) > 1 else ""
-        return Recognised("no pipeline, but a folder of single files", way_out=f"name the file: {files[0]}{others}")
-    lines = "a pipeline in diffusers format has a model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/"
-    return Recognised("no model" if any(folder.iterdir()) else "an empty folder", way_out=lines)
+        return Recognised("a folder of single files", way_out=f"name the file: {files[0]}{others}")
+    return Recognised(
+        "a folder without a model" if any(folder.iterdir()) else "an empty folder",
+        way_out="a pipeline in diffusers format has a model_index.json, and a folder for each of its parts",
+    )

@@ -1,7 +1,8 @@
-"""Where a model's parts come from: a pipeline folder, a Hub repository, or a single file; and what fills in the rest."""
+"""Where a model's parts come from: a pipeline folder, a Hub repository or a single file, and what fills in the rest."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import re
@@ -52,6 +53,7 @@ class Source(ABC):
     flag: str
     name: str
     config: ModelConfig
+    way_out = "use weights and a config.json that were saved together"
 
     @property
     def place(self) -> str:
@@ -148,8 +150,6 @@ def _near(path: Path) -> str:
         return ": on this system folders are separated by /, not by \\"
     if not path.parent.is_dir():
         return f": there is no folder {path.parent} either"
-    import difflib
-
     near = difflib.get_close_matches(path.name, [each.name for each in path.parent.iterdir()], n=1)
     return f" (nearest: {path.parent / near[0]})" if near else f": look into {path.parent.resolve()}"
 
@@ -257,18 +257,19 @@ class Folder(Source):
 
     def _say_variant(self, part: str, variant: str | None, wanted: str | None) -> None:
         if wanted is None:
-            logger.info("%s: the %s has only %s weights; they are used, as with --variant %s.", self.place, part, variant, variant)
+            logger.info("%s: of the %s there are only %s weights: --variant %s.", self.place, part, variant, variant)
         elif part == "unet" and self.flag == MODEL:
             self.cannot_load(part, f"it has no --variant {wanted}: drop --variant, or name one that it has")
         else:
-            logger.info("%s: the %s has no --variant %s; its plain weights are used.", self.place, part, wanted)
+            logger.info("%s: of the %s there is no --variant %s: the plain weights.", self.place, part, wanted)
 
     def _variants(self, part: str) -> list[str]:
         """Variants of a part's weights, by the files' names."""
         stems = "|".join(set(STEMS[part]))
         names = (path.name for path in (self.path / self.folder_of(part)).glob("*"))
         pattern = re.compile(rf"(?:{stems})\.(?!safetensors|bin)(\w+?)(?:-00001-of-\d+)?\.(?:safetensors|bin)")
-        return sorted({match[1] for name in names if (match := pattern.fullmatch(name))}, key=lambda name: name != "fp16")
+        found = {match[1] for name in names if (match := pattern.fullmatch(name))}
+        return sorted(found, key=lambda variant: variant != "fp16")
 
     def _files_of(self, part: str, variant: str | None) -> list[Path]:
         """A part's files of one variant, safetensors if there are any; empty if there are none."""
@@ -295,8 +296,8 @@ class Folder(Source):
     def _from_pretrained(self, name: str, **options: Any) -> CLIPTokenizer:
         try:
             return CLIPTokenizer.from_pretrained(name, subfolder=self.folder_of("tokenizer"), **options)
-        # transformers and huggingface_hub report an absent, broken or forbidden file with OSError, ValueError, KeyError,
-        # RuntimeError or JSONDecodeError: no common base. All of them are about the model that the user named.
+        # transformers and huggingface_hub report an absent, broken or forbidden file with OSError, ValueError,
+        # KeyError, RuntimeError or JSONDecodeError: no common base. All are about the model that the user named.
         except Exception as error:
             self.cannot_load("tokenizer", f"(CLIPTokenizer): {one_line(error, 400)}", error)
 
@@ -385,6 +386,8 @@ class SingleFile(Source):
     Its configuration is that of --base or, without it, the one of Stable Diffusion 1 or 2 that comes with the package.
     """
 
+    way_out = "get the whole file, or name a --base that has its configuration"
+
     @cached_property
     def opened(self) -> Weights:
         path = Path(self.name).expanduser()
@@ -394,8 +397,8 @@ class SingleFile(Source):
             target = Path(self.name).with_suffix(".safetensors").name
             target = target if target != path.name else f"{path.stem}-converted.safetensors"
             raise RecipeError(
-                f"{self.place} {error}: convert it with `{convert_command(self.name, target)}` and name {target}, or add "
-                "--allow_pickle_weights"
+                f"{self.place} {error}: convert it with `{convert_command(self.name, target)}` and name {target}, "
+                "or add --allow_pickle_weights"
             ) from error
         except UnreadableWeights as error:
             raise RecipeError(f"{self.place} {error}") from error
@@ -405,7 +408,7 @@ class SingleFile(Source):
         return recognise.of_tensors(self.opened.shapes)
 
     def configurations(self) -> Source:
-        """The model whose configuration this file has: --base, for a VAE the model in which it replaces one, or our own."""
+        """Whose configuration this file has: --base's, for --vae that of the model's own VAE, or one of the package."""
         model, base = self.config.pretrained_model_name_or_path or "", self.config.base
         if self.flag == "--vae" and "vae" in (source := open_source(model, MODEL, self.config)).recognised.parts:
             return source

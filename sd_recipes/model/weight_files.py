@@ -30,6 +30,10 @@ class PickledWeights(UnreadableWeights):
     """A pickle, which is read only where that was asked for."""
 
 
+class UnfittingWeights(UnreadableWeights):
+    """Weights whose names or shapes are not those of the part that they were taken for."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """Named tensors that lie in files. `read` gives one by its name, in host memory, in the type it is stored in."""
@@ -106,10 +110,10 @@ def _open_safetensors(path: Path, place: str, size: int) -> Weights:
         end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         if end > size:
             raise UnreadableWeights(cut_short.format(size, end))
-        file = safe_open(path, "pt")
+        read = safe_open(path, "pt").get_tensor
     except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UnreadableWeights(f"is a damaged safetensors file ({one_line(error, 100)}): copy it again") from error
-    return Weights(place, shapes, file.get_tensor, metadata)
+    return Weights(place, shapes, read, metadata)
 
 
 class LightningCallback:
