@@ -148,6 +148,8 @@ def load_scheduler(config: ModelConfig) -> DDPMScheduler:
             "model was not trained with the noise schedule of DDPM, and training would not continue what it learned: "
             "choose another model, or put the scheduler/scheduler_config.json of the one that it was made from there",
         )
+    if not config.train_from_scratch:
+        source_of(config, "unet").say_noise_schedule()
     try:
         return DDPMScheduler.from_config(settings)
     except Exception as error:  # diffusers does not check a configuration

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -62,27 +62,39 @@ def fill(module: torch.nn.Module, weights: Weights, part: str) -> None:
     module.load_state_dict(values, assign=True)
 
 
+def unwrapped(name: str) -> str:
+    """A tensor's name without what a compiled, sharded or distributed module puts into it."""
+    return INNER_WRAPPERS.sub("", name).removeprefix("module.")
+
+
+def say_unwrapped(place: str, names: Mapping[str, str]) -> None:
+    """Say which wrappers are left out of names, new to old."""
+    wrappers = set()
+    for new, old in names.items():
+        inner = INNER_WRAPPERS.search(old)
+        wrappers.add(inner.group() if inner else old.removesuffix(new))
+    logger.info(
+        "%s was saved from within a wrapper: %s is stripped from %d names of tensors.",
+        place, ", ".join(sorted(wrappers)), len(names),
+    )  # fmt: skip
+
+
 def _plain_names(weights: Weights, part: str, expected: Iterable[str]) -> Weights:
-    """The weights without the prefixes of wrappers, which is said, and with the names of this version."""
+    """The weights without wrappers in their names, which is said, and with the names of this version."""
     known, names, wrapped = set(expected), {}, {}
     for old in weights.shapes:
-        new = INNER_WRAPPERS.sub("", old)
+        new = unwrapped(old)
         while _current(new, part) not in known and (outer := new.partition(".")[0] + ".") in OUTER_WRAPPERS:
             new = new.removeprefix(outer)
-        if _current(new, part) in known and new != old:
-            inner = INNER_WRAPPERS.search(old)
-            wrapped[old] = inner.group() if inner else old.removesuffix(new)
-        new = _current(new, part)
-        if new in known and (new not in names or old == new):  # a plain name is preferred to a wrapped one
-            names[new] = old
-    left = set(weights.shapes) - set(names.values())
+        current = _current(new, part)
+        if current in known and (current not in names or old == current):  # a plain name is preferred to a wrapped one
+            names[current] = old
+            if new != old:
+                wrapped[new] = old
     if wrapped:
-        prefixes = ", ".join(sorted(set(wrapped.values())))
-        logger.info(
-            "%s: the %s's tensors were saved from within a wrapper; %s is stripped from %d of their names.",
-            weights.place, part, prefixes, len(wrapped),
-        )  # fmt: skip
-    return weights.renamed({**names, **{old: old for old in left}})
+        say_unwrapped(weights.place, wrapped)
+    left = set(weights.shapes) - set(names.values())
+    return weights.renamed({**{old: old for old in left}, **names})
 
 
 def _current(name: str, part: str) -> str:

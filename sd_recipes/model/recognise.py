@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd_recipes.model.loading import INNER_WRAPPERS
+from sd_recipes.model.loading import unwrapped
 from sd_recipes.model.weight_files import Shape
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -35,17 +35,13 @@ class Recognised:
 
 def of_tensors(shapes: Mapping[str, Shape]) -> Recognised:
     """What a file of weights holds."""
-    plain = {_unwrapped(name): shape for name, shape in shapes.items()}
+    plain = {unwrapped(name): shape for name, shape in shapes.items()}
     for recognise in (_add_on, _other_model, _unet_of_another_kind, _stable_diffusion):
         if recognised := recognise(plain):
             return recognised
     some = ", ".join(sorted(shapes)[:2])
     words = f"no model that is known here (its {len(shapes)} tensors have names such as {some})" if some else "empty"
     return Recognised(words, way_out="name a checkpoint of Stable Diffusion 1 or 2")
-
-
-def _unwrapped(name: str) -> str:
-    return INNER_WRAPPERS.sub("", name).removeprefix("module.")
 
 
 def _has(shapes: Mapping[str, Shape], *patterns: str) -> bool:

@@ -21,6 +21,7 @@ from transformers import CLIPTokenizer
 from sd_recipes import assets
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.model import recognise
+from sd_recipes.model.loading import say_unwrapped, unwrapped
 from sd_recipes.model.original_layout import take_part
 from sd_recipes.model.recognise import PARTS, Recognised
 from sd_recipes.model.weight_files import (
@@ -53,7 +54,7 @@ class Source(ABC):
     flag: str
     name: str
     config: ModelConfig
-    way_out = "use weights and a config.json that were saved together"
+    way_out = "get the whole of it again, with the config.json that was saved with it"
 
     @property
     def place(self) -> str:
@@ -79,6 +80,17 @@ class Source(ABC):
     def noise_schedule_hints(self) -> dict[str, Any]:
         """What the weights themselves say of the scheduler's settings."""
         return {}
+
+    def say_noise_schedule(self) -> None:
+        """Say what was taken from the weights, or could not be."""
+        if hints := self.noise_schedule_hints():
+            settings = ", ".join(f"{name} {value}" for name, value in hints.items())
+            logger.info("%s says of itself, and it is trained so: %s.", self.place, settings)
+        elif self.recognised.generation == 2 and not self.config.base:
+            logger.warning(
+                "%s is of Stable Diffusion 2 and does not say what it predicts: v is taken, as for its models of 768 "
+                "pixels. For one that was made from 2-base (512 pixels) give --prediction_type epsilon.", self.place,
+            )  # fmt: skip
 
     def cannot_load(self, part: str, words: object, error: Exception | None = None) -> NoReturn:
         raise RecipeError(f"{self.place}: cannot load {part}: {words}") from error
@@ -420,7 +432,11 @@ class SingleFile(Source):
         return self.configurations().read_config(part)
 
     def weights(self, part: str, config: Mapping[str, Any], names: Iterable[str]) -> Weights:
-        found = take_part(self.opened, part, config, names)
+        plain = {unwrapped(name): name for name in self.opened.shapes}
+        found = take_part(self.opened.renamed(plain), part, config, names)
+        first = next(each for each in ("text_encoder", "vae", "unet") if each in self.recognised.parts)
+        if part == first and (changed := {new: old for new, old in plain.items() if new != old}):
+            say_unwrapped(self.place, changed)
         if part == "unet" and any(name.startswith("model_ema.") for name in self.opened.shapes):
             logger.info("%s also holds averaged weights (model_ema.); the plain ones are trained.", self.place)
         return found
