@@ -40,7 +40,7 @@ def of_tensors(shapes: Mapping[str, Shape]) -> Recognised:
         if recognised := recognise(plain):
             return recognised
     some = ", ".join(sorted(shapes)[:2])
-    words = f"no model that is known here (its {len(shapes)} tensors have names such as {some})" if some else "empty"
+    words = f"no model that is known here ({len(shapes)} tensors, such as {some})" if some else "a file without tensors"
     return Recognised(words, way_out="name a checkpoint of Stable Diffusion 1 or 2")
 
 

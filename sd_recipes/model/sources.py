@@ -107,23 +107,29 @@ def source_of(config: ModelConfig, part: str) -> Source:
     if part in model.recognised.parts:
         return model
     if config.base is None:
-        raise RecipeError(lacks(model, part))
+        raise RecipeError(lacks(model))
     base = open_source(config.base, "--base", config)
     if part not in base.recognised.parts:
-        raise RecipeError(f"{lacks(model, part)}; {base.place} is {base.recognised.words} and has none either")
+        raise RecipeError(f"{lacks(model)}; {base.place} is {base.recognised.words} and has none either")
     return base
 
 
-def lacks(model: Source, part: str) -> str:
-    """That a model has not all parts, and the way out."""
-    above = Path(model.name).expanduser().resolve().parent
-    is_inside = isinstance(model, Folder) and (above / "model_index.json").is_file()
+def lacks(model: Source) -> str:
+    """Which parts a model lacks, and the way out."""
     name = f"{model.place} is {model.recognised.words}"
-    if is_inside:
+    above = Path(model.name).expanduser().resolve().parent
+    if isinstance(model, Folder) and (above / "model_index.json").is_file():
         return f"{name}, of the pipeline above it: name that one, {above}"
-    lacking = f"lacks the folder {part}/" if isinstance(model, Folder) else f"lacks the {part.replace('_', ' ')}"
-    flag = "--vae NAME" if part == "vae" else "--base NAME"
-    return f"{name} and {lacking}: add {flag}, a model to take it from"
+    missing = [
+        part for part in PARTS if part not in model.recognised.parts and not (part == "vae" and model.config.vae)
+    ]
+    if isinstance(model, Folder):
+        folders = ", ".join(f"{part}/" for part in missing)
+        parts = f"the folder{'s' if len(missing) > 1 else ''} {folders}"
+    else:
+        parts = ", ".join(part.replace("_", " ") for part in missing)
+    flag = "--vae NAME" if missing == ["vae"] else "--base NAME"
+    return f"{name} and lacks {parts}: add {flag}, a model to take that from"
 
 
 def open_source(name: str, flag: str, config: ModelConfig) -> Source:
