@@ -24,6 +24,9 @@ def family_of(config: ModelConfig) -> Family:
         raise RecipeError(f"{model.place} is a VAE alone: give it as --vae, and name a model to train here")
     if isinstance(model, SingleFile):
         logger.info("%s is %s.", model.place, model.recognised.words)
-    elif config.base and model.recognised.parts == set(PARTS):
+    missing = [part for part in PARTS if part not in model.recognised.parts]
+    if config.base and missing:
+        logger.info("%s of --base %s is used.", ", ".join(missing), config.base)
+    elif config.base and not isinstance(model, SingleFile):
         logger.warning("--base %s is not used: %s has all parts of a model.", config.base, model.place)
     return StableDiffusion()

@@ -58,7 +58,7 @@ def _add_on(shapes: Mapping[str, Shape]) -> Recognised | None:
             way_out="name the model that it was trained on, or merge it into that model first",
         )
     vectors = bool(shapes) and len(shapes) <= 4 and all(len(shape) <= 2 for shape in shapes.values())
-    if _has(shapes, "emb_params", "string_to_param") or (vectors and not _has(shapes, r".*\.(weight|bias)$")):
+    if _has(shapes, "emb_params", "string_to_param") or (vectors and not _has(shapes, r".*\.")):
         return Recognised(
             "a textual-inversion embedding (vectors for a new word, not a model)",
             way_out="name the model that it was trained on",
@@ -114,6 +114,11 @@ def _stable_diffusion(shapes: Mapping[str, Shape]) -> Recognised | None:
     )
     has_open_clip = _has(shapes, r"cond_stage_model\.model\.")
     has_text = has_open_clip or _has(shapes, r"cond_stage_model\.transformer\.", r"text_model\.", r"encoder\.layers\.")
+    if not has_unet and _has(shapes, r"model_ema\."):
+        return Recognised(
+            "a checkpoint that holds the UNet only as averages (model_ema.), without their names",
+            way_out="choose the file that has its plain weights",
+        )
     found = [part for part, is_there in (("unet", has_unet), ("vae", has_vae), ("text_encoder", has_text)) if is_there]
     if not found:
         return None

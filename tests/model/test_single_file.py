@@ -137,7 +137,7 @@ def test_averaged_weights_in_a_file_are_left_alone_and_mentioned(
 
 @pytest.mark.parametrize("layout", ["original", "without a prefix", "diffusers"])
 def test_a_unet_alone_is_filled_in_from_the_base(
-    tiny_pipeline: Path, other_pipeline: Path, tmp_path: Path, layout: str
+    tiny_pipeline: Path, other_pipeline: Path, tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     file, unet = tmp_path / "unet.safetensors", part_of(other_pipeline, "unet")
     if layout != "diffusers":
@@ -149,7 +149,9 @@ def test_a_unet_alone_is_filled_in_from_the_base(
         RecipeError, match="is a UNet alone and lacks vae, text encoder, tokenizer, scheduler: add --base NAME"
     ):
         load(file)
-    components = load(file, base=tiny_pipeline)
+    with caplog.at_level(logging.INFO, logger="sd_recipes"):
+        components = load(file, base=tiny_pipeline)
+    assert f"vae, text_encoder, tokenizer, scheduler of --base {tiny_pipeline} is used" in caplog.text
     assert_parts_of(components, other_pipeline, "unet")
     assert_parts_of(components, tiny_pipeline, "vae", "text_encoder")
 
