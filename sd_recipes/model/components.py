@@ -99,9 +99,7 @@ def load_part(config: ModelConfig, part: str, build: Callable[[dict[str, Any]], 
 
     Raises RecipeError unless every one of its tensors is loaded, and every one of the file's belongs to it.
     """
-    source = source_of(config, part)
-    settings = source.read_config(part)
-    _check_class(source, part, settings)
+    source, settings = read_settings(config, part)
     try:
         with init_empty_weights():
             module = build(settings)
@@ -122,12 +120,14 @@ def load_part(config: ModelConfig, part: str, build: Callable[[dict[str, Any]], 
     return module
 
 
-def _check_class(source: Source, part: str, settings: dict[str, Any]) -> None:
-    """Raises RecipeError for a part of another class than the one it is loaded by."""
-    wanted = CLASSES[part]
+def read_settings(config: ModelConfig, part: str) -> tuple[Source, dict[str, Any]]:
+    """Where a part comes from, and its configuration. Raises RecipeError for one of another class than is loaded."""
+    source, wanted = source_of(config, part), CLASSES[part]
+    settings = source.read_config(part)
     found = settings.get("_class_name") or settings.get("model_type")
     if found is not None and found not in wanted:
         source.cannot_load(part, f"it is a {found}, and a {wanted[0]} is needed: choose a model that has one")
+    return source, settings
 
 
 CLASSES = {
@@ -174,10 +174,11 @@ def load_sampler(config: ModelConfig, scheduler: DDPMScheduler) -> SchedulerMixi
 
 def _scheduler_settings(config: ModelConfig) -> dict[str, Any]:
     """scheduler_config.json, and what the model's weights say of it, which counts more."""
-    settings = source_of(config, "scheduler").read_config("scheduler")
-    if config.train_from_scratch:
-        return settings
-    return {**settings, **source_of(config, "unet").noise_schedule_hints()}
+    source = source_of(config, "scheduler")
+    settings = {**source.read_config("scheduler"), **source.noise_schedule_hints()}
+    if not config.train_from_scratch:
+        settings |= source_of(config, "unet").noise_schedule_hints()
+    return settings
 
 
 def _new_unet(config: ModelConfig) -> UNet2DConditionModel:

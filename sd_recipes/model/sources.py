@@ -32,6 +32,7 @@ from sd_recipes.model.weight_files import (
     joined,
     open_weights,
 )
+from sd_recipes.reading import read_text
 from sd_recipes.recipe import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ STEMS = {
     "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "text_encoder": ("model", "pytorch_model"),
 }
+MAX_JSON_BYTES = 64 * 2**20  # of a configuration, or of the index of a part's shards
 HUB_VARIANTS = ("fp16", "bf16")  # tried where the plain files are missing; a folder shows which there are
 
 
@@ -207,17 +209,18 @@ class Folder(Source):
         there = frozenset(part for part in found.parts if (self.path / part).is_dir())
         return Recognised(found.words, there or found.parts, found.way_out)
 
-    def locate(self, relative: str, part: str) -> Path | None:
+    def locate(self, relative: str) -> Path | None:
         """A file, or None if there is none of that name."""
         path = self.path / relative
         return path if path.exists() else None
 
     def read_json(self, relative: str) -> dict[str, Any] | None:
-        path = self.locate(relative, relative)
+        """A file of settings; None if there is no such file. Raises RecipeError."""
+        path = self.locate(relative)
         if path is None:
             return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+        try:  # the Hub's cache consists of links, which read_text does not follow
+            content = json.loads(read_text(path.resolve(), MAX_JSON_BYTES))
         except (OSError, ValueError, RecursionError) as error:
             raise RecipeError(f"{self.place}: {relative} is no JSON file ({one_line(error, 100)})") from error
         if not isinstance(content, dict):
@@ -253,7 +256,7 @@ class Folder(Source):
         return take_part(found, part, config, names)
 
     def _refuse_pickle(self, part: str, file: str, error: PickledWeights) -> NoReturn:
-        target = f"{self.path.name}-safetensors"
+        target = f"{self.path.resolve().name}-safetensors"
         self.cannot_load(
             part,
             f"{file} {error}: convert it with `{convert_command(self.name, target)}` and name {target}, or add "
@@ -293,7 +296,7 @@ class Folder(Source):
         """A part's files of one variant, safetensors if there are any; empty if there are none."""
         folder, dotted = self.folder_of(part), f".{variant}" if variant else ""
         for stem, suffix in zip(STEMS[part], ("safetensors", "bin"), strict=True):
-            if path := self.locate(f"{folder}{stem}{dotted}.{suffix}", part):
+            if path := self.locate(f"{folder}{stem}{dotted}.{suffix}"):
                 return [path]
             index = f"{folder}{stem}.{suffix}.index{dotted}.json"
             if listed := self.read_json(index):
@@ -303,7 +306,7 @@ class Folder(Source):
     def _shard(self, part: str, index: str, name: str) -> Path:
         if "/" in name or "\\" in name:
             self.cannot_load(part, f"{index} names a file outside its folder, {name}")
-        path = self.locate(self.folder_of(part) + name, part)
+        path = self.locate(self.folder_of(part) + name)
         if path is None:
             self.cannot_load(part, f"the shard {name}, which {index} names, is missing: get the whole of the folder")
         return path
@@ -337,13 +340,14 @@ class HubRepository(Folder):
 
     not_reached: Exception | None = None
 
-    def locate(self, relative: str, part: str) -> Path | None:
+    def locate(self, relative: str) -> Path | None:
+        part = relative.partition("/")[0]
         try:
             return Path(hf_hub_download(self.name, relative, **self._options(part)))
         except LocalEntryNotFoundError as error:
             # The Hub was not asked, or not reached: what was downloaded before is all that can be found.
             self.not_reached = error
-            if self._snapshot(part) is None:
+            if not self._was_downloaded(part):
                 self.cannot_load(part, one_line(error, 400), error)
             return None
         except EntryNotFoundError:
@@ -359,12 +363,13 @@ class HubRepository(Folder):
             revision = self.config.non_ema_revision
         return {"revision": revision if self.flag == MODEL else None, "cache_dir": self.config.cache_dir}
 
-    def _snapshot(self, part: str) -> Path | None:
-        """The folder of what was downloaded of the repository before."""
+    def _was_downloaded(self, part: str) -> bool:
+        """Whether files of the repository, at that revision, are in the cache."""
         try:
-            return Path(snapshot_download(self.name, local_files_only=True, **self._options(part)))
+            snapshot_download(self.name, local_files_only=True, **self._options(part))
         except (LocalEntryNotFoundError, RepositoryNotFoundError):
-            return None
+            return False
+        return True
 
     def _recognise_without_index(self) -> Recognised:
         try:
@@ -461,7 +466,7 @@ class SingleFile(Source):
             hints["prediction_type"] = "v_prediction"
         elif stated.lower() in PREDICTION_TYPES:
             hints["prediction_type"] = PREDICTION_TYPES[stated.lower()]
-        elif self.recognised.generation == 2 and "unet" in self.recognised.parts and "global_step" in shapes:
+        elif self.recognised.generation == 2 and shapes.get("global_step") in ((), (1,)):
             is_base = int(self.opened.read("global_step")) == GLOBAL_STEP_OF_BASE
             hints["prediction_type"] = "epsilon" if is_base else "v_prediction"
         if "ztsnr" in shapes:

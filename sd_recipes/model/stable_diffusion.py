@@ -12,8 +12,8 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sd_recipes.data.captions import tokenize
-from sd_recipes.errors import RecipeError
-from sd_recipes.model.components import Components, load_part, load_sampler, load_unet, load_vae
+from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.model.components import Components, load_part, load_sampler, load_unet, load_vae, read_settings
 from sd_recipes.model.conditioning import Conditioning, TextStates
 from sd_recipes.model.family import Family
 from sd_recipes.model.sources import source_of
@@ -37,8 +37,12 @@ class StableDiffusion(Family):
     folders = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
     def load_tokenizer(self, config: ModelConfig) -> CLIPTokenizer:
+        source, settings = read_settings(config, "text_encoder")
+        try:
+            positions = _text_config(settings).max_position_embeddings
+        except Exception as error:  # transformers checks it with errors of its own
+            source.cannot_load("text_encoder", f"its configuration does not describe one ({one_line(error)})", error)
         tokenizer = source_of(config, "tokenizer").tokenizer()
-        positions = _text_config(source_of(config, "text_encoder").read_config("text_encoder")).max_position_embeddings
         if tokenizer.model_max_length > positions:  # transformers' "unlimited", where tokenizer_config.json gives none
             logger.info("The tokenizer's length is the text encoder's: %d tokens.", positions)
             tokenizer.model_max_length = positions

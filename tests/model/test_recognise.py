@@ -74,7 +74,7 @@ LORA = "a LoRA (small changes to a model, not a model): name the model that it w
         ({"encoder.mid.block_1.conv1.weight": (8, 8, 3, 3)}, "a VAE alone: give it as --vae"),
         ({"decoder.up_blocks.0.resnets.0.conv1.weight": (8, 8, 3, 3)}, "a VAE alone: give it as --vae"),
         ({"layers.0.weight": (9, 9)}, "no model that is known here (1 tensors, such as layers.0.weight)"),
-        ({"model_ema.diffusion_modelout0weight": (3,), **PARTS_OF_SD1}, "a checkpoint that holds the UNet only as averages"),
+        ({"model_ema.diffusion_modelout0weight": (3,), **PARTS_OF_SD1}, "a checkpoint that holds the UNet only as"),
         ({}, "a file without tensors"),
     ],
 )  # fmt: skip

@@ -263,6 +263,12 @@ def test_stable_diffusion_2_predicts_v_if_nothing_says_otherwise(
     assert "--prediction_type epsilon" in caplog.text
 
 
+def test_a_base_in_one_file_says_what_its_models_predict(tiny_pipeline: Path, tmp_path: Path) -> None:
+    unet = single_file(tmp_path / "unet.safetensors", tiny_pipeline, parts=("unet",))
+    base = single_file(tmp_path / "base.safetensors", tiny_pipeline, v_pred=torch.zeros(0))
+    assert load_scheduler(config_for(unet, base=base)).config.prediction_type == "v_prediction"
+
+
 @pytest.mark.parametrize(
     "settings_of_scheduler",
     [

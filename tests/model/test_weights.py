@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import re
 import shutil
@@ -136,6 +137,17 @@ def test_another_text_encoder_than_clip_is_refused(model: Path) -> None:
         BertConfig(vocab_size=80, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     ).save_pretrained(model / "text_encoder")
     assert "cannot load text_encoder: it is a bert, and a CLIPTextModel is needed" in refused(model)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_a_configuration_that_describes_nothing(model: Path, part: str) -> None:
+    path = model / part / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"hidden_size": "wide", "block_out_channels": "many"}))
+    assert f"cannot load {part}: its configuration does not describe one" in refused(model)
+    path.unlink()
+    os.mkfifo(path)  # which is not waited for
+    assert f"{part}/config.json is no JSON file (is not a regular file)" in refused(model)
 
 
 def test_parts_of_different_models_are_refused(model: Path) -> None:
