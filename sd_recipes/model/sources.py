@@ -315,8 +315,12 @@ class Folder(Source):
         return self._from_pretrained(str(self.path))
 
     def _from_pretrained(self, name: str, **options: Any) -> CLIPTokenizer:
+        # Without its files, transformers makes a tokenizer that knows no words.
+        pair = ("tokenizer/vocab.json", "tokenizer/merges.txt")
+        if self.locate("tokenizer/tokenizer.json") is None and None in map(self.locate, pair):
+            self.cannot_load("tokenizer", f"there is neither tokenizer/tokenizer.json nor {' and '.join(pair)}")
         try:
-            return CLIPTokenizer.from_pretrained(name, subfolder=self.folder_of("tokenizer"), **options)
+            return CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
         # transformers and huggingface_hub report an absent, broken or forbidden file with OSError, ValueError,
         # KeyError, RuntimeError or JSONDecodeError: no common base. All are about the model that the user named.
         except Exception as error:

@@ -160,6 +160,14 @@ def test_parts_of_different_models_are_refused(model: Path) -> None:
         load(model)
 
 
+@pytest.mark.parametrize("left", [[], ["vocab.json"]])
+def test_a_tokenizer_without_its_vocabulary_is_refused(model: Path, left: list[str]) -> None:
+    (model / "tokenizer" / "tokenizer.json").unlink()
+    for name in left:
+        (model / "tokenizer" / name).write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1}')
+    assert "cannot load tokenizer: there is neither tokenizer/tokenizer.json nor " in refused(model)
+
+
 @pytest.mark.parametrize("length", [None, 77])
 def test_a_tokenizer_takes_the_length_of_the_text_encoder(
     model: Path, caplog: pytest.LogCaptureFixture, length: int | None
