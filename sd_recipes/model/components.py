@@ -144,9 +144,10 @@ def load_scheduler(config: ModelConfig) -> DDPMScheduler:
     if not TRAINABLE_SCHEDULE & settings.keys():
         source.cannot_load(
             "scheduler",
-            f"its {settings.get('_class_name', 'scheduler_config.json')} has no betas (beta_start, beta_end), so the "
-            "model was not trained with the noise schedule of DDPM, and training would not continue what it learned: "
-            "choose another model, or put the scheduler/scheduler_config.json of the one that it was made from there",
+            f"its {settings.get('_class_name', 'scheduler_config.json')} has no betas (beta_start, beta_end). Either "
+            "the model was trained otherwise than DDPM, such as by flow matching or EDM, or with a noise schedule that "
+            "is not known, and training would not continue what it learned: choose another model, or take the "
+            "scheduler/scheduler_config.json of the one that it was made from",
         )
     if not config.train_from_scratch:
         source_of(config, "unet").say_noise_schedule()

@@ -143,6 +143,8 @@ def open_source(name: str, flag: str, config: ModelConfig) -> Source:
 
 
 def _open(name: str, flag: str, config: ModelConfig) -> Source:
+    if not name.strip():
+        raise RecipeError(f"{flag} is empty: name a folder, a file or a Hub id")
     if name in assets.ASSETS:
         return Folder(flag, assets.resolve(name), config)
     if "://" in name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -127,7 +128,7 @@ def _open_pickle(path: Path, place: str) -> Weights:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UnreadableWeights(
-            f"holds more than weights, which could be code and is not run ({_global(error)}): get the model as "
+            f"holds more than weights{_wanted(error)} which could be code and is not run: get the model as "
             ".safetensors from someone you trust"
         ) from error
     # A broken archive raises what its reader meets: RuntimeError, EOFError, KeyError, ValueError, OSError.
@@ -137,11 +138,10 @@ def _open_pickle(path: Path, place: str) -> Weights:
     return Weights(place, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
 
 
-def _global(error: Exception) -> str:
-    """What a pickle asked for that is no part of weights, in torch's words."""
-    words = one_line(error, 4000)
-    _, _, wanted = words.partition("Unsupported global: GLOBAL ")
-    return wanted.split()[0] if wanted else words[:100]
+def _wanted(error: Exception) -> str:
+    """What a pickle asked for that is no part of weights, by torch's words (2.13)."""
+    match = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
+    return f", {match[1]}," if match else ""
 
 
 def _tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -213,6 +213,8 @@ def test_a_name_that_is_nowhere(model: Path, tmp_path: Path) -> None:
     assert ": no such file: there is no folder absent either" in refused("absent/m.safetensors")
     assert "folders are separated by /, not by \\" in refused(r"C:\models\m.safetensors")
     assert "folders are separated by /, not by \\" in refused(r"C:\models\sd15")
+    with pytest.raises(RecipeError, match="--vae is empty: name a folder, a file or a Hub id"):
+        source_of(ModelConfig(pretrained_model_name_or_path=str(model), vae=" "), "vae")
     assert "write the whole path" in refused("~nobody-of-this-name/model")
     assert "is an address: download the file" in refused("https://example.com/api/download/models/1234")
     address = "https://huggingface.co/someone/model"
