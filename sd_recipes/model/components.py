@@ -18,6 +18,7 @@ from typing import Any
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
 from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from safetensors import SafetensorError
 
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.model.loading import fill
@@ -38,6 +39,13 @@ SAMPLERS: dict[str, type[SchedulerMixin]] = {
         PNDMScheduler,
     )
 }
+# By `_class_name`, or transformers' `model_type`, of a part's configuration.
+CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "clip_text_model", "clip"),
+}
+TRAINED_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass
@@ -113,8 +121,7 @@ def load_part(config: ModelConfig, part: str, build: Callable[[dict[str, Any]], 
         source.cannot_load(part, f"{weights.place} {error}: {source.way_out}", error)
     except UnreadableWeights as error:
         source.cannot_load(part, f"{weights.place} {error}", error)
-    # A shard, or a tensor, that cannot be read after all: SafetensorError, OSError, RuntimeError.
-    except Exception as error:
+    except (SafetensorError, OSError) as error:
         words = f"{weights.place} cannot be read ({one_line(error)}): copy or download it again"
         source.cannot_load(part, words, error)
     return module
@@ -130,24 +137,16 @@ def read_settings(config: ModelConfig, part: str) -> tuple[Source, dict[str, Any
     return source, settings
 
 
-CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel", "clip_text_model", "clip"),
-}
-
-
 def load_scheduler(config: ModelConfig) -> DDPMScheduler:
     """The training scheduler. Raises RecipeError."""
     source = source_of(config, "scheduler")
     settings = _scheduler_settings(config)
-    if not TRAINABLE_SCHEDULE & settings.keys():
+    if difference := _unlike_ddpm(settings):
         source.cannot_load(
             "scheduler",
-            f"its {settings.get('_class_name', 'scheduler_config.json')} has no betas (beta_start, beta_end). Either "
-            "the model was trained otherwise than DDPM, such as by flow matching or EDM, or with a noise schedule that "
-            "is not known, and training would not continue what it learned: choose another model, or take the "
-            "scheduler/scheduler_config.json of the one that it was made from",
+            f"its {settings.get('_class_name', 'configuration')} {difference}. Training would not continue what "
+            "the model learned: choose another one, or take the scheduler/scheduler_config.json of the one that it was "
+            "made from",
         )
     if not config.train_from_scratch:
         source_of(config, "unet").say_noise_schedule()
@@ -157,8 +156,19 @@ def load_scheduler(config: ModelConfig) -> DDPMScheduler:
         source.cannot_load("scheduler", one_line(error), error)
 
 
-# A scheduler's settings that give the noise schedule by which the UNet learned: DDPM's, one of them at least.
-TRAINABLE_SCHEDULE = {"beta_start", "trained_betas"}
+def _unlike_ddpm(settings: dict[str, Any]) -> str | None:
+    """Why a model with such a scheduler was not trained as it would be here; None if it was."""
+    if str(settings.get("_class_name")).startswith("FlowMatch") or settings.get("use_flow_sigmas"):
+        return "is of flow matching, not of DDPM, and has no betas"
+    if str(settings.get("_class_name")).startswith("EDM"):
+        return "is of EDM, whose noise and weights are not DDPM's, and has no betas"
+    if settings.get("beta_start") is None and settings.get("trained_betas") is None:
+        return "has no betas (beta_start, beta_end), so that the noise schedule of the model is not known"
+    if settings.get("prediction_type", "epsilon") not in TRAINED_PREDICTIONS:
+        return (
+            f"has the prediction_type {settings['prediction_type']}, which is none of {', '.join(TRAINED_PREDICTIONS)}"
+        )
+    return None
 
 
 def load_sampler(config: ModelConfig, scheduler: DDPMScheduler) -> SchedulerMixin:
@@ -170,7 +180,10 @@ def load_sampler(config: ModelConfig, scheduler: DDPMScheduler) -> SchedulerMixi
     if name == "PNDMScheduler" and saved.get("rescale_betas_zero_snr"):
         logger.warning("PNDM cannot sample with zero terminal SNR: the pipeline gets DDIM.")
         name = "DDIMScheduler"
-    return SAMPLERS.get(name, DDIMScheduler).from_config(saved)
+    try:
+        return SAMPLERS.get(name, DDIMScheduler).from_config(saved)
+    except Exception as error:  # diffusers does not check a configuration
+        source_of(config, "scheduler").cannot_load("scheduler", one_line(error), error)
 
 
 def _scheduler_settings(config: ModelConfig) -> dict[str, Any]:

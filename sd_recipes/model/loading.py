@@ -94,7 +94,7 @@ def _plain_names(weights: Weights, part: str, expected: Iterable[str]) -> Weight
     if wrapped:
         say_unwrapped(weights.place, wrapped)
     left = set(weights.shapes) - set(names.values())
-    return weights.renamed({**{old: old for old in left}, **names})
+    return weights.renamed({**{unwrapped(old) if unwrapped(old) not in names else old: old for old in left}, **names})
 
 
 def _current(name: str, part: str) -> str:
