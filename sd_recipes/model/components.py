@@ -159,9 +159,9 @@ def load_scheduler(config: ModelConfig) -> DDPMScheduler:
 def _unlike_ddpm(settings: dict[str, Any]) -> str | None:
     """Why a model with such a scheduler was not trained as it would be here; None if it was."""
     if str(settings.get("_class_name")).startswith("FlowMatch") or settings.get("use_flow_sigmas"):
-        return "is of flow matching, not of DDPM, and has no betas"
+        return "is of flow matching, which knows no betas, and not of DDPM"
     if str(settings.get("_class_name")).startswith("EDM"):
-        return "is of EDM, whose noise and weights are not DDPM's, and has no betas"
+        return "is of EDM, which knows no betas, and not of DDPM"
     if settings.get("beta_start") is None and settings.get("trained_betas") is None:
         return "has no betas (beta_start, beta_end), so that the noise schedule of the model is not known"
     if settings.get("prediction_type", "epsilon") not in TRAINED_PREDICTIONS:
