@@ -109,7 +109,21 @@ class ModelConfig(Section):
     """Model: the pipeline that training starts from."""
 
     pretrained_model_name_or_path: str | None = setting(
-        None, "compared", "A pipeline folder in diffusers format, a Hub id, or sd-recipes/tiny-emoji."
+        None,
+        "compared",
+        "A pipeline folder in diffusers format, a single file (.safetensors), a Hub id, or sd-recipes/tiny-emoji.",
+    )
+    vae: str | None = setting(
+        None, "warned", "Another VAE than the model's: a file, a folder, or a Hub id, of a VAE or of a pipeline."
+    )
+    base: str | None = setting(
+        None,
+        "warned",
+        "The model whose parts fill in what --pretrained_model_name_or_path lacks, such as all but the UNet; a file "
+        "takes its configuration from it, too.",
+    )
+    allow_pickle_weights: bool = setting(
+        False, "free", "Read weights in .ckpt and .bin files too, without running code that they may hold."
     )
     revision: str | None = setting(None, "warned", "Branch, tag or commit of the Hub model.")
     variant: str | None = setting(None, "warned", "Variant of the weight files, such as fp16.")
@@ -481,7 +495,8 @@ class Recipe(
     def check(self) -> "Recipe":
         if self.pretrained_model_name_or_path is None:
             raise ValueError(
-                "--pretrained_model_name_or_path is missing: give a pipeline folder, a Hub id, or sd-recipes/tiny-emoji"
+                "--pretrained_model_name_or_path is missing: give a pipeline folder, a single file, a Hub id, or "
+                "sd-recipes/tiny-emoji"
             )
         if self.streaming and self.max_train_steps is None:
             raise ValueError("--streaming does not know the number of rows: give --max_train_steps")

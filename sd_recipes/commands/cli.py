@@ -48,6 +48,11 @@ def main() -> None:
     commands.add_parser(
         "cache", add_help=False, help="fill the latent cache before training, with the flags of `train`"
     )
+    commands.add_parser(
+        "convert",
+        add_help=False,
+        help="turn .ckpt and .bin files into safetensors; `sd-recipes convert --help`",
+    )
     commands.add_parser("schema", help="print the JSON schema of a recipe file, for editors")
     arguments, rest = parser.parse_known_args()
     if arguments.command == "schema":
@@ -95,10 +100,20 @@ def inspect(argv: list[str]) -> None:
     main(argv)
 
 
+def convert(argv: list[str]) -> None:
+    """Turn pickled weights into safetensors."""
+    with mistakes_in_one_line():
+        set_up_console()
+        from sd_recipes.commands.convert import main
+
+        main(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": lambda argv: train(argv, TRAIN),
     "cache": cache,
     "inspect": inspect,
+    "convert": convert,
 }
 
 

@@ -21,6 +21,7 @@ from sd_recipes.export.hub import create_repository, publish
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.export.report import write_report
 from sd_recipes.flags import recipe_text, written_settings
+from sd_recipes.model.sources import MODEL
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.agreement import broadcast, wait_for_all
@@ -211,10 +212,11 @@ def check_loaded(built: Run) -> None:
     recipe = built.recipe
     for name in ("unet", "vae", *built.model.family.text_models):
         if not are_finite(built.accelerator, getattr(built.model.components, name).parameters()):
+            of_flag = name == "vae" and recipe.vae
+            place = f"--vae {recipe.vae}" if of_flag else f"{MODEL} {recipe.pretrained_model_name_or_path}"
             raise RecipeError(
-                f"--pretrained_model_name_or_path {recipe.pretrained_model_name_or_path}: {name} holds weights that "
-                f"are not finite in {recipe.mixed_precision} mixed precision: use another copy or --variant of the "
-                "model, or --mixed_precision no"
+                f"{place}: {name} holds weights that are not finite in {recipe.mixed_precision} mixed precision: use "
+                "another copy or --variant of the model, or --mixed_precision no"
             )
 
 
