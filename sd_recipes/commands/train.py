@@ -31,6 +31,7 @@ from sd_recipes.runtime.trackers import list_samples
 from sd_recipes.training.build import Checkpoint, Run, build_run, describe
 from sd_recipes.training.finite import are_finite, has_finite_weights
 from sd_recipes.training.loop import fit, length_flag
+from sd_recipes.training.odd_run import odd_run
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def show(recipe: Recipe, accelerator: Accelerator) -> None:
             logger.warning("These did not lead up to %s and would be set aside: %s.", path, names)
     if accelerator.is_main_process:
         say(f"{describe(built)}\n\n{recipe_text(recipe).rstrip()}")
+    for words in odd_run(built):
+        logger.warning("%s", words)
     accelerator.end_training()
 
 
@@ -95,6 +98,8 @@ def train(built: Run) -> None:
     is_main = accelerator.is_main_process
     if is_main:
         say(describe(built))
+    for words in odd_run(built):
+        logger.warning("%s", words)
     try:
         with memory_given_back(built):
             restore(built)

@@ -307,7 +307,7 @@ def describe(run: Run) -> str:
     lines = {
         **({"resumes from": f"{run.checkpoint[0]}"} if run.checkpoint else {}),
         "rows": "a stream" if data.num_rows is None else f"{data.num_rows:,}",
-        "global batch": _batch_in_words(run.recipe, data.global_batch_size, accelerator.num_processes),
+        "global batch": batch_in_words(run),
         "optimizer steps": steps,
         "trainable parameters": trained,
         "predicts": run.model.objective.prediction_type,
@@ -329,7 +329,9 @@ def num_epochs(run: Run, order: Order) -> float:
     return epoch + 1 + (run.num_steps - manifest.step - left_of_epoch) / of_epoch
 
 
-def _batch_in_words(recipe: Recipe, global_batch_size: int, num_processes: int) -> str:
+def batch_in_words(run: Run) -> str:
+    """A global batch as what it consists of."""
+    recipe, global_batch_size, num_processes = run.recipe, run.data.global_batch_size, run.accelerator.num_processes
     size, accumulated = recipe.train_batch_size, recipe.gradient_accumulation_steps
     if size * accumulated * num_processes != global_batch_size:  # the run began on another number
         accumulated = micro_batches_of_step(recipe, global_batch_size, num_processes)
