@@ -197,7 +197,7 @@ def build_model(
     encoder = build_encoder(recipe, components.vae, accelerator)
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
     parts = trained_parts(recipe, family, components, batch_size)
-    optimizer = build_optimizer(parts.values(), recipe, fused=accelerator.mixed_precision != "fp16")
+    optimizer = build_optimizer(list(parts.values()), recipe, fused=accelerator.mixed_precision != "fp16")
     schedule = build_schedule(optimizer, recipe, num_steps)
     check_wrapped_classes(accelerator, components.unet)
     if accelerator.is_fsdp2 and len(parts) > 1:  # of several modules accelerate (1.15) shards the last one only

@@ -69,8 +69,8 @@ def odd_length(run: Run) -> list[str]:
         length = "num_train_epochs" if recipe.max_train_steps is None else "max_train_steps"
         enough = MANY_EPOCHS if recipe.max_train_steps is None else MANY_EPOCHS * order.num_steps(1)
         odd.append(
-            f"{shown(recipe, length)} goes {epochs:,.0f} times over the {rows} rows, which the model will know by heart "
-            f"long before: use --{length} {enough} or less, or more rows."
+            f"{shown(recipe, length)} goes {epochs:,.0f} times over the {rows} rows, and the model knows them by heart "
+            f"long before that: use --{length} {enough} or less, or more rows."
         )
     return odd
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,15 @@ from sd_recipes.training.state import TrainedPart
 LAST_RATE = 1e-7  # of diffusers' polynomial schedule
 
 
-def build_optimizer(parts: Iterable[TrainedPart], config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
+def build_optimizer(parts: Sequence[TrainedPart], config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
     """The optimizer that `config` names, with a group for each part, which has its own learning rate.
 
     `fused` asks for AdamW's single kernel; not with a loss scaler, since a skipped step then cannot be
     seen from outside. Raises RecipeError if bitsandbytes is needed and not installed.
     """
-    groups: list[dict[str, Any]] = [
-        {"params": list(part.parameters.values()), "lr": part.learning_rate} for part in parts
-    ]
+    groups = [{"params": list(part.parameters.values()), "lr": part.learning_rate} for part in parts]
     # Also as the default of all groups: from it diffusers' polynomial schedule knows how far it may decay.
-    rate, decay = groups[0]["lr"], config.adam_weight_decay
+    rate, decay = parts[0].learning_rate, config.adam_weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, rate, momentum=config.sgd_momentum, weight_decay=decay)
     if config.optimizer == "adafactor":
