@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from sd_recipes import __version__
 from sd_recipes.flags import SCRIPT, Command, load_recipe
@@ -58,22 +59,23 @@ def main() -> None:
     COMMANDS[arguments.command](rest)
 
 
-def start(argv: list[str] | None, command: Command) -> Recipe:
-    """The recipe that `argv` gives to `command`. Starts to note signals, and sets up the console.
+@contextmanager
+def started(argv: list[str] | None, command: Command) -> Iterator[Recipe]:
+    """The recipe that `argv` gives to `command`. Within this context signals are noted, and mistakes end in one line.
 
-    What takes seconds to import is imported afterwards, so that a mistake on the command line is reported at once.
+    What takes seconds to import is imported within it, so that a mistake on the command line is reported at once.
     """
-    recipe = load_recipe(argv, command)
-    sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers publish the command line
-    stop_request.listen()
-    set_up_console()
-    return recipe
+    with mistakes_in_one_line():
+        recipe = load_recipe(argv, command)
+        sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers publish the command line
+        set_up_console()
+        with stop_request.listening():
+            yield recipe
 
 
 def train(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
     """Train with the flags in `argv` (default: sys.argv[1:]). A mistake ends in one line on stderr and status 2."""
-    with mistakes_in_one_line():
-        recipe = start(argv, command)
+    with started(argv, command) as recipe:
         from sd_recipes.commands.train import run
 
         run(recipe)
@@ -81,8 +83,7 @@ def train(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
 
 def cache(argv: list[str]) -> None:
     """Fill the latent cache with the flags in `argv`, which are those of `train`."""
-    with mistakes_in_one_line():
-        recipe = start(argv, CACHE)
+    with started(argv, CACHE) as recipe:
         from sd_recipes.commands.cache import fill_cache
 
         fill_cache(recipe)

@@ -22,7 +22,7 @@ from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.export.report import write_report
 from sd_recipes.flags import recipe_text, written_settings
 from sd_recipes.recipe import Recipe
-from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.runtime.accelerator import accelerate_left_unused, start_accelerator
 from sd_recipes.runtime.agreement import broadcast, wait_for_all
 from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.output_dir import NO_ROOM, check_output_dir
@@ -43,10 +43,16 @@ def run(recipe: Recipe) -> None:
     is saved.
     """
     hide_library_bars()
-    accelerator = start_accelerator(recipe)
-    if recipe.dry_run:
-        show(recipe, accelerator)
-        return
+    with accelerate_left_unused():
+        accelerator = start_accelerator(recipe)
+        if recipe.dry_run:
+            show(recipe, accelerator)
+        else:
+            run_in_folder(recipe, accelerator)
+
+
+def run_in_folder(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Own the output folder, and train there."""
     # Until it has saved something, a run that was given a checkpoint resumes from that one again.
     stop_request.resume_command = resume_command(recipe) if recipe.overwrite else "the same command"
     with output_dir_lock(recipe, accelerator.is_main_process) as resume_point:

@@ -10,8 +10,8 @@ from sd_recipes.training.build import Run, batch_in_words, num_epochs
 
 MANY_EPOCHS = 500
 LARGE_SHARE = 1 / 5  # of the rows, in one batch
-# How much longer steps take on a CPU without bfloat16 instructions: measured in docs/running.md.
-SLOWER_IN_BF16 = "BF16_FACTOR"
+# How many times as long a step takes on a CPU without bfloat16 instructions: with AVX-512, and with AVX2 only.
+SLOWER_IN_BF16 = "2.3 to 9"
 
 
 def odd_run(run: Run) -> list[str]:
@@ -42,7 +42,7 @@ def odd_rates(run: Run) -> list[str]:
     if max(rates) < 1:
         return [
             f"{flag} is longer than the run of {num_steps} steps: under --lr_scheduler {recipe.lr_scheduler} the "
-            f"learning rate gets to {max(rates):.2g} of --learning_rate {recipe.learning_rate:g} and no further. Use "
+            f"learning rate gets to {100 * max(rates):.2g} % of --learning_rate {recipe.learning_rate:g}. Use "
             f"{remedy}, or train longer."
         ]
     return [

@@ -38,9 +38,9 @@ def test_an_ordinary_run_is_not_odd(settings: dict[str, Any]) -> None:
     ("changes", "words"),
     [
         ({"lr_scheduler": "cosine"}, "--lr_warmup_steps 500 (the default) is longer than the run of 80 steps: under "
-         "--lr_scheduler cosine the learning rate gets to 0.16 of --learning_rate 0.001"),
+         "--lr_scheduler cosine the learning rate gets to 16 % of --learning_rate 0.001"),
         ({"lr_scheduler": "linear"}, "Use --lr_warmup_steps 8"),
-        ({"lr_scheduler": "polynomial"}, "gets to 0.16"),
+        ({"lr_scheduler": "polynomial"}, "gets to 16 %"),
         ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 80}, "--lr_warmup_steps 80 is longer"),
         ({"lr_scheduler": "cosine", "lr_warmup_steps": 60}, "--lr_warmup_steps 60 is more than half of the run"),
         ({"lr_warmup_steps": 100}, "--lr_warmup_steps 100 has no effect under --lr_scheduler constant"),
