@@ -13,6 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resume_hint
+from sd_recipes.checkpoints.of_diffusers import is_of_diffusers, load_from_diffusers, taken_over
 from sd_recipes.checkpoints.resume import choose_checkpoint, compare_identity, identity_of, load_checkpoint
 from sd_recipes.checkpoints.run_folder import begin_history, find_resume_point, of_other_history, output_dir_lock
 from sd_recipes.checkpoints.saver import FAILURES, BackgroundSaver, NotSaved
@@ -69,7 +70,8 @@ def show(recipe: Recipe, accelerator: Accelerator) -> None:
     built = build_run(recipe, accelerator, checkpoint)
     if checkpoint:
         path, manifest = checkpoint
-        compare_identity(identity(built), manifest, path)
+        if not is_of_diffusers(path):
+            compare_identity(identity(built), manifest, path)
         if others := of_other_history(built.output_dir, path, manifest):
             names = ", ".join(other.name for other in others)
             logger.warning("These did not lead up to %s and would be set aside: %s.", path, names)
@@ -90,11 +92,14 @@ def resolve(recipe: Recipe, accelerator: Accelerator, resume_point: str | None) 
     recipe = recipe.model_copy(
         update={"mixed_precision": accelerator.mixed_precision, "resume_from_checkpoint": resume_point}
     )
-    checkpoint = choose_checkpoint(recipe, accelerator.is_main_process)
+    checkpoint = taken_over(recipe, accelerator.num_processes)
+    if checkpoint is None:
+        checkpoint = choose_checkpoint(recipe, accelerator.is_main_process)
     seed = recipe.seed
+    if seed is None and checkpoint is not None:
+        seed = checkpoint[1].settings["seed"]
     if seed is None:
-        drawn = int(np.random.SeedSequence().generate_state(1, np.uint32)[0])
-        seed = broadcast(drawn) if checkpoint is None else checkpoint[1].settings["seed"]
+        seed = broadcast(int(np.random.SeedSequence().generate_state(1, np.uint32)[0]))
     return recipe.model_copy(update={"seed": seed}), checkpoint
 
 
@@ -145,8 +150,11 @@ def restore(built: Run) -> None:
     if built.checkpoint is None:
         return
     path, manifest = built.checkpoint
-    compare_identity(identity(built), manifest, path)
-    load_checkpoint(built.state, path, manifest, is_main=built.accelerator.is_main_process)
+    if is_of_diffusers(path):
+        load_from_diffusers(built.state, path, manifest, built.recipe)
+    else:
+        compare_identity(identity(built), manifest, path)
+        load_checkpoint(built.state, path, manifest, is_main=built.accelerator.is_main_process)
     if not has_finite_weights(built.state, built.accelerator):
         others = [each.name for each in list_checkpoints(path.parent) if each.resolve() != path.resolve()]
         raise RecipeError(
