@@ -47,9 +47,9 @@ def refuse_folder(output_dir: Path, model: str | None) -> None:
     if found:
         names = ", ".join(path.name for path in found[-3:])
         raise RecipeError(
-            f"--output_dir {output_dir} holds checkpoints of diffusers' script ({names}), which are not mixed with those "
-            f"of this program: choose another, and go on by --resume_from_checkpoint {found[-1]}, which takes over UNet, "
-            f"optimizer and average; or {only_unet(found[-1], model)}"
+            f"--output_dir {output_dir} holds checkpoints of diffusers' script ({names}), to which none of "
+            f"this program's are added: choose another, and add --resume_from_checkpoint {found[-1]}, which takes over "
+            f"UNet, optimizer and average; or {only_unet(found[-1], model)}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +12,11 @@ from sd_recipes import __version__
 from sd_recipes.flags import SCRIPT, Command, load_recipe
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import redacted
-from sd_recipes.runtime.console import mistakes_in_one_line, set_up_console
+from sd_recipes.runtime.console import has_utf8, mistakes_in_one_line, print_anything, set_up_console, speak_utf8
+from sd_recipes.runtime.hub_access import check_hub_access
 from sd_recipes.runtime.signals import stop_request
+
+logger = logging.getLogger(__name__)
 
 TRAIN = Command(
     "sd-recipes train",
@@ -35,6 +39,8 @@ CACHE = Command(
 
 
 def main() -> None:
+    speak_utf8()
+    print_anything()
     parser = argparse.ArgumentParser(
         prog="sd-recipes", description="Train Stable-Diffusion-class text-to-image models."
     )
@@ -48,6 +54,9 @@ def main() -> None:
     )
     commands.add_parser(
         "cache", add_help=False, help="fill the latent cache before training, with the flags of `train`"
+    )
+    commands.add_parser(
+        "env", add_help=False, help="show versions, hardware and settings, to be pasted into a question"
     )
     commands.add_parser("schema", help="print the JSON schema of a recipe file, for editors")
     arguments, rest = parser.parse_known_args()
@@ -65,11 +74,20 @@ def started(argv: list[str] | None, command: Command) -> Iterator[Recipe]:
 
     What takes seconds to import is imported within it, so that a mistake on the command line is reported at once.
     """
+    if argv is None:
+        speak_utf8()
+    print_anything()
     with mistakes_in_one_line():
         recipe = load_recipe(argv, command)
         sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers publish the command line
         set_up_console()
+        if not has_utf8():
+            logger.warning(
+                "File names are read as %s here, and others may not be found: start Python with PYTHONUTF8=1.",
+                sys.getfilesystemencoding(),
+            )
         with stop_request.listening():
+            check_hub_access(recipe)
             yield recipe
 
 
@@ -96,10 +114,18 @@ def inspect(argv: list[str]) -> None:
     main(argv)
 
 
+def env(argv: list[str]) -> None:
+    """Show what a run would meet on this machine."""
+    from sd_recipes.commands.env import main
+
+    main(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": lambda argv: train(argv, TRAIN),
     "cache": cache,
     "inspect": inspect,
+    "env": env,
 }
 
 

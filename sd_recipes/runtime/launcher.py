@@ -44,9 +44,14 @@ def launcher_arguments() -> list[str] | None:
 
 def default_configuration() -> str | None:
     """The file that `accelerate config` writes and `accelerate launch` reads, if there is one."""
-    from accelerate.commands.config import default_config_file
+    files = [hf_home() / "accelerate" / f"default_config.{suffix}" for suffix in ("yaml", "json")]
+    return next((str(file) for file in files if file.is_file()), None)
 
-    return default_config_file if Path(default_config_file).is_file() else None
+
+def hf_home() -> Path:
+    """The folder of the Hugging Face libraries: caches, login, accelerate's configuration."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or Path(caches) / "huggingface").expanduser()
 
 
 def _value(arguments: list[str], flag: str) -> str | None:

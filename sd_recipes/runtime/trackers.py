@@ -83,7 +83,7 @@ class Tracker:
         if self.accelerator.is_main_process:
             begun, self.line_is_torn = "\n" if self.line_is_torn else "", True
             try:
-                with self.path.open("a") as file:
+                with self.path.open("a", encoding="utf-8") as file:
                     file.write(f"{begun}{json.dumps({'step': step, **values})}\n")
                 self.line_is_torn = False
             except OSError as error:  # a disk may have room again
@@ -129,7 +129,7 @@ def replace_file(path: Path, text: str) -> None:
     """Write a file so that a kill leaves the old or the new one; a link is replaced, not the file it leads to."""
     beside = path.with_name(f".{path.name}")
     beside.unlink(missing_ok=True)
-    with beside.open("x") as file:
+    with beside.open("x", encoding="utf-8") as file:
         file.write(text)
     os.replace(beside, path)
 
