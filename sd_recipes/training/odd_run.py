@@ -11,7 +11,7 @@ from sd_recipes.training.build import Run, batch_in_words, num_epochs
 MANY_EPOCHS = 500
 LARGE_SHARE = 1 / 5  # of the rows, in one batch
 # How many times as long a step takes on a CPU without bfloat16 instructions: with AVX-512, and with AVX2 only.
-SLOWER_IN_BF16 = "2.3 to 9"
+SLOWER_IN_BF16 = "2 to 7"
 
 
 def odd_run(run: Run) -> list[str]:
