@@ -23,7 +23,7 @@ from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.export.report import write_report
 from sd_recipes.flags import recipe_text, written_settings
 from sd_recipes.recipe import Recipe
-from sd_recipes.runtime.accelerator import accelerate_left_unused, start_accelerator
+from sd_recipes.runtime.accelerator import accelerate_left_unused, compiler_explained, start_accelerator
 from sd_recipes.runtime.agreement import broadcast, wait_for_all
 from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.output_dir import NO_ROOM, check_output_dir
@@ -44,7 +44,7 @@ def run(recipe: Recipe) -> None:
     is saved.
     """
     hide_library_bars()
-    with accelerate_left_unused():
+    with accelerate_left_unused(), compiler_explained(recipe):
         accelerator = start_accelerator(recipe)
         if recipe.dry_run:
             show(recipe, accelerator)

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
-from sd_recipes.errors import RecipeError
+from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import STEP_WAIT, open_host_group
 from sd_recipes.runtime.fsdp import fsdp_plugin, turn_on
-from sd_recipes.runtime.launcher import MIXED_PRECISION, configuration, launcher_arguments, precision_in_words
+from sd_recipes.runtime.launcher import DYNAMO, MIXED_PRECISION, configuration, launcher_arguments, precision_in_words
 from sd_recipes.runtime.trackers import check_tracker
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,6 +58,10 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     if mixed_precision == "fp16" and (on_cpu or not has_accelerator):
         way_out = "use bf16 or no on the CPU" if recipe.mixed_precision else "add --mixed_precision no to override it"
         raise RecipeError(f"{origin} needs a GPU: {way_out}")
+    backend = os.environ.get(DYNAMO, "no")
+    if backend.upper() not in DynamoBackend.__members__:
+        known = ", ".join(DynamoBackend.__members__)
+        raise RecipeError(f"{DYNAMO}={backend}, or dynamo_backend of {configuration()}, is not one of: {known}")
     plugin = fsdp_plugin(recipe, mixed_precision)
     check_tracker(recipe.report_to)
     if is_initialized():
@@ -97,6 +101,20 @@ def _check_fits(recipe: Recipe, state: AcceleratorState, *, on_cpu: bool) -> Non
             f"{state.device}, and accelerate has one for a whole process: restart the notebook's kernel, or drop "
             "--mixed_precision and --device"
         )
+
+
+@contextmanager
+def compiler_explained(recipe: Recipe) -> Iterator[None]:
+    """Turn what torch's compiler raises into a RecipeError that says who asked for it; steps compile when first run."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        way_out = "drop --compile_unet"
+        if not recipe.compile_unet:
+            way_out = f"set dynamo_backend to NO in {configuration()}, or {DYNAMO}=NO in the environment"
+        raise RecipeError(f"the UNet cannot be compiled ({one_line(error, 200)}): {way_out}") from error
 
 
 @contextmanager

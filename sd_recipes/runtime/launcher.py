@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
+MIXED_PRECISION, DYNAMO = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"
 LAUNCHERS = ("accelerate", "accelerate-launch")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,7 @@ from sd_recipes.redaction import redacted
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import wait_for_all
 from sd_recipes.runtime.fsdp import check_wrapped_classes
+from sd_recipes.runtime.launcher import DYNAMO, configuration
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import Tracker
@@ -304,6 +306,7 @@ def describe(run: Run) -> str:
     trained = ", ".join(
         f"{sum(each.numel() for each in part.parameters.values()):,} ({part.name})" for part in run.state.parts.values()
     )
+    backend = os.environ.get(DYNAMO, "no").lower()
     lines = {
         **({"resumes from": f"{run.checkpoint[0]}"} if run.checkpoint else {}),
         "rows": "a stream" if data.num_rows is None else f"{data.num_rows:,}",
@@ -312,6 +315,7 @@ def describe(run: Run) -> str:
         "trainable parameters": trained,
         "predicts": run.model.objective.prediction_type,
         "device": f"{accelerator.device}, {accelerator.mixed_precision} mixed precision"
+        + (f", compiled by {backend} (torch dynamo) of {configuration()}" if backend != "no" else "")
         + (f", sharded over {accelerator.num_processes} processes (FSDP2)" if accelerator.is_fsdp2 else ""),
         "seed": run.recipe.seed,
     }

@@ -13,6 +13,7 @@ from launching import ACCELERATE, flags_of
 from test_script import environment
 from training_runs import forget_accelerator
 
+from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime import launcher
@@ -68,6 +69,31 @@ def test_the_launcher_is_found_with_its_configuration(settings: dict[str, Any], 
     )  # fmt: skip
     assert f"mixed_precision: fp16 of accelerate's configuration ({tmp_path / 'mine.json'}) needs a GPU" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("TVM", "the UNet cannot be compiled (backend='tvm' raised: ImportError: Please install apache-tvm"),
+        ("OFI", "the UNet cannot be compiled (Invalid backend: 'ofi'"),
+        (
+            "no_such",
+            "ACCELERATE_DYNAMO_BACKEND=no_such, or dynamo_backend of accelerate's configuration, is not one of",
+        ),
+    ],
+)
+def test_a_compiler_that_does_not_go_is_blamed_on_who_chose_it(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, backend: str, words: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+    forget_accelerator()
+    with pytest.raises(RecipeError) as error:
+        run(Recipe(**settings))
+    assert str(error.value).startswith(words)
+    assert "\n" not in str(error.value)
+    if backend != "no_such":
+        place = "dynamo_backend to NO in accelerate's configuration, or ACCELERATE_DYNAMO_BACKEND=NO in the environment"
+        assert str(error.value).endswith(f": set {place}")
 
 
 def test_what_did_not_come_from_accelerates_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
