@@ -131,7 +131,12 @@ class DataSource(Section):
     dataset_revision: str | None = None
     train_data_dir: str | None = None
     train_split: str = "train"
-    weight: Number = Field(1.0, gt=0)
+    weight: Annotated[float, Field(gt=0), BeforeValidator(_number_from_text)] | Literal["rows"] = 1.0
+    repeats: int = Field(1, ge=1)  # of every row in an epoch
+    image_root: str | None = None
+    caption_extension: str | None = None
+    caption_column: str | None = None
+    caption: str | None = None  # of pictures without one of their own
 
     @property
     def flag(self) -> str:
@@ -147,18 +152,42 @@ class DataConfig(Section):
     dataset_name: str | None = setting(
         None,
         "compared",
-        "A Hub data set, a folder, a .parquet, .arrow or .tar file (globs and URLs too), or sd-recipes/emoji.",
+        "A Hub data set, a folder, a table (.csv, .tsv, .jsonl, .parquet), .arrow or .tar files (globs, braces and "
+        "URLs too), or sd-recipes/emoji.",
     )
     dataset_config_name: str | None = setting(None, "compared", "Configuration of the data set, if it has several.")
     dataset_revision: str | None = setting(None, "compared", "Branch, tag or commit of the Hub data set.")
     train_data_dir: str | None = setting(
-        None, "compared", "Folder of images with a metadata.jsonl or .csv, whose `text` column holds the captions."
+        None, "compared", "Folder of images, with captions in .txt files beside them, or in a metadata.jsonl or .csv."
     )
     train_split: str = setting("train", "compared", "Split of the data set to train on.")
     data_sources: list[DataSource] | None = setting(
         None, "compared", "Several sources mixed by weight, instead of --dataset_name; only in a recipe file."
     )
-    image_column: str = setting("image", "warned", "Column with the image.")
+    image_column: str = setting("image", "warned", "Column with the image, its path, or its bytes in base64.")
+    image_root: str | None = setting(
+        None, "compared", "Folder in which a table's relative paths begin; if not given, the table's own."
+    )
+    caption_extension: str | None = setting(
+        None, "warned", "Suffix of the files beside the images that hold their captions: .txt, .caption or .json."
+    )
+    caption_lines: Literal["several", "one"] = setting(
+        "several",
+        "warned",
+        "What lines of a caption file are: several captions, of which one is drawn, or one caption.",
+    )
+    caption_from: Literal["file", "folder"] | None = setting(
+        None, "warned", "Take as caption the name of the image's file or folder."
+    )
+    folder_repeats: bool = setting(
+        True,
+        "compared",
+        "Train images in a folder named like `10_cat` that often in every epoch, as kohya's scripts do.",
+    )
+    follow_links: bool = setting(False, "compared", "Follow links that lead out of the folder of images.")
+    text_encoding: str | None = setting(
+        None, "warned", "Encoding of tables and caption files that are neither UTF-8 nor marked, such as cp1252."
+    )
     max_train_samples: int | None = setting(None, "warned", "Train on this many rows, drawn with the seed.", ge=1)
     streaming: bool = setting(False, "refused", "Stream the rows from the Hub, local files or a URL.")
     shuffle_block: int = setting(1000, "warned", "How many rows of a stream are shuffled together, per process.", ge=1)
@@ -185,6 +214,8 @@ class DataConfig(Section):
                 dataset_revision=self.dataset_revision,
                 train_data_dir=self.train_data_dir,
                 train_split=self.train_split,
+                image_root=self.image_root,
+                caption_extension=self.caption_extension,
             )
         ]
 
@@ -274,7 +305,8 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
                 )
             if not self.data_sources:
                 raise ValueError("data_sources of the recipe file is empty: name a dataset_name or a train_data_dir")
-            for name in ("dataset_config_name", "dataset_revision", "train_split"):
+            names = ("dataset_config_name", "dataset_revision", "train_split", "image_root", "caption_extension")
+            for name in names:
                 # A resolved recipe names them too, at their defaults.
                 if getattr(self, name) != DataConfig.model_fields[name].default:
                     raise ValueError(
@@ -286,12 +318,22 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
         for source in self.sources:
             if source.dataset_name is None and source.dataset_revision is not None:
                 raise ValueError(f"{source.flag} has no revisions: drop --dataset_revision")
+        if len({source.weight == "rows" for source in self.sources}) > 1:
+            raise ValueError(
+                "data_sources of the recipe file give some a weight and some `rows`: give all of them one or the other"
+            )
+        if self.caption_from and (self.caption_template or self.caption_columns):
+            raise ValueError("--caption_from says what the caption is: drop --caption_template and --caption_columns")
         if self.center_crop and self.crop not in (None, "center"):
             raise ValueError(f"--center_crop contradicts --crop {self.crop}: drop one")
         if self.caption_columns and self.caption_template:
             raise ValueError("--caption_columns and --caption_template both say what the caption is: drop one")
         if self.keep_tags and not self.shuffle_tags:
             raise ValueError("--keep_tags needs --shuffle_tags: add it, or drop --keep_tags")
+        if self.streaming and len(self.sources) > 1 and self.sources[0].weight == "rows":
+            raise ValueError(
+                "the weight `rows` in data_sources needs their numbers, which streams do not know: give weights"
+            )
         if self.streaming and self.max_train_samples is not None:
             raise ValueError(
                 "--max_train_samples draws from all rows, which a stream does not know: drop it, or drop --streaming"

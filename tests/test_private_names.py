@@ -13,6 +13,7 @@ from accelerate.commands import launch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from torch.distributed import distributed_c10d
 
 from sd_recipes.data import images
@@ -23,6 +24,8 @@ USED = {
     "_shutdown_workers": "torch",
     "_generate_tables": "datasets",
     "_cast_table": "datasets",
+    "_generate_examples": "datasets",
+    "_info": "datasets",
     "_reset_state": "accelerate",
     "_validate_launch_command": "accelerate, in tests",
     "_set_pg_timeout": "torch, in tests",
@@ -56,7 +59,7 @@ def test_no_other_private_name_of_a_library_is_used() -> None:
             if is_private(name):
                 found.setdefault(name, set()).add(path.relative_to(ROOT))
                 own |= {name} if is_own else set()
-    overridden = {"_generate_tables"}  # looks like our own
+    overridden = {"_generate_tables", "_generate_examples", "_info"}  # look like our own
     foreign = {name: paths for name, paths in found.items() if name not in own or name in overridden}
     assert foreign.keys() <= USED.keys(), "use what is public, or add the name to USED with a test of it here"
     for name, paths in foreign.items():
@@ -82,6 +85,13 @@ def test_datasets_reads_parquet_by_the_function_that_is_overridden() -> None:
     changed = f"datasets {datasets.__version__} reads Parquet in another way: mend ParquetFiles"
     assert list(inspect.signature(Parquet._generate_tables).parameters) == ["self", "files", "row_groups_list"], changed
     assert list(inspect.signature(Parquet._cast_table).parameters) == ["self", "pa_table"], changed
+
+
+def test_datasets_reads_shards_by_the_functions_that_are_overridden() -> None:
+    changed = f"datasets {datasets.__version__} reads WebDataset shards in another way: mend TarFiles"
+    wanted = ["self", "tar_paths", "tar_iterators"]
+    assert list(inspect.signature(WebDataset._generate_examples).parameters) == wanted, changed
+    assert list(inspect.signature(WebDataset._info).parameters) == ["self"], changed
 
 
 def test_accelerates_state_and_launcher_are_as_the_tests_use_them() -> None:

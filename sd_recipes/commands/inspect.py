@@ -115,9 +115,11 @@ def inspect(config: Inspection) -> Inspected:
     began = time.perf_counter()
     # Workers first: they start up while this process opens the data.
     with contextlib.closing(ImageWorkers(config.image_workers)) as workers:
+        from sd_recipes.data.first_words import sources_in_words
         from sd_recipes.inspection.scan import Rows, scan
 
         rows = Rows(config)
+        say("\n".join(sources_in_words(config, rows.recognised)))
         model = None
         if config.pretrained_model_name_or_path is not None:
             from sd_recipes.inspection.latents import latent_distribution, load_model

@@ -21,6 +21,10 @@ RECORDS = "bad_rows*.jsonl"  # of all processes
 FEWEST_OF_STREAM = 10  # without it, the first bad row of a stream would be over 1 % of the rows seen
 
 
+class BadRow(ValueError):
+    """A row that cannot be used; the message says why."""
+
+
 class TooManyBadRows(RunError):
     """More rows were unusable than the run may skip."""
 

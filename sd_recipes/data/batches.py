@@ -15,13 +15,13 @@ import datasets
 import numpy as np
 import torch
 
-from sd_recipes.data.bad_rows import row_name
+from sd_recipes.data.bad_rows import BadRow, row_name
 from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
+from sd_recipes.data.columns import SIZE_COLUMNS
 from sd_recipes.data.draws import Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
 from sd_recipes.data.latent_store import SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
 from sd_recipes.data.order import MicroBatch
-from sd_recipes.data.rows import SIZE_COLUMNS
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import CaptionConfig, Recipe
 from sd_recipes.runtime.signals import outlive_signals
@@ -200,7 +200,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             try:
                 caption = self._caption(row, drawn[place], name)
                 self._add_image(images, place, row, drawn[place])
-            except (ImageError, CaptionError) as error:
+            except BadRow as error:
                 bad.append((name, str(error)))
                 weights[place] = 0
                 caption = ""

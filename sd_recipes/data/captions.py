@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sd_recipes.data.bad_rows import BadRow
 from sd_recipes.data.draws import Draws
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import CaptionConfig
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 
-class CaptionError(ValueError):
+class CaptionError(BadRow):
     """A caption that cannot be used: missing or blank, not text, or too long; the message says which."""
+
+
+DEFECT = "__defect__"  # the column that says why a reader could not make a row whole
 
 
 def caption_columns(config: CaptionConfig) -> list[str]:
@@ -35,8 +39,11 @@ def make_caption(row: dict[str, Any], config: CaptionConfig, drawn: Draws) -> st
 
     Blank columns, and blank members of a list, are not drawn while others are usable. In a template, lists of the
     same length are read at the same place. Raises CaptionError for a value that is not text and, unless blank captions
-    are to be empty, for a row without a caption; whether it does never depends on the draws.
+    are to be empty, for a row without a caption, and BadRow for one that its reader could not make whole; whether it
+    does never depends on the draws.
     """
+    if row.get(DEFECT):
+        raise BadRow(row[DEFECT])
     columns = caption_columns(config)
     texts = {column: _texts(row.get(column), column, numbers=bool(config.caption_template)) for column in columns}
     usable = {column: [text for text in texts[column] if text.strip()] for column in columns}

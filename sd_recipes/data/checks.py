@@ -12,10 +12,10 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
-from sd_recipes.data.bad_rows import NAMED, BadRows, row_name, row_number
+from sd_recipes.data.bad_rows import NAMED, BadRow, BadRows, row_name, row_number
 from sd_recipes.data.captions import CaptionError, count_tokens, make_caption
 from sd_recipes.data.draws import draw
-from sd_recipes.data.images import ImageError, open_image
+from sd_recipes.data.images import open_image
 from sd_recipes.data.shards import with_bytes
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import Recipe
@@ -72,12 +72,13 @@ def check_bad_rows_again(
     bad_rows.add(tuple(examined.bad), 0)
 
 
-def check_stream(stream: datasets.IterableDataset, config: Recipe, tokenizer: CLIPTokenizer) -> None:
-    """Like `check_rows`, for the first rows of a stream."""
+def check_stream(stream: datasets.IterableDataset, config: Recipe, tokenizer: CLIPTokenizer) -> list[dict[str, Any]]:
+    """Like `check_rows`, for the first rows of a stream, which it returns."""
     rows = [with_bytes(row) for row in itertools.islice(stream, SAMPLED_STREAM_ROWS)]
     examined = _Examined(config, tokenizer)
     examined.add(list(enumerate(rows)))
     examined.tell("first rows")
+    return rows
 
 
 class _Examined:
@@ -128,7 +129,7 @@ class _Examined:
             caption = make_caption(row, config, self.draws)
             if "moments" not in row:
                 open_image(row[config.image_column], at_least=(side, side), max_megapixels=config.max_image_megapixels)
-        except (ImageError, CaptionError) as error:
+        except BadRow as error:
             if isinstance(error, CaptionError) and config.blank_captions == "error":
                 raise RecipeError(f"row {number}{self.of}: {error} (--blank_captions error)") from error
             return None, (row_name(number, row.get(config.image_column)), str(error))

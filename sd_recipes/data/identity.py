@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from sd_recipes import assets
-from sd_recipes.data.folder import METADATA_READERS
+from sd_recipes.data.side_captions import TEXT_SUFFIXES
+from sd_recipes.data.sources import local_files
+from sd_recipes.data.tables import DELIMITED, JSON
 from sd_recipes.recipe import DataSettings
 from sd_recipes.redaction import redacted
 
-MAX_HASHED_BYTES = 64 * 2**20  # a metadata.jsonl is read: a changed caption may be as long as the old one
+# Files that are read: a changed caption may be as long as the old one.
+HASHED_SUFFIXES = {*DELIMITED, *JSON, *TEXT_SUFFIXES}
+MAX_HASHED_BYTES = 64 * 2**20
 
 
 def data_fingerprint(config: DataSettings) -> str:
@@ -27,13 +30,13 @@ def data_fingerprint(config: DataSettings) -> str:
         for place in (source.dataset_name, source.train_data_dir):
             if place is None:
                 continue
-            found = list(_files(assets.resolve(place)))
+            found = list(_files(os.path.expanduser(assets.resolve(place))))
             if not found:
                 # Without the signature in an address, which differs every time.
                 digest.update(repr((redacted(place), source.dataset_revision)).encode())
             for name, path in found:
                 digest.update(repr((name, path.stat().st_size)).encode())
-                if path.name in METADATA_READERS and path.stat().st_size <= MAX_HASHED_BYTES:
+                if path.suffix.lower() in HASHED_SUFFIXES and path.stat().st_size <= MAX_HASHED_BYTES:
                     digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -42,7 +45,7 @@ def _files(place: str) -> Iterator[tuple[str, Path]]:
     """Name and path of the local files that `place` stands for, in a fixed order; none for an address elsewhere."""
     if "://" in place:
         return
-    for path in sorted(map(Path, glob.glob(place) or [place])):
+    for path in map(Path, local_files(place) or [place]):
         if path.is_file():
             yield path.name, path
             continue

@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from sd_recipes.data.bad_rows import BadRow
 from sd_recipes.errors import one_line
 
 RESAMPLING = {
@@ -70,7 +71,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-class ImageError(ValueError):
+class ImageError(BadRow):
     """An image that cannot be used; the message names it."""
 
 

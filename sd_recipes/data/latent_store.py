@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from sd_recipes.data.rows import SIZE_COLUMNS
+from sd_recipes.data.columns import SIZE_COLUMNS
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import DataSettings
 from sd_recipes.runtime.agreement import wait_for_all

@@ -13,13 +13,15 @@ from transformers import CLIPTokenizer
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Plans
 from sd_recipes.data.checks import check_bad_rows_again, check_held_out, check_rows, check_stream
+from sd_recipes.data.first_words import NUM_EXAMPLES, example_captions, first_words
 from sd_recipes.data.order import Order, plans_of_order
-from sd_recipes.data.rows import is_local, join_rows, load_held_out_rows, load_sources, load_streams
+from sd_recipes.data.rows import join_rows, load_held_out_rows, load_sources, load_streams
 from sd_recipes.data.shards import Shards
 from sd_recipes.data.sizes import assign_buckets, check_held_out_sizes, has_buckets, size_of_row
+from sd_recipes.data.sources import is_local
 from sd_recipes.data.stream import Stream
 from sd_recipes.errors import RecipeError
-from sd_recipes.recipe import Recipe
+from sd_recipes.recipe import DataSource, Recipe
 from sd_recipes.runtime.agreement import all_gather_in_thread
 
 
@@ -33,6 +35,7 @@ class TrainingData:
     held_out_rows: datasets.Dataset | None
     bad_rows: BadRows
     global_batch_size: int  # images of an optimizer step, over all processes
+    in_words: str  # what was recognised; of the first process
 
     @property
     def num_rows(self) -> int | None:
@@ -60,17 +63,25 @@ def load_training_data(
     output_dir = Path(recipe.output_dir)
     if recipe.streaming:
         streams = load_streams(recipe, cache_dir=recipe.cache_dir)
+        examples: list[str] = []
         if recipe.check_data != "off" and rank == 0:
             for stream in streams:
-                check_stream(stream, recipe, tokenizer)
+                first_rows = check_stream(stream.rows, recipe, tokenizer)
+                examples = examples or example_captions(first_rows[:NUM_EXAMPLES], recipe)
         bad_rows = BadRows(output_dir, recipe.max_bad_rows, None, rank, writes=not recipe.dry_run)
-        return TrainingData(None, None, streams, held_out, bad_rows, global_batch_size)
+        in_words = first_words(recipe, [stream.recognised for stream in streams], None, examples)
+        return TrainingData(
+            None, None, [stream.rows for stream in streams], held_out, bad_rows, global_batch_size, in_words
+        )
 
     parts = load_sources(recipe, cache_dir=recipe.cache_dir)
-    lengths, weights = tuple(map(len, parts)), None
+    lengths, weights = tuple(len(part.rows) for part in parts), None
     if len(parts) > 1:
-        weights = tuple(source.weight for source in recipe.sources)
-    rows = join_rows(parts, recipe.max_train_samples, seed)
+        weights = weights_of(recipe.sources)
+    rows = join_rows([part.rows for part in parts], recipe.max_train_samples, seed)
+    in_words = ""
+    if rank == 0:
+        in_words = first_words(recipe, [part.recognised for part in parts], len(rows), example_captions(rows, recipe))
     if len(rows) < sum(lengths):
         if weights:
             raise RecipeError("--max_train_samples and data_sources contradict each other: drop one")
@@ -90,7 +101,13 @@ def load_training_data(
     if has_buckets(rows, recipe):
         sizes, buckets = assign_buckets(rows, recipe)
         order = replace(order, sizes=sizes, buckets=buckets)
-    return TrainingData(rows, order, [], held_out, bad_rows, global_batch_size)
+    return TrainingData(rows, order, [], held_out, bad_rows, global_batch_size, in_words)
+
+
+def weights_of(sources: list[DataSource]) -> tuple[float, ...] | None:
+    """The sources' shares of an epoch; None where each row comes as often as it is there."""
+    weights = tuple(source.weight for source in sources if source.weight != "rows")
+    return weights or None
 
 
 def plans(data: TrainingData, recipe: Recipe, *, rank: int, world_size: int) -> Plans:
@@ -106,7 +123,7 @@ def plans(data: TrainingData, recipe: Recipe, *, rank: int, world_size: int) -> 
     ]
     return Stream(
         shards,
-        weights=[source.weight for source in recipe.sources],
+        weights=list(weights_of(recipe.sources) or (1.0,)),
         seed=recipe.seed,
         global_batch_size=data.global_batch_size,
         shuffle_block=recipe.shuffle_block,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sd_recipes.data.bad_rows import BadRow
 from sd_recipes.data.captions import CaptionError, caption_columns, count_tokens, is_missing, make_caption
 from sd_recipes.data.draws import draw
 from sd_recipes.inspection.findings import BoundedCounter, Finding
@@ -92,6 +93,8 @@ class CaptionSummary:
             if not all(map(is_missing, members)):
                 return [], [Finding("blank_caption", row, name, " ".join(map(repr, members))[:200])]
             return [], [Finding("missing_caption", row, name, "null")]
+        except BadRow as error:
+            return [], [Finding("incomplete_row", row, name, str(error))]
         num_blank = sum(is_missing(member) or not str(member).strip() for member in members)
         if num_blank:
             return captions, [Finding("blank_choice", row, name, f"{num_blank} of {len(members)}")]

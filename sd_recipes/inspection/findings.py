@@ -52,6 +52,9 @@ def kinds(config: DataSettings) -> dict[str, Kind]:
             "too small", small, "Would have to be enlarged more than --max_upscale times to reach --resolution, which "
             "teaches the model blur."
         ),
+        "incomplete_row": Kind(
+            "row that could not be read whole", "bad", "A part of it is missing, damaged, not text, or in doubt."
+        ),
         "missing_caption": Kind("missing caption", blank, "Null, or an empty list."),
         "blank_caption": Kind("blank caption", blank, "Empty, or only spaces."),
         "caption_not_text": Kind("caption that is not text", "bad", "Neither a string nor a list of strings."),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sd_recipes.data.folder import IMAGE_SUFFIXES
+from sd_recipes.data.picture_files import IMAGE_SUFFIXES
 from sd_recipes.inspection.findings import Finding, is_system_file
 
 

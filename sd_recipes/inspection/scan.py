@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sd_recipes.data.buckets import Buckets
-from sd_recipes.data.rows import load_rows, load_streams
+from sd_recipes.data.rows import join_rows, load_sources, load_streams
 from sd_recipes.errors import RecipeError
 from sd_recipes.inspection.caption_checks import CaptionSummary
 from sd_recipes.inspection.findings import Findings, kinds
@@ -41,10 +41,15 @@ class Rows:
         self.total: int | None
         self.available: int | None = None
         if config.streaming:
-            self._streams = load_streams(config, cache_dir=config.cache_dir)
+            streams = load_streams(config, cache_dir=config.cache_dir)
+            self._streams = [stream.rows for stream in streams]
+            self.recognised = [stream.recognised for stream in streams]
             self.total = self.max_rows
             return
-        self._rows = load_rows(config, cache_dir=config.cache_dir, seed=0)
+        # Each picture once, however often it is trained on.
+        sources = load_sources(config.model_copy(update={"folder_repeats": False}), cache_dir=config.cache_dir)
+        self.recognised = [source.recognised for source in sources]
+        self._rows = join_rows([source.rows for source in sources], config.max_train_samples, seed=0)
         if self.image_column not in self._rows.column_names:
             raise RecipeError(f"{config.sources[0].flag} is a cache of latents: inspect the images it was made from")
         self.available = len(self._rows)

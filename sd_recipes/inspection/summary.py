@@ -116,6 +116,10 @@ def as_json(inspected: Inspected) -> dict[str, Any]:
             "usable": scan.num_rows - scan.num_bad,
             "bad": scan.num_bad,
         },
+        "recognised": [
+            {"source": source.flag, "layout": found.layout, "captions": found.captions, "notes": found.notes}
+            for source, found in zip(config.sources, inspected.rows.recognised, strict=True)
+        ],
         "findings": _findings(inspected),
         "duplicates": {
             "images": _groups(inspected.duplicates.images, inspected.row_label),

@@ -42,6 +42,7 @@ from sd_recipes.recipe import ObjectiveConfig, Recipe, odd_settings
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import wait_for_all
+from sd_recipes.runtime.console import say
 from sd_recipes.runtime.fsdp import check_wrapped_classes
 from sd_recipes.runtime.launcher import DYNAMO, configuration
 from sd_recipes.runtime.out_of_memory import AtOnce
@@ -112,6 +113,8 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     data = load_training_data(
         recipe, tokenizer, seed=recipe.seed, global_batch_size=batch_size, rank=accelerator.process_index
     )
+    if accelerator.is_main_process:
+        say(data.in_words)
     if data.order and manifest:
         data.order = finish_epoch(data.order, manifest)
     num_steps = steps_of_run(recipe, data.order, manifest)
@@ -309,7 +312,6 @@ def describe(run: Run) -> str:
     backend = os.environ.get(DYNAMO, "no").lower()
     lines = {
         **({"resumes from": f"{run.checkpoint[0]}"} if run.checkpoint else {}),
-        "rows": "a stream" if data.num_rows is None else f"{data.num_rows:,}",
         "global batch": batch_in_words(run),
         "optimizer steps": steps,
         "trainable parameters": trained,

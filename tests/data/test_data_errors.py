@@ -90,5 +90,6 @@ def test_line_breaks_in_a_large_table_of_captions(settings: dict[str, Any], tmp_
         writer = csv.writer(file)
         writer.writerows([("file_name", "text"), *((f"{number}.png", text) for number, text in enumerate(captions))])
     assert (folder / name).stat().st_size > 1_100_000
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
     rows = load_rows(Recipe(**settings | {"train_data_dir": str(folder)}))
     assert rows["text"][:] == captions

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import ROOT
-from hostile_images import build_hostile_folder, mixed_captions
+from hostile_images import build_hostile_folder
 from PIL import Image
 from tiny_models import build_image_folder, tiny_tokenizer
 
@@ -226,11 +226,13 @@ def test_mistakes_are_one_line_and_status_2(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    mixed_captions(tmp_path / "mixed")
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    (torn / "metadata.jsonl").write_text('{"file_name": "a.png", "te')
     for flags, words in (
         ([], "no data: give --train_data_dir"),
-        (["--train_data_dir", "absent"], "no such folder"),
-        (["--train_data_dir", str(tmp_path / "mixed")], "cannot be read"),
+        (["--train_data_dir", "absent"], "no such file or folder"),
+        (["--train_data_dir", str(torn)], "metadata.jsonl is not JSON in line 1"),
         (["--train_data_dir", str(photographs), "--caption_column", "txt"], "nearest: text"),
         (["--train_data_dir", str(photographs), "--max_rows", "0"], "--max_rows"),
         (["--train_data_dir", str(photographs), "--max_row", "3"], "nearest: --max_rows"),

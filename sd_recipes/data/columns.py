@@ -1,0 +1,225 @@
+"""The columns of a source's rows: found, checked, and brought to what training reads.
+
+That is the image, undecoded, {"bytes", "path"}; the columns that captions are made of; and, where a reader could not
+make a row whole, `DEFECT`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from sd_recipes.data.captions import DEFECT, caption_columns
+from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded
+from sd_recipes.data.picture_files import Missing, NotFound, PictureFinder
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import DataSettings, DataSource
+
+LABEL = "label"  # the name of a picture's folder, as datasets' imagefolder calls it
+SIZE_COLUMNS = ("height", "width", "original_height", "original_width")  # of the crop, and of the picture in its file
+# A row of a latent cache holds these instead of an image (see latent_store.py).
+MOMENTS_COLUMNS = ("moments", "moments_flipped", *SIZE_COLUMNS, "made_by")
+CHUNK_ROWS = 1000  # of a table in memory
+IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+def columns_of(source: DataSource, config: DataSettings) -> list[str]:
+    """The columns that a source's captions are made of. Raises RecipeError for a template that cannot be filled."""
+    if source.caption_column and not config.caption_template and not config.caption_columns:
+        return [source.caption_column]
+    return caption_columns(config)
+
+
+def rows_from(
+    images: list[Encoded], columns: dict[str, list[Any]], defects: list[str | None], image_column: str
+) -> datasets.Dataset:
+    """Rows in memory of images, texts or lists of texts, and what is wrong with each row, or None."""
+    types = {image_column: IMAGE_TYPE}
+    values: dict[str, list[Any]] = {image_column: images}
+    defects = list(defects)
+    for name, found in columns.items():
+        types[name], values[name] = _of_one_type(name, found, defects)
+    if any(defects):
+        types[DEFECT], values[DEFECT] = pa.string(), defects
+    schema = pa.schema(types)
+    chunks = [
+        pa.Table.from_pydict({name: values[name][start : start + CHUNK_ROWS] for name in types}, schema)
+        for start in range(0, len(images), CHUNK_ROWS)
+    ]
+    features = datasets.Features.from_arrow_schema(schema)
+    features[image_column] = datasets.Image(decode=False)
+    # A random fingerprint saves hashing the table; nothing is cached under it.
+    return datasets.Dataset(
+        datasets.table.InMemoryTable(pa.concat_tables(chunks) if chunks else schema.empty_table()),
+        info=datasets.DatasetInfo(features=features),
+        fingerprint=datasets.fingerprint.generate_random_fingerprint(),
+    )
+
+
+def _of_one_type(name: str, values: list[Any], defects: list[str | None]) -> tuple[pa.DataType, list[Any]]:
+    """A column as text, as lists if one is a list, or as it is if nothing in it is text; adds what does not fit."""
+    kinds = {type(value) for value in values} - {type(None)}
+    if kinds and not kinds & {str, list}:
+        try:
+            return pa.array(values).type, values
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            pass  # of mixed types: none of them is text
+    texts = []
+    for place, value in enumerate(values):
+        parts = value if isinstance(value, list) else [value]
+        if not all(part is None or isinstance(part, str) for part in parts):
+            defects[place] = defects[place] or f"column {name} holds {value!r:.80}, where a caption is text"
+            value = None
+        texts.append(parts if value is not None and list in kinds else value)
+    return pa.list_(pa.string()) if list in kinds else pa.string(), texts
+
+
+def checked(rows: Any, features: datasets.Features, source: DataSource, config: DataSettings, root: Path | None) -> Any:
+    """The rows, a Dataset or an IterableDataset, with only the columns that are read.
+
+    Paths in the image column begin at `root`, None for data that are elsewhere. Raises RecipeError.
+    """
+    captions = columns_of(source, config)
+    images = [config.image_column]
+    if config.image_column not in features and "moments" in features:
+        images = [name for name in MOMENTS_COLUMNS if name in features]
+    template = config.caption_template is not None
+    flag = "--caption_template" if template else "--caption_columns" if config.caption_columns else "--caption_column"
+    for owner, column in [*(("--image_column", name) for name in images), *((flag, name) for name in captions)]:
+        if _feature_at(features, column) is None:
+            raise RecipeError(f"{owner} {column}: {source.flag} {has_columns(column, list(features))}")
+    extra = [DEFECT] if DEFECT in features else []
+    rows = rows.select_columns(
+        [*images, *dict.fromkeys(_stored(features, name) for name in captions if name not in images), *extra]
+    )
+    for column in captions:
+        feature = _feature_at(features, column)
+        text = {column: datasets.Value("string")}
+        if isinstance(feature, datasets.ClassLabel):
+            rows = _replaced(rows, column, text, partial(_class_name, column, feature))
+        elif column not in features:
+            rows = _replaced(rows, _stored(features, column), text, partial(_inner, column))
+        elif not template and not _can_hold_captions(feature):
+            raise RecipeError(not_captions(flag, column, feature, source.flag))
+    if images == [config.image_column]:
+        rows = _with_images(rows, features[config.image_column], source, config, root)
+    rows = rows.select_columns([*images, *(name for name in captions if name not in images), *extra])
+    if source.caption_column and not template:
+        rows = rows.rename_column(source.caption_column, config.caption_column)
+    return rows
+
+
+def has_columns(wanted: str, columns: list[str]) -> str:
+    """That a source lacks a column: which it has, and the nearest of them."""
+    near = difflib.get_close_matches(wanted, columns, n=1, cutoff=0.5)
+    return f"has the columns {columns}{f'; nearest: {near[0]}' if near else ''}"
+
+
+def _feature_at(features: Any, name: str) -> Any:
+    """The feature of a column or, under `outer.inner`, in a column of objects; None if there is none."""
+    if name in features:
+        return features[name]
+    outer, dot, inner = name.partition(".")
+    return _feature_at(features[outer], inner) if dot and isinstance(features.get(outer), dict) else None
+
+
+def _stored(features: Any, name: str) -> str:
+    """The column that holds `name`."""
+    return name if name in features else name.partition(".")[0]
+
+
+def _class_name(column: str, feature: datasets.ClassLabel, number: int | None) -> dict[str, str | None]:
+    return {column: None if number is None or number < 0 else feature.int2str(number)}
+
+
+def _inner(column: str, value: Any) -> dict[str, str | None]:
+    """What an object holds under `outer.inner`, where `value` is what it holds under `outer`."""
+    for part in column.split(".")[1:]:
+        value = None if value is None else value[part]
+    return {column: value if value is None or isinstance(value, str) else str(value)}
+
+
+def _replaced(rows: Any, old: str, features: dict[str, Any], make: Callable[[Any], dict[str, Any]]) -> Any:
+    """The rows with columns made of each row's `old` one, whose place they take; others of that name are replaced."""
+
+    def of_row(row: dict[str, Any]) -> dict[str, Any]:
+        return make(row[old])
+
+    if isinstance(rows, datasets.IterableDataset):
+        kept = {name: feature for name, feature in rows.features.items() if name not in features}
+        return rows.map(of_row, features=datasets.Features({**kept, **features}))
+    made = rows.select_columns([old]).map(
+        of_row,
+        remove_columns=[old],
+        features=datasets.Features(features),
+        desc=f"Column {old}",
+        # Nothing would be found again under a hash of a function that holds a folder's files.
+        load_from_cache_file=False,
+        new_fingerprint=datasets.fingerprint.generate_random_fingerprint(),
+    )
+    others = [name for name in rows.column_names if name not in features]
+    return datasets.concatenate_datasets([rows.select_columns(others), made], axis=1) if others else made
+
+
+def _with_images(rows: Any, feature: Any, source: DataSource, config: DataSettings, root: Path | None) -> Any:
+    """The rows with the image column as undecoded images, made of paths or of base64 where it holds text."""
+    column = config.image_column
+    if isinstance(feature, datasets.Image) or _can_hold_images(feature):
+        return rows.cast_column(column, datasets.Image(decode=False))
+    if not (isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")):
+        raise RecipeError(
+            f"--image_column {column} of {source.flag} holds {_in_words(feature)}, not images: choose another of "
+            f"{list(rows.features)}"
+        )
+    first = next(iter(rows.select_columns([column])))[column]
+    check_holds_pictures(first, column, source.flag, is_local=root is not None)
+    finder = PictureFinder(root) if root is not None else None
+
+    def make(value: str | None) -> dict[str, Any]:
+        try:
+            return {column: encoded(value, finder), DEFECT: None}
+        except Missing:  # told when the picture is read
+            return {column: {"bytes": None, "path": value and str(Path(root or "", value))}, DEFECT: None}
+        except NotFound as error:
+            return {column: {"bytes": None, "path": value}, DEFECT: str(error)}
+
+    return _replaced(rows, column, {column: datasets.Image(decode=False), DEFECT: datasets.Value("string")}, make)
+
+
+def _can_hold_captions(feature: object) -> bool:
+    """Whether it holds strings or lists of strings; a column that is all null is found row by row."""
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature = feature.feature
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
+
+
+def _can_hold_images(feature: object) -> bool:
+    """Whether undecoded images can be read from this feature: encoded bytes, or {"bytes", "path"}."""
+    if isinstance(feature, datasets.Value):
+        return feature.dtype in ("binary", "large_binary")
+    return isinstance(feature, dict) and set(feature) >= {"bytes", "path"}
+
+
+def _in_words(feature: Any) -> str:
+    return f"an object with the keys {', '.join(feature)}" if isinstance(feature, dict) else str(feature)
+
+
+def not_captions(flag: str, column: str, feature: Any, place: str) -> str:
+    """What a column holds instead of captions, and how to make some of it."""
+    words = f"{flag} {column} of {place} holds {_in_words(feature)}"
+    if isinstance(feature, dict):
+        inner = f"{column}.{'caption' if 'caption' in feature else next(iter(feature), 'KEY')}"
+        return (
+            f"{words}: choose one of its texts, as in --caption_column {inner} or --caption_template "
+            f"'a photo, {{{inner}}}'"
+        )
+    return (
+        f"{words}, neither strings nor lists of strings: choose another column, or put it into words, as in "
+        f"--caption_template 'number {{{column}}}'"
+    )

@@ -1,0 +1,56 @@
+"""What a table holds instead of a picture: its path, its bytes, or its bytes in base64."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any
+
+from sd_recipes.data.picture_files import ADDRESS, NotFound, PictureFinder
+from sd_recipes.errors import RecipeError
+
+Encoded = dict[str, Any]  # an image: {"bytes", "path"}, one of which may be None
+DATA_ADDRESS = "data:image/"  # RFC 2397
+# How JPEG, PNG, GIF, WebP, TIFF, BMP, and HEIC and AVIF begin in base64.
+BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkq", "TU0AK", "Qk", "AAAA")
+SHORTEST_BASE64 = 60  # no picture is shorter
+
+
+def encoded(value: Any, finder: PictureFinder | None) -> Encoded:
+    """The image that a table's value stands for; paths are looked up by `finder`. Raises NotFound."""
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    if isinstance(value, dict):
+        if value.get("bytes") is not None:
+            return {**encoded(value["bytes"], None), "path": value.get("path")}
+        value = value.get("path")
+    if isinstance(value, str) and is_base64(value):
+        try:
+            return {"bytes": base64.b64decode(value.partition("base64,")[2] or value), "path": None}
+        except binascii.Error as error:
+            raise NotFound(f"a picture in base64 that is damaged: {error}") from None
+    if finder is None:
+        raise NotFound("neither a picture nor its path")
+    return {"bytes": None, "path": finder.find(value)}
+
+
+def is_base64(text: str) -> bool:
+    """Whether it begins as pictures do in base64."""
+    return text.startswith(DATA_ADDRESS) or (len(text) >= SHORTEST_BASE64 and text.startswith(BASE64_STARTS))
+
+
+def check_holds_pictures(value: Any, column: str, place: str, *, is_local: bool) -> None:
+    """Check a column by one of its values. Raises RecipeError for addresses, and for paths in data elsewhere."""
+    path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
+    if not isinstance(path, str) or is_base64(path) or path.startswith("file://"):
+        return
+    if ADDRESS.match(path):
+        raise RecipeError(
+            f"--image_column {column} of {place} holds addresses ({path:.60}), and pictures are not fetched while "
+            "training: download them first, for instance with img2dataset, and give their folder"
+        )
+    if not is_local:
+        raise RecipeError(
+            f"--image_column {column} of {place} holds text ({path:.60}), and there are no files of such names: "
+            "download the data set, and give its folder"
+        )

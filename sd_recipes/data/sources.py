@@ -1,0 +1,340 @@
+"""What a source is, told by what lies there: pictures, a table, shards, a saved data set, or a name on the Hub."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import yaml
+from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.packaged_modules.arrow.arrow import Arrow
+
+from sd_recipes import assets
+from sd_recipes.data.columns import columns_of, has_columns, rows_from
+from sd_recipes.data.folder import PictureFolder, folder_name
+from sd_recipes.data.parquet_files import ParquetFiles
+from sd_recipes.data.picture_files import IMAGE_SUFFIXES, Listing, PictureFinder, list_files, suffix_of
+from sd_recipes.data.recognised import Recognised, some
+from sd_recipes.data.splits import TRAIN, deal, split_in
+from sd_recipes.data.table_rows import image_root, path_columns, read_rows
+from sd_recipes.data.tables import DELIMITED, JSON, PARQUET, Table
+from sd_recipes.data.tars import TAR_SUFFIXES, load_tars
+from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.recipe import DataSettings, DataSource
+
+FOLDER_SHARDS = 64  # of rows in memory that are read as a stream
+ARROW = (".arrow",)
+SHARDS = (*TAR_SUFFIXES, *PARQUET, *ARROW)  # files of rows, of which there may be many
+TABLES = (*DELIMITED, *JSON)
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")  # of WebDataset: {00000..00010}
+ARCHIVES = (".zip", ".rar", ".7z")
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` writes
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class Opened:
+    """A source's rows or streams by split, columns not yet checked, and what it turned out to be."""
+
+    splits: dict[str, Any]
+    recognised: Recognised
+    root: Path | None  # where paths in its image column begin; None for data that are elsewhere
+
+
+def is_local(source: DataSource) -> bool:
+    """Whether a source's files are on this machine."""
+    name = place_of(source)
+    return "://" not in name and (os.path.exists(name) or bool(local_files(name)))
+
+
+def place_of(source: DataSource) -> str:
+    """The folder, files, address or name on the Hub that a source is, `~` and embedded names filled in."""
+    name = source.dataset_name if source.dataset_name is not None else source.train_data_dir
+    return os.path.expanduser(assets.resolve(name or ""))
+
+
+def local_files(name: str) -> list[str]:
+    """The files that a path, a glob, or a path with `{00000..00010}` stands for. Raises RecipeError if one lacks."""
+    if os.path.isfile(name):
+        return [name]
+    names = [name]
+    while found := BRACES.search(names[0]):
+        first, last = found[1], found[2]
+        numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        names = [each[: found.start()] + number + each[found.end() :] for each in names for number in numbers]
+    if len(names) > 1 or names[0] != name:
+        if missing := [each for each in names if not os.path.isfile(each)]:
+            raise RecipeError(f"{name} stands for {len(names)} files, and {missing[0]} is not there")
+        return names
+    return sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+
+
+def open_source(source: DataSource, config: DataSettings, cache_dir: str | None, *, streaming: bool) -> Opened:
+    """The rows of a source by split, or its streams. Raises RecipeError if there are none, or they cannot be read."""
+    return guarded(source, _Opening(source, config, cache_dir, streaming).open)
+
+
+def guarded(source: DataSource, read: Callable[[], T]) -> T:
+    """What `read` returns; its errors become a RecipeError about the source."""
+    try:
+        return read()
+    except RecipeError:
+        raise
+    except StopIteration:  # raised where `datasets` looks at a file's first rows
+        raise RecipeError(f"{source.flag} has a file without rows: remove it, or give a folder with rows") from None
+    # Whatever `datasets` raises while it reads a user's files is about those files. Its errors have no
+    # common base class, so each is passed on in one line with its own words.
+    except Exception as error:
+        raise RecipeError(f"{source.flag} cannot be read: {_words_of(error)}") from error
+
+
+def _words_of(error: BaseException) -> str:
+    told: BaseException = error
+    while isinstance(told, datasets.exceptions.DatasetGenerationError) and told.__cause__ is not None:
+        told = told.__cause__  # the cause says what went wrong
+    return one_line(told, 500)
+
+
+class _Opening:
+    def __init__(self, source: DataSource, config: DataSettings, cache_dir: str | None, streaming: bool) -> None:
+        self.source, self.config, self.cache_dir, self.streaming = source, config, cache_dir, streaming
+        self.name = place_of(source)
+
+    def open(self) -> Opened:
+        if "://" in self.name:
+            self._refuse("names an address", "train_data_dir", "dataset_config_name", "dataset_revision")
+            suffix = _kind(self.name.partition("?")[0])
+            if suffix in SHARDS:
+                return self._shards({TRAIN: [self.name]}, Recognised(f"{suffix} files at an address"), None)
+            return self._hub()
+        if os.path.isdir(self.name):
+            return self._in_folder(Path(self.name))
+        if files := local_files(self.name):
+            return self._files(files)
+        if self.source.dataset_name is None or self._looks_like_path():
+            raise RecipeError(f"{self.source.flag}: no such file or folder{self._near()}")
+        return self._hub()
+
+    def _looks_like_path(self) -> bool:
+        name = self.source.dataset_name or ""
+        return name.startswith(("/", ".", "~")) or name.count("/") > 1 or _kind(name) != "" or "*" in name
+
+    def _near(self) -> str:
+        """What is there of a path that is not."""
+        there = next((place for place in Path(self.name).absolute().parents if place.is_dir()), None)
+        return f" ({there} is there)" if there and there != Path("/") else ""
+
+    def _refuse(self, why: str, *names: str) -> None:
+        for name in names:
+            if getattr(self.source, name) is not None and (name != "train_data_dir" or self.source.dataset_name):
+                raise RecipeError(f"{self.source.flag} {why}, which --{name} contradicts: drop one")
+
+    # The Hub
+
+    def _hub(self) -> Opened:
+        found = datasets.load_dataset(
+            self.name,
+            self.source.dataset_config_name,
+            data_dir=self.source.train_data_dir if self.source.dataset_name else None,
+            revision=self.source.dataset_revision,
+            cache_dir=self.cache_dir,
+            streaming=self.streaming,
+        )
+        return Opened(dict(found), Recognised("a data set of the Hub"), None)
+
+    # Files
+
+    def _files(self, files: list[str]) -> Opened:
+        self._refuse("names files", "train_data_dir", "dataset_config_name", "dataset_revision")
+        kinds = Counter(map(_kind, files))
+        kind = next(iter(kinds))
+        if len(kinds) > 1:
+            raise RecipeError(
+                f"{self.source.flag} has files of several kinds ({', '.join(kinds)}): choose those of one kind"
+            )
+        # For training, whatever the files' names: one called test.parquet would otherwise be a split `test`.
+        if kind in TABLES:
+            return self._tables({TRAIN: files})
+        if kind in SHARDS:
+            return self._shards({TRAIN: files}, Recognised(f"{len(files):,} {kind} files"), Path(files[0]).parent)
+        if kind in IMAGE_SUFFIXES:
+            raise RecipeError(f"{self.source.flag} is a picture: give the folder that it is in")
+        if kind in ARCHIVES:
+            raise RecipeError(f"{self.source.flag} is an archive: unpack it, and give its folder")
+        raise RecipeError(
+            f"{self.source.flag} is no kind of file that holds rows: these are {', '.join((*TABLES, *SHARDS))}"
+        )
+
+    def _shards(self, files: dict[str, list[str]], recognised: Recognised, root: Path | None) -> Opened:
+        first = next(iter(files.values()))[0]
+        kind = _kind(first if root is not None else first.partition("?")[0])
+        data_files: Any = files
+        if root is not None:  # as they are: their names may hold [, ] or *
+            data_files = DataFilesDict({split: _literal(paths) for split, paths in files.items()})
+        options: dict[str, Any] = {"cache_dir": self.cache_dir, "streaming": self.streaming}
+        if kind in TAR_SUFFIXES:
+            splits, recognised.captions = load_tars(data_files, self.config, self.source, **options)
+            return Opened(dict(splits), recognised, None)
+        builder = (ParquetFiles if kind in PARQUET else Arrow)(cache_dir=self.cache_dir, data_files=data_files)
+        if self.streaming:
+            return Opened(dict(builder.as_streaming_dataset()), recognised, root)
+        builder.download_and_prepare()
+        return Opened(dict(builder.as_dataset()), recognised, root)
+
+    def _tables(self, files: dict[str, list[str]], within: Path | None = None) -> Opened:
+        """Rows of tables that name pictures `within` a folder, or anywhere on this machine, or hold them."""
+        columns = columns_of(self.source, self.config)
+        paths = [path for each in files.values() for path in each]
+        recognised = Recognised(f"the table {paths[0]}" if len(paths) == 1 else f"{len(paths):,} tables: {some(paths)}")
+        splits: dict[str, Any] = {}
+        for split, of_split in files.items():
+            parts = [self._table(Path(path), columns, recognised, within) for path in of_split]
+            splits[split] = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+        return self._in_memory(splits, recognised, Path(paths[0]).parent)
+
+    def _table(self, path: Path, columns: list[str], recognised: Recognised, within: Path | None) -> datasets.Dataset:
+        table = Table(path, self.config.text_encoding)
+        if not table.columns:
+            raise StopIteration
+        pictures = next((name for name in path_columns(self.config.image_column) if name in table.columns), None)
+        hint = "; its first line looks like a row: add one with names, as `image,text`" if table.looks_headless else ""
+        if pictures is None:
+            words = has_columns(self.config.image_column, table.columns)
+            raise RecipeError(f"--image_column {self.config.image_column}: {table.path} {words}{hint}")
+        for name in columns:
+            if not table.has(name):
+                raise RecipeError(f"--caption_column {name}: {table.path} {has_columns(name, table.columns)}{hint}")
+        root = image_root(self.source)
+        finder = PictureFinder(root or path.parent, within=None if root else within)
+        rows = read_rows(table, pictures, columns, finder)
+        recognised.note("rows have no picture", rows.lacking)
+        if finder.nearly:
+            recognised.notes.append(f"{finder.nearly:,} paths were found in another case, form or with another slash")
+        return rows_from(rows.images, rows.columns, rows.defects, self.config.image_column)
+
+    def _in_memory(self, splits: dict[str, Any], recognised: Recognised, root: Path) -> Opened:
+        if self.streaming:
+            if not all(map(len, splits.values())):
+                raise StopIteration
+            splits = {name: rows.to_iterable_dataset(min(len(rows), FOLDER_SHARDS)) for name, rows in splits.items()}
+        return Opened(splits, recognised, root)
+
+    # Folders
+
+    def _in_folder(self, folder: Path) -> Opened:
+        if self.source.dataset_name is not None and self.source.train_data_dir is not None:
+            folder = folder / self.source.train_data_dir
+            if not folder.is_dir():
+                raise RecipeError(f"--train_data_dir {self.source.train_data_dir}: {self.name} has no such folder")
+        if self.source.dataset_revision is not None:
+            raise RecipeError(
+                f"{self.source.flag} is on this machine and has no revisions: drop --dataset_revision "
+                f"{self.source.dataset_revision}"
+            )
+        if (folder / SAVED_SPLITS).is_file() or (folder / SAVED).is_file():
+            saved = datasets.load_from_disk(str(folder))
+            splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {TRAIN: saved}
+            return self._in_memory(splits, Recognised("a data set saved by save_to_disk"), folder)
+        if self.source.dataset_config_name is not None or _has_configs(folder):
+            found = datasets.load_dataset(
+                str(folder), self.source.dataset_config_name, cache_dir=self.cache_dir, streaming=self.streaming
+            )
+            return Opened(dict(found), Recognised("a clone of a data set with configurations"), folder)
+        listing = list_files(folder, follow_links=self.config.follow_links)
+        if listing.pictures:
+            pictures = PictureFolder(folder, listing, self.source, self.config)
+            rows = pictures.read()
+            if rows is not None:
+                number = len(listing.pictures)
+                pictures.recognised.layout = f"a folder of {number:,} pictures"
+                return self._in_memory(dict(rows), pictures.recognised, folder)
+        kinds = {kind: files for kind in (*SHARDS, *TABLES) if (files := _files_of(listing, kind))}
+        if not kinds:
+            raise self._nothing(folder, listing)
+        return self._data_files(folder, listing, kinds)
+
+    def _data_files(self, folder: Path, listing: Listing, kinds: dict[str, list[str]]) -> Opened:
+        """Rows of a folder of shards, or of tables that name pictures elsewhere; of the first kind that there is."""
+        kind, files = next(iter(kinds.items()))
+        recognised = Recognised(f"a folder of {len(files):,} {kind} files")
+        for other, passed_over in itertools.islice(kinds.items(), 1, None):
+            recognised.note(f"{other} files are passed over", [os.path.relpath(path, folder) for path in passed_over])
+        if listing.pictures:
+            recognised.note("pictures without captions are passed over", listing.pictures)
+        if kind in TAR_SUFFIXES:
+            finished = {path.removesuffix("_stats.json") for path in listing.with_suffix(".json") if "_stats" in path}
+            if unfinished := [path for path in files if finished and path.removesuffix(kind) not in finished]:
+                recognised.note("shards are unfinished (they have no _stats.json) and passed over", unfinished)
+                files = [path for path in files if path not in set(unfinished)]
+        by_split = deal(files, [split_in(os.path.relpath(path, folder)) for path in files])
+        left = by_split.pop("", [])
+        recognised.note("files are of no split and passed over", [os.path.relpath(path, folder) for path in left])
+        if kind in TABLES:
+            opened = self._tables(by_split, folder)
+            opened.recognised.notes += recognised.notes
+            return opened
+        return self._shards(by_split, recognised, folder)
+
+    def _nothing(self, folder: Path, listing: Listing) -> RecipeError:
+        flag, pictures = self.source.flag, listing.pictures
+        if pictures:
+            ways = (
+                "put each one's caption into a .txt file of the same name beside it, or all into a metadata.jsonl with "
+                'lines like {"file_name": "a.png", "text": "…"}, or take names, by --caption_from file or folder'
+            )
+            labels = dict.fromkeys(
+                folder_name(path, self.config) for path in pictures if os.path.dirname(path) != str(folder)
+            )
+            if labels:
+                ways += f", or --caption_template 'a photo of a {{label}}' (label: {some(list(labels))})"
+            return RecipeError(f"{flag} has {len(pictures):,} pictures and no captions for them: {ways}")
+        if listing.links_outside:
+            return RecipeError(f"{flag} has only links that lead out of it: --follow_links follows them")
+        others = {suffix: len(paths) for suffix, paths in listing.others.items()}
+        if not others:
+            return RecipeError(f"{flag} is empty: put images there, each with its caption in a .txt file beside it")
+        archives = [path for suffix in ARCHIVES for path in listing.others.get(suffix, [])]
+        hint = f"; {archives[0]} is an archive: unpack it" if archives else ""
+        found = ", ".join(f"{number:,} {suffix or 'without a suffix'}" for suffix, number in list(others.items())[:5])
+        return RecipeError(f"{flag} has neither pictures nor files of rows, but other files ({found}){hint}")
+
+
+def _kind(name: str) -> str:
+    """A file's suffix, in lower case; `.tar.gz` as one."""
+    lower = name.lower()
+    return next((suffix for suffix in TAR_SUFFIXES if lower.endswith(suffix)), suffix_of(lower))
+
+
+def _files_of(listing: Listing, kind: str) -> list[str]:
+    """The files of a kind, but for what img2dataset, the Hub and `datasets` write beside the data."""
+    files = [path for path in listing.with_suffix(suffix_of(f"x{kind}")) if _kind(path) == kind]
+    beside = ("_stats.json", "dataset_info.json", "dataset_infos.json", "state.json")
+    return [path for path in files if not path.endswith(beside)]
+
+
+def _literal(paths: Iterable[str]) -> DataFilesList:
+    """Files as `datasets` takes them where they are not patterns; their times and sizes are part of the cache's key."""
+    absolute = [os.path.abspath(path) for path in paths]
+    return DataFilesList(
+        absolute, [(path, f"{os.stat(path).st_mtime_ns} {os.stat(path).st_size}") for path in absolute]
+    )
+
+
+def _has_configs(folder: Path) -> bool:
+    """Whether a README of a data set says which files make up which configuration and split."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        header = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return False
+    return isinstance(header, dict) and "configs" in header

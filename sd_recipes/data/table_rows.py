@@ -1,0 +1,81 @@
+"""Tables that point to pictures, or hold them: their rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded
+from sd_recipes.data.picture_files import Missing, NotFound, Outside, PictureFinder
+from sd_recipes.data.tables import PATH_KEY, Table
+from sd_recipes.errors import RecipeError
+from sd_recipes.recipe import DataSource
+
+# Columns that usually hold a picture's path, in order of preference after --image_column.
+PATH_COLUMNS = (
+    PATH_KEY, "image", "image_path", "image_file", "image_name", "img", "img_path", "path", "file", "file_path",
+    "filepath", "filename", "name",
+)  # fmt: skip
+
+
+@dataclass
+class TableRows:
+    """Rows of one table: images, columns, and what is wrong with each row, or None.
+
+    A missing file is not: that is told when the picture is read.
+    """
+
+    images: list[Encoded]
+    columns: dict[str, list[Any]]
+    defects: list[str | None]
+    lacking: list[str]  # the names of pictures that were not found
+
+
+def image_root(source: DataSource) -> Path | None:
+    """The folder in which a source's relative paths begin, if it is given. Raises RecipeError if there is none."""
+    if source.image_root is None:
+        return None
+    root = Path(source.image_root).expanduser()
+    if not root.is_dir():
+        raise RecipeError(f"--image_root {source.image_root}: no such folder")
+    return root
+
+
+def path_columns(image_column: str) -> tuple[str, ...]:
+    """The columns in which pictures, or their paths, are looked for; only the one that was asked for, if it is."""
+    return PATH_COLUMNS if image_column == PATH_COLUMNS[1] else (image_column, PATH_KEY)
+
+
+def read_rows(table: Table, pictures: str, columns: list[str], finder: PictureFinder) -> TableRows:
+    """The rows of a table whose column `pictures` says which picture each is. Raises RecipeError."""
+    found = table.read([pictures, *(name for name in columns if name != pictures)])
+    values = found[pictures]
+    first = next((value for value in values if value is not None), None)
+    check_holds_pictures(first, pictures, str(table.path), is_local=True)
+    rows = TableRows([], {name: found[name] for name in columns}, [], [])
+    reason = ""
+    for number, value in enumerate(values, start=1):
+        defect = None
+        try:
+            image = encoded(value, finder)
+        except Outside:
+            raise RecipeError(
+                f"{table.path}: row {number} names {value!r}, outside of {finder.within}: images must lie in the "
+                f"folder; a table that may name any file is given by itself, as --dataset_name {table.path}"
+            ) from None
+        except NotFound as error:
+            image = {"bytes": None, "path": str(finder.root / value) if isinstance(value, str) else None}
+            defect = None if isinstance(error, Missing) else str(error)
+            rows.lacking.append(str(image["path"] or f"row {number}"))
+            reason = reason or str(error)
+        rows.images.append(image)
+        rows.defects.append(defect)
+    if rows.images and len(rows.lacking) == len(rows.images):
+        place = finder.place_of(first)
+        hint = f"; there is one of that name in {place}: give --image_root {place}" if place else ""
+        raise RecipeError(
+            f"{table.path}: none of its {len(values)} rows has its picture; the first: {reason} (column "
+            f"{pictures}; --image_root says where the paths begin){hint}"
+        )
+    return rows
