@@ -45,11 +45,13 @@ def refuse_folder(output_dir: Path, model: str | None) -> None:
     """Raises RecipeError if the folder holds checkpoints of diffusers' script, with the ways to go on from them."""
     found = [path for path in list_checkpoints(output_dir) if is_of_diffusers(path)]
     if found:
-        names = ", ".join(path.name for path in found[-3:])
+        names, newest = ", ".join(path.name for path in found[-3:]), found[-1]
+        ways = only_unet(newest, model)
+        if (newest / "unet").is_dir():
+            ways = f"add --resume_from_checkpoint {newest}, which takes over UNet, optimizer and average, or {ways}"
         raise RecipeError(
-            f"--output_dir {output_dir} holds checkpoints of diffusers' script ({names}), to which none of "
-            f"this program's are added: choose another, and add --resume_from_checkpoint {found[-1]}, which takes over "
-            f"UNet, optimizer and average; or {only_unet(found[-1], model)}"
+            f"--output_dir {output_dir} holds no run of this program, but checkpoints of diffusers' script ({names}): "
+            f"choose a new or an empty folder, and {ways}"
         )
 
 

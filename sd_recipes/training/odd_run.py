@@ -35,14 +35,13 @@ def odd_rates(run: Run) -> list[str]:
         return []
     if 2 * warmup <= num_steps:
         return []
-    factor = run.state.schedule.lr_lambdas[0]
-    rates = [factor(step) for step in range(num_steps)]
+    highest = max(map(run.state.schedule.lr_lambdas[0], range(num_steps)))
     flag = shown(recipe, "lr_warmup_steps")
     remedy = f"--lr_warmup_steps {num_steps // 10}"
-    if max(rates) < 1:
+    if highest < 1:
         return [
             f"{flag} is longer than the run of {num_steps} steps: under --lr_scheduler {recipe.lr_scheduler} the "
-            f"learning rate gets to {100 * max(rates):.2g} % of --learning_rate {recipe.learning_rate:g}. Use "
+            f"learning rate gets to {100 * highest:.2g} % of --learning_rate {recipe.learning_rate:g}. Use "
             f"{remedy}, or train longer."
         ]
     return [

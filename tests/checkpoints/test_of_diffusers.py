@@ -198,7 +198,7 @@ def test_their_output_folder_is_recognised_and_left_alone(
     with pytest.raises(RecipeError) as error:
         run_it(settings, output_dir=str(old), resume_from_checkpoint="latest")
     told = str(error.value)
-    assert f"holds checkpoints of diffusers' script (checkpoint-{STEPS})" in told
+    assert f"holds no run of this program, but checkpoints of diffusers' script (checkpoint-{STEPS})" in told
     assert f"--resume_from_checkpoint {old / f'checkpoint-{STEPS}'}" in told
     assert f"--pretrained_model_name_or_path {old / f'checkpoint-{STEPS}' / 'unet'} --base" in told
     assert sorted(old.rglob("*")) == before
