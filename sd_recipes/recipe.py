@@ -146,6 +146,13 @@ class DataSource(Section):
         return f"--train_data_dir {self.train_data_dir}"
 
 
+# Settings that say where rows come from, if data_sources do not; the first two name the place.
+OF_ONE_SOURCE = (
+    "dataset_name", "train_data_dir", "dataset_config_name", "dataset_revision", "train_split", "image_root",
+    "caption_extension",
+)  # fmt: skip
+
+
 class DataConfig(Section):
     """Data: where the rows come from, and what happens to those that cannot be used."""
 
@@ -163,6 +170,11 @@ class DataConfig(Section):
     train_split: str = setting("train", "compared", "Split of the data set to train on.")
     data_sources: list[DataSource] | None = setting(
         None, "compared", "Several sources mixed by weight, instead of --dataset_name; only in a recipe file."
+    )
+    dataset_config: str | None = setting(
+        None,
+        "free",
+        "kohya's dataset.toml or .json, whose keys are read as settings; those without a counterpart are warned of.",
     )
     image_column: str = setting("image", "warned", "Column with the image, its path, or its bytes in base64.")
     image_root: str | None = setting(
@@ -305,8 +317,7 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
                 )
             if not self.data_sources:
                 raise ValueError("data_sources of the recipe file is empty: name a dataset_name or a train_data_dir")
-            names = ("dataset_config_name", "dataset_revision", "train_split", "image_root", "caption_extension")
-            for name in names:
+            for name in OF_ONE_SOURCE[2:]:
                 # A resolved recipe names them too, at their defaults.
                 if getattr(self, name) != DataConfig.model_fields[name].default:
                     raise ValueError(

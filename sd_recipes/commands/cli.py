@@ -78,9 +78,9 @@ def started(argv: list[str] | None, command: Command) -> Iterator[Recipe]:
         speak_utf8()
     print_anything()
     with mistakes_in_one_line():
+        set_up_console()  # first, since loading a recipe may warn
         recipe = load_recipe(argv, command)
         sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers publish the command line
-        set_up_console()
         if not has_utf8():
             logger.warning(
                 "File names are read as %s here, and others may not be found: start Python with PYTHONUTF8=1.",

@@ -38,7 +38,7 @@ from sd_recipes.runtime.agreement import wait_for_all
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # of the files, and of how images become pixels
+FORMAT = 4  # of the files, and of how images become pixels
 ROWS_PER_FILE = 2048
 BYTES_PER_FILE = 256 * 2**20
 SHARED_MEMORY = Path("/dev/shm")
