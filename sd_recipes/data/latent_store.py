@@ -213,7 +213,7 @@ class LatentStore:
         beside = path.with_name(f"{self.rank:05d}-{time.time_ns():x}-json{PARTIAL}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if path.is_file() and path.read_text() == words:
+            if path.is_file() and path.read_text(encoding="utf-8") == words:
                 return
             with _held(beside) as file:
                 file.write(words.encode())

@@ -218,7 +218,7 @@ def _read_unet_config(config: ModelConfig) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"--unet_config {path}: no such file")
     try:
-        unet_config = json.loads(path.read_text())
+        unet_config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"--unet_config {path}: not a JSON file: {error}") from None
     if not isinstance(unet_config, dict):
