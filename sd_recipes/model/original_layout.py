@@ -112,7 +112,7 @@ def take_part(weights: Weights, part: str, config: Mapping[str, Any], names: Ite
 
     What the module lacks stays, under the file's own name. A file that has diffusers' names already is left as it is.
     """
-    prefix = next(each for each in PREFIXES[part] if any(name.startswith(each) for name in weights.shapes))
+    prefix = next((each for each in PREFIXES[part] if any(name.startswith(each) for name in weights.shapes)), "")
     found = weights.under(prefix)
     if part == "text_encoder":
         return _open_clip(found, names) if "token_embedding.weight" in found.shapes else found
