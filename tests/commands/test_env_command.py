@@ -66,9 +66,10 @@ def test_what_is_missing_or_too_old_is_named(monkeypatch: pytest.MonkeyPatch) ->
     ]  # fmt: skip
 
 
-def test_it_runs_on_python_alone() -> None:
-    """Where nothing is installed, and in no checkout."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from sd_recipes.commands.env import main; main([])"
+def test_it_runs_on_python_alone(tmp_path: Path) -> None:
+    """Where nothing is installed, and in no checkout: a checkout may hold what an installation left."""
+    (tmp_path / "sd_recipes").symlink_to(ROOT / "sd_recipes")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from sd_recipes.commands.env import main; main([])"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code], env=environment(), cwd="/", capture_output=True, text=True
     )
