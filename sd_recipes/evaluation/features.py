@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -127,41 +128,33 @@ class FeatureModel:
         folder = assets.resolve(model)
         if (folder.startswith((".", "/", "~")) or folder.count("/") > 1) and not Path(folder).is_dir():
             raise RecipeError(f"feature model {model}: no such folder")
-        try:
+        with one_line_of(f"feature model {model}: give a folder, a Hub id, or sd-recipes/tiny-clip"):
             config, _ = PreTrainedConfig.get_config_dict(folder, cache_dir=cache_dir)
-        # Here and below: transformers has no common base for what a bad model raises.
-        except Exception as error:
-            raise RecipeError(f"feature model {model}: cannot load its config.json: {one_line(error)}") from error
         kind = config.get("model_type")
         if kind not in NETWORKS:
+            found = f"of the type {kind}" if kind else "no model with a config.json that names its model_type"
             raise RecipeError(
-                f"feature model {model} is of the type {kind}: give a CLIP or a DINOv2 of transformers, or "
-                "sd-recipes/tiny-clip"
+                f"feature model {model} is {found}: give a CLIP or a DINOv2 of transformers, or sd-recipes/tiny-clip"
             )
         family, part, self.output = NETWORKS[kind]
         self.name = f"{family} {Path(model).name} (not Inception)"
-        try:
-            self.network, loading = part.from_pretrained(
+        with one_line_of(f"feature model {model} cannot be loaded: give one with a whole model.safetensors"):
+            network, loading = part.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, cache_dir=cache_dir, output_loading_info=True
             )
-        except Exception as error:
-            raise RecipeError(
-                f"feature model {model}: cannot load its weights from safetensors: {one_line(error)}"
-            ) from error
         if missing := sorted(loading["missing_keys"]):
             raise RecipeError(
-                f"feature model {model} lacks {len(missing)} of its weights, such as {missing[0]}, and features would be "
+                f"feature model {model} lacks {len(missing)} weights, such as {missing[0]}, and features would be "
                 "random: give one that is whole"
             )
-        self.network = self.network.to(self.device).eval()
-        try:
+        self.network = network.to(self.device).eval()
+        with one_line_of(f"feature model {model} has no preprocessor_config.json: copy the one of the original"):
             settings, _ = ImageProcessingMixin.get_image_processor_dict(folder, cache_dir=cache_dir)
+        with one_line_of(
+            f"feature model {model} takes no pictures as its preprocessor_config.json prepares them: mend it"
+        ):
             self.preprocessing = Preprocessing.from_config(settings)
             self.dimensions = self._features([Image.new("RGB", (64, 64))]).shape[1]
-        except Exception as error:
-            raise RecipeError(
-                f"feature model {model}: cannot prepare pictures by its preprocessor_config.json: {one_line(error)}"
-            ) from error
 
     def __call__(self, pictures: Iterable[Picture]) -> np.ndarray:
         """Features (N, D) float64 of PIL images, or uint8 tensors (3, H, W), of any sizes; one batch is held at a time.
@@ -189,6 +182,15 @@ class FeatureModel:
         pixel_values = torch.stack([self.preprocessing(image) for image in images]).to(self.device)
         # Float64 on the host: Apple's GPUs lack it.
         return self.network(pixel_values=pixel_values)[self.output].cpu().double().numpy()
+
+
+@contextmanager
+def one_line_of(words: str) -> Iterator[None]:
+    """Raise RecipeError with these words for any error: transformers has no common base for what a bad model raises."""
+    try:
+        yield
+    except Exception as error:
+        raise RecipeError(f"{words} ({one_line(error)})") from error
 
 
 def batched(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
