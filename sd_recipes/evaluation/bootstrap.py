@@ -59,10 +59,15 @@ class Bootstrap:
         counter = np.array([0, resample, 0, 0], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
-    def score(self, values: np.ndarray) -> Score:
-        """From the score of the set as it is and of each resample, (1 + num_resamples,), by their percentiles."""
+    def score(self, values: np.ndarray, lowest: float = -math.inf, highest: float = math.inf) -> Score:
+        """From the score of the set as it is and of each resample, (1 + num_resamples,), by percentiles.
+
+        Repeats add bias to some scores. It is taken off: the resamples' mean is moved to the score, and what then lies
+        beyond the lowest and the highest that there can be is moved to those.
+        """
         if not self.num_resamples:
             return Score(float(values[0]), math.nan, math.nan)
+        resamples = (values[1:] + (values[0] - values[1:].mean())).clip(lowest, highest)
         outside = (1 - self.confidence) / 2
-        low, high = np.quantile(values[1:], [outside, 1 - outside])
+        low, high = np.quantile(resamples, [outside, 1 - outside])
         return Score(float(values[0]), float(low), float(high))

@@ -36,8 +36,7 @@ def frechet_distance(drawn: np.ndarray, real: np.ndarray, *, bootstrap: Bootstra
     With Σ = FᵀF, the trace of the root is the sum of the singular values of F_d F_rᵀ. F is the triangular factor of the
     centred features, so that no covariance is formed or rooted, and singular ones are as exact as others. They are
     singular for N ≤ D, where the score is far above that of more pictures, and a warning says so. It falls with N at
-    any size (Chong & Forsyth 2020): compare scores of equally many pictures. Resampling adds this bias once more, which
-    is taken off the interval: it is one for the score's expectation at this number of pictures.
+    any size (Chong & Forsyth 2020): compare scores of equally many pictures, of which the interval speaks too.
 
     Raises ValueError for features that are not (N, D) with N of 2 or more, finite, and within float32's range.
     """
@@ -53,9 +52,7 @@ def frechet_distance(drawn: np.ndarray, real: np.ndarray, *, bootstrap: Bootstra
     values = np.array(
         [frechet_of_normals(*normal(drawn, of_drawn), *normal(real, of_real)) for of_drawn, of_real in sets]
     )
-    if bootstrap.num_resamples:
-        values[1:] = (values[1:] + values[0] - values[1:].mean()).clip(min=0)
-    return bootstrap.score(values)
+    return bootstrap.score(values, 0)
 
 
 def kernel_distance(
@@ -114,8 +111,8 @@ def precision_recall(
     """Shares of drawn pictures among real ones, and of real among drawn, 0 … 1 (Kynkäänniemi et al. 2019, eq. 1, 2).
 
     A picture is among others if one of them is no farther from it than from its own k-th nearest of its set, itself
-    left out. Both depend on the numbers of pictures: the paper takes as many of either, and 50,000. Intervals are of
-    the pictures that are judged, with those that they are among as they are; without width where all are judged alike.
+    left out. Both shares depend on the numbers of pictures: the paper takes as many of either, and 50,000. Resamples
+    have a picture among the others once, however often it was drawn.
 
     Raises ValueError as `frechet_distance`, and for a k of less than 1, or of N or more.
     """
@@ -125,8 +122,11 @@ def precision_recall(
         raise ValueError(
             f"k is {k} for {len(drawn)} drawn and {len(real)} real pictures: give 1 or more, and less than N"
         )
-    precision, recall = among(drawn, real, k), among(real, drawn, k)
-    return share(precision, DRAWN, bootstrap), share(recall, REAL, bootstrap)
+    of_drawn, of_real = bootstrap.counts(len(drawn), DRAWN), bootstrap.counts(len(real), REAL)
+    return (
+        bootstrap.score(shares(of_drawn, among(drawn, real, of_real, k)), 0, 1),
+        bootstrap.score(shares(of_real, among(real, drawn, of_drawn, k)), 0, 1),
+    )
 
 
 def authpct(drawn: np.ndarray, training: np.ndarray, *, bootstrap: Bootstrap | None = None) -> Score:
@@ -136,16 +136,17 @@ def authpct(drawn: np.ndarray, training: np.ndarray, *, bootstrap: Bootstrap | N
     picture. Copies give 0. Fresh samples of the training distribution do not give 100: one is not authentic if it and a
     training picture are each other's nearest, the chance of which is ⅔ on a line, 0.62 in a plane, and falls to ½ with
     the dimension (Cox 1981). That makes 33, 38, … 50; and more than 50 where few pictures are the nearest of many
-    others, as in high dimensions. Pictures far from all training pictures give 100. The interval is of the drawn ones.
+    others, as in high dimensions. Pictures far from all training pictures give 100. The interval is of other drawn
+    pictures and the same training pictures.
 
     Raises ValueError as `frechet_distance`.
     """
     drawn, training = checked(drawn, training, "training")
-    nearest, distances = nearest_of(drawn, training)
-    radii = kth_distances(training, 1)
-    authentic = distances > radii[nearest] + rounding(training)
-    score = share(authentic, DRAWN, bootstrap or Bootstrap())
-    return Score(100 * score.value, 100 * score.low, 100 * score.high)
+    bootstrap = bootstrap or Bootstrap()
+    numbers, distances = nearest(drawn, training, 1)
+    _, radii = nearest(training, training, 1)
+    authentic = (distances > radii[numbers[:, 0]] + rounding(training))[:, 0]
+    return bootstrap.score(100 * shares(bootstrap.counts(len(drawn), DRAWN), authentic), 0, 100)
 
 
 def checked(drawn: np.ndarray, real: np.ndarray, real_name: str = "real") -> tuple[np.ndarray, np.ndarray]:
@@ -254,47 +255,55 @@ def pairs(kernel: Kernel, x: np.ndarray, y: np.ndarray, of_x: np.ndarray, of_y: 
     return sums
 
 
-def share(judged: np.ndarray, number: int, bootstrap: Bootstrap) -> Score:
-    """The share of images for which `judged`, (N,) bool, holds."""
-    values = [row @ judged.astype(np.float64) for row in bootstrap.counts(len(judged), number)]
-    return bootstrap.score(np.array(values) / len(judged))
+def shares(counts: np.ndarray, judged: np.ndarray) -> np.ndarray:
+    """(1 + R,) of a set and its resamples: the share of images for which `judged`, (1 + R, N) or (N,) bool, holds."""
+    return np.where(judged, counts, 0).sum(axis=1) / counts.shape[1]
 
 
-def among(judged: np.ndarray, others: np.ndarray, k: int) -> np.ndarray:
-    """(N,) bool: whether an image is no farther from one of the others than that one's k-th nearest of them."""
-    reach = kth_distances(others, k) + rounding(others)
-    found = np.zeros(len(judged), dtype=bool)
-    for rows in blocks(len(judged)):
-        for columns in blocks(len(others)):
-            found[rows] |= (squared_distances(judged[rows], others[columns]) <= reach[columns]).any(axis=1)
+def among(judged: np.ndarray, others: np.ndarray, of_others: np.ndarray, k: int) -> np.ndarray:
+    """(1 + R, N) bool: whether an image is no farther from one of the others than that one's k-th nearest of them.
+
+    For each row of counts of the others, of which those are there that come once or more.
+    """
+    # So many that k of them are there in all resamples: each is there with a probability of 63 %.
+    numbers, distances = nearest(others, others, min(3 * k + 20, len(others) - 1))
+    distances += rounding(others)
+    there = of_others > 0
+    found = np.zeros((len(there), len(judged)), dtype=bool)
+    for columns in blocks(len(others)):
+        radii = np.full((len(there), columns.stop - columns.start), -math.inf)
+        passed = np.zeros(radii.shape, dtype=np.uint16)
+        for number, distance in zip(numbers[columns].T, distances[columns].T, strict=True):
+            np.copyto(radii, distance, where=there[:, number] & (passed < k))
+            passed += there[:, number]
+        radii[~there[:, columns]] = -math.inf
+        for rows in blocks(len(judged)):
+            between = squared_distances(judged[rows], others[columns])
+            image, other = np.nonzero(between <= radii.max(axis=0))
+            between = between[image, other]
+            for row, radius in zip(found[:, rows], radii, strict=True):
+                row[image[between <= radius[other]]] = True
     return found
 
 
-def kth_distances(features: np.ndarray, k: int) -> np.ndarray:
-    """(N,) squared distances to the k-th nearest other image."""
-    kth = np.empty(len(features))
-    for rows in blocks(len(features)):
-        nearest = np.full((rows.stop - rows.start, k), math.inf)
-        for columns in blocks(len(features)):
-            distances = squared_distances(features[rows], features[columns])
-            if rows == columns:
-                np.fill_diagonal(distances, math.inf)
-            nearest = np.partition(np.hstack([nearest, distances]), k - 1, axis=1)[:, :k]
-        kth[rows] = nearest[:, k - 1]
-    return kth
+def nearest(features: np.ndarray, others: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of each image's k nearest of the others, and squared distances to them, rising; (N, k) both.
 
-
-def nearest_of(features: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) numbers of the nearest of the others, the first of equal ones, and squared distances to them."""
-    nearest, smallest = np.zeros(len(features), dtype=int), np.full(len(features), math.inf)
+    Itself left out if both are one and the same array.
+    """
+    numbers, distances = np.zeros((len(features), k), dtype=int), np.full((len(features), k), math.inf)
     for rows in blocks(len(features)):
         for columns in blocks(len(others)):
-            distances = squared_distances(features[rows], others[columns])
-            first = distances.argmin(axis=1)
-            found = distances[np.arange(len(first)), first]
-            closer = found < smallest[rows]
-            nearest[rows][closer], smallest[rows][closer] = first[closer] + columns.start, found[closer]
-    return nearest, smallest
+            between = squared_distances(features[rows], others[columns])
+            if features is others and rows == columns:
+                np.fill_diagonal(between, math.inf)
+            candidates = np.hstack([distances[rows], between])
+            order = np.argpartition(candidates, k - 1, axis=1)[:, :k]
+            these = np.broadcast_to(np.arange(columns.start, columns.stop), between.shape)
+            numbers[rows] = np.take_along_axis(np.hstack([numbers[rows], these]), order, axis=1)
+            distances[rows] = np.take_along_axis(candidates, order, axis=1)
+    order = distances.argsort(axis=1)
+    return np.take_along_axis(numbers, order, axis=1), np.take_along_axis(distances, order, axis=1)
 
 
 def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -151,7 +151,7 @@ class FeatureModel:
         with one_line_of(f"feature model {model} has no preprocessor_config.json: copy the one of the original"):
             settings, _ = ImageProcessingMixin.get_image_processor_dict(folder, cache_dir=cache_dir)
         with one_line_of(
-            f"feature model {model} takes no pictures as its preprocessor_config.json prepares them: mend it"
+            f"feature model {model} cannot take pictures as its preprocessor_config.json has them: mend it"
         ):
             self.preprocessing = Preprocessing.from_config(settings)
             self.dimensions = self._features([Image.new("RGB", (64, 64))]).shape[1]

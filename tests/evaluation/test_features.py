@@ -186,7 +186,7 @@ def pickled(folder: Path) -> None:
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such folder": (shutil.rmtree, ": no such folder"),
     "an empty folder": (lambda folder: [path.unlink() for path in folder.iterdir()], "is no model with a config.json"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded: give one with a whole model.safetensors ("),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "give one with a whole model.safetensors ("),
     "pickled weights": (pickled, "cannot be loaded: give one with a whole model.safetensors ("),
     "half of the file": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-999]),
@@ -196,12 +196,12 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not finite": (infinite_weight, "features that are not finite: its weights are broken"),
     "another kind": (text_encoder, "is of the type clip_text_model: give a CLIP or a DINOv2 of transformers, or"),
     "no kind": (lambda folder: (folder / "config.json").write_text("{}"), "that names its model_type: give a CLIP"),
-    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), ": give a folder, a Hub id, or sd-recipes/tiny-clip ("),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "/clip: give a folder, a Hub id, or"),
     "no preprocessing": (
-        lambda folder: (folder / "preprocessor_config.json").unlink(), "has no preprocessor_config.json: copy the one of"
+        lambda folder: (folder / "preprocessor_config.json").unlink(), "has no preprocessor_config.json: copy the"
     ),
     "of another size": (
-        lambda folder: changed(folder, "preprocessor_config.json", crop_size=224), "takes no pictures as its preprocessor_config.json"
+        lambda folder: changed(folder, "preprocessor_config.json", crop_size=224), "cannot take pictures as its"
     ),
     "an unknown size": (
         lambda folder: changed(folder, "preprocessor_config.json", size={"longest_edge": 64}),
