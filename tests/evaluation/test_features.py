@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_tokenizer
@@ -248,3 +249,20 @@ def test_what_is_no_picture_is_answered_in_one_line(some: list[Any], said: str) 
 def test_bad_batch_size() -> None:
     with pytest.raises(RecipeError, match="batch size of the feature model is 0: give 1 or more"):
         FeatureModel(batch_size=0)
+
+
+def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scores.md").read_text(), re.DOTALL)
+    exec(example.replace("num_resamples=200", "num_resamples=2"), {})
+    name, *lines = capsys.readouterr().out.splitlines()
+    assert name == "CLIP tiny-clip (not Inception)"
+    frechet, kid, of_cmmd, precision, recall, authentic = (
+        dict(zip(("copies", "held out", "flags"), map(float, column), strict=True))
+        for column in zip(*(re.findall(r" (-?[\d.]+) \(", line) for line in lines), strict=True)
+    )
+    for distance in (frechet, kid, of_cmmd):
+        assert distance["copies"] < distance["held out"] < distance["flags"]
+    assert precision["held out"] > 0.85 > 0.65 > precision["flags"]
+    assert recall["held out"] > 0.85 > 0.65 > recall["flags"]
+    assert authentic["copies"] == 0
+    assert 40 < authentic["held out"] < 65
