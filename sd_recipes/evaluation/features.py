@@ -124,20 +124,20 @@ class FeatureModel:
     ) -> None:
         if batch_size < 1:
             raise RecipeError(f"batch size of the feature model is {batch_size}: give 1 or more")
-        self.model, self.device, self.batch_size = model, torch.device(device), batch_size
+        self.model, self.batch_size = model, batch_size
         folder = assets.resolve(model)
         if (folder.startswith((".", "/", "~")) or folder.count("/") > 1) and not Path(folder).is_dir():
             raise RecipeError(f"feature model {model}: no such folder")
         with one_line_of(f"feature model {model}: give a folder, a Hub id, or sd-recipes/tiny-clip"):
             config, _ = PreTrainedConfig.get_config_dict(folder, cache_dir=cache_dir)
-        kind = config.get("model_type")
+            kind = config.get("model_type")
         if kind not in NETWORKS:
             found = f"of the type {kind}" if kind else "no model with a config.json that names its model_type"
             raise RecipeError(
                 f"feature model {model} is {found}: give a CLIP or a DINOv2 of transformers, or sd-recipes/tiny-clip"
             )
         family, part, self.output = NETWORKS[kind]
-        self.name = f"{family} {Path(model).name} (not Inception)"
+        self.name = f"{family} {Path(model).resolve().name} (not Inception)"
         with one_line_of(f"feature model {model} cannot be loaded: give one with a whole model.safetensors"):
             network, loading = part.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, cache_dir=cache_dir, output_loading_info=True
@@ -147,7 +147,8 @@ class FeatureModel:
                 f"feature model {model} lacks {len(missing)} weights, such as {missing[0]}, and features would be "
                 "random: give one that is whole"
             )
-        self.network = network.to(self.device).eval()
+        with one_line_of(f"feature model {model} cannot be put on the device {device}: give cpu, or cuda with a GPU"):
+            self.network = network.to(device).eval()
         with one_line_of(f"feature model {model} has no preprocessor_config.json: copy the one of the original"):
             settings, _ = ImageProcessingMixin.get_image_processor_dict(folder, cache_dir=cache_dir)
         with one_line_of(
@@ -179,7 +180,7 @@ class FeatureModel:
 
     @torch.no_grad()
     def _features(self, images: Sequence[Image.Image]) -> np.ndarray:
-        pixel_values = torch.stack([self.preprocessing(image) for image in images]).to(self.device)
+        pixel_values = torch.stack([self.preprocessing(image) for image in images]).to(self.network.device)
         # Float64 on the host: Apple's GPUs lack it.
         return self.network(pixel_values=pixel_values)[self.output].cpu().double().numpy()
 
@@ -207,11 +208,13 @@ def as_rgb(picture: Picture, number: int) -> Image.Image:
             raise RecipeError(
                 f"picture {number} is a tensor {tuple(picture.shape)} of {picture.dtype}: give uint8 (3, H, W)"
             )
-        return Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
+        picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
     if not isinstance(picture, Image.Image):
         raise RecipeError(f"picture {number} is a {type(picture).__name__}: give a PIL image or a tensor (3, H, W)")
     if picture.mode.startswith(("I", "F")):
         raise RecipeError(f"picture {number} has the mode {picture.mode}: give one with 8 bits per channel")
+    if 0 in picture.size:
+        raise RecipeError(f"picture {number} has no pixels: leave it out")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

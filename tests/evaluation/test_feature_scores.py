@@ -17,7 +17,7 @@ import scipy.special
 import torch
 from test_rooms import graph
 
-from sd_recipes.evaluation import feature_scores
+from sd_recipes.evaluation import neighbours
 from sd_recipes.evaluation.bootstrap import Bootstrap, Score
 from sd_recipes.evaluation.feature_scores import (
     DRAWN,
@@ -217,7 +217,7 @@ def test_nearest_neighbours_are_those_of_loops_over_pairs(seed: int, monkeypatch
     real[-3:] = real[5:8]  # twice
     drawn[-6:-3] = drawn[8:11]
     for block in (2048, 7, 1):
-        monkeypatch.setattr(feature_scores, "BLOCK", block)
+        monkeypatch.setattr(neighbours, "BLOCK", block)
         for k in (1, 3, 22):
             assert value(precision, drawn, real, k=k) == share_among(drawn, real, k)
             assert value(recall, drawn, real, k=k) == share_among(real, drawn, k)
@@ -232,7 +232,7 @@ def test_neither_the_order_nor_blocks_change_a_score(
     expected = score(drawn, real)
     turned = np.random.default_rng(0).permutation(37), np.random.default_rng(1).permutation(44)
     assert value(score, drawn[turned[0]], real[turned[1]]) == pytest.approx(expected.value, rel=1e-10)
-    monkeypatch.setattr(feature_scores, "BLOCK", 10)
+    monkeypatch.setattr(neighbours, "BLOCK", 10)
     assert vars(score(drawn, real)) == pytest.approx(vars(expected), rel=1e-9)
 
 
@@ -301,6 +301,15 @@ def test_fresh_samples_are_authentic_as_often_as_theory_says() -> None:
         fresh = np.random.default_rng(0).random((3000, dimension)), np.random.default_rng(1).random((3000, dimension))
         assert value(authpct, *fresh) == pytest.approx(expected, abs=3)
     assert value(authpct, samples(1000, 64, seed=0), samples(1000, 64, seed=1)) > 50
+
+
+def test_neighbours_among_constant_features() -> None:
+    for constant in (0.0, 3.0):
+        same = np.full((6, 4), constant)
+        assert precision_recall(same, same[:5]) == (Score(1, 1, 1), Score(1, 1, 1))
+        assert authpct(same, same[:5]) == Score(0, 0, 0)
+        assert precision_recall(same, same[:5] + 1) == (Score(0, 0, 0), Score(0, 0, 0))
+        assert authpct(same, same[:5] + 1) == Score(100, 100, 100)
 
 
 def test_precision_is_of_the_drawn_and_recall_of_the_real() -> None:
@@ -385,7 +394,7 @@ def test_intervals_hold_the_expected_score_about_as_often_as_they_say(score: Cal
 
 
 def test_memory_is_that_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_scores, "BLOCK", 100)
+    monkeypatch.setattr(neighbours, "BLOCK", 100)
     drawn, real = samples(3000, 2, seed=0), samples(3000, 2, seed=1)
     for score in (kernel_distance, cmmd, precision, authpct):
         tracemalloc.start()
@@ -397,7 +406,7 @@ def test_memory_is_that_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_they_know_no_other_part_of_the_project() -> None:
     arrows = graph()
-    files = {"evaluation.feature_scores", "evaluation.bootstrap"}
+    files = {f"evaluation.{name}" for name in ("feature_scores", "neighbours", "bootstrap")}
     assert set().union(*(arrows[name] for name in files)) <= files
 
 

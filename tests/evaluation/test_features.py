@@ -197,6 +197,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not finite": (infinite_weight, "features that are not finite: its weights are broken"),
     "another kind": (text_encoder, "is of the type clip_text_model: give a CLIP or a DINOv2 of transformers, or"),
     "no kind": (lambda folder: (folder / "config.json").write_text("{}"), "that names its model_type: give a CLIP"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "/clip: give a folder, a Hub id, or"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "/clip: give a folder, a Hub id, or"),
     "no preprocessing": (
         lambda folder: (folder / "preprocessor_config.json").unlink(), "has no preprocessor_config.json: copy the"
@@ -235,6 +236,7 @@ BAD_PICTURES = {
     "channels last": (
         [*pictures(), torch.zeros(8, 8, 3, dtype=torch.uint8)], "picture 6 is a tensor (8, 8, 3) of torch.uint8: give"
     ),
+    "no pixels": ([Image.new("RGB", (0, 5))], "picture 0 has no pixels: leave it out"),
     "16 bits": ([*pictures()[:1], Image.new("I;16", (8, 8))], "picture 1 has the mode I;16: give one with 8 bits"),
 }  # fmt: skip
 
@@ -246,9 +248,11 @@ def test_what_is_no_picture_is_answered_in_one_line(some: list[Any], said: str) 
     assert "\n" not in str(caught.value)
 
 
-def test_bad_batch_size() -> None:
+def test_bad_settings() -> None:
     with pytest.raises(RecipeError, match="batch size of the feature model is 0: give 1 or more"):
         FeatureModel(batch_size=0)
+    with pytest.raises(RecipeError, match="cannot be put on the device gpu: give cpu, or cuda"):
+        FeatureModel(device="gpu")
 
 
 def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
