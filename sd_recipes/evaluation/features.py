@@ -71,7 +71,9 @@ class Preprocessing:
             raise ValueError("it leaves pictures of different sizes: set do_center_crop to true, and a crop_size")
         normalize = config.get("do_normalize", True)
         mean = config.get("image_mean", OPENAI_CLIP_MEAN) if normalize else 0.0
-        std = config.get("image_std", OPENAI_CLIP_STD) if normalize else 1.0
+        std = torch.tensor(config.get("image_std", OPENAI_CLIP_STD) if normalize else 1.0)
+        if not (std > 0).all():
+            raise ValueError(f"its image_std is {std.tolist()}: set it to numbers above 0")
         return cls(
             shortest_edge=shortest_edge,
             size=size,
@@ -79,7 +81,7 @@ class Preprocessing:
             resample=Image.Resampling(config.get("resample", Image.Resampling.BICUBIC)),
             scale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
             mean=torch.tensor(mean).expand(3).reshape(3, 1, 1),
-            std=torch.tensor(std).expand(3).reshape(3, 1, 1),
+            std=std.expand(3).reshape(3, 1, 1),
         )
 
     def __call__(self, image: Image.Image) -> Tensor:

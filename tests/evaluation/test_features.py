@@ -209,6 +209,10 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: changed(folder, "preprocessor_config.json", size={"longest_edge": 64}),
         "its size is {'longest_edge': 64}: set it to a height and a width",
     ),
+    "no spread": (
+        lambda folder: changed(folder, "preprocessor_config.json", image_std=[0, 1, 1]),
+        "its image_std is [0, 1, 1]: set it to numbers above 0",
+    ),
     "sizes that differ": (
         lambda folder: changed(folder, "preprocessor_config.json", do_center_crop=False),
         "it leaves pictures of different sizes: set do_center_crop to true",
