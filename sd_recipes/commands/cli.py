@@ -48,6 +48,9 @@ def main() -> None:
     commands.add_parser(
         "cache", add_help=False, help="fill the latent cache before training, with the flags of `train`"
     )
+    commands.add_parser(
+        "average", add_help=False, help="make averages of a run's weights after training; `sd-recipes average --help`"
+    )
     commands.add_parser("schema", help="print the JSON schema of a recipe file, for editors")
     arguments, rest = parser.parse_known_args()
     if arguments.command == "schema":
@@ -95,10 +98,24 @@ def inspect(argv: list[str]) -> None:
     main(argv)
 
 
+def average(argv: list[str]) -> None:
+    """Make averages of a run's weights after training, with the folder and flags in `argv`."""
+    with mistakes_in_one_line():
+        from sd_recipes.commands.average_settings import read_settings
+
+        config = read_settings(argv)
+        stop_request.listen()
+        set_up_console()
+        from sd_recipes.commands.average import average
+
+        average(config)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": lambda argv: train(argv, TRAIN),
     "cache": cache,
     "inspect": inspect,
+    "average": average,
 }
 
 
