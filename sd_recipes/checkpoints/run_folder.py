@@ -90,7 +90,7 @@ def of_other_history(output_dir: Path, source: Path, manifest: Manifest) -> list
     earlier curve and its pictures.
     """
     checkpoints = list_checkpoints(output_dir)
-    saved = [*checkpoints, *list_snapshots(output_dir)]
+    saved = [*list_snapshots(output_dir), *checkpoints]
     if any(path.samefile(source) for path in checkpoints):
         return [path for path in reversed(saved) if step_of(path) > manifest.step]
     metrics, samples = output_dir / "metrics.jsonl", output_dir / "samples"
@@ -115,7 +115,7 @@ def begin_history(output_dir: Path, source: Path, manifest: Manifest) -> None:
     if names:
         logger.warning(
             "The run resumes from %s, and these in %s did not lead up to it: %s. They are set aside under the new "
-            "names until you remove them; --resume_from_checkpoint takes such a name too.",
+            "names until you remove them; --resume_from_checkpoint takes such a checkpoint too.",
             source, output_dir, ", ".join(f"{old} -> {new}" for old, new in names.items()),
         )  # fmt: skip
 
