@@ -1,5 +1,7 @@
 """Errors that end a run with a one-line message, and other libraries' errors in one line."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from sd_recipes.redaction import in_texts, redacted
@@ -23,3 +25,9 @@ class RecipeError(RunError, ValueError):
 def one_line(error: object, limit: int = 300) -> str:
     """An error's text in one line of at most `limit` characters; its class name if it has no text."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Words that name the one of `names` that is most like `name`, in parentheses; empty if none is."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f" (nearest: {near[0]})" if near else ""

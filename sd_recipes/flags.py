@@ -1,13 +1,14 @@
 """Turn flags and recipe files into a Recipe, and a Recipe back into a file.
 
-Precedence: defaults < the `--config` file < flags. Imports no torch, so that a mistake is reported at once.
+Precedence: defaults < the `--config` file < the `--dataset_config` file < flags. Imports no torch, so that a mistake is
+reported at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
+import logging
 import sys
 import types
 import typing
@@ -19,10 +20,13 @@ from typing import Annotated, Any, Literal, NoReturn
 import yaml
 from pydantic import ValidationError
 
-from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.errors import RecipeError, nearest, one_line
+from sd_recipes.kohya import read_dataset_config
 from sd_recipes.reading import StrangeFile, open_regular, read_text
-from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, Recipe, Section, heading
+from sd_recipes.recipe import OF_ONE_SOURCE, ONLY_IN_FILES, SECTIONS, Recipe, Section, heading
 from sd_recipes.redaction import LEFT_OUT, in_texts, redacted, without_folders
+
+logger = logging.getLogger(__name__)
 
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 MAX_RECIPE_BYTES = 2**20
@@ -67,31 +71,56 @@ SCRIPT = Command(
 
 
 def load_recipe(argv: list[str] | None = None, command: Command = SCRIPT) -> Recipe:
-    """Recipe from defaults, then the `--config` file, then the flags in `argv` (default: sys.argv[1:]).
+    """Recipe from defaults, then the `--config` file and the `--dataset_config` file, then the flags in `argv`.
 
-    Raises RecipeError for an unknown flag or key (with the nearest name), a value of the wrong type
-    or out of range, and settings that contradict each other.
+    `argv` is sys.argv[1:] if not given. Raises RecipeError for an unknown flag or key (with the nearest name), a value
+    of the wrong type or out of range, and settings that contradict each other.
     """
     flags = parse_flags(sys.argv[1:] if argv is None else argv, build_parser(command=command))
+    settings, places = read_files(flags)
+    return build_recipe({**settings, **flags}, places)
+
+
+def read_files(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings in the files that `flags` name, and how messages name the place of each.
+
+    Takes `dataset_config` out of the flags: what the file stands for are settings like any others. Warns of its keys
+    that have no counterpart. Raises RecipeError.
+    """
     settings = read_recipe_file(flags["config"]) if flags.get("config") else {}
-    return build_recipe({**settings, **flags}, settings)
+    places = {name: f"key {name} of the recipe file" for name in settings}
+    file = flags.pop("dataset_config", settings.pop("dataset_config", None))
+    if file is None:
+        return settings, places
+    if not isinstance(file, str):
+        raise RecipeError(f"{places['dataset_config']}: give the path of kohya's file (it is {file!r})")
+    for name in ("dataset_name", "train_data_dir"):
+        if flags.get(name) is not None:
+            raise RecipeError(f"--dataset_config {file} says which data to use, which --{name} contradicts: drop one")
+    if settings.get("data_sources"):
+        raise RecipeError(f"--dataset_config {file} contradicts data_sources of --config {flags['config']}: drop one")
+    mapped, lines = read_dataset_config(file, flags)
+    for line in lines:
+        logger.warning("--dataset_config %s: %s", file, line)
+    settings = {name: value for name, value in settings.items() if name not in OF_ONE_SOURCE}
+    return settings | mapped, places | {name: f"--dataset_config {file}: {name}" for name in mapped}
 
 
-def build_recipe(settings: dict[str, Any], from_file: dict[str, Any] | None = None) -> Recipe:
-    """Recipe from a mapping of settings; mistakes in those of `from_file` are blamed on the file."""
+def build_recipe(settings: dict[str, Any], places: dict[str, str] | None = None) -> Recipe:
+    """Recipe from a mapping of settings; a mistake is blamed on the setting's flag, or on what `places` names."""
     try:
         return Recipe(**settings)
     except ValidationError as error:
-        raise RecipeError("; ".join(_explain(problem, from_file or {}) for problem in error.errors())) from None
+        raise RecipeError("; ".join(explain(problem, places or {}) for problem in error.errors())) from None
 
 
-def _explain(problem: Any, from_file: dict[str, Any]) -> str:
-    if not problem["loc"]:
-        return problem["msg"].removeprefix("Value error, ")
-    name = str(problem["loc"][0])
-    place = f"key {name} of the recipe file" if name in from_file else f"--{name}"
+def explain(problem: Any, places: dict[str, str]) -> str:
+    """One of a ValidationError's errors in words, with the flag's name or that in `places`."""
     words = problem["msg"].removeprefix("Value error, ")
-    return f"{place}: {words[0].lower()}{words[1:]} (it is {problem['input']!r})"
+    if not problem["loc"]:
+        return words
+    name = str(problem["loc"][0])
+    return f"{places.get(name, f'--{name}')}: {words[0].lower()}{words[1:]} (it is {problem['input']!r})"
 
 
 def read_recipe_file(name: str) -> dict[str, Any]:
@@ -101,7 +130,7 @@ def read_recipe_file(name: str) -> dict[str, Any]:
         path = SHIPPED_RECIPES / f"{name}.yaml"
     if not path.is_file():
         shipped = sorted(recipe.stem for recipe in SHIPPED_RECIPES.glob("*.yaml"))
-        raise RecipeError(f"--config {name}: neither a file nor a shipped recipe{_nearest(name, shipped)}: {shipped}")
+        raise RecipeError(f"--config {name}: neither a file nor a shipped recipe{nearest(name, shipped)}: {shipped}")
     try:
         # It may be a symbolic link, which read_text does not follow.
         settings = yaml.load(read_text(path.resolve(), MAX_RECIPE_BYTES), RecipeLoader) or {}
@@ -111,15 +140,15 @@ def read_recipe_file(name: str) -> dict[str, Any]:
         raise RecipeError(f"--config {path}: a recipe is a list of `key: value` lines, not a {type(settings).__name__}")
     for key in settings:
         if key not in Recipe.model_fields:
-            raise RecipeError(f"--config {path}: unknown key {key!r}{_nearest(str(key), Recipe.model_fields)}")
+            raise RecipeError(f"--config {path}: unknown key {key!r}{nearest(str(key), Recipe.model_fields)}")
     settings.pop("config", None)
     return settings
 
 
 # What a resolved recipe leaves out: how this run was started, and what a repetition must not do again.
 NOT_OF_THE_RUN = {
-    "config", "dry_run", "hub_token", "local_rank", "use_8bit_adam", "resume_from_checkpoint", "overwrite",
-    "push_to_hub",
+    "config", "dataset_config", "dry_run", "hub_token", "local_rank", "use_8bit_adam", "resume_from_checkpoint",
+    "overwrite", "push_to_hub",
 }  # fmt: skip
 
 
@@ -190,7 +219,7 @@ class Parser(argparse.ArgumentParser):
         section = self.sections.get(name.lower())
         if section is None:
             raise RecipeError(
-                f"--help {name}: no such group of flags{_nearest(name.lower(), self.sections)}: {list(self.sections)}"
+                f"--help {name}: no such group of flags{nearest(name.lower(), self.sections)}: {list(self.sections)}"
             )
         Parser([section], usage=argparse.SUPPRESS).print_help()
 
@@ -255,13 +284,8 @@ def parse_flags(argv: list[str], parser: Parser) -> dict[str, Any]:
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        raise RecipeError(f"unknown flag {name}{_nearest(name, parser.flags)}; --help lists all")
+        raise RecipeError(f"unknown flag {name}{nearest(name, parser.flags)}; --help lists all")
     return vars(flags)
-
-
-def _nearest(name: str, names: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f" (nearest: {near[0]})" if near else ""
 
 
 def recipe_schema() -> str:

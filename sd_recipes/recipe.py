@@ -113,7 +113,21 @@ class ModelConfig(Section):
     """Model: the pipeline that training starts from."""
 
     pretrained_model_name_or_path: str | None = setting(
-        None, "compared", "A pipeline folder in diffusers format, a Hub id, or sd-recipes/tiny-emoji."
+        None,
+        "compared",
+        "A pipeline folder in diffusers format, a single file (.safetensors), a Hub id, or sd-recipes/tiny-emoji.",
+    )
+    vae: str | None = setting(
+        None, "warned", "Another VAE than the model's: a file, a folder, or a Hub id, of a VAE or of a pipeline."
+    )
+    base: str | None = setting(
+        None,
+        "warned",
+        "The model whose parts fill in what --pretrained_model_name_or_path lacks, such as all but the UNet; a file "
+        "takes its configuration from it, too.",
+    )
+    allow_pickle_weights: bool = setting(
+        False, "free", "Read weights in .ckpt and .bin files too, without running code that they may hold."
     )
     revision: str | None = setting(None, "warned", "Branch, tag or commit of the Hub model.")
     variant: str | None = setting(None, "warned", "Variant of the weight files, such as fp16.")
@@ -150,6 +164,13 @@ class DataSource(Section):
         return f"--train_data_dir {self.train_data_dir}"
 
 
+# Settings that say where rows come from, if data_sources do not; the first two name the place.
+OF_ONE_SOURCE = (
+    "dataset_name", "train_data_dir", "dataset_config_name", "dataset_revision", "train_split", "image_root",
+    "caption_extension",
+)  # fmt: skip
+
+
 class DataConfig(Section):
     """Data: where the rows come from, and what happens to those that cannot be used."""
 
@@ -167,6 +188,11 @@ class DataConfig(Section):
     train_split: str = setting("train", "compared", "Split of the data set to train on.")
     data_sources: list[DataSource] | None = setting(
         None, "compared", "Several sources mixed by weight, instead of --dataset_name; only in a recipe file."
+    )
+    dataset_config: str | None = setting(
+        None,
+        "free",
+        "kohya's dataset.toml or .json, whose keys are read as settings; those without a counterpart are warned of.",
     )
     image_column: str = setting("image", "warned", "Column with the image, its path, or its bytes in base64.")
     image_root: str | None = setting(
@@ -309,8 +335,7 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
                 )
             if not self.data_sources:
                 raise ValueError("data_sources of the recipe file is empty: name a dataset_name or a train_data_dir")
-            names = ("dataset_config_name", "dataset_revision", "train_split", "image_root", "caption_extension")
-            for name in names:
+            for name in OF_ONE_SOURCE[2:]:
                 # A resolved recipe names them too, at their defaults.
                 if getattr(self, name) != DataConfig.model_fields[name].default:
                     raise ValueError(
@@ -491,7 +516,8 @@ class Recipe(
     def check(self) -> "Recipe":
         if self.pretrained_model_name_or_path is None:
             raise ValueError(
-                "--pretrained_model_name_or_path is missing: give a pipeline folder, a Hub id, or sd-recipes/tiny-emoji"
+                "--pretrained_model_name_or_path is missing: give a pipeline folder, a single file, a Hub id, or "
+                "sd-recipes/tiny-emoji"
             )
         if self.streaming and self.max_train_steps is None:
             raise ValueError("--streaming does not know the number of rows: give --max_train_steps")

@@ -166,6 +166,87 @@ def p3_profile() -> bytes:
     return bytes(profile)
 
 
+TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
+
+
+def tiff(
+    pixels: np.ndarray,
+    *,
+    order: str = "<",
+    planar: bool = False,
+    deflated: bool = False,
+    bits: int | None = None,
+    tags: dict[int, tuple[int, list[int]]] | None = None,
+) -> bytes:
+    """A TIFF of (height, width[, channels]), with channels wider than those that Pillow writes.
+
+    `tags` are added to, or taken instead of, the usual ones: number to (type, values). `bits` per channel are those of
+    the array if not given; the data are then the array's bytes all the same.
+    """
+    pixels = np.atleast_3d(pixels)
+    height, width, channels = pixels.shape
+    data = pixels.astype(pixels.dtype.newbyteorder(order))
+    planes = [data[..., channel].tobytes() for channel in range(channels)] if planar else [data.tobytes()]
+    planes = [zlib.compress(plane) for plane in planes] if deflated else planes
+    kind = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
+    entries = {
+        256: (4, [width]),
+        257: (4, [height]),
+        258: (3, [bits or 8 * pixels.itemsize] * channels),
+        259: (3, [8 if deflated else 1]),
+        262: (3, [2 if channels > 2 else 1]),
+        273: (4, [0] * len(planes)),
+        277: (3, [channels]),
+        278: (4, [height]),
+        279: (4, [len(plane) for plane in planes]),
+        284: (3, [2 if planar else 1]),
+        339: (3, [kind] * channels),
+        **({338: (3, [2])} if channels == 4 else {}),
+        **(tags or {}),
+    }
+    for _ in range(2):  # the second time, it is known where the pixels are
+        directory, elsewhere = b"", b""
+        start = 8 + 2 + 12 * len(entries) + 4
+        for tag, (type_, values) in sorted(entries.items()):
+            content = struct.pack(f"{order}{len(values)}{TIFF_TYPES[type_]}", *values)
+            if len(content) > 4:
+                place = struct.pack(f"{order}I", start + len(elsewhere))
+                elsewhere += content
+            else:
+                place = content.ljust(4, b"\0")
+            directory += struct.pack(f"{order}HHI", tag, type_, len(values)) + place
+        lengths = [len(plane) for plane in planes]
+        entries[273] = (4, [start + len(elsewhere) + sum(lengths[:number]) for number in range(len(planes))])
+    head = struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(entries))
+    return head + directory + bytes(4) + elsewhere + b"".join(planes)
+
+
+def wide_png(pixels: np.ndarray) -> bytes:
+    """A PNG of uint16 (height, width, channels): gray, gray with transparency, RGB or RGBA."""
+    height, width, channels = pixels.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    return _chunks(_header(width, height, bits=16, colour=colour), zlib.compress(lines))
+
+
+def with_brands(picture: bytes, major: bytes, *compatible: bytes) -> bytes:
+    """A HEIC or AVIF file under other brands; the rest of the old list is filled up with mif1."""
+    length = int.from_bytes(picture[:4])
+    brands = major + bytes(4) + b"".join(compatible)
+    assert 8 + len(brands) <= length, "the pictures' places in the file must not change"
+    return picture[:8] + brands + b"mif1" * ((length - 8 - len(brands)) // 4) + picture[length:]
+
+
+def with_profile(jp2: bytes, profile: bytes) -> bytes:
+    """A JPEG 2000 file of Pillow's with a colour profile instead of the number of its colour space."""
+    start = jp2.index(b"jp2h") - 4
+    end = start + int.from_bytes(jp2[start : start + 4])
+    colour = jp2.index(b"colr", start) - 4
+    box = struct.pack(">I4s3B", 8 + 3 + len(profile), b"colr", 2, 0, 0) + profile
+    content = jp2[start + 8 : colour] + box + jp2[colour + int.from_bytes(jp2[colour : colour + 4]) : end]
+    return jp2[:start] + struct.pack(">I4s", 8 + len(content), b"jp2h") + content + jp2[end:]
+
+
 def _header(width: int, height: int, bits: int = 8, colour: int = 2) -> bytes:
     return struct.pack(">2I5B", width, height, bits, colour, 0, 0, 0)
 

@@ -1,6 +1,7 @@
 """Runs that are killed: each in a child forked from a process that has imported everything, so that it starts fast.
 
-python tests/killing.py PLANS.json does what `kill_often` and `kill_at_every_operation` describe, and prints JSON.
+python tests/killing.py PLANS.json does what `kill_often`, `kill_at_every_operation` and `kill_while_starting` describe,
+and prints JSON.
 The child runs the script's own `main`; what is added to it are a record of what is trained on, and flags that
 tell the parent what the child is doing, or a layer that counts the file operations of a save.
 """
@@ -177,13 +178,13 @@ def kill_often(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 class KillAt:
-    """Counts what a thread does to files and kills the process at operation `number`; None only counts.
+    """Counts what a thread does to files in a folder and kills the process at operation `number`; None only counts.
 
     Before it is done, and of what writes, in the middle: half of the content is there then.
     """
 
-    def __init__(self, number: int | None, counted_in: str = "") -> None:
-        self.number, self.counted_in = number, counted_in
+    def __init__(self, number: int | None, counted_in: str = "", folder: str = "") -> None:
+        self.number, self.counted_in, self.folder = number, counted_in, folder
         self.done: list[str] = []
 
     def install(self) -> None:
@@ -197,7 +198,8 @@ class KillAt:
 
     def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def operation(*arguments: Any, **options: Any) -> Any:
-            if threading.current_thread().name.startswith(self.counted_in):
+            is_inside = str(arguments[0]).startswith(self.folder)
+            if is_inside and threading.current_thread().name.startswith(self.counted_in):
                 self.done.append(f"{name} {arguments[0] if name != 'save_file' else arguments[1]}")
                 if len(self.done) == self.number:
                     if name == "save_file":
@@ -234,6 +236,19 @@ def kill_at_every_operation(plan: dict[str, Any]) -> dict[str, Any]:
         number += 1
 
 
+def kill_while_starting(plan: dict[str, Any]) -> dict[str, Any]:
+    """Kill a run at operation n in its new folder, for every n until its figures begin; the same command ends it."""
+    out, log = Path(plan["argv"][-1]), Path(plan["log"])
+    results: list[dict[str, Any]] = []
+    while not results or "metrics.jsonl" not in results[-1]["left"]:
+        shutil.rmtree(out, ignore_errors=True)
+        layer = KillAt(len(results) + 1, folder=str(out))
+        killed = wait(fork(plan["argv"], log, layer.install))
+        left = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+        results.append({"killed": killed, "left": left, "resumed": wait(fork(plan["argv"], log, lambda: None))})
+    return {"results": results}
+
+
 def main() -> None:
     plans = json.loads(Path(sys.argv[1]).read_text())
     import torch
@@ -241,7 +256,7 @@ def main() -> None:
     torch.set_num_threads(1)
     import sd_recipes.commands.train  # noqa: F401 - imported once, for all children
 
-    actions = {"often": kill_often, "every operation": kill_at_every_operation}
+    actions = {"often": kill_often, "every operation": kill_at_every_operation, "starting": kill_while_starting}
     print(json.dumps([actions[plan["action"]](plan) for plan in plans]))
 
 

@@ -26,7 +26,7 @@ USED = {
     "_cast_table": "datasets",
     "_generate_examples": "datasets",
     "_info": "datasets",
-    "_reset_state": "accelerate, in tests",
+    "_reset_state": "accelerate",
     "_validate_launch_command": "accelerate, in tests",
     "_set_pg_timeout": "torch, in tests",
 }
@@ -95,7 +95,7 @@ def test_datasets_reads_shards_by_the_functions_that_are_overridden() -> None:
 
 
 def test_accelerates_state_and_launcher_are_as_the_tests_use_them() -> None:
-    changed = f"accelerate {accelerate.__version__} has changed: mend tests/training_runs.py or tests/launching.py"
+    changed = f"accelerate {accelerate.__version__} has changed: mend forget_accelerator or tests/launching.py"
     assert "reset_partial_state" in inspect.signature(AcceleratorState._reset_state).parameters, changed
     assert list(inspect.signature(launch._validate_launch_command).parameters) == ["args"], changed
 

@@ -8,21 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 
 from sd_recipes.checkpoints.saver import BackgroundSaver
 from sd_recipes.commands.train import memory_given_back, resolve, restore, train_to_end
 from sd_recipes.recipe import Recipe
-from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
 from sd_recipes.runtime.output_dir import check_output_dir
 from sd_recipes.training.build import Run, build_run
 from sd_recipes.training.ema import AveragedWeights
-
-
-def forget_accelerator() -> None:
-    """Let accelerate take a run's precision and device anew; what it offers for its own tests (1.15)."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def build(settings: dict[str, Any], **changes: Any) -> Run:

@@ -65,11 +65,11 @@ def read_rows(folder: Path) -> list[dict]:
 
     names = {
         key(entry["hexcode"]): entry
-        for entry in json.loads((folder / "emojibase-data/package/en/data.json").read_text())
+        for entry in json.loads((folder / "emojibase-data/package/en/data.json").read_text(encoding="utf-8"))
     }
     rows = []
     pictures = folder / "emoji-datasource-google/package"
-    for entry in json.loads((pictures / "emoji.json").read_text()):
+    for entry in json.loads((pictures / "emoji.json").read_text(encoding="utf-8")):
         named = names.get(key(entry["unified"]), {})
         rows.append(
             {

@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 
 ASSETS = Path(__file__).parent.parent / "sd_recipes" / "assets"
 
-CARD = Path(__file__).with_name("tiny_base_card.md").read_text()
+CARD = Path(__file__).with_name("tiny_base_card.md").read_text(encoding="utf-8")
 
 
 def main() -> None:
@@ -33,12 +33,13 @@ def main() -> None:
     pipeline.save_pretrained(base)
     # diffusers loads its parts in float32, and transformers in the type that the configuration names: one for all.
     text_config = base / "text_encoder" / "config.json"
-    text_config.write_text(json.dumps({**json.loads(text_config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    content = json.loads(text_config.read_text(encoding="utf-8"))
+    text_config.write_text(json.dumps({**content, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
     shutil.copy(args.run / "samples.png", base / "samples.png")
     shutil.copytree(args.clip, ASSETS / "tiny-clip", dirs_exist_ok=True)
 
-    lines = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
-    recipe = yaml.safe_load((args.run / "recipe.yaml").read_text())
+    lines = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    recipe = yaml.safe_load((args.run / "recipe.yaml").read_text(encoding="utf-8"))
     validations = [line for line in lines if "validation_loss" in line]
     trained = [line for line in lines if "train_loss" in line]
     # Time in training steps only: each logged window has its speed.
@@ -48,13 +49,13 @@ def main() -> None:
         before = line["step"]
     epoch_of = {line["step"]: round(line["epoch"]) for line in trained}
     first = validations[0]
-    clip = json.loads((args.clip / "figures.json").read_text())
+    clip = json.loads((args.clip / "figures.json").read_text(encoding="utf-8"))
     card = CARD.format(
         size=sum(path.stat().st_size for path in base.rglob("*.safetensors")) / 1e6,
         vae_parameters=sum(p.numel() for p in pipeline.vae.parameters()),
         text_parameters=sum(p.numel() for p in pipeline.text_encoder.parameters()),
         unet_parameters=sum(p.numel() for p in pipeline.unet.parameters()),
-        vae=json.loads(args.vae_figures.read_text()),
+        vae=json.loads(args.vae_figures.read_text(encoding="utf-8")),
         clip=clip,
         clip_top1=100 * clip["top1_of_all_names"],
         rows=len(load_dataset(str(ASSETS / "emoji"), split="train")),
@@ -66,7 +67,7 @@ def main() -> None:
         last_loss=validations[-1]["validation_loss"],
         lowest_loss=min(line["validation_loss"] for line in validations),
     )
-    (base / "README.md").write_text(card)
+    (base / "README.md").write_text(card, encoding="utf-8")
     print(card)
 
 

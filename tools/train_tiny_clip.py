@@ -183,7 +183,7 @@ def main() -> None:
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     ).save_pretrained(args.output_dir)
-    (args.output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (args.output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(figures)
 
 

@@ -151,7 +151,7 @@ def main() -> None:
         "latent_std": round(std, 4),
         "mean_absolute_error_of_255": round(error, 2),
     }
-    (args.output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (args.output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(figures)
 
 

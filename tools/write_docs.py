@@ -39,5 +39,5 @@ def pages() -> dict[Path, str]:
 
 if __name__ == "__main__":
     for path, content in pages().items():
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
         print(path.relative_to(ROOT))

@@ -1,4 +1,5 @@
-"""The embedded default: a data set and models that come with the package, as `sd-recipes/NAME`."""
+"""The embedded default: a data set and models that come with the package, as `sd-recipes/NAME`,
+and what models in one file lack."""
 
 from pathlib import Path
 
@@ -8,6 +9,9 @@ ASSETS = {
     "sd-recipes/tiny-emoji": FOLDER / "tiny-emoji",
     "sd-recipes/tiny-clip": FOLDER / "tiny-clip",
 }
+# What models in one file do not hold: CLIP's tokenizer, and the configurations of Stable Diffusion 1 and 2.
+CLIP_TOKENIZER = FOLDER / "clip-tokenizer"
+CONFIGURATIONS = {1: FOLDER / "stable-diffusion-1", 2: FOLDER / "stable-diffusion-2"}
 
 
 def resolve(name: str) -> str:

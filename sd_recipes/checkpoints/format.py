@@ -127,14 +127,14 @@ def _write_files(contents: Contents, folder: Path) -> None:
     folder.mkdir()
     for name, text in contents.texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
     for name, tensors in contents.tensors.items():
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, {"format": "pt"})
     names = [*contents.texts, *contents.tensors]
     for name in names:
         sync(folder / name)
     contents.manifest.files = {name: _entry(folder / name) for name in names}
-    (folder / MANIFEST).write_text(contents.manifest.text())
+    (folder / MANIFEST).write_text(contents.manifest.text(), encoding="utf-8")
     sync(folder / MANIFEST)
     for part in {(folder / name).parent for name in names}:
         sync_folder(part)

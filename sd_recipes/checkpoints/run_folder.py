@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sd_recipes.checkpoints.format import MANIFEST, Manifest, list_checkpoints, remove, remove_leftovers, step_of
+from sd_recipes.checkpoints.of_diffusers import refuse_folder
 from sd_recipes.checkpoints.snapshots import AVERAGES, list_snapshots
 from sd_recipes.errors import RecipeError
 from sd_recipes.flags import is_resolved_recipe
@@ -50,7 +51,7 @@ def output_dir_lock(recipe: Recipe, is_main: bool) -> Iterator[str | None]:
     answer: list[str | None] = [None, None]
     if is_main:
         try:
-            _check_not_foreign(output_dir)
+            _check_not_foreign(output_dir, recipe)
             check_output_dir(output_dir)
             lock = lock_output_dir(output_dir)
             answer = [_prepare(recipe, output_dir), None]
@@ -69,7 +70,7 @@ def output_dir_lock(recipe: Recipe, is_main: bool) -> Iterator[str | None]:
 def find_resume_point(recipe: Recipe) -> str | None:
     """What a run by this recipe would resume from, found without changing anything. Raises RecipeError."""
     output_dir = Path(recipe.output_dir)
-    _check_not_foreign(output_dir)
+    _check_not_foreign(output_dir, recipe)
     if recipe.resume_from_checkpoint is None and not recipe.overwrite and holds_run(output_dir):
         return "latest"
     return recipe.resume_from_checkpoint
@@ -145,9 +146,10 @@ def remove_run(output_dir: Path, logging_dir: str) -> None:
                 remove(path)
 
 
-def _check_not_foreign(output_dir: Path) -> None:
+def _check_not_foreign(output_dir: Path, recipe: Recipe) -> None:
     if not output_dir.is_dir() or holds_run(output_dir):
         return
+    refuse_folder(output_dir, recipe.pretrained_model_name_or_path)
     foreign = sorted(path.name for path in output_dir.iterdir() if not HARMLESS.fullmatch(path.name))
     if foreign:
         raise RecipeError(

@@ -66,7 +66,7 @@ def keep_snapshot(checkpoint: Path, manifest: Manifest, output_dir: Path, limit:
         for name in manifest.files:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             _link(checkpoint / name, temporary / name)
-        (temporary / MANIFEST).write_text(manifest.text())
+        (temporary / MANIFEST).write_text(manifest.text(), encoding="utf-8")
         sync(temporary / MANIFEST)
         for place in {(temporary / name).parent for name in manifest.files}:
             sync_folder(place)

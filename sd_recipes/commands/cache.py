@@ -191,7 +191,8 @@ def push_cache(folder: Path, recipe: Recipe) -> str:
     (folder / "README.md").write_text(
         f"---\ntags:\n- latents\n---\n\n# VAE moments\n\nMade by `sd-recipes cache` with the VAE of "
         f"`{base}`; `made_by.json` says with which settings. Train on it with "
-        f"`--dataset_name {name}`, and `--streaming` if it is large.\n"
+        f"`--dataset_name {name}`, and `--streaming` if it is large.\n",
+        encoding="utf-8",
     )
     try:
         repo_id = api.create_repo(name, repo_type="dataset", exist_ok=True).repo_id

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from sd_recipes import __version__
 from sd_recipes.flags import SCRIPT, Command, load_recipe
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import redacted
-from sd_recipes.runtime.console import mistakes_in_one_line, set_up_console
+from sd_recipes.runtime.console import has_utf8, mistakes_in_one_line, print_anything, set_up_console, speak_utf8
+from sd_recipes.runtime.hub_access import check_hub_access
 from sd_recipes.runtime.signals import stop_request
+
+logger = logging.getLogger(__name__)
 
 TRAIN = Command(
     "sd-recipes train",
@@ -34,6 +39,8 @@ CACHE = Command(
 
 
 def main() -> None:
+    speak_utf8()
+    print_anything()
     parser = argparse.ArgumentParser(
         prog="sd-recipes", description="Train Stable-Diffusion-class text-to-image models."
     )
@@ -51,6 +58,14 @@ def main() -> None:
     commands.add_parser(
         "average", add_help=False, help="make averages of a run's weights after training; `sd-recipes average --help`"
     )
+    commands.add_parser(
+        "convert",
+        add_help=False,
+        help="turn .ckpt and .bin files into safetensors; `sd-recipes convert --help`",
+    )
+    commands.add_parser(
+        "env", add_help=False, help="show versions, hardware and settings, to be pasted into a question"
+    )
     commands.add_parser("schema", help="print the JSON schema of a recipe file, for editors")
     arguments, rest = parser.parse_known_args()
     if arguments.command == "schema":
@@ -61,22 +76,32 @@ def main() -> None:
     COMMANDS[arguments.command](rest)
 
 
-def start(argv: list[str] | None, command: Command) -> Recipe:
-    """The recipe that `argv` gives to `command`. Starts to note signals, and sets up the console.
+@contextmanager
+def started(argv: list[str] | None, command: Command) -> Iterator[Recipe]:
+    """The recipe that `argv` gives to `command`. Within this context signals are noted, and mistakes end in one line.
 
-    What takes seconds to import is imported afterwards, so that a mistake on the command line is reported at once.
+    What takes seconds to import is imported within it, so that a mistake on the command line is reported at once.
     """
-    recipe = load_recipe(argv, command)
-    sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers publish the command line
-    stop_request.listen()
-    set_up_console()
-    return recipe
+    if argv is None:
+        speak_utf8()
+    print_anything()
+    with mistakes_in_one_line():
+        set_up_console()  # first, since loading a recipe may warn
+        recipe = load_recipe(argv, command)
+        sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers publish the command line
+        if not has_utf8():
+            logger.warning(
+                "File names are read as %s here, and others may not be found: start Python with PYTHONUTF8=1.",
+                sys.getfilesystemencoding(),
+            )
+        with stop_request.listening():
+            check_hub_access(recipe)
+            yield recipe
 
 
 def train(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
     """Train with the flags in `argv` (default: sys.argv[1:]). A mistake ends in one line on stderr and status 2."""
-    with mistakes_in_one_line():
-        recipe = start(argv, command)
+    with started(argv, command) as recipe:
         from sd_recipes.commands.train import run
 
         run(recipe)
@@ -84,8 +109,7 @@ def train(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
 
 def cache(argv: list[str]) -> None:
     """Fill the latent cache with the flags in `argv`, which are those of `train`."""
-    with mistakes_in_one_line():
-        recipe = start(argv, CACHE)
+    with started(argv, CACHE) as recipe:
         from sd_recipes.commands.cache import fill_cache
 
         fill_cache(recipe)
@@ -104,11 +128,27 @@ def average(argv: list[str]) -> None:
         from sd_recipes.commands.average_settings import read_settings
 
         config = read_settings(argv)
-        stop_request.listen()
         set_up_console()
-        from sd_recipes.commands.average import average
+        with stop_request.listening():
+            from sd_recipes.commands.average import average
 
-        average(config)
+            average(config)
+
+
+def convert(argv: list[str]) -> None:
+    """Turn pickled weights into safetensors."""
+    with mistakes_in_one_line():
+        set_up_console()
+        from sd_recipes.commands.convert import main
+
+        main(argv)
+
+
+def env(argv: list[str]) -> None:
+    """Show what a run would meet on this machine."""
+    from sd_recipes.commands.env import main
+
+    main(argv)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -116,6 +156,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "cache": cache,
     "inspect": inspect,
     "average": average,
+    "convert": convert,
+    "env": env,
 }
 
 

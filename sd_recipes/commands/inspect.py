@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from sd_recipes.errors import RecipeError, RunError
-from sd_recipes.flags import Command, build_parser, parse_flags, read_recipe_file
+from sd_recipes.flags import Command, build_parser, explain, parse_flags, read_files
 from sd_recipes.inspection.settings import InspectConfig, Inspection
 from sd_recipes.recipe import (
     CacheConfig,
@@ -59,26 +59,19 @@ def read_settings(argv: list[str]) -> Inspection:
         ),
     )
     flags = parse_flags(argv, parser)
-    recipe = read_recipe_file(flags["config"]) if flags.get("config") else {}
+    recipe, places = read_files(flags)
     settings = {name: value for name, value in recipe.items() if name in OF_A_RECIPE}
     try:
         return Inspection(**{**settings, **flags})
     except ValidationError as error:
-        raise RecipeError("; ".join(_explain(problem) for problem in error.errors())) from None
-
-
-def _explain(problem: Any) -> str:
-    if not problem["loc"]:
-        return problem["msg"].removeprefix("Value error, ")
-    words = problem["msg"].removeprefix("Value error, ")
-    return f"--{problem['loc'][0]}: {words[0].lower()}{words[1:]} (it is {problem['input']!r})"
+        raise RecipeError("; ".join(explain(problem, places) for problem in error.errors())) from None
 
 
 def main(argv: list[str]) -> None:
     """Inspect as the flags in `argv` say, and exit with the status. A mistake prints one line on stderr."""
     try:
+        set_up_console()  # first, since reading the settings may warn
         config = read_settings(argv)
-        set_up_console()
         status = run(config)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resume_hint
+from sd_recipes.checkpoints.of_diffusers import is_of_diffusers, load_from_diffusers, taken_over
 from sd_recipes.checkpoints.resume import choose_checkpoint, compare_identity, identity_of, load_checkpoint
 from sd_recipes.checkpoints.run_folder import begin_history, find_resume_point, of_other_history, output_dir_lock
 from sd_recipes.checkpoints.saver import FAILURES, BackgroundSaver, NotSaved
@@ -22,8 +23,9 @@ from sd_recipes.export.hub import create_repository, publish
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.export.report import write_report
 from sd_recipes.flags import recipe_text, written_settings
+from sd_recipes.model.sources import MODEL
 from sd_recipes.recipe import Recipe
-from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.runtime.accelerator import accelerate_left_unused, compiler_explained, start_accelerator
 from sd_recipes.runtime.agreement import broadcast, wait_for_all
 from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.output_dir import NO_ROOM, check_output_dir
@@ -32,6 +34,7 @@ from sd_recipes.runtime.trackers import list_samples
 from sd_recipes.training.build import Checkpoint, Run, build_run, describe
 from sd_recipes.training.finite import are_finite, has_finite_weights
 from sd_recipes.training.loop import fit, length_flag
+from sd_recipes.training.odd_run import odd_run
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +46,16 @@ def run(recipe: Recipe) -> None:
     is saved.
     """
     hide_library_bars()
-    accelerator = start_accelerator(recipe)
-    if recipe.dry_run:
-        show(recipe, accelerator)
-        return
+    with accelerate_left_unused(), compiler_explained(recipe):
+        accelerator = start_accelerator(recipe)
+        if recipe.dry_run:
+            show(recipe, accelerator)
+        else:
+            run_in_folder(recipe, accelerator)
+
+
+def run_in_folder(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Own the output folder, and train there."""
     # Until it has saved something, a run that was given a checkpoint resumes from that one again.
     stop_request.resume_command = resume_command(recipe) if recipe.overwrite else "the same command"
     with output_dir_lock(recipe, accelerator.is_main_process) as resume_point:
@@ -63,12 +72,15 @@ def show(recipe: Recipe, accelerator: Accelerator) -> None:
     built = build_run(recipe, accelerator, checkpoint)
     if checkpoint:
         path, manifest = checkpoint
-        compare_identity(identity(built), manifest, path)
+        if not is_of_diffusers(path):
+            compare_identity(identity(built), manifest, path)
         if others := of_other_history(built.output_dir, path, manifest):
             names = ", ".join(other.name for other in others)
             logger.warning("These did not lead up to %s and would be set aside: %s.", path, names)
     if accelerator.is_main_process:
         say(f"{describe(built)}\n\n{recipe_text(recipe).rstrip()}")
+    for words in odd_run(built):
+        logger.warning("%s", words)
     accelerator.end_training()
 
 
@@ -82,11 +94,14 @@ def resolve(recipe: Recipe, accelerator: Accelerator, resume_point: str | None) 
     recipe = recipe.model_copy(
         update={"mixed_precision": accelerator.mixed_precision, "resume_from_checkpoint": resume_point}
     )
-    checkpoint = choose_checkpoint(recipe, accelerator.is_main_process)
+    checkpoint = taken_over(recipe, accelerator.num_processes)
+    if checkpoint is None:
+        checkpoint = choose_checkpoint(recipe, accelerator.is_main_process)
     seed = recipe.seed
+    if seed is None and checkpoint is not None:
+        seed = checkpoint[1].settings["seed"]
     if seed is None:
-        drawn = int(np.random.SeedSequence().generate_state(1, np.uint32)[0])
-        seed = broadcast(drawn) if checkpoint is None else checkpoint[1].settings["seed"]
+        seed = broadcast(int(np.random.SeedSequence().generate_state(1, np.uint32)[0]))
     return recipe.model_copy(update={"seed": seed}), checkpoint
 
 
@@ -96,6 +111,8 @@ def train(built: Run) -> None:
     is_main = accelerator.is_main_process
     if is_main:
         say(describe(built))
+    for words in odd_run(built):
+        logger.warning("%s", words)
     try:
         with memory_given_back(built):
             restore(built)
@@ -135,8 +152,11 @@ def restore(built: Run) -> None:
     if built.checkpoint is None:
         return
     path, manifest = built.checkpoint
-    compare_identity(identity(built), manifest, path)
-    load_checkpoint(built.state, path, manifest, is_main=built.accelerator.is_main_process)
+    if is_of_diffusers(path):
+        load_from_diffusers(built.state, path, manifest, built.recipe)
+    else:
+        compare_identity(identity(built), manifest, path)
+        load_checkpoint(built.state, path, manifest, is_main=built.accelerator.is_main_process)
     if not has_finite_weights(built.state, built.accelerator):
         others = [each.name for each in list_checkpoints(path.parent) if each.resolve() != path.resolve()]
         raise RecipeError(
@@ -221,10 +241,11 @@ def check_loaded(built: Run) -> None:
     recipe = built.recipe
     for name in ("unet", "vae", *built.model.family.text_models):
         if not are_finite(built.accelerator, getattr(built.model.components, name).parameters()):
+            of_flag = name == "vae" and recipe.vae
+            place = f"--vae {recipe.vae}" if of_flag else f"{MODEL} {recipe.pretrained_model_name_or_path}"
             raise RecipeError(
-                f"--pretrained_model_name_or_path {recipe.pretrained_model_name_or_path}: {name} holds weights that "
-                f"are not finite in {recipe.mixed_precision} mixed precision: use another copy or --variant of the "
-                "model, or --mixed_precision no"
+                f"{place}: {name} holds weights that are not finite in {recipe.mixed_precision} mixed precision: use "
+                "another copy or --variant of the model, or --mixed_precision no"
             )
 
 

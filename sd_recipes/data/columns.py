@@ -17,7 +17,9 @@ import pyarrow as pa
 
 from sd_recipes.data.captions import DEFECT, caption_columns
 from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded
+from sd_recipes.data.guard import guarded
 from sd_recipes.data.picture_files import Missing, NotFound, PictureFinder
+from sd_recipes.data.table_rows import picture_column
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import DataSettings, DataSource
 
@@ -86,6 +88,11 @@ def checked(rows: Any, features: datasets.Features, source: DataSource, config: 
     Paths in the image column begin at `root`, None for data that are elsewhere. Raises RecipeError.
     """
     captions = columns_of(source, config)
+    if root is not None and config.image_column not in features and "moments" not in features:
+        paths = picture_column(list(features), config.image_column)
+        if paths is not None and paths not in captions:
+            rows = rows.rename_column(paths, config.image_column)
+            features = rows.features
     images = [config.image_column]
     if config.image_column not in features and "moments" in features:
         images = [name for name in MOMENTS_COLUMNS if name in features]
@@ -177,7 +184,7 @@ def _with_images(rows: Any, feature: Any, source: DataSource, config: DataSettin
             f"--image_column {column} of {source.flag} holds {_in_words(feature)}, not images: choose another of "
             f"{list(rows.features)}"
         )
-    first = next(iter(rows.select_columns([column])))[column]
+    first = guarded(source, lambda: next(iter(rows.select_columns([column]))))[column]
     check_holds_pictures(first, column, source.flag, is_local=root is not None)
     finder = PictureFinder(root) if root is not None else None
 

@@ -11,8 +11,8 @@ from sd_recipes.errors import RecipeError
 
 Encoded = dict[str, Any]  # an image: {"bytes", "path"}, one of which may be None
 DATA_ADDRESS = "data:image/"  # RFC 2397
-# How JPEG, PNG, GIF, WebP, TIFF, BMP, and HEIC and AVIF begin in base64.
-BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkq", "TU0AK", "Qk", "AAAA")
+# How JPEG, PNG, GIF, WebP, TIFF, BMP, JPEG XL, and (HEIC, AVIF, JPEG XL and JPEG 2000) boxes begin in base64.
+BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkq", "TU0AK", "Qk", "/wo", "AAAA")
 SHORTEST_BASE64 = 60  # no picture is shorter
 
 

@@ -24,14 +24,13 @@ from sd_recipes.data.picture_files import Listing, PictureFinder
 from sd_recipes.data.recognised import Recognised
 from sd_recipes.data.side_captions import SIDE_SUFFIXES, SideCaptions, find_side_captions
 from sd_recipes.data.splits import SPLITS, TRAIN, split_of_folder
-from sd_recipes.data.table_rows import image_root, path_columns, read_rows
+from sd_recipes.data.table_rows import DEFAULT_IMAGE_COLUMN, image_root, picture_column, read_rows
 from sd_recipes.data.tables import PARQUET, PATH_KEY, TABLE_SUFFIXES, Table
 from sd_recipes.errors import RecipeError
-from sd_recipes.recipe import DataConfig, DataSettings, DataSource
+from sd_recipes.recipe import DataSettings, DataSource
 
 REPEATS = re.compile(r"(\d{1,3})_(.+)")  # with more digits it is rather a year
 METADATA = "metadata"  # a table of this name is datasets' imagefolder's, whose column `file_name` names the pictures
-DEFAULT_IMAGE_COLUMN = DataConfig.model_fields["image_column"].default
 
 Splits = dict[str, datasets.Dataset]
 
@@ -81,9 +80,10 @@ class PictureFolder:
             self._note("tables do not fit and are passed over", [candidate.unfit for candidate in unfit])
             return self._of_tables(fitting)
         extension = self.source.caption_extension or self.config.caption_extension
-        side = find_side_captions(self.listing, extension, self.source.flag)
-        if side is None and self.source.caption is not None:
-            side = SideCaptions("", {}, [])
+        own = self.source.caption
+        side = find_side_captions(self.listing, extension, self.source.flag, required=own is None)
+        if side is None and own is not None:
+            side = SideCaptions(extension or ".txt", {}, [])
         if side is not None:
             self._note("tables are passed over", [str(candidate.table.path) for candidate in unfit])
             return self._beside(side)
@@ -137,7 +137,7 @@ class PictureFolder:
             as_lines=self.config.caption_lines == "several",
             encoding=self.config.text_encoding,
         )
-        self.recognised.captions = f"{side.suffix} files beside the pictures" if side.suffix else "one for all pictures"
+        self.recognised.captions = f"{side.suffix} files beside the pictures" if side.of_picture else f"{own!r} for all"
         several = sum(isinstance(value, list) for values in columns.values() for value in values)
         if several:
             self.recognised.captions += f", {several:,} of several lines, of which one is drawn (--caption_lines)"
@@ -170,8 +170,9 @@ class PictureFolder:
             if is_metadata(path):
                 raise
             return Candidate(table, "", str(error))
-        names = [PATH_KEY] if is_metadata(path) else path_columns(self.config.image_column)
-        pictures = next((name for name in names if name in columns and table.is_text(name)), None)
+        pictures = picture_column(columns, PATH_KEY if is_metadata(path) else self.config.image_column)
+        if pictures is not None and not table.is_text(pictures):
+            pictures = None
         if pictures is None and table.kind in PARQUET and not is_metadata(path):  # the pictures are in it, if anywhere
             return None
         if pictures is None:

@@ -8,13 +8,23 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PurePath
 from typing import IO, Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from sd_recipes.data.bad_rows import BadRow
+from sd_recipes.data.picture_kinds import (
+    FORMATS,
+    RAW,
+    START,
+    is_camera_raw,
+    jp2_profile,
+    jxl_header,
+    what_it_is,
+    with_known_brand,
+)
+from sd_recipes.data.wide_values import load_lower_bytes, load_wide, to_eight_bits
 from sd_recipes.errors import one_line
 
 RESAMPLING = {
@@ -40,20 +50,6 @@ RESAMPLING = {
 # half a pixel: at half the size, 1155 columns become 578, the last of which is half outside the picture.
 REDUCING_GAP = 2.0
 DRAFT_MARGIN = 1.25
-
-# No format whose reader starts another program (EPS, WMF) or that hardly any photograph is stored in.
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
-FORMATS += ["AVIF"] if "AVIF" in Image.registered_extensions().values() else []
-
-# What else a folder of pictures often holds, by its first bytes.
-NOT_PICTURES = {
-    b"\x00\x05\x16\x07": "not a picture, but what macOS puts next to a file on foreign disks (AppleDouble); delete it",
-    b"\xd0\xcf\x11\xe0": "not a picture, but Windows' cache of thumbnails (Thumbs.db) or the like; delete it",
-    b"version https://git-lfs": "a pointer of Git LFS instead of the picture; run `git lfs pull`",
-    b"%PDF": "a PDF, which is not read for safety; convert it to PNG",
-    b"%!PS": "PostScript, which is not read for safety; convert it to PNG",
-    b"<": "a page or a drawing in HTML, XML or SVG instead of a picture",
-}
 
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -98,8 +94,9 @@ def open_with_size(
 
     With `at_least`, the upright (width, height) that it will be made to cover, a JPEG may be decoded at a reduced
     size that still covers it, which for a 12-megapixel picture is several times faster. A colour profile is
-    applied (relative colorimetric with black point compensation), unless it is broken. 16-bit gray is scaled
-    from 0 … 65535, floating point from 0 … 1. Raises ImageError, also for a picture over `max_megapixels`.
+    applied (relative colorimetric with black point compensation), unless it is broken. 16-bit values are scaled
+    from 0 … 65535, floating point from 0 … 1 (or both from 0 … 255, see wide_values.py). Raises ImageError, also for a
+    picture over `max_megapixels`.
     """
     with _opened(encoded, max_megapixels) as image:
         transposition = _transposition(image)
@@ -108,8 +105,10 @@ def open_with_size(
         if at_least is not None:
             width, height = (int(side * DRAFT_MARGIN) for side in at_least)
             image.draft(None, (height, width) if transposition in SWAP_SIDES else (width, height))
-        upright = image if transposition is None else image.transpose(transposition)
-        return _to_rgb(upright), original_size
+        if not load_wide(image):
+            return _to_rgb(image, transposition), original_size
+    with _opened(encoded, max_megapixels) as again:
+        return _to_rgb(load_lower_bytes(again, image), transposition), original_size
 
 
 def place_crop(
@@ -195,7 +194,7 @@ def scale_by_torch(
 
 
 @contextmanager
-def _opened(encoded: dict[str, Any] | None, max_megapixels: float) -> Iterator[Image.Image]:
+def _opened(encoded: dict[str, Any] | None, max_megapixels: float) -> Iterator[ImageFile.ImageFile]:
     """The picture before its pixels are decoded; what goes wrong with it in the `with` block becomes an ImageError."""
     if encoded is None:
         raise ImageError("an image without a name: the row has no image")
@@ -206,13 +205,12 @@ def _opened(encoded: dict[str, Any] | None, max_megapixels: float) -> Iterator[I
     # Pillow's own guard, set to this limit: it stops some formats that allocate memory before their size can be read.
     Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)
     try:
-        with io.BytesIO(content) if content is not None else open(str(path), "rb") as stream:
-            try:
-                with Image.open(stream, formats=FORMATS) as image:
-                    _check_size(image, max_megapixels)
-                    yield image
-            except UnidentifiedImageError:
-                raise ImageError(_what_else(stream, name)) from None
+        with (
+            io.BytesIO(content) if content is not None else open(str(path), "rb") as stream,
+            _identified(stream, name, max_megapixels) as image,
+        ):
+            _check_size(image.size, max_megapixels)
+            yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: {_too_large(str(error).split(' exceeds')[0].lower(), max_megapixels)}") from error
     # Bad data makes Pillow's decoders raise nearly anything: SyntaxError, struct.error, AssertionError, KeyError.
@@ -220,31 +218,38 @@ def _opened(encoded: dict[str, Any] | None, max_megapixels: float) -> Iterator[I
         raise ImageError(f"{name}: {one_line(error)}") from error
 
 
-def _check_size(image: Image.Image, max_megapixels: float) -> None:
-    if min(image.size) < 1:
-        raise ImageError(f"its size is {image.width} × {image.height}")
-    if image.width * image.height > max_megapixels * 1e6:
-        raise ImageError(_too_large(f"image size ({image.width * image.height} pixels)", max_megapixels))
+def _identified(stream: IO[bytes], name: str, max_megapixels: float) -> ImageFile.ImageFile:
+    """The picture, not decoded yet unless it is a JPEG XL. Raises ImageError for a file of another kind."""
+    start = stream.read(START)
+    header = jxl_header(stream)
+    if header is not None:
+        _check_size(header[:2], max_megapixels)
+    try:
+        image = Image.open(with_known_brand(stream, start), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise
+    except Exception as error:  # bad headers make Pillow raise nearly anything
+        is_told = isinstance(error, UnidentifiedImageError) or header is not None
+        raise ImageError(what_it_is(start, name) + ("" if is_told else f" ({one_line(error)})")) from None
+    if is_camera_raw(image, start, name):
+        raise ImageError(RAW)
+    if image.format == "JPEG2000" and (profile := jp2_profile(stream)):
+        image.info["icc_profile"] = profile
+    if header is not None and header[2] != 1 and not getattr(image, "jpeg", False):
+        image.info.pop("exif", None)  # its reader has turned the pixels
+    return image
+
+
+def _check_size(size: tuple[int, int], max_megapixels: float) -> None:
+    width, height = size
+    if min(size) < 1:
+        raise ImageError(f"its size is {width} × {height}")
+    if width * height > max_megapixels * 1e6:
+        raise ImageError(_too_large(f"image size ({width * height} pixels)", max_megapixels))
 
 
 def _too_large(size: str, max_megapixels: float) -> str:
     return f"{size} is over --max_image_megapixels {max_megapixels:g}; raise it if the picture is meant to be so large"
-
-
-def _what_else(stream: IO[bytes], name: str) -> str:
-    """What a file is that is not a picture in one of FORMATS."""
-    stream.seek(0)
-    start = stream.read(64)
-    kinds = [kind for prefix, kind in NOT_PICTURES.items() if start.lstrip().startswith(prefix)]
-    if PurePath(name).name.startswith("._"):
-        kinds = [NOT_PICTURES[b"\x00\x05\x16\x07"]]
-    if PurePath(name).name.lower() == "thumbs.db":
-        kinds = [NOT_PICTURES[b"\xd0\xcf\x11\xe0"]]
-    if start[4:11] == b"ftyphei":
-        kinds = ["HEIC, which Pillow does not read; convert it to JPEG"]
-    if not start:
-        kinds = ["an empty file"]
-    return kinds[0] if kinds else f"not a picture, or none of {', '.join(FORMATS)}"
 
 
 def _transposition(image: Image.Image) -> Image.Transpose | None:
@@ -277,10 +282,13 @@ def _exif_after_pixels(image: Any) -> dict[str | tuple[int, int], bytes]:
     return found
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, transposition: Image.Transpose | None) -> Image.Image:
+    """The picture turned, and as RGB."""
     profile = image.info.get("icc_profile")
+    if transposition is not None:
+        image = image.transpose(transposition)
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _to_eight_bits(image)
+        image = to_eight_bits(image)
     if image.has_transparency_data:
         # A transparent pixel's colour is arbitrary and must not show through.
         base = "L" if image.mode in ("1", "L", "LA") else "RGB"
@@ -293,21 +301,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return ImageCms.applyTransform(image, to_srgb) or image
     image.load()  # before its file is closed
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit or floating-point gray as 8-bit gray; Pillow's own conversion clips at 255."""
-    values = np.asarray(image)
-    white = 1.0 if image.mode == "F" else 65535.0
-    if not (values.min() >= 0 and values.max() <= white):  # NaN is neither
-        raise ImageError(
-            f"its values range from {values.min():g} to {values.max():g}, and which one is white is known "
-            f"only for 0 … {white:g}: save it with 8 or 16 bits per channel"
-        )
-    scaled = np.rint(values * (255.0 / white)).astype(np.uint8)
-    if (transparent := image.info.get("transparency")) is not None:
-        scaled[values == transparent] = 255
-    return Image.fromarray(scaled)
 
 
 @functools.lru_cache(maxsize=32)

@@ -38,7 +38,7 @@ from sd_recipes.runtime.agreement import wait_for_all
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # of the files, and of how images become pixels
+FORMAT = 4  # of the files, and of how images become pixels
 ROWS_PER_FILE = 2048
 BYTES_PER_FILE = 256 * 2**20
 SHARED_MEMORY = Path("/dev/shm")
@@ -213,7 +213,7 @@ class LatentStore:
         beside = path.with_name(f"{self.rank:05d}-{time.time_ns():x}-json{PARTIAL}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if path.is_file() and path.read_text() == words:
+            if path.is_file() and path.read_text(encoding="utf-8") == words:
                 return
             with _held(beside) as file:
                 file.write(words.encode())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.builder import Key
+from datasets.builder import DatasetBuilder, Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 BATCH_ROWS = 1000  # at a time, at most
@@ -43,9 +43,9 @@ class ParquetFiles(Parquet):
                     yield Key(file_number, number), self._cast_table(pa.Table.from_batches([batch]))
 
 
-def load_parquet(data_files: Any, *, cache_dir: str | None, streaming: bool) -> Any:
-    """Like `datasets.load_dataset("parquet", …)`: all splits, converted to Arrow in the cache, or streamed."""
-    builder = ParquetFiles(cache_dir=cache_dir, data_files=data_files)
+def load_files(builder_class: type[DatasetBuilder], data_files: Any, *, cache_dir: str | None, streaming: bool) -> Any:
+    """Like `datasets.load_dataset` with a builder of one's own: all splits, converted in the cache, or streamed."""
+    builder = builder_class(cache_dir=cache_dir, data_files=data_files)
     if streaming:
         return builder.as_streaming_dataset()
     builder.download_and_prepare()

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 IMAGE_SUFFIXES = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".ppm", ".pgm",
-    ".pbm", ".pnm",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".avif", ".avifs", ".heic", ".heif", ".hif", ".heics", ".heifs", ".jxl", ".jp2", ".j2k",
+    ".j2c", ".jpx", ".jpf",
 }  # fmt: skip
 SYSTEM_FILES = {".ds_store", "thumbs.db", "desktop.ini"}
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")

@@ -12,9 +12,10 @@ import numpy as np
 
 from sd_recipes.data.captions import DEFECT
 from sd_recipes.data.columns import checked
+from sd_recipes.data.guard import guarded
 from sd_recipes.data.recognised import Recognised
 from sd_recipes.data.shards import with_bytes
-from sd_recipes.data.sources import Opened, guarded, open_source
+from sd_recipes.data.sources import Opened, open_source
 from sd_recipes.data.splits import SPLITS
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import DataSettings, DataSource, Recipe
@@ -84,7 +85,7 @@ def load_streams(config: DataSettings, *, cache_dir: str | None = None) -> list[
         stream = _of_split(opened, source, None)
         # For files that do not state them, `datasets` infers them from the first rows when streams are joined.
         stream = guarded(source, partial(datasets.concatenate_datasets, [stream]))
-        rows = guarded(source, partial(checked, stream, stream.features, source, config, opened.root))
+        rows = checked(stream, stream.features, source, config, opened.root)
         streams.append(SourceRows(rows, opened.recognised))
     return streams
 

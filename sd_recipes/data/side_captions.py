@@ -68,11 +68,13 @@ class SideCaptions:
         return values
 
 
-def find_side_captions(listing: Listing, suffix: str | None, where: str) -> SideCaptions | None:
+def find_side_captions(
+    listing: Listing, suffix: str | None, where: str, *, required: bool = True
+) -> SideCaptions | None:
     """The caption files beside the pictures: those with `suffix`, or those of the one kind that there is.
 
     A .json file counts only where there is no text. Raises RecipeError where there are two kinds of text files, or
-    none with the given suffix.
+    none with the given suffix, if that is `required`.
     """
     given = suffix and "." + suffix.lstrip(".").lower()
     kinds = [given] if given else list(SIDE_SUFFIXES)
@@ -84,7 +86,7 @@ def find_side_captions(listing: Listing, suffix: str | None, where: str) -> Side
             f"{where} has {numbers} beside its pictures: say which hold the captions, as in "
             f"--caption_extension {texts[0].suffix}"
         )
-    if given and not found:
+    if given and not found and required:
         raise RecipeError(f"{where} has no {given} file beside a picture (--caption_extension): drop it, or correct it")
     return (texts or found)[0] if found else None
 

@@ -7,10 +7,10 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import yaml
@@ -20,14 +20,16 @@ from datasets.packaged_modules.arrow.arrow import Arrow
 from sd_recipes import assets
 from sd_recipes.data.columns import columns_of, has_columns, rows_from
 from sd_recipes.data.folder import PictureFolder, folder_name
-from sd_recipes.data.parquet_files import ParquetFiles
+from sd_recipes.data.guard import guarded, without_rows
+from sd_recipes.data.parquet_files import ParquetFiles, load_files
 from sd_recipes.data.picture_files import IMAGE_SUFFIXES, Listing, PictureFinder, list_files, suffix_of
 from sd_recipes.data.recognised import Recognised, some
+from sd_recipes.data.side_captions import SIDE_SUFFIXES
 from sd_recipes.data.splits import TRAIN, deal, split_in
-from sd_recipes.data.table_rows import image_root, path_columns, read_rows
+from sd_recipes.data.table_rows import image_root, picture_column, read_rows
 from sd_recipes.data.tables import DELIMITED, JSON, PARQUET, Table
 from sd_recipes.data.tars import TAR_SUFFIXES, load_tars
-from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import DataSettings, DataSource
 
 FOLDER_SHARDS = 64  # of rows in memory that are read as a stream
@@ -37,9 +39,6 @@ TABLES = (*DELIMITED, *JSON)
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")  # of WebDataset: {00000..00010}
 ARCHIVES = (".zip", ".rar", ".7z")
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` writes
-
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -81,28 +80,7 @@ def local_files(name: str) -> list[str]:
 
 def open_source(source: DataSource, config: DataSettings, cache_dir: str | None, *, streaming: bool) -> Opened:
     """The rows of a source by split, or its streams. Raises RecipeError if there are none, or they cannot be read."""
-    return guarded(source, _Opening(source, config, cache_dir, streaming).open)
-
-
-def guarded(source: DataSource, read: Callable[[], T]) -> T:
-    """What `read` returns; its errors become a RecipeError about the source."""
-    try:
-        return read()
-    except RecipeError:
-        raise
-    except StopIteration:  # raised where `datasets` looks at a file's first rows
-        raise RecipeError(f"{source.flag} has a file without rows: remove it, or give a folder with rows") from None
-    # Whatever `datasets` raises while it reads a user's files is about those files. Its errors have no
-    # common base class, so each is passed on in one line with its own words.
-    except Exception as error:
-        raise RecipeError(f"{source.flag} cannot be read: {_words_of(error)}") from error
-
-
-def _words_of(error: BaseException) -> str:
-    told: BaseException = error
-    while isinstance(told, datasets.exceptions.DatasetGenerationError) and told.__cause__ is not None:
-        told = told.__cause__  # the cause says what went wrong
-    return one_line(told, 500)
+    return _Opening(source, config, cache_dir, streaming).open()
 
 
 class _Opening:
@@ -142,15 +120,16 @@ class _Opening:
     # The Hub
 
     def _hub(self) -> Opened:
-        found = datasets.load_dataset(
+        found = self._load(
             self.name,
-            self.source.dataset_config_name,
             data_dir=self.source.train_data_dir if self.source.dataset_name else None,
             revision=self.source.dataset_revision,
-            cache_dir=self.cache_dir,
-            streaming=self.streaming,
         )
         return Opened(dict(found), Recognised("a data set of the Hub"), None)
+
+    def _load(self, name: str, **options: Any) -> Any:
+        options |= {"cache_dir": self.cache_dir, "streaming": self.streaming}
+        return guarded(self.source, lambda: datasets.load_dataset(name, self.source.dataset_config_name, **options))
 
     # Files
 
@@ -183,13 +162,13 @@ class _Opening:
             data_files = DataFilesDict({split: _literal(paths) for split, paths in files.items()})
         options: dict[str, Any] = {"cache_dir": self.cache_dir, "streaming": self.streaming}
         if kind in TAR_SUFFIXES:
-            splits, recognised.captions = load_tars(data_files, self.config, self.source, **options)
+            splits, recognised.captions = guarded(
+                self.source, lambda: load_tars(data_files, self.config, self.source, **options)
+            )
             return Opened(dict(splits), recognised, None)
-        builder = (ParquetFiles if kind in PARQUET else Arrow)(cache_dir=self.cache_dir, data_files=data_files)
-        if self.streaming:
-            return Opened(dict(builder.as_streaming_dataset()), recognised, root)
-        builder.download_and_prepare()
-        return Opened(dict(builder.as_dataset()), recognised, root)
+        builder_class = ParquetFiles if kind in PARQUET else Arrow
+        splits = guarded(self.source, lambda: load_files(builder_class, data_files, **options))
+        return Opened(dict(splits), recognised, root)
 
     def _tables(self, files: dict[str, list[str]], within: Path | None = None) -> Opened:
         """Rows of tables that name pictures `within` a folder, or anywhere on this machine, or hold them."""
@@ -205,8 +184,8 @@ class _Opening:
     def _table(self, path: Path, columns: list[str], recognised: Recognised, within: Path | None) -> datasets.Dataset:
         table = Table(path, self.config.text_encoding)
         if not table.columns:
-            raise StopIteration
-        pictures = next((name for name in path_columns(self.config.image_column) if name in table.columns), None)
+            raise without_rows(self.source)
+        pictures = picture_column(table.columns, self.config.image_column)
         hint = "; its first line looks like a row: add one with names, as `image,text`" if table.looks_headless else ""
         if pictures is None:
             words = has_columns(self.config.image_column, table.columns)
@@ -225,7 +204,7 @@ class _Opening:
     def _in_memory(self, splits: dict[str, Any], recognised: Recognised, root: Path) -> Opened:
         if self.streaming:
             if not all(map(len, splits.values())):
-                raise StopIteration
+                raise without_rows(self.source)
             splits = {name: rows.to_iterable_dataset(min(len(rows), FOLDER_SHARDS)) for name, rows in splits.items()}
         return Opened(splits, recognised, root)
 
@@ -242,13 +221,11 @@ class _Opening:
                 f"{self.source.dataset_revision}"
             )
         if (folder / SAVED_SPLITS).is_file() or (folder / SAVED).is_file():
-            saved = datasets.load_from_disk(str(folder))
+            saved = guarded(self.source, lambda: datasets.load_from_disk(str(folder)))
             splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {TRAIN: saved}
             return self._in_memory(splits, Recognised("a data set saved by save_to_disk"), folder)
         if self.source.dataset_config_name is not None or _has_configs(folder):
-            found = datasets.load_dataset(
-                str(folder), self.source.dataset_config_name, cache_dir=self.cache_dir, streaming=self.streaming
-            )
+            found = self._load(str(folder))
             return Opened(dict(found), Recognised("a clone of a data set with configurations"), folder)
         listing = list_files(folder, follow_links=self.config.follow_links)
         if listing.pictures:
@@ -297,6 +274,9 @@ class _Opening:
             )
             if labels:
                 ways += f", or --caption_template 'a photo of a {{label}}' (label: {some(list(labels))})"
+            texts = [os.path.relpath(path, folder) for path in listing.with_suffix(*SIDE_SUFFIXES)]
+            if texts:
+                ways += f" (no picture lies beside {some(texts)}; a table has to be called .csv or .jsonl)"
             return RecipeError(f"{flag} has {len(pictures):,} pictures and no captions for them: {ways}")
         if listing.links_outside:
             return RecipeError(f"{flag} has only links that lead out of it: --follow_links follows them")

@@ -10,12 +10,13 @@ from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded
 from sd_recipes.data.picture_files import Missing, NotFound, Outside, PictureFinder
 from sd_recipes.data.tables import PATH_KEY, Table
 from sd_recipes.errors import RecipeError
-from sd_recipes.recipe import DataSource
+from sd_recipes.recipe import DataConfig, DataSource
 
-# Columns that usually hold a picture's path, in order of preference after --image_column.
+DEFAULT_IMAGE_COLUMN = DataConfig.model_fields["image_column"].default
+# Columns that usually hold a picture's path, in order of preference.
 PATH_COLUMNS = (
-    PATH_KEY, "image", "image_path", "image_file", "image_name", "img", "img_path", "path", "file", "file_path",
-    "filepath", "filename", "name",
+    PATH_KEY, DEFAULT_IMAGE_COLUMN, "image_path", "image_file", "image_name", "img", "img_path", "path", "file",
+    "file_path", "filepath", "filename", "name",
 )  # fmt: skip
 
 
@@ -42,9 +43,13 @@ def image_root(source: DataSource) -> Path | None:
     return root
 
 
-def path_columns(image_column: str) -> tuple[str, ...]:
-    """The columns in which pictures, or their paths, are looked for; only the one that was asked for, if it is."""
-    return PATH_COLUMNS if image_column == PATH_COLUMNS[1] else (image_column, PATH_KEY)
+def picture_column(columns: list[str], image_column: str) -> str | None:
+    """The column with the pictures, or their paths: --image_column or, by default, one of a usual name, in any case."""
+    if image_column in columns:
+        return image_column
+    usual = PATH_COLUMNS if image_column == DEFAULT_IMAGE_COLUMN else (PATH_KEY,)
+    known = {name.lower(): name for name in reversed(columns)}
+    return next((known[name] for name in usual if name in known), None)
 
 
 def read_rows(table: Table, pictures: str, columns: list[str], finder: PictureFinder) -> TableRows:

@@ -162,8 +162,10 @@ class Table:
             yield self._is_object(row, f"line {number}")
 
     def _of_paths(self, whole: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The rows of an object that maps paths to rows or captions, or the one row that it is."""
-        if all(isinstance(value, dict) for value in whole.values()) and whole:
+        """The rows of an object that maps paths to rows or captions, or of COCO's; or the one row that it is."""
+        if isinstance(whole.get("images"), list) and isinstance(whole.get("annotations"), list):
+            yield from _of_coco(whole["images"], whole["annotations"])
+        elif all(isinstance(value, dict) for value in whole.values()) and whole:
             yield from ({PATH_KEY: path, **row} for path, row in whole.items())
         elif whole and all(isinstance(value, str) and Path(path).suffix for path, value in whole.items()):
             yield from ({PATH_KEY: path, "text": caption} for path, caption in whole.items())
@@ -199,6 +201,17 @@ class Table:
             return pq.read_table(self.path, columns=wanted).to_pydict()
         except (pa.ArrowException, OSError) as error:
             raise self._error(f"cannot be read as parquet: {one_line(error)}") from None
+
+
+def _of_coco(images: list[Any], annotations: list[Any]) -> Iterator[dict[str, Any]]:
+    """The rows of COCO's captions: each image with the list of its captions (Chen et al. 2015)."""
+    captions: dict[Any, list[str]] = {}
+    for each in annotations:
+        if isinstance(each, dict) and "caption" in each:
+            captions.setdefault(each.get("image_id"), []).append(each["caption"])
+    for image in images:
+        if isinstance(image, dict):
+            yield {**image, "caption": captions.get(image.get("id"))}
 
 
 def _fields(line: str, delimiter: str) -> list[str]:

@@ -25,7 +25,8 @@ def export_pipeline(family: Family, components: Components, output_dir: Path) ->
 
 def _forget_folders(path: Path) -> None:
     """Of the place that a part was loaded from, which its configuration names, keep only what may be shared."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     place = config.get("_name_or_path") if isinstance(config, dict) else None
     if isinstance(place, str) and (kept := shown(place)) != place:
-        path.write_text(json.dumps({**config, "_name_or_path": kept}, indent=2, sort_keys=True) + "\n")
+        content = json.dumps({**config, "_name_or_path": kept}, indent=2, sort_keys=True)
+        path.write_text(content + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The parts that pipelines of all families have, each loaded by its own class, from safetensors only.
+"""The parts that pipelines of all families have, each loaded by its own class, from safetensors unless asked otherwise.
 
 A repository cannot choose a class, except a sampler from SAMPLERS, and none of its code is run.
 """
@@ -15,12 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
 from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from safetensors import SafetensorError
 
-from sd_recipes import assets
 from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.model.loading import fill
+from sd_recipes.model.sources import Source, source_of
+from sd_recipes.model.weight_files import UnfittingWeights, UnreadableWeights
 from sd_recipes.recipe import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,13 @@ SAMPLERS: dict[str, type[SchedulerMixin]] = {
         PNDMScheduler,
     )
 }
+# By `_class_name`, or transformers' `model_type`, of a part's configuration.
+CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "clip_text_model", "clip"),
+}
+TRAINED_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass
@@ -79,86 +89,114 @@ def _latent_shape(channels: int, factor: int, size: tuple[int, int]) -> tuple[in
 
 def load_vae(config: ModelConfig) -> AutoencoderKL:
     """The VAE in float32, frozen. Raises RecipeError."""
-    vae = source_of(config).load_model(AutoencoderKL, "vae", torch_dtype=torch.float32)
-    vae.requires_grad_(False)
-    return vae.eval()
-
-
-def load_scheduler(config: ModelConfig) -> DDPMScheduler:
-    """The training scheduler. Raises RecipeError."""
-    return source_of(config).load(DDPMScheduler, "scheduler")
+    vae = load_part(config, "vae", AutoencoderKL.from_config)
+    return vae.requires_grad_(False).eval()
 
 
 def load_unet(config: ModelConfig) -> UNet2DConditionModel:
     """The UNet in float32, or a new one with random weights. Raises RecipeError."""
-    source = source_of(config)
     if config.train_from_scratch:
-        return _new_unet(config, source)
-    return source.load_model(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
+        return _new_unet(config)
+    if config.non_ema_revision:
+        logger.warning("--non_ema_revision is deprecated: use --variant non_ema")
+    return load_part(config, "unet", UNet2DConditionModel.from_config).eval()
+
+
+def load_part(config: ModelConfig, part: str, build: Callable[[dict[str, Any]], Any]) -> Any:
+    """A part of the model in float32, in host memory: `build` makes its module of its configuration.
+
+    Raises RecipeError unless every one of its tensors is loaded, and every one of the file's belongs to it.
+    """
+    source, settings = read_settings(config, part)
+    try:
+        with init_empty_weights():
+            module = build(settings)
+    # Neither diffusers nor transformers checks a configuration: their modules raise whatever they raise.
+    except Exception as error:
+        source.cannot_load(part, f"its configuration does not describe one ({one_line(error)})", error)
+    weights = source.weights(part, settings, module.state_dict())
+    try:
+        fill(module, weights, part)
+    except UnfittingWeights as error:
+        source.cannot_load(part, f"{weights.place} {error}: {source.way_out}", error)
+    except UnreadableWeights as error:
+        source.cannot_load(part, f"{weights.place} {error}", error)
+    except (SafetensorError, OSError) as error:
+        words = f"{weights.place} cannot be read ({one_line(error)}): copy or download it again"
+        source.cannot_load(part, words, error)
+    return module
+
+
+def read_settings(config: ModelConfig, part: str) -> tuple[Source, dict[str, Any]]:
+    """Where a part comes from, and its configuration. Raises RecipeError for one of another class than is loaded."""
+    source, wanted = source_of(config, part), CLASSES[part]
+    settings = source.read_config(part)
+    found = settings.get("_class_name") or settings.get("model_type")
+    if found is not None and found not in wanted:
+        source.cannot_load(part, f"it is a {found}, and a {wanted[0]} is needed: choose a model that has one")
+    return source, settings
+
+
+def load_scheduler(config: ModelConfig) -> DDPMScheduler:
+    """The training scheduler. Raises RecipeError."""
+    source = source_of(config, "scheduler")
+    settings = _scheduler_settings(config)
+    if difference := _unlike_ddpm(settings):
+        source.cannot_load(
+            "scheduler",
+            f"its {settings.get('_class_name', 'configuration')} {difference}. Training would not continue what "
+            "the model learned: choose another one, or take the scheduler/scheduler_config.json of the one that it was "
+            "made from",
+        )
+    if not config.train_from_scratch:
+        source_of(config, "unet").say_noise_schedule()
+    try:
+        return DDPMScheduler.from_config(settings)
+    except Exception as error:  # diffusers does not check a configuration
+        source.cannot_load("scheduler", one_line(error), error)
+
+
+def _unlike_ddpm(settings: dict[str, Any]) -> str | None:
+    """Why a model with such a scheduler was not trained as it would be here; None if it was."""
+    if str(settings.get("_class_name")).startswith("FlowMatch") or settings.get("use_flow_sigmas"):
+        return "is of flow matching, which knows no betas, and not of DDPM"
+    if str(settings.get("_class_name")).startswith("EDM"):
+        return "is of EDM, which knows no betas, and not of DDPM"
+    if settings.get("beta_start") is None and settings.get("trained_betas") is None:
+        return "has no betas (beta_start, beta_end), so that the noise schedule of the model is not known"
+    if settings.get("prediction_type", "epsilon") not in TRAINED_PREDICTIONS:
+        return (
+            f"has the prediction_type {settings['prediction_type']}, which is none of {', '.join(TRAINED_PREDICTIONS)}"
+        )
+    return None
 
 
 def load_sampler(config: ModelConfig, scheduler: DDPMScheduler) -> SchedulerMixin:
     """The scheduler class that the model's own scheduler_config.json names, if it is a known one."""
-    source = source_of(config)
-    saved = DDPMScheduler.load_config(
-        source.name, subfolder="scheduler", revision=config.revision, cache_dir=config.cache_dir
-    )
+    saved = _scheduler_settings(config)
     name = str(saved.get("_class_name", "DDIMScheduler"))
     if name not in SAMPLERS:
         logger.warning("The model's scheduler %s is not one of %s: DDIM is used.", name, ", ".join(SAMPLERS))
-    return SAMPLERS.get(name, DDIMScheduler).from_config(saved)
+    if name == "PNDMScheduler" and saved.get("rescale_betas_zero_snr"):
+        logger.warning("PNDM cannot sample with zero terminal SNR: the pipeline gets DDIM.")
+        name = "DDIMScheduler"
+    try:
+        return SAMPLERS.get(name, DDIMScheduler).from_config(saved)
+    except Exception as error:  # diffusers does not check a configuration
+        source_of(config, "scheduler").cannot_load("scheduler", one_line(error), error)
 
 
-@dataclass
-class Source:
-    """A pipeline folder or Hub repository, from which parts are loaded by class."""
-
-    name: str
-    config: ModelConfig
-
-    def __post_init__(self) -> None:
-        looks_like_path = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
-        if looks_like_path and not Path(self.name).is_dir():
-            raise RecipeError(f"--pretrained_model_name_or_path {self.name}: no such folder")
-
-    def load(self, part: Any, subfolder: str, **options: Any) -> Any:
-        options = {
-            "subfolder": subfolder,
-            "revision": self.config.revision,
-            "cache_dir": self.config.cache_dir,
-            **options,
-        }
-        if Path(self.name).is_dir() and not (Path(self.name) / subfolder).is_dir():
-            raise RecipeError(
-                f"--pretrained_model_name_or_path {self.name} lacks the folder {subfolder}/: a pipeline in diffusers "
-                "format has unet/, vae/, text_encoder/, tokenizer/ and scheduler/"
-            )
-        try:
-            return part.from_pretrained(self.name, **options)
-        # diffusers, transformers and huggingface_hub report an absent, broken or forbidden part with
-        # OSError, ValueError, KeyError, RuntimeError, JSONDecodeError and SafetensorError: no common
-        # base. All of them are about the model that the user named.
-        except Exception as error:
-            words = one_line(error, 400)
-            raise RecipeError(
-                f"--pretrained_model_name_or_path {self.name}: cannot load {subfolder} ({part.__name__}): {words}"
-            ) from error
-
-    def load_model(self, part: Any, subfolder: str, **options: Any) -> Any:
-        revision = self.config.revision
-        if subfolder == "unet" and self.config.non_ema_revision:
-            logger.warning("--non_ema_revision is deprecated: use --variant non_ema")
-            revision = self.config.non_ema_revision
-        options = {"variant": self.config.variant, "use_safetensors": True, **options, "revision": revision}
-        return self.load(part, subfolder, **options)
+def _scheduler_settings(config: ModelConfig) -> dict[str, Any]:
+    """scheduler_config.json, and what the model's weights say of it, which counts more."""
+    source = source_of(config, "scheduler")
+    settings = {**source.read_config("scheduler"), **source.noise_schedule_hints()}
+    if not config.train_from_scratch:
+        settings |= source_of(config, "unet").noise_schedule_hints()
+    return settings
 
 
-def source_of(config: ModelConfig) -> Source:
-    return Source(assets.resolve(config.pretrained_model_name_or_path or ""), config)
-
-
-def _new_unet(config: ModelConfig, source: Source) -> UNet2DConditionModel:
-    unet_config = _read_unet_config(config, source)
+def _new_unet(config: ModelConfig) -> UNet2DConditionModel:
+    unet_config = _read_unet_config(config)
     try:
         return UNet2DConditionModel.from_config(unet_config)
     # diffusers does not check a configuration: its blocks raise whatever they raise.
@@ -168,22 +206,19 @@ def _new_unet(config: ModelConfig, source: Source) -> UNet2DConditionModel:
         raise RecipeError(f"{place} does not describe a UNet2DConditionModel: {words}") from error
 
 
-def _read_unet_config(config: ModelConfig, source: Source) -> dict[str, Any]:
+def _read_unet_config(config: ModelConfig) -> dict[str, Any]:
     if config.unet_config is None:
         try:
-            return UNet2DConditionModel.load_config(
-                source.name, subfolder="unet", revision=config.revision, cache_dir=config.cache_dir
-            )
-        except OSError as error:
-            words = one_line(error)
+            return source_of(config, "unet").read_config("unet")
+        except RecipeError as error:
             raise RecipeError(
-                f"--train_from_scratch: no UNet configuration, give --unet_config FILE ({words})"
+                f"--train_from_scratch: no UNet configuration, give --unet_config FILE ({one_line(error)})"
             ) from error
     path = Path(config.unet_config)
     if not path.is_file():
         raise RecipeError(f"--unet_config {path}: no such file")
     try:
-        unet_config = json.loads(path.read_text())
+        unet_config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"--unet_config {path}: not a JSON file: {error}") from None
     if not isinstance(unet_config, dict):

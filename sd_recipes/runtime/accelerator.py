@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
-from sd_recipes.errors import RecipeError
+from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import STEP_WAIT, open_host_group
 from sd_recipes.runtime.fsdp import fsdp_plugin, turn_on
+from sd_recipes.runtime.launcher import DYNAMO, MIXED_PRECISION, configuration, launcher_arguments, precision_in_words
 from sd_recipes.runtime.trackers import check_tracker
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,20 +41,31 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()  # what `accelerate launch --gpu_ids` sets
     asked_for_cuda = recipe.device == "cuda" or (not on_cpu and visible not in ("", "-1"))
     if recipe.device == "cuda" and accelerate_on_cpu:
-        raise RecipeError("--device cuda contradicts accelerate's configuration, which says CPU: change one of them")
+        raise RecipeError(f"--device cuda contradicts {configuration()}, which says CPU: change one of them")
     if asked_for_cuda and not has_cuda:
+        asked = "--device cuda" if recipe.device == "cuda" else f"CUDA_VISIBLE_DEVICES={visible}"
+        if recipe.device != "cuda" and launcher_arguments() is not None:
+            asked += f", which may be the gpu_ids of {configuration()}"
         raise RecipeError(
-            "CUDA was asked for (--device cuda, or CUDA_VISIBLE_DEVICES) and torch sees no GPU: install a CUDA build "
-            "of torch and a driver, or train on the CPU with --device cpu"
+            f"CUDA was asked for ({asked}) and torch sees no GPU: install a CUDA build of torch and a driver, or train "
+            "on the CPU with --device cpu"
         )
-    mixed_precision = recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    mixed_precision = recipe.mixed_precision or os.environ.get(MIXED_PRECISION, "no")
+    origin = precision_in_words(recipe.mixed_precision, mixed_precision)
     if mixed_precision not in DTYPES:
-        raise RecipeError(f"mixed precision {mixed_precision!r} in accelerate's configuration: use one of {[*DTYPES]}")
+        raise RecipeError(f"{origin} is not supported: add --mixed_precision with one of {', '.join(DTYPES)}")
     has_accelerator = has_cuda or torch.backends.mps.is_available()
     if mixed_precision == "fp16" and (on_cpu or not has_accelerator):
-        raise RecipeError("--mixed_precision fp16 needs a GPU: use bf16 or no on the CPU")
+        way_out = "use bf16 or no on the CPU" if recipe.mixed_precision else "add --mixed_precision no to override it"
+        raise RecipeError(f"{origin} needs a GPU: {way_out}")
+    backend = os.environ.get(DYNAMO, "no")
+    if backend.upper() not in DynamoBackend.__members__:
+        known = ", ".join(DynamoBackend.__members__)
+        raise RecipeError(f"{DYNAMO}={backend}, or dynamo_backend of {configuration()}, is not one of: {known}")
     plugin = fsdp_plugin(recipe, mixed_precision)
     check_tracker(recipe.report_to)
+    if is_initialized():
+        _check_fits(recipe, AcceleratorState(), on_cpu=on_cpu)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=recipe.mixed_precision,
@@ -67,14 +82,58 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and accelerator.num_processes == 1:
         raise RecipeError(
-            f"{started} processes were started for GPUs and torch sees none: train on the CPU with --config_file "
-            "accelerate_configs/cpu.yaml"
+            f"{started} processes were started for GPUs, by {configuration()} or its launcher's flags, and torch sees "
+            "none: train on the CPU with `accelerate launch --config_file accelerate_configs/cpu.yaml`"
         )
     open_host_group()
     if plugin is not None:
         turn_on(accelerator, plugin)
     allow_tf32(recipe.allow_tf32)
     return accelerator
+
+
+def _check_fits(recipe: Recipe, state: AcceleratorState, *, on_cpu: bool) -> None:
+    """Raises RecipeError if this process, a notebook's, has an Accelerator with other settings than the run's."""
+    other_precision = recipe.mixed_precision not in (None, state.mixed_precision)
+    if other_precision or (on_cpu and state.device.type != "cpu"):
+        raise RecipeError(
+            f"this process has made an Accelerator of its own, with {state.mixed_precision} mixed precision on "
+            f"{state.device}, and accelerate has one for a whole process: restart the notebook's kernel, or drop "
+            "--mixed_precision and --device"
+        )
+
+
+@contextmanager
+def compiler_explained(recipe: Recipe) -> Iterator[None]:
+    """Turn what torch's compiler raises into a RecipeError that says who asked for it; steps compile when first run."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        way_out = "drop --compile_unet"
+        if not recipe.compile_unet:
+            way_out = f"set dynamo_backend to NO in {configuration()}, or {DYNAMO}=NO in the environment"
+        raise RecipeError(f"the UNet cannot be compiled ({one_line(error, 200)}): {way_out}") from error
+
+
+@contextmanager
+def accelerate_left_unused() -> Iterator[None]:
+    """After this context accelerate has forgotten its state, unless someone else had made an Accelerator before.
+
+    So that the next run of this process, such as a notebook, may have another precision, or be launched.
+    """
+    was_used = is_initialized()
+    try:
+        yield
+    finally:
+        if not was_used:
+            forget_accelerator()
+
+
+def forget_accelerator() -> None:
+    """Let accelerate take precision, device and processes anew, by what it offers for its own tests (1.15)."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def step_wait(recipe: Recipe) -> timedelta:

@@ -52,6 +52,22 @@ def all_gather(value: Any) -> list[Any]:
     return values
 
 
+def begin_sum(value: int) -> Callable[[], int]:
+    """Begin to add up every process's value; what it returns waits for the sum. Every process has to call both.
+
+    Devices may be given work in between.
+    """
+    total = torch.tensor(value)
+    work = None if _host_group is None else distributed.all_reduce(total, group=_host_group, async_op=True)
+
+    def wait() -> int:
+        if work is not None:
+            work.wait()
+        return int(total)
+
+    return wait
+
+
 def all_gather_in_thread(num_processes: int) -> Callable[[Any], list[Any]]:
     """`all_gather` over a group of its own, for a thread that runs next to training; every process has to call it."""
     if num_processes == 1:

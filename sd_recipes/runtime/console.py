@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -38,6 +39,30 @@ def mistakes_in_one_line() -> Iterator[None]:
     if words:
         print(words, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def speak_utf8() -> None:
+    """Start this program again in Python's UTF-8 mode, if its locale has another encoding for file names.
+
+    There the names in a metadata file would not be those on the disk, and flags would arrive in pieces. To be called
+    first, since nothing is kept; not by someone else's program, such as a notebook.
+    """
+    if not has_utf8():
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def has_utf8() -> bool:
+    return sys.getfilesystemencoding().replace("-", "").lower() == "utf8"
+
+
+def print_anything() -> None:
+    """Let the console take every text: what its encoding lacks is escaped.
+
+    A file name or a caption must not end a run. Other programs' consoles, such as a notebook's, take all there is.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(words: str) -> None:

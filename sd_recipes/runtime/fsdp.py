@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.launcher import configuration, precision_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +38,20 @@ def fsdp_plugin(recipe: Recipe, mixed_precision: str) -> FullyShardedDataParalle
     for name, variable in OTHER_VARIABLES.items():
         if is_set(variable):
             raise RecipeError(
-                f"{name} is not supported: shard the model with accelerate_configs/fsdp2.yaml, or keep it whole with "
-                "accelerate_configs/multi_gpu.yaml"
+                f"{name}, which {configuration()} asks for, is not supported: shard the model with "
+                "accelerate_configs/fsdp2.yaml, or keep it whole with accelerate_configs/multi_gpu.yaml"
             )
     if not is_set(FSDP_VARIABLE):
         return None
     if os.environ.get(VERSION_VARIABLE) != "2":
-        raise RecipeError("accelerate's configuration asks for FSDP 1: write fsdp_version: 2 under its fsdp_config")
+        raise RecipeError(f"{configuration()} asks for FSDP 1: write fsdp_version: 2 under its fsdp_config")
     if is_set(OFFLOAD_VARIABLE):
-        raise RecipeError("fsdp_offload_params of accelerate's configuration is not supported: set it to false")
+        raise RecipeError(f"fsdp_offload_params of {configuration()} is not supported: set it to false")
     if mixed_precision == "fp16":
-        raise RecipeError("--mixed_precision fp16 scales the loss, which is not supported with FSDP: use bf16 or no")
+        origin = precision_in_words(recipe.mixed_precision, mixed_precision)
+        raise RecipeError(
+            f"{origin} scales the loss, which is not supported with FSDP: use --mixed_precision bf16 or no"
+        )
     if recipe.optimizer not in ("adamw", "sgd"):
         raise RecipeError(f"--optimizer {recipe.optimizer} {NEEDS_WHOLE_WEIGHTS}: use adamw or sgd")
     for name in ("offload_ema", "compile_unet"):
@@ -78,8 +82,8 @@ def check_wrapped_classes(accelerator: Accelerator, unet: torch.nn.Module) -> No
     for name in accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap or []:
         if name not in classes:
             raise RecipeError(
-                f"fsdp_transformer_layer_cls_to_wrap of accelerate's configuration names {name}, which the UNet does "
-                "not have: use Transformer2DModel,ResnetBlock2D, as accelerate_configs/fsdp2.yaml does"
+                f"fsdp_transformer_layer_cls_to_wrap of {configuration()} names {name}, which the UNet does not "
+                "have: use Transformer2DModel,ResnetBlock2D, as accelerate_configs/fsdp2.yaml does"
             )
 
 

@@ -33,7 +33,7 @@ def check_output_dir(output_dir: Path, *, writes: bool = True) -> None:
     try:
         if writes:
             output_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=output_dir) as file:
+            with tempfile.TemporaryFile(dir=output_dir, prefix=".") as file:  # hidden, if a kill should leave it
                 file.write(b"0")
         else:
             path = output_dir.absolute()

@@ -7,13 +7,18 @@ This module imports no torch, so that signals are noted from the start.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from sd_recipes.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 # Set by `accelerate launch` and by torchrun for the processes that they start.
@@ -21,6 +26,10 @@ LAUNCHERS_VARIABLES = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
 WATCH_SECONDS = 0.5
 # A terminal sends Ctrl-C to all its processes, and a launcher may pass it on: within this time they count as one.
 SAME_INTERRUPT_SECONDS = 0.5
+
+
+def in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 class Stopped(RunError):
@@ -36,6 +45,23 @@ class StopRequest:
         self.reason: str | None = None
         self.resume_command = "the same command"
         self._interrupted: float | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within this context `listen`; afterwards signals do what they did before, for a notebook's next cell.
+
+        Python leaves signals to the main thread. In another one, only the end of the launcher is noted.
+        """
+        self.reason, self.resume_command, self._interrupted = None, "the same command", None
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.listen()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                # None is a handler that was not set from Python.
+                if handler is not None and in_main_thread():
+                    signal.signal(number, handler)
 
     def listen(self) -> None:
         """Note SIGTERM, SIGINT, SIGUSR1 and the end of the launcher; a second SIGINT ends the process at once.
@@ -57,9 +83,15 @@ class StopRequest:
                     os.write(2, b"\nStopping where everything can be saved; Ctrl-C again to leave at once.\n")
             self.reason = self.reason or signal.Signals(number).name
 
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, note)
+        if in_main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, note)
+        else:
+            logger.warning(
+                "This run is not in the program's main thread, and no signal can ask it to stop: if the program ends, "
+                "what was trained since the last checkpoint is lost. --checkpointing_minutes 10 keeps that short."
+            )
         if any(variable in os.environ for variable in LAUNCHERS_VARIABLES):
             threading.Thread(target=self._watch, args=(os.getppid(),), name="launcher", daemon=True).start()
 

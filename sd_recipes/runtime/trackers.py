@@ -50,7 +50,7 @@ class Tracker:
         self.line_is_torn = False  # it may be, if the disk became full in the middle of it
 
     def start_at(self, step: int) -> None:
-        """Open the trackers, save the resolved recipe, and drop what an earlier run logged and drew after `step`."""
+        """Save the resolved recipe, open the trackers, and drop what an earlier run logged and drew after `step`."""
         recipe = self.recipe
         settings = {
             key: value
@@ -62,6 +62,9 @@ class Tracker:
         }
         # When it reads, TensorBoard then drops all events of earlier files from this step on.
         purges = {"tensorboard": {"purge_step": step + 1 if step else 0}}
+        if self.accelerator.is_main_process:
+            # Before anything else: it marks the folder as a run's, wherever the start may be cut short.
+            replace_file(self.path.parent / "recipe.yaml", recipe_text(recipe))
         try:
             self.accelerator.init_trackers(recipe.tracker_project_name, None if step else settings, init_kwargs=purges)
         except Exception as error:  # see _each
@@ -69,7 +72,6 @@ class Tracker:
                 f"--report_to {recipe.report_to} cannot be started ({one_line(error)}): fix it, or use none"
             ) from error
         if self.accelerator.is_main_process:
-            replace_file(self.path.parent / "recipe.yaml", recipe_text(recipe))
             for picture in list_samples(self.path.parent):
                 if step == 0 or step_of(picture) > step:
                     picture.unlink()
@@ -81,7 +83,7 @@ class Tracker:
         if self.accelerator.is_main_process:
             begun, self.line_is_torn = "\n" if self.line_is_torn else "", True
             try:
-                with self.path.open("a") as file:
+                with self.path.open("a", encoding="utf-8") as file:
                     file.write(f"{begun}{json.dumps({'step': step, **values})}\n")
                 self.line_is_torn = False
             except OSError as error:  # a disk may have room again
@@ -127,7 +129,7 @@ def replace_file(path: Path, text: str) -> None:
     """Write a file so that a kill leaves the old or the new one; a link is replaced, not the file it leads to."""
     beside = path.with_name(f".{path.name}")
     beside.unlink(missing_ok=True)
-    with beside.open("x") as file:
+    with beside.open("x", encoding="utf-8") as file:
         file.write(text)
     os.replace(beside, path)
 

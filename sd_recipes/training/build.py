@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,7 @@ from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import wait_for_all
 from sd_recipes.runtime.console import say
 from sd_recipes.runtime.fsdp import check_wrapped_classes
+from sd_recipes.runtime.launcher import DYNAMO, configuration
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import Tracker
@@ -200,7 +202,7 @@ def build_model(
     encoder = build_encoder(recipe, components.vae, accelerator)
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
     parts = trained_parts(recipe, family, components, batch_size)
-    optimizer = build_optimizer(parts.values(), recipe, fused=accelerator.mixed_precision != "fp16")
+    optimizer = build_optimizer(list(parts.values()), recipe, fused=accelerator.mixed_precision != "fp16")
     schedule = build_schedule(optimizer, recipe, num_steps)
     check_wrapped_classes(accelerator, components.unet)
     if accelerator.is_fsdp2 and len(parts) > 1:  # of several modules accelerate (1.15) shards the last one only
@@ -311,13 +313,15 @@ def describe(run: Run) -> str:
     trained = ", ".join(
         f"{sum(each.numel() for each in part.parameters.values()):,} ({part.name})" for part in run.state.parts.values()
     )
+    backend = os.environ.get(DYNAMO, "no").lower()
     lines = {
         **({"resumes from": f"{run.checkpoint[0]}"} if run.checkpoint else {}),
-        "global batch": _batch_in_words(run.recipe, data.global_batch_size, accelerator.num_processes),
+        "global batch": batch_in_words(run),
         "optimizer steps": steps,
         "trainable parameters": trained,
         "predicts": run.model.objective.prediction_type,
         "device": f"{accelerator.device}, {accelerator.mixed_precision} mixed precision"
+        + (f", compiled by {backend} (torch dynamo) of {configuration()}" if backend != "no" else "")
         + (f", sharded over {accelerator.num_processes} processes (FSDP2)" if accelerator.is_fsdp2 else ""),
         "seed": run.recipe.seed,
     }
@@ -335,7 +339,9 @@ def num_epochs(run: Run, order: Order) -> float:
     return epoch + 1 + (run.num_steps - manifest.step - left_of_epoch) / of_epoch
 
 
-def _batch_in_words(recipe: Recipe, global_batch_size: int, num_processes: int) -> str:
+def batch_in_words(run: Run) -> str:
+    """A global batch as what it consists of."""
+    recipe, global_batch_size, num_processes = run.recipe, run.data.global_batch_size, run.accelerator.num_processes
     size, accumulated = recipe.train_batch_size, recipe.gradient_accumulation_steps
     if size * accumulated * num_processes != global_batch_size:  # the run began on another number
         accumulated = micro_batches_of_step(recipe, global_batch_size, num_processes)

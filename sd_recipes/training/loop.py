@@ -18,7 +18,7 @@ from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.latent_store import LatentStore
 from sd_recipes.recipe import Recipe
-from sd_recipes.runtime.agreement import StopAgreement, all_gather, broadcast, wait_for_all
+from sd_recipes.runtime.agreement import StopAgreement, all_gather, begin_sum, broadcast, wait_for_all
 from sd_recipes.runtime.fsdp import full_tensor
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.training.build import Model, Run
@@ -61,10 +61,11 @@ def fit(run: Run, saver: BackgroundSaver) -> None:
             # Gradients of the whole step, however it is split into micro-batches
             for batch in micro_batches:
                 run.data.bad_rows.add(batch.bad, progress.samples_seen)
-            meter.add(backward(micro_batches, run.model, run.store, accelerator))
+            loss, usable = backward(micro_batches, run.model, run.store, accelerator)
+            meter.add(loss, usable)
 
             # Update: weights, schedule, averages
-            meter.grad_norm = update(state, accelerator, recipe.max_grad_norm)
+            meter.grad_norm = update(state, accelerator, recipe.max_grad_norm, usable)
             progress.global_step += 1
             progress.samples_seen, progress.stream_state = plan.samples_seen, plan.stream_state
             bar.update(1)
@@ -99,13 +100,17 @@ def fit(run: Run, saver: BackgroundSaver) -> None:
 
 def backward(
     micro_batches: Sequence[Batch], model: Model, store: LatentStore | None, accelerator: Accelerator
-) -> torch.Tensor:
-    """Add the gradient of a whole step to the parameters; returns this process's share of its loss, on the device.
+) -> tuple[torch.Tensor, float]:
+    """Add the gradient of a whole step to the parameters.
+
+    Returns this process's share of the loss, on the device, and which part of the global batch's rows could be used,
+    the same on all processes. Gradient and loss are sums over those rows, divided by the global batch's size.
 
     accelerate divides by the accumulation steps and averages over processes. Multiplied by both and divided by the
     global batch's size, the gradient is the mean over its samples, even for an epoch's last batch, whose
     micro-batches are fewer and uneven.
     """
+    num_usable = begin_sum(sum(int(batch.weights.count_nonzero()) for batch in micro_batches))
     total = torch.zeros((), device=accelerator.device)
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
     for batch in micro_batches:
@@ -120,7 +125,7 @@ def backward(
             loss = (batch.weights * losses).sum() / batch.plan.global_batch_size
             accelerator.backward(loss * scale)
         total += loss.detach()
-    return total
+    return total, num_usable() / micro_batches[-1].plan.global_batch_size
 
 
 @contextmanager
@@ -132,13 +137,23 @@ def no_sync(modules: Sequence[torch.nn.Module], accelerator: Accelerator) -> Ite
         yield
 
 
-def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float) -> float:
+def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, usable: float = 1.0) -> float:
     """Clip the gradients, step, and average; returns the gradient's norm before clipping.
 
-    A step that the loss scaler skipped advances neither schedule nor averages. The host waits here for the norm, which
-    is the same on all processes; without a scaler it has to be finite, so that the weights stay finite. Raises
-    TrainingDiverged.
+    The gradients become the mean over the `usable` part of the rows. Without any there is no gradient, and momentum and
+    weight decay alone must not move the weights: nothing is done, and the norm is NaN.
+
+    A step that the loss scaler skipped, or that had no usable row, advances neither schedule nor averages. The host
+    waits here for the norm, which is the same on all processes; without a scaler it has to be finite, so that the
+    weights stay finite. Raises TrainingDiverged.
     """
+    if usable == 0:
+        state.optimizer.zero_grad()
+        return math.nan
+    if usable < 1:
+        for parameter in state.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.div_(usable)
     grad_norm = full_tensor(accelerator.clip_grad_norm_(list(state.parameters.values()), max_grad_norm)).item()
     if accelerator.scaler is None and not math.isfinite(grad_norm):
         raise TrainingDiverged(
@@ -162,8 +177,8 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     if bad_rows:
         figures["bad_rows"] = bad_rows
     run.tracker.log(figures, progress.global_step)
-    speed = f"{figures['images_per_second']:.1f} images/s"
-    bar.set_postfix_str(f"loss {figures['train_loss']:.4f}, lr {figures['lr']:.2e}, {speed}")
+    loss_in_words = f"loss {figures['train_loss']:.4f}" if "train_loss" in figures else "no usable row"
+    bar.set_postfix_str(f"{loss_in_words}, lr {figures['lr']:.2e}, {figures['images_per_second']:.1f} images/s")
 
 
 def sum_up(meter: Meter, state: TrainState, accelerator: Accelerator, bad_rows: BadRows) -> tuple[float, int]:
@@ -189,7 +204,7 @@ def save(run: Run, meter: Meter, saver: BackgroundSaver) -> None:
     progress = run.state.progress
     was_logged = meter.steps_from == progress.global_step  # and summed up there, when the host waited
     progress.loss_sum = 0.0 if was_logged else sum_up(meter, run.state, run.accelerator, run.data.bad_rows)[0]
-    progress.logged_step = meter.steps_from
+    progress.logged_step, progress.steps_without_rows = meter.steps_from, meter.steps_without_rows
     if not has_finite_weights(run.state, run.accelerator):
         raise TrainingDiverged(f"the weights are not finite by step {progress.global_step}")
     if run.store:

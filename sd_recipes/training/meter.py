@@ -27,6 +27,7 @@ class Meter:
         """`remedy` is what to do about a loader that is slower than the model."""
         self.loss = torch.tensor(progress.loss_sum, device=device)
         self.steps_from = progress.logged_step
+        self.steps_without_rows = progress.steps_without_rows
         self.grad_norm = 0.0  # of the last step, before clipping
         self.remedy = remedy
         self._waited_in_all = self._elapsed_in_all = 0.0
@@ -49,18 +50,28 @@ class Meter:
                 return
             yield item
 
-    def add(self, loss: torch.Tensor) -> None:
-        self.loss += loss.detach()
+    def add(self, loss: torch.Tensor, usable: float) -> None:
+        """Add a step's loss, summed over the `usable` part of the global batch and divided by its whole size."""
+        if usable:
+            self.loss += loss.detach() / usable
+        else:
+            self.steps_without_rows += 1
 
     def close(self, loss: float, progress: Progress) -> dict[str, float]:
-        """Mean of the steps' losses, whose sum over all processes is `loss`; speed, share of waiting, gradient norm."""
+        """Mean of the steps' losses, whose sum over all processes is `loss`; speed, share of waiting, gradient norm.
+
+        Steps without a usable row have no loss; nor do the figures if there were only such steps.
+        """
         elapsed = time.perf_counter() - self.started
-        figures = {
-            "train_loss": loss / (progress.global_step - self.steps_from),
+        figures = {}
+        if num_losses := progress.global_step - self.steps_from - self.steps_without_rows:
+            figures["train_loss"] = loss / num_losses
+        figures |= {
             "images_per_second": (progress.samples_seen - self.samples_from) / elapsed,
             "data_wait": self.waited / elapsed,
         }
-        if math.isfinite(self.grad_norm):  # it is not at a step that the loss scaler skipped; JSON has no infinity
+        # It is not at a step that the loss scaler skipped, or that had no usable row; JSON has no infinity.
+        if math.isfinite(self.grad_norm):
             figures["grad_norm"] = self.grad_norm
         self._waited_in_all += self.waited
         self._elapsed_in_all += elapsed
@@ -69,6 +80,6 @@ class Meter:
             self._warned = True
             logger.warning("%.0f %% of the time is spent waiting for data: try %s", 100 * share, self.remedy)
         self.loss.zero_()
-        self.steps_from = progress.global_step
+        self.steps_from, self.steps_without_rows = progress.global_step, 0
         self.restart(progress)
         return figures

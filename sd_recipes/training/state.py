@@ -39,6 +39,7 @@ class Progress:
     samples_seen: int = 0
     loss_sum: Annotated[float, Field(allow_inf_nan=False)] = 0.0  # of the steps that have not been logged yet
     logged_step: Annotated[int, Field(ge=0)] = 0
+    steps_without_rows: Annotated[int, Field(ge=0)] = 0  # of those not logged yet: no row could be used, so no loss
     awaits_validation: bool = False  # of this step, which comes after its checkpoint
     stream_state: dict[str, Any] | None = None  # where this process's stream stands, if there is one
 

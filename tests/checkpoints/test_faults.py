@@ -173,6 +173,19 @@ def test_a_whole_checkpoint_remains_at_every_file_operation_of_a_save(tmp_path: 
 
 
 @pytest.mark.slow
+def test_a_run_killed_at_every_file_operation_of_its_start_goes_on(command: list[str], tmp_path: Path) -> None:
+    """Before there is anything to resume; the folder is not taken for somebody else's."""
+    argv = [*command, "--max_train_steps", "1", "--validate_before_training", "--output_dir", str(tmp_path / "out")]
+    (found,) = do(tmp_path, {"action": "starting", "argv": argv, "log": str(tmp_path / "log")})
+    results = found["results"]
+    print(results)
+    assert len(results) > 5
+    assert {result["killed"] for result in results} == {-signal.SIGKILL}
+    assert {result["resumed"] for result in results} == {0}, (tmp_path / "log").read_text()[-3000:]
+    assert any("logs" in result["left"] for result in results), "TensorBoard had begun"
+
+
+@pytest.mark.slow
 def test_a_run_killed_at_every_file_operation_of_a_save_is_the_quiet_run(command: list[str], tmp_path: Path) -> None:
     command = [*command, "--checkpoints_total_limit", "1", "--report_to", "none"]
     four = [*command, "--max_train_steps", "6"]

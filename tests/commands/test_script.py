@@ -176,7 +176,7 @@ def broken_unet(tmp_path: Path, pipeline: Path) -> Path:
         (["--pretrained_model_name_or_path", "someone/absent"], "someone/absent: cannot load"),
         (["--pretrained_model_name_or_path", lacking_vae], "lacks the folder vae/"),
         (["--pretrained_model_name_or_path", broken_unet], "cannot load unet"),
-        (["--train_data_dir", "./absent"], "--train_data_dir absent: no such folder"),
+        (["--train_data_dir", "./absent"], "absent: no such file or folder"),
         (["--caption_column", "txt"], "nearest: text"),
         (["--image_column", "picture"], "has the columns ['image', 'text']"),
         (["--resolution", 33], "use 32 or 36"),

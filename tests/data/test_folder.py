@@ -151,6 +151,9 @@ def test_pictures_without_any_caption_are_told_the_ways(tmp_path: Path) -> None:
         load_rows(recipe(tmp_path))
     for way in (".txt file", "metadata.jsonl", "--caption_from", "'a photo of a {label}' (label: cat, dog)"):
         assert way in str(error.value)
+    (tmp_path / "captions.txt").write_text("a.png\ta cat\n")
+    with pytest.raises(RecipeError, match=r"no picture lies beside captions\.txt; a table has to be called \.csv"):
+        load_rows(recipe(tmp_path))
 
 
 def test_split_folders_are_splits(tmp_path: Path) -> None:

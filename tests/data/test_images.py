@@ -90,7 +90,7 @@ ERRORS = {
     "page.jpg": "HTML",
     "postscript.jpg": "not read for safety",
     "bomb.png": "--max_image_megapixels 100",
-    "no_pixels.png": "not a picture",
+    "no_pixels.png": "PNG that is damaged",
     "._cat.jpg": "macOS",
     "Thumbs.db": r"Thumbs\.db",
 }

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sd_recipes.data.parquet_files import BATCH_ROWS, load_parquet
+from sd_recipes.data.parquet_files import BATCH_ROWS, ParquetFiles, load_files
 
 MEBIBYTE = 2**20
 
@@ -21,7 +21,7 @@ def test_rows_are_those_that_datasets_reads(tmp_path: Path, streaming: bool) -> 
         content = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
         content.to_parquet(tmp_path / f"{name}.parquet", batch_size=group)
     files = {"train": str(tmp_path / "*.parquet")}
-    found = load_parquet(files, cache_dir=None, streaming=streaming)
+    found = load_files(ParquetFiles, files, cache_dir=None, streaming=streaming)
     expected = datasets.load_dataset("parquet", data_files=files, streaming=streaming)
     assert list(found) == ["train"]
     assert found["train"].features == expected["train"].features == datasets.Features(features)
@@ -31,7 +31,7 @@ def test_rows_are_those_that_datasets_reads(tmp_path: Path, streaming: bool) -> 
 def test_record_batches_of_small_pictures_are_few(tmp_path: Path) -> None:
     content = datasets.Dataset.from_list([{"image": {"bytes": b"", "path": None}}] * 2500)
     content.cast_column("image", datasets.Image()).to_parquet(tmp_path / "a.parquet", batch_size=2500)
-    found = load_parquet({"train": str(tmp_path / "a.parquet")}, cache_dir=None, streaming=False)
+    found = load_files(ParquetFiles, {"train": str(tmp_path / "a.parquet")}, cache_dir=None, streaming=False)
     assert found["train"].data.column("image").num_chunks == -(-2500 // BATCH_ROWS)
 
 
@@ -42,9 +42,9 @@ def test_a_file_of_32_mebibytes_is_never_held_as_a_whole(tmp_path: Path, num_row
     del table
     files = {"train": str(tmp_path / "a.parquet")}
     tracemalloc.start()  # sees what is read from the file, and arrow's own count what is decoded
-    load_parquet(files, cache_dir=None, streaming=False)
+    load_files(ParquetFiles, files, cache_dir=None, streaming=False)
     before, most_decoded = pa.total_allocated_bytes(), 0
-    for _ in load_parquet(files, cache_dir=None, streaming=True)["train"]:
+    for _ in load_files(ParquetFiles, files, cache_dir=None, streaming=True)["train"]:
         most_decoded = max(most_decoded, pa.total_allocated_bytes() - before)
     most_read = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -125,6 +125,29 @@ def test_one_array_or_an_object_of_paths_is_a_table_too(tmp_path: Path) -> None:
         assert captions(tmp_path / name) == ["x", "y"], name
 
 
+def test_captions_of_coco(tmp_path: Path) -> None:
+    pictures(tmp_path / "train2017", "1.png", "2.png")
+    images = [{"id": number, "file_name": f"{number}.png"} for number in (1, 2)]
+    annotations = [{"image_id": number, "caption": f"a {number}, {each}"} for number in (1, 2) for each in range(2)]
+    path = tmp_path / "annotations" / "captions.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+    settings = {"caption_column": "caption", "image_root": str(tmp_path / "train2017")}
+    assert load_rows(recipe(path, **settings))["caption"][:] == [["a 1, 0", "a 1, 1"], ["a 2, 0", "a 2, 1"]]
+    folder = Recipe(pretrained_model_name_or_path="-", train_data_dir=str(tmp_path), **settings)
+    assert len(load_rows(folder)) == 2
+
+
+def test_columns_of_usual_names_are_found_in_any_case(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    (tmp_path / "rows.tsv").write_bytes("FileName\tText\r\na.png\tx\r\n".encode("utf-16"))
+    pq.write_table(pa.table({"Path": ["a.png"], "Text": ["x"]}), tmp_path / "rows.parquet")
+    for name in ("rows.tsv", "rows.parquet"):
+        assert captions(tmp_path / name, caption_column="Text") == ["x"]
+        with pytest.raises(RecipeError, match="nearest: Text"):
+            load_rows(recipe(tmp_path / name))
+
+
 def test_a_name_stands_for_the_one_file_that_fits(tmp_path: Path) -> None:
     folder = pictures(
         tmp_path / "pics", "Red.JPG", "b.png", "b.jpg", unicodedata.normalize("NFD", "é.png"), "sub/c.png"

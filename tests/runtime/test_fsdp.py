@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,23 @@ def test_a_divided_run_is_the_whole_one_and_goes_on_to_the_bit(
         UNet2DConditionModel.load_config(uninterrupted / "checkpoint-6" / "unet")["_class_name"]
         == "UNet2DConditionModel"
     )
+
+
+def test_a_divided_gradient_is_the_mean_over_the_usable_rows(
+    settings: dict[str, Any], fsdp: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(settings["train_data_dir"], folder)
+    for row in range(3):
+        (folder / f"{row}.png").write_bytes(b"broken")
+    settings |= {
+        "train_data_dir": str(folder), "max_bad_rows": 3, "check_data": "off", "max_train_steps": 2,
+        "max_grad_norm": 1e9,
+    }  # fmt: skip
+    one = train(settings, train_batch_size=4, gradient_accumulation_steps=1, output_dir=str(tmp_path / "one"))
+    run_divided(fsdp, 2, settings, output_dir=tmp_path / "two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert_close(weights(one), saved(tmp_path / "two", 2, "unet"))
 
 
 def test_defect_10_frozen_parts_leave_a_divided_run_as_they_came(

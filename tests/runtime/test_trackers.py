@@ -202,8 +202,13 @@ def test_defect_9_a_full_disk_ends_the_curve_and_no_tracker(
 
 def test_a_tracker_that_cannot_be_started_is_a_mistake(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     def init_trackers(self: Accelerator, *_: object, **__: object) -> None:
+        (Path(recipe.output_dir) / "logs").mkdir()
         raise CommunicationError("no API key configured")
 
-    monkeypatch.setattr(Accelerator, "init_trackers", init_trackers)
-    with pytest.raises(RecipeError, match=r"--report_to tensorboard cannot be started \(no API key configured\)"):
-        run(recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "init_trackers", init_trackers)
+        with pytest.raises(RecipeError, match=r"--report_to tensorboard cannot be started \(no API key configured\)"):
+            run(recipe)
+    assert sorted(path.name for path in Path(recipe.output_dir).iterdir()) == [".lock", "logs", "recipe.yaml"]
+    run(recipe)
+    assert (Path(recipe.output_dir) / "unet").is_dir(), "logged in, the same command goes on"
