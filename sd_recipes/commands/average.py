@@ -87,13 +87,20 @@ def average(config: Averaging) -> None:
     check_is_free(output_dir)
     recipe = recipe_of(run_dir, config)
     stored = [each for path in snapshots for each in read_snapshot(path)]
+    if not stored:  # the loss scaler has skipped all steps so far
+        raise RecipeError(f"{snapshots[-1]} is from before the first update: train on, and take a later --step")
     step, updates = step_of(snapshots[-1]), stored[-1].profile.updates
     hide_library_bars()
     accelerator = start_accelerator(recipe)
     if accelerator.num_processes > 1:
         raise RecipeError("`sd-recipes average` runs in one process: start it without torchrun or accelerate launch")
     check_output_dir(output_dir)
-    built = build_run(recipe, accelerator, None)
+    try:
+        built = build_run(recipe, accelerator, None)
+    except RecipeError as error:
+        raise RecipeError(
+            f"{error} ({run_dir / 'recipe.yaml'} says so; its relative paths begin where the run was started)"
+        ) from error
     averages = []
     for length in config.lengths:
         combination = combine([each.profile for each in stored], Profile(gamma_of(length), updates))

@@ -19,7 +19,7 @@ AVERAGE = Command(
     sd-recipes average runs/boats --length 0.08 --step 4000 --output_dir boats-4000
 """,
 )
-EXAMPLE = "give relative widths above 0 and below 0.2886, such as 0.05,0.10,0.15"
+EXAMPLE = "give relative widths above 0 and below 0.2887, such as 0.05,0.10,0.15"
 
 
 class AverageConfig(Section):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from test_format_and_saver import entry, rewrite_manifest
 from test_script import environment
 from tiny_models import UNET_CONFIG, build_image_folder, build_tiny_pipeline
 from training_runs import assert_leaves_as_it_came, forget_accelerator
@@ -162,6 +163,32 @@ def test_a_run_that_kept_nothing_and_one_that_was_damaged(trained: Path, tmp_pat
     shutil.rmtree(copy / "averages")
     with pytest.raises(RecipeError, match="run has kept no averages: train with --ema_snapshots"):
         average_by(copy, "--length", "0.1")
+
+
+def test_a_model_that_is_not_where_it_was(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "run", tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(trained / "model"), str(tmp_path / "gone")))
+    with pytest.raises(RecipeError, match=r"/gone: no such .*run/recipe\.yaml says so; its relative paths begin where"):
+        average_by(tmp_path / "run", "--length", "0.1", "--device", "cpu")
+
+
+def test_a_run_whose_steps_were_all_skipped(trained: Path, tmp_path: Path) -> None:
+    """As a loss scaler does at first; then the averages are those of no weights at all."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    for path in list_snapshots(tmp_path / "run"):
+        state = json.loads((path / "state.json").read_text())
+        (path / "state.json").unlink()  # it is a link to the checkpoint's
+        (path / "state.json").write_text(json.dumps(state | {"averages": {"unet": 0}}))
+        name_in_manifest(path, "state.json")
+    with pytest.raises(RecipeError, match="snapshot-20 is from before the first update: train on"):
+        average_by(tmp_path / "run", "--length", "0.1", "--device", "cpu")
+
+
+def name_in_manifest(path: Path, file: str) -> None:
+    """Let a snapshot's manifest have the hash of a changed file."""
+    content = (path / file).read_bytes()
+    rewrite_manifest(path, lambda manifest: manifest["files"].update({file: entry(content)}))
 
 
 def test_a_model_that_is_another_one(trained: Path, tmp_path: Path) -> None:
