@@ -540,8 +540,8 @@ class Recipe(
             )
         if self.ema_length != DIFFUSERS_LENGTH and self.ema_decay != OptimConfig.model_fields["ema_decay"].default:
             raise ValueError(
-                f"--ema_decay {self.ema_decay} contradicts --ema_length {self.ema_length}, which gives the decays: leave "
-                f"--ema_decay at 0.9999, or --ema_length at {DIFFUSERS_LENGTH}"
+                f"--ema_decay {self.ema_decay} contradicts --ema_length {self.ema_length}, which gives the decays: "
+                f"leave --ema_decay at 0.9999, or --ema_length at {DIFFUSERS_LENGTH}"
             )
         if self.overwrite and self.resume_from_checkpoint:
             raise ValueError("--overwrite starts over, which --resume_from_checkpoint contradicts: drop one")

@@ -216,7 +216,7 @@ def test_many_averages_are_no_trouble(number: int) -> None:
     [
         (
             {"ema_length": 0.05, "ema_decay": 0.999},
-            r"--ema_decay 0\.999 contradicts --ema_length 0\.05, .*: leave --ema_decay at 0\.9999, or --ema_length at 0\.09",
+            r"--ema_decay 0\.999 contradicts --ema_length 0\.05, .*: leave --ema_decay at 0\.9999, or .* at 0\.09",
         ),
         ({"ema_length": 0}, "--ema_length: input should be greater than 0"),
         ({"ema_length": 0.3}, r"--ema_length: input should be less than 0\.288"),
