@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 
 from sd_recipes.checkpoints.format import STATE, DamagedCheckpoint, read_json, step_of, verify_checkpoint
 from sd_recipes.checkpoints.run_folder import holds_run
+from sd_recipes.checkpoints.saver import FAILURES
 from sd_recipes.checkpoints.snapshots import list_snapshots
 from sd_recipes.commands.average_settings import Averaging
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.flags import build_recipe, is_resolved_recipe, read_recipe_file
-from sd_recipes.recipe import Recipe
+from sd_recipes.recipe import DIFFUSERS_LENGTH, Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.output_dir import check_output_dir
@@ -40,11 +41,11 @@ logger = logging.getLogger(__name__)
 RESULTS = "averages.json"
 # Of `Combination.error`; above it, the average differs visibly from the one that training would have kept.
 LARGE_ERROR = 0.05
-# What a run leaves out that is not trained, only evaluated by its held-out loss.
+# What is left out of a run that is not trained, only evaluated by its held-out loss.
 NOT_TRAINED: dict[str, Any] = {
-    "dry_run": True, "use_ema": False, "ema_snapshots": False, "ema_snapshots_limit": None, "compile_unet": False,
-    "cache_latents": "off", "check_data": "off", "report_to": "none", "validation_prompts": None,
-    "validation_clip_model": None,
+    "dry_run": True, "use_ema": False, "offload_ema": False, "ema_length": DIFFUSERS_LENGTH, "ema_snapshots": False,
+    "ema_snapshots_limit": None, "compile_unet": False, "cache_latents": "off", "check_data": "off",
+    "report_to": "none", "validation_prompts": None, "validation_clip_model": None,
 }  # fmt: skip
 
 
@@ -118,13 +119,19 @@ def average(config: Averaging) -> None:
                 "The averages that %s has kept hardly tell that of length %g (error %.0f %%): a smaller "
                 "--checkpointing_steps keeps more.", run_dir, each.length, 100 * each.combination.error,
             )  # fmt: skip
-    for each in [best] if best else averages:
-        folder = output_dir if best or len(averages) == 1 else output_dir / f"length-{each.length:g}"
-        load_average(built, stored, each.combination)
-        export_pipeline(built.model.family, built.model.components, folder)
-        built.state.export(folder, is_main=True)
-        say(f"length {each.length:g}: {folder}")
-    replace_file(output_dir / RESULTS, json.dumps(as_json(averages, stored, step, best), indent=1) + "\n")
+    try:
+        # First, since it says whose folder this is.
+        replace_file(output_dir / RESULTS, json.dumps(as_json(averages, stored, step, best), indent=1) + "\n")
+        for each in [best] if best else averages:
+            folder = output_dir if best or len(averages) == 1 else output_dir / f"length-{each.length:g}"
+            load_average(built, stored, each.combination)
+            export_pipeline(built.model.family, built.model.components, folder)
+            built.state.export(folder, is_main=True)
+            say(f"length {each.length:g}: {folder}")
+    except FAILURES as error:
+        raise RecipeError(
+            f"--output_dir {output_dir} cannot be written ({one_line(error)}): make room, or choose another"
+        ) from error
     accelerator.end_training()
 
 
@@ -202,8 +209,7 @@ def weighted_sum(files: list[Path], combination: Combination) -> dict[str, torch
 def held_out_loss(built: Run, step: int) -> float | None:
     """Loss on the held-out rows of the weights as they are; the same rows, timesteps and noise as in training."""
     figures = Figures()
-    progress = replace(built.state.progress, global_step=step)
-    built.state.progress = progress
+    built.state.progress.global_step = step
     built.validator(built.state, figures)
     stop_request.check("while averages were evaluated; nothing was written")
     return figures.figures.get("validation_loss")

@@ -101,8 +101,8 @@ def combine(stored: Sequence[Profile], wanted: Profile) -> Combination:
     """The sum of `stored` profiles, with coefficients that sum to 1, that is nearest to `wanted`.
 
     Without that condition the weights would shrink by what the sum lacks, and they are far larger than their movement,
-    which is all that profiles differ in. The equations are solved for profiles of norm 1. Of many, neighbours are nearly
-    equal: two profiles at each of 1,000 ends have the condition number 1e10, which float64 bears.
+    which is all that profiles differ in. The equations are solved for profiles of norm 1. Of many, neighbours are
+    nearly equal: two profiles at each of 1,000 ends have the condition number 1e10, which float64 bears.
     """
     products = inner_products(stored, stored)
     norms = np.sqrt(np.diag(products))

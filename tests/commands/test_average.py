@@ -165,6 +165,21 @@ def test_a_run_that_kept_nothing_and_one_that_was_damaged(trained: Path, tmp_pat
         average_by(copy, "--length", "0.1")
 
 
+def test_a_full_disk(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the same command once more, when there is room."""
+    words = (trained / "run", "--length", 0.05, "--output_dir", tmp_path / "out", "--device", "cpu")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sd_recipes.commands.average.export_pipeline", full)
+        with pytest.raises(RecipeError, match=r"out cannot be written \(.*No space left on device\): make room"):
+            average_by(*words)
+    average_by(*words)
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
 def test_a_model_that_is_not_where_it_was(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "run", tmp_path / "run")
     recipe = tmp_path / "run" / "recipe.yaml"
