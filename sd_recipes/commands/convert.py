@@ -1,5 +1,7 @@
 """`sd-recipes convert IN OUT`: weights in .ckpt or .bin files to safetensors, without running code that they may hold.
 
+Tensors that were saved from a compiled or otherwise wrapped model get their plain names.
+
     sd-recipes convert model.ckpt model.safetensors
     sd-recipes convert my_pipeline my_pipeline-safetensors
 
@@ -20,6 +22,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
 from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.model.loading import unwrapped
 from sd_recipes.model.weight_files import PICKLES, UnreadableWeights, open_weights
 from sd_recipes.runtime.console import say
 
@@ -27,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Weights in a pipeline's folder: of diffusers, and of transformers, which calls them otherwise in safetensors.
 PIPELINE_WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model)((?:\.\w+?)?(?:-\d+-of-\d+)?)\.bin")
+SAFE_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(?:\.\w+)?\.safetensors")
 INDEX = re.compile(r"(diffusion_pytorch_model|pytorch_model)\.bin\.index((?:\.\w+)?)\.json")
 
 
@@ -80,7 +84,7 @@ def convert_file(path: Path, output: Path) -> None:
     if not weights.shapes:
         raise RecipeError(f"{path} holds no tensors: name a file of weights")
     # Copies, since safetensors refuses tensors that share memory, as tied weights do.
-    tensors = {name: weights.read(name).clone().contiguous() for name in weights.shapes}
+    tensors = {unwrapped(name): weights.read(name).clone().contiguous() for name in weights.shapes}
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.name}.partial")
     try:
@@ -93,8 +97,12 @@ def convert_file(path: Path, output: Path) -> None:
 
 def convert_folder(folder: Path, output: Path) -> None:
     """Copy a pipeline, its weights as safetensors. Raises RecipeError; the output is there whole, or not at all."""
-    if not any(PIPELINE_WEIGHTS.fullmatch(path.name) for path in folder.rglob("*.bin")):
-        raise RecipeError(f"{folder} holds no weights in .bin files: there is nothing to convert")
+    pickled = any(PIPELINE_WEIGHTS.fullmatch(path.name) for path in folder.rglob("*.bin"))
+    if not pickled and not any(map(has_wrapped_names, folder.rglob("*.safetensors"))):
+        raise RecipeError(
+            f"{folder} holds no weights in .bin files, and none under the names of a wrapped model: there is nothing "
+            "to convert"
+        )
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -108,9 +116,21 @@ def convert_folder(folder: Path, output: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def has_wrapped_names(path: Path) -> bool:
+    """Whether a pipeline's weights, in one file, are named as within a wrapper. Raises RecipeError."""
+    if not SAFE_WEIGHTS.fullmatch(path.name):
+        return False
+    try:
+        return any(unwrapped(name) != name for name in open_weights(path, path.name, allow_pickle=False).shapes)
+    except UnreadableWeights as error:
+        raise RecipeError(f"{path} {error}") from error
+
+
 def _convert_one(path: Path, to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
-    if match := PIPELINE_WEIGHTS.fullmatch(path.name):
+    if has_wrapped_names(path):
+        convert_file(path, to / path.name)
+    elif match := PIPELINE_WEIGHTS.fullmatch(path.name):
         convert_file(path, to / f"{_stem(match[1])}{match[2]}.safetensors")
     elif match := INDEX.fullmatch(path.name):
         try:

@@ -12,6 +12,7 @@ from sd_recipes.model.weight_files import Shape, UnfittingWeights, UnreadableWei
 
 logger = logging.getLogger(__name__)
 
+COMPILED = "_orig_mod."  # in the names of what torch.compile has wrapped
 # What torch.compile, FSDP, DDP and a trainer's own module put into the names of what they wrap.
 INNER_WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 OUTER_WRAPPERS = ("module.", "model.", "unet.", "vae.", "text_encoder.")

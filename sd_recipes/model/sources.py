@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 from sd_recipes import assets
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.model import recognise
-from sd_recipes.model.loading import say_unwrapped, unwrapped
+from sd_recipes.model.loading import COMPILED, say_unwrapped, unwrapped
 from sd_recipes.model.original_layout import take_part
 from sd_recipes.model.recognise import PARTS, Recognised
 from sd_recipes.model.weight_files import (
@@ -255,6 +255,15 @@ class Folder(Source):
             except UnreadableWeights as error:
                 self.cannot_load(part, f"{shown} {error}", error)
         found = opened[0] if len(opened) == 1 else joined(opened, f"{self.folder_of(part)} with {len(opened)} shards")
+        compiled = [name for name in found.shapes if COMPILED in name]
+        if compiled:
+            target = f"{self.path.name}-plain"
+            self.cannot_load(
+                part,
+                f"{found.place} names {len(compiled)} of its {len(found.shapes)} tensors as a compiled model does "
+                f"({compiled[0]}), under which no tool finds them: convert it with "
+                f"`{convert_command(self.name, target)}` and name {target}",
+            )
         return take_part(found, part, config, names)
 
     def _refuse_pickle(self, part: str, file: str, error: PickledWeights) -> NoReturn:

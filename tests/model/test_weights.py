@@ -24,6 +24,7 @@ from test_single_file import assert_parts_of, config_for, load
 from training_runs import assert_equal
 from transformers import BertConfig, BertModel, CLIPTokenizer
 
+from sd_recipes.commands.convert import convert
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import load_vae
 from sd_recipes.model.families import family_of
@@ -55,9 +56,6 @@ def refused(model: Path, **flags: Any) -> str:
 @pytest.mark.parametrize(
     ("part", "change", "prefix"),
     [
-        ("unet", lambda name: f"_orig_mod.{name}", "_orig_mod."),
-        ("unet", lambda name: f"module._orig_mod.{name}", "_orig_mod."),
-        ("unet", lambda name: name.replace("mid_block.", "mid_block._orig_mod."), "_orig_mod."),
         ("unet", lambda name: f"unet.{name}", "unet."),
         ("vae", lambda name: f"module.{name}", "module."),
         ("text_encoder", lambda name: f"module.text_model.{name}", "module."),
@@ -73,6 +71,23 @@ def test_wrappers_in_names_are_stripped_and_said(
     (said,) = [record.getMessage() for record in caplog.records if "wrapper" in record.getMessage()]
     assert part in said
     assert prefix in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("mid_block.", "mid_block._orig_mod."),
+    ],
+)
+def test_a_compiled_models_names_are_refused_with_the_command_that_mends_them(
+    model: Path, tiny_pipeline: Path, tmp_path: Path, change: Callable[[str], str]
+) -> None:
+    rename(model, "unet", change)
+    assert re.search(r"cannot load unet: .* names \d+ of its \d+ tensors as a compiled model does", refused(model))
+    convert(str(model), str(tmp_path / "plain"))
+    assert_parts_of(load(tmp_path / "plain"), tiny_pipeline)
 
 
 @pytest.mark.parametrize(
