@@ -40,6 +40,10 @@ def _check_no_password(text: str) -> str:
     return text
 
 
+# Relative widths of averages of the weights. That of diffusers' warm-up, √(9/11)/10, to two digits; and that of the
+# plain mean of all steps, which is the widest: see training/profiles.py.
+DIFFUSERS_LENGTH, WIDEST_LENGTH = 0.09, 12**-0.5
+
 Number = Annotated[float, BeforeValidator(_number_from_text)]
 
 # What it means for a resumed run that a setting differs from the checkpoint's. `refused`: the state would not fit.
@@ -405,7 +409,21 @@ class OptimConfig(Section):
     sgd_momentum: Number = setting(0.9, "warned", "SGD's momentum.", ge=0, lt=1)
     max_grad_norm: Number = setting(1.0, "warned", "Gradients are clipped to this norm.", gt=0)
     use_ema: bool = setting(False, "warned", "Keep an exponential moving average of the weights, and export it.")
-    ema_decay: Number = setting(0.9999, "warned", "Maximum decay of the average.", ge=0, lt=1)
+    ema_length: Number = setting(
+        DIFFUSERS_LENGTH,
+        "warned",
+        "Relative width of the average: the part of the run that it looks back on; 0.09 is as in diffusers.",
+        gt=0,
+        lt=WIDEST_LENGTH,
+    )
+    ema_decay: Number = setting(
+        0.9999, "warned", "Maximum decay of the average; only with the default --ema_length.", ge=0, lt=1
+    )
+    ema_snapshots: bool = setting(
+        False,
+        "warned",
+        "Keep two averages at every checkpoint, of which `sd-recipes average` makes those of any length.",
+    )
     offload_ema: bool = setting(False, "free", "Keep the average in host memory.")
     foreach_ema: bool = setting(False, "free", "Accepted; the average is always updated with foreach operations.")
 
@@ -431,6 +449,9 @@ class CheckpointConfig(Section):
         None, "free", "Also save when the last checkpoint is this many minutes old.", gt=0
     )
     checkpoints_total_limit: int | None = setting(None, "free", "Keep only this many of the newest checkpoints.", ge=1)
+    ema_snapshots_limit: int | None = setting(
+        None, "free", "With --ema_snapshots, keep those of this many checkpoints, evenly spaced.", ge=2
+    )
     resume_from_checkpoint: str | None = setting(
         None, "free", "`latest`, the default if --output_dir holds a run, or a checkpoint's name or path."
     )
@@ -517,6 +538,11 @@ class Recipe(
             raise ValueError(
                 f"--dream_training is defined for the prediction type epsilon, not for {self.prediction_type}: drop one"
             )
+        if self.ema_length != DIFFUSERS_LENGTH and self.ema_decay != OptimConfig.model_fields["ema_decay"].default:
+            raise ValueError(
+                f"--ema_decay {self.ema_decay} contradicts --ema_length {self.ema_length}, which gives the decays: "
+                f"leave --ema_decay at 0.9999, or --ema_length at {DIFFUSERS_LENGTH}"
+            )
         if self.overwrite and self.resume_from_checkpoint:
             raise ValueError("--overwrite starts over, which --resume_from_checkpoint contradicts: drop one")
         if self.validation_clip_model and not self.validation_prompts:
@@ -542,8 +568,12 @@ def odd_settings(recipe: Recipe) -> list[str]:
             "--dream_training rectifies along the error of a prediction from the perturbed noise of "
             "--input_perturbation, so that both change the UNet's input: usually only one of them is set."
         )
-    if recipe.offload_ema and not recipe.use_ema:
-        odd.append("--offload_ema does nothing without --use_ema.")
+    if recipe.offload_ema and not (recipe.use_ema or recipe.ema_snapshots):
+        odd.append("--offload_ema does nothing without --use_ema or --ema_snapshots.")
+    if recipe.ema_length != DIFFUSERS_LENGTH and not recipe.use_ema:
+        odd.append(f"--ema_length {recipe.ema_length} does nothing without --use_ema.")
+    if recipe.ema_snapshots_limit is not None and not recipe.ema_snapshots:
+        odd.append(f"--ema_snapshots_limit {recipe.ema_snapshots_limit} does nothing without --ema_snapshots.")
     for source in recipe.sources:
         if source.dataset_name is None and source.dataset_config_name is not None:
             odd.append(f"--dataset_config_name {source.dataset_config_name} is not read: {source.flag} has none.")

@@ -20,7 +20,7 @@ FLOORS = [
     ["runtime"],
     ["data"],
     ["model"],
-    ["training.objective", "training.optim", "training.ema", "training.state"],
+    ["training.objective", "training.optim", "training.profiles", "training.ema", "training.state"],
     ["evaluation"],
     ["checkpoints"],
     ["export"],

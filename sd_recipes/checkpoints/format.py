@@ -109,7 +109,7 @@ def write_checkpoint(contents: Contents, output_dir: Path, limit: int | None) ->
         if final.exists():  # put there after the run began, which set aside any later than its own
             os.replace(final, output_dir / f".{final.name}{REMOVED}")
         os.replace(temporary, final)
-        _sync_folder(output_dir)
+        sync_folder(output_dir)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -132,12 +132,12 @@ def _write_files(contents: Contents, folder: Path) -> None:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, {"format": "pt"})
     names = [*contents.texts, *contents.tensors]
     for name in names:
-        _sync(folder / name)
+        sync(folder / name)
     contents.manifest.files = {name: _entry(folder / name) for name in names}
     (folder / MANIFEST).write_text(contents.manifest.text(), encoding="utf-8")
-    _sync(folder / MANIFEST)
+    sync(folder / MANIFEST)
     for part in {(folder / name).parent for name in names}:
-        _sync_folder(part)
+        sync_folder(part)
 
 
 def _prune(newest: Path, limit: int | None) -> None:
@@ -150,9 +150,9 @@ def _prune(newest: Path, limit: int | None) -> None:
         os.replace(path, path.parent / f".{path.name}{REMOVED}")
 
 
-def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a kill left half written or half removed."""
-    for path in output_dir.glob(".checkpoint-*"):
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill left half written or half removed, of checkpoints or of snapshots."""
+    for path in [*folder.glob(".checkpoint-*"), *folder.glob(".snapshot-*")]:
         if path.suffix in (PARTIAL, REMOVED):
             remove(path)
 
@@ -165,12 +165,14 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -280,8 +282,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint, by its name."""
-    return int(path.name.removeprefix("checkpoint-"))
+    """The step of a checkpoint or snapshot, by its name."""
+    return int(path.name.partition("-")[2])
 
 
 def resume_command(recipe: Recipe) -> str:

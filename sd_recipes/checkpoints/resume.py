@@ -161,8 +161,8 @@ def compare_settings(recipe: Recipe, manifest: Manifest, path: Path | str) -> No
     for name in changed:
         words = f"--{name} is {one_line(now[name])} and was {one_line(then[name])}"
         effect = on_resume(name)
-        if name == "use_ema":
-            effect = "refused" if recipe.use_ema else "warned"
+        if name in ("use_ema", "ema_snapshots"):
+            effect = "refused" if getattr(recipe, name) else "warned"
         elif name == "shuffle_block" and not recipe.streaming:
             effect = "free"
         if effect == "refused":

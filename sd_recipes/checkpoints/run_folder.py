@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sd_recipes.checkpoints.format import MANIFEST, Manifest, list_checkpoints, remove, remove_leftovers, step_of
 from sd_recipes.checkpoints.of_diffusers import refuse_folder
+from sd_recipes.checkpoints.snapshots import AVERAGES, list_snapshots
 from sd_recipes.errors import RecipeError
 from sd_recipes.flags import is_resolved_recipe
 from sd_recipes.recipe import Recipe
@@ -27,7 +28,7 @@ HARMLESS = re.compile(r"\..*|latents|bad_rows.*\.jsonl|lost\+found|.*\.(log|out|
 # is replaced when the new run is done.
 RUN_ARTIFACTS = (
     "metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png",
-    f"checkpoint-*{ABANDONED}*", f"metrics.jsonl{ABANDONED}*", f"samples{ABANDONED}*",
+    f"{AVERAGES}/snapshot-*", f"checkpoint-*{ABANDONED}*", f"metrics.jsonl{ABANDONED}*", f"samples{ABANDONED}*",
 )  # fmt: skip
 
 
@@ -86,15 +87,16 @@ def _prepare(recipe: Recipe, output_dir: Path) -> str | None:
 def of_other_history(output_dir: Path, source: Path, manifest: Manifest) -> list[Path]:
     """What in a folder did not lead up to `source`, the checkpoint that a run resumes from; newest first.
 
-    If it is the folder's own, the later checkpoints; if it is another folder's, all checkpoints, and an earlier curve
-    and its pictures.
+    If it is the folder's own, the later checkpoints and snapshots; if it is another folder's, all of them, and an
+    earlier curve and its pictures.
     """
     checkpoints = list_checkpoints(output_dir)
+    saved = [*list_snapshots(output_dir), *checkpoints]
     if any(path.samefile(source) for path in checkpoints):
-        return [path for path in reversed(checkpoints) if step_of(path) > manifest.step]
+        return [path for path in reversed(saved) if step_of(path) > manifest.step]
     metrics, samples = output_dir / "metrics.jsonl", output_dir / "samples"
     has_curve = any(line["step"] <= manifest.step for line in read_metrics(metrics))
-    return [*reversed(checkpoints), *(path for path in (metrics, samples) if has_curve and path.exists())]
+    return [*reversed(saved), *(path for path in (metrics, samples) if has_curve and path.exists())]
 
 
 def begin_history(output_dir: Path, source: Path, manifest: Manifest) -> None:
@@ -114,7 +116,7 @@ def begin_history(output_dir: Path, source: Path, manifest: Manifest) -> None:
     if names:
         logger.warning(
             "The run resumes from %s, and these in %s did not lead up to it: %s. They are set aside under the new "
-            "names until you remove them; --resume_from_checkpoint takes such a name too.",
+            "names until you remove them; --resume_from_checkpoint takes such a checkpoint too.",
             source, output_dir, ", ".join(f"{old} -> {new}" for old, new in names.items()),
         )  # fmt: skip
 
@@ -134,8 +136,9 @@ def remove_run(output_dir: Path, logging_dir: str) -> None:
             remove(path)
     for path in list_samples(output_dir):
         remove(path)
-    with suppress(OSError):  # there are others' files in it, or it is a link
-        (output_dir / "samples").rmdir()
+    for name in ("samples", AVERAGES):
+        with suppress(OSError):  # there are others' files in it, or it is a link
+            (output_dir / name).rmdir()
     logs = output_dir / logging_dir
     if logs.resolve().is_relative_to(output_dir.resolve()):
         for path in logs.rglob("*"):

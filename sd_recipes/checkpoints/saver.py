@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 import sd_recipes
 from sd_recipes.checkpoints.format import FORMAT, STATE, Contents, Manifest, write_checkpoint
+from sd_recipes.checkpoints.snapshots import keep_snapshot
 from sd_recipes.errors import RunError, one_line
 from sd_recipes.recipe import CheckpointConfig
 from sd_recipes.runtime.agreement import all_gather, broadcast
@@ -169,7 +170,7 @@ class BackgroundSaver:
         if copied:
             copied.synchronize()
         try:
-            write_checkpoint(contents, self.output_dir, self.config.checkpoints_total_limit)
+            checkpoint = write_checkpoint(contents, self.output_dir, self.config.checkpoints_total_limit)
             self.num_written += 1
             self.failure = None
         except FAILURES as error:
@@ -179,6 +180,14 @@ class BackgroundSaver:
                 contents.manifest.step,
                 self.failure,
             )
+            return
+        try:
+            keep_snapshot(checkpoint, contents.manifest, self.output_dir, self.config.ema_snapshots_limit)
+        except FAILURES as error:
+            logger.warning(
+                "The averages of %s cannot be kept in %s (%s): training continues, and `sd-recipes average` will do "
+                "without them.", checkpoint.name, self.output_dir, one_line(error),
+            )  # fmt: skip
 
     def _make_buffers(self, state: StateDict) -> None:
         for file, named in state.tensors.items():

@@ -56,6 +56,9 @@ def main() -> None:
         "cache", add_help=False, help="fill the latent cache before training, with the flags of `train`"
     )
     commands.add_parser(
+        "average", add_help=False, help="make averages of a run's weights after training; `sd-recipes average --help`"
+    )
+    commands.add_parser(
         "convert",
         add_help=False,
         help="turn .ckpt and .bin files into safetensors; `sd-recipes convert --help`",
@@ -119,6 +122,19 @@ def inspect(argv: list[str]) -> None:
     main(argv)
 
 
+def average(argv: list[str]) -> None:
+    """Make averages of a run's weights after training, with the folder and flags in `argv`."""
+    with mistakes_in_one_line():
+        from sd_recipes.commands.average_settings import read_settings
+
+        config = read_settings(argv)
+        set_up_console()
+        with stop_request.listening():
+            from sd_recipes.commands.average import average
+
+            average(config)
+
+
 def convert(argv: list[str]) -> None:
     """Turn pickled weights into safetensors."""
     with mistakes_in_one_line():
@@ -139,6 +155,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": lambda argv: train(argv, TRAIN),
     "cache": cache,
     "inspect": inspect,
+    "average": average,
     "convert": convert,
     "env": env,
 }

@@ -17,6 +17,7 @@ from sd_recipes.checkpoints.of_diffusers import is_of_diffusers, load_from_diffu
 from sd_recipes.checkpoints.resume import choose_checkpoint, compare_identity, identity_of, load_checkpoint
 from sd_recipes.checkpoints.run_folder import begin_history, find_resume_point, of_other_history, output_dir_lock
 from sd_recipes.checkpoints.saver import FAILURES, BackgroundSaver, NotSaved
+from sd_recipes.checkpoints.snapshots import keep_snapshot, remove_snapshots
 from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.export.hub import create_repository, publish
 from sd_recipes.export.pipeline import export_pipeline
@@ -169,9 +170,9 @@ def train_to_end(built: Run) -> BackgroundSaver:
     recipe, accelerator, state = built.recipe, built.accelerator, built.state
     known = identity(built)
     wait_for_all()  # a checkpoint fits on all processes
-    if built.checkpoint is not None and accelerator.is_main_process:
-        begin_history(built.output_dir, *built.checkpoint)
     try:
+        if accelerator.is_main_process:
+            begin_line(built)
         built.tracker.start_at(state.progress.global_step)
     except OSError as error:
         if error.errno not in NO_ROOM:
@@ -194,6 +195,15 @@ def train_to_end(built: Run) -> BackgroundSaver:
         wait_for_all()
         built.store.close()
     return saver
+
+
+def begin_line(built: Run) -> None:
+    """Leave in the output folder only what led up to where the run stands, and its averages with it."""
+    if built.checkpoint is None:
+        remove_snapshots(built.output_dir)
+    else:
+        begin_history(built.output_dir, *built.checkpoint)
+        keep_snapshot(*built.checkpoint, built.output_dir, built.recipe.ema_snapshots_limit)
 
 
 @contextmanager

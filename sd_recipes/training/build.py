@@ -51,7 +51,7 @@ from sd_recipes.runtime.trackers import Tracker
 from sd_recipes.training.ema import AveragedWeights
 from sd_recipes.training.objective import DenoisingLoss
 from sd_recipes.training.optim import build_optimizer, build_schedule
-from sd_recipes.training.state import TrainedPart, TrainState
+from sd_recipes.training.state import SNAPSHOTS, TrainedPart, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +213,10 @@ def build_model(
         part.prepared = module
         if recipe.use_ema:
             part.average = AveragedWeights(part.parameters, recipe)
+        if recipe.ema_snapshots:
+            part.snapshots = {
+                suffix: AveragedWeights(part.parameters, recipe, length) for suffix, length in SNAPSHOTS.items()
+            }
     encode_text: Callable[[torch.Tensor], TextStates] = partial(family.encode_text, components)
     model = Model(
         family=family,

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from diffusers.training_utils import EMAModel
 
-from sd_recipes.recipe import OptimConfig
+from sd_recipes.recipe import DIFFUSERS_LENGTH, OptimConfig
 from sd_recipes.runtime.fsdp import shard_like
+from sd_recipes.training.profiles import decay_at, gamma_of
+
+
+class PowerFunctionAverage(EMAModel):
+    """An EMAModel whose decays give the power-function profile of a relative width: see `profiles`."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], length: float) -> None:
+        super().__init__(parameters, foreach=True)
+        self.gamma = gamma_of(length)
+
+    def get_decay(self, optimization_step: int) -> float:
+        return decay_at(optimization_step, self.gamma)
 
 
 class AveragedWeights:
-    """EMA of named parameters, updated once per optimizer step with foreach operations.
+    """Average of named parameters, updated once per optimizer step with foreach operations.
 
-    The decay of update n is that of diffusers: 0 for the first, then min(ema_decay, n / (9 + n)).
+    Its profile is a power function of the relative width `length`. For None it is the recipe's: a power function of
+    --ema_length or, at the default of that, diffusers' own, whose decay is 0 for the first update and then
+    min(ema_decay, n / (9 + n)).
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: OptimConfig) -> None:
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter], config: OptimConfig, length: float | None = None
+    ) -> None:
         self.names, self.parameters = list(parameters), list(parameters.values())
         self.device = self.parameters[0].device
         self.offload = config.offload_ema
-        self.model = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
+        if length is None and config.ema_length == DIFFUSERS_LENGTH:
+            self.model = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
+        else:
+            self.model = PowerFunctionAverage(self.parameters, length or config.ema_length)
         if self.offload:
             self.model.to("cpu")
 

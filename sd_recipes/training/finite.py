@@ -30,6 +30,6 @@ def has_finite_weights(state: TrainState, accelerator: Accelerator) -> bool:
     tensors: list[torch.Tensor] = []
     for part in state.parts.values():
         tensors += part.module.parameters()
-        if part.average:
-            tensors += part.average.named_tensors().values()
+        for average in part.averages.values():
+            tensors += average.named_tensors().values()
     return are_finite(accelerator, tensors)

@@ -22,7 +22,10 @@ from sd_recipes.training.ema import AveragedWeights
 
 OPTIMIZER = "optimizer.safetensors"
 CONFIG = "config.json"
-AVERAGE = "_ema"  # suffix of the folder with a part's averaged weights
+# Suffixes of the folders with a part's averaged weights: of the one that is evaluated, and of those that are kept for
+# `sd-recipes average`, with their relative widths, which are the paper's (Karras et al. 2024, section 3.1).
+AVERAGE = "_ema"
+SNAPSHOTS = {"_ema05": 0.05, "_ema10": 0.10}
 
 
 @dataclass
@@ -58,6 +61,7 @@ class TrainedPart:
     # What it leaves in the run's folder of its whole evaluated tensors, besides its place in the pipeline.
     export: Callable[[Mapping[str, torch.Tensor], Path], None] | None = None
     average: AveragedWeights | None = None
+    snapshots: dict[str, AveragedWeights] = field(default_factory=dict)  # with --ema_snapshots, by suffix
     prepared: torch.nn.Module = field(init=False)  # as accelerate wraps it, for training steps to call
 
     def __post_init__(self) -> None:
@@ -67,6 +71,11 @@ class TrainedPart:
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The trained ones, by name."""
         return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
+
+    @property
+    def averages(self) -> dict[str, AveragedWeights]:
+        """All averages, by suffix; they have seen the same updates."""
+        return ({AVERAGE: self.average} if self.average else {}) | self.snapshots
 
     @property
     def is_sharded(self) -> bool:
@@ -107,8 +116,8 @@ class TrainState:
 
     def update_averages(self) -> None:
         for part in self.parts.values():
-            if part.average:
-                part.average.step()
+            for average in part.averages.values():
+                average.step()
 
     def export(self, output_dir: Path, *, is_main: bool) -> None:
         """Let the first process write what the parts export by themselves. Every process has to call it."""
@@ -141,8 +150,7 @@ class TrainState:
         texts: dict[str, str] = {}
         for part in self.parts.values():
             folders = {part.name: part.module.state_dict()}
-            if part.average:
-                folders[part.name + AVERAGE] = part.average.named_tensors()
+            folders |= {part.name + suffix: average.named_tensors() for suffix, average in part.averages.items()}
             for folder, named in folders.items():
                 tensors[f"{folder}/{part.weights_file}"] = dict(named)
                 texts[f"{folder}/{CONFIG}"] = part.config
@@ -154,7 +162,9 @@ class TrainState:
             "optimizer": {name: value for name, value in optimizer.items() if not isinstance(value, torch.Tensor)},
             "schedule_step": self.schedule.last_epoch,
             "scaler": self.scaler.state_dict() if self.scaler else None,
-            "averages": {part.name: part.average.num_updates for part in self.parts.values() if part.average},
+            "averages": {
+                part.name: average.num_updates for part in self.parts.values() for average in part.averages.values()
+            },
         }
         return StateDict(tensors, texts, values)
 
@@ -178,7 +188,7 @@ class TrainState:
         if self.scaler and values["scaler"] and values["scaler"].keys() != self.scaler.state_dict().keys():
             raise ValueError("it has another loss scaler")
         for part in self.parts.values():
-            if part.average and part.name not in values["averages"]:
+            if part.averages and part.name not in values["averages"]:
                 raise ValueError(f"it has no average of {part.name}")
 
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], values: Mapping[str, Any]) -> None:
@@ -191,8 +201,8 @@ class TrainState:
             here = part.module.state_dict()
             saved = tensors[f"{part.name}/{part.weights_file}"]
             part.module.load_state_dict({name: shard_like(here[name], tensor) for name, tensor in saved.items()})
-            if part.average:
-                part.average.load(tensors[f"{part.name}{AVERAGE}/{part.weights_file}"], values["averages"][part.name])
+            for suffix, average in part.averages.items():
+                average.load(tensors[f"{part.name}{suffix}/{part.weights_file}"], values["averages"][part.name])
         self._load_optimizer({**tensors[OPTIMIZER], **values["optimizer"]})
         self._load_schedule(values["schedule_step"])
         if self.scaler and values["scaler"]:
