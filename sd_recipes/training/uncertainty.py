@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 
 import torch
 from torch import Tensor
 
 from sd_recipes.training.objective import NoiseSchedule
 
-NUM_FEATURES = 32
-LEARNING_RATE = 1e-2  # u has to follow the loss from the start, and is a single layer
+NUM_FEATURES = 16
+LEARNING_RATE = 2e-2  # u has to follow the loss from the start, and is a single layer
 CONFIG = json.dumps({"num_features": NUM_FEATURES})
 
 
@@ -27,9 +26,10 @@ class Uncertainty(torch.nn.Module):
         super().__init__()
         # arctan(σ / α), which is finite where there is no signal left, in [0, π]: cosines are a basis there.
         level = 2 * torch.atan2(schedule.sigma, schedule.signal)
-        features = torch.cos(level[:, None] * torch.arange(NUM_FEATURES, device=level.device))
-        # Of length 1 or so: the gradient is clipped together with the UNet's. No buffer, which DDP would send around.
-        self.features = features * math.sqrt(2 / NUM_FEATURES)  # (T, F)
+        order = torch.arange(NUM_FEATURES, device=level.device)
+        # The finer, the smaller, so that u is smooth: Adam's steps are as large for all weights. No buffer, which DDP
+        # would send around.
+        self.features = torch.cos(level[:, None] * order) / (1 + order)  # (T, F)
         self.weight = torch.nn.Parameter(torch.zeros(NUM_FEATURES, device=level.device))
 
     def forward(self, timesteps: Tensor) -> Tensor:
