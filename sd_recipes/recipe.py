@@ -357,14 +357,18 @@ class ObjectiveConfig(Section):
         "Let the last timestep be pure noise, in training and in the exported scheduler; not for epsilon.",
     )
     snr_gamma: Number | None = setting(None, "warned", "Min-SNR weighting; 5.0 is recommended.", gt=0)
-    soft_min_snr_gamma: Number | None = setting(
-        None, "warned", "Min-SNR weighting in its soft form, without a kink; 5.0 is usual.", gt=0
+    soft_snr_gamma: Number | None = setting(
+        None, "warned", "Min-SNR weighting in its soft form, without a kink; 5.0 is usual.", gt=0, allow_inf_nan=False
     )
     debiased_estimation_loss: bool = setting(False, "warned", "Debiased estimation: the loss of epsilon over √SNR.")
     p2_gamma: Number | None = setting(
-        None, "warned", "P2 weighting: the loss of epsilon over (k + SNR)^γ; 1.0 is recommended.", gt=0
+        None,
+        "warned",
+        "P2 weighting: the loss of epsilon over (k + SNR)^γ; 1.0 is recommended.",
+        gt=0,
+        allow_inf_nan=False,
     )
-    p2_k: Number = setting(1.0, "warned", "P2's k.", gt=0)
+    p2_k: Number = setting(1.0, "warned", "P2's k.", gt=0, allow_inf_nan=False)
     learned_uncertainty: bool = setting(
         False, "refused", "Divide the loss by its learned size e^u at every timestep, which uncertainty.png shows."
     )
@@ -373,15 +377,21 @@ class ObjectiveConfig(Section):
         "warned",
         "What is averaged over a latent: squared errors, or pseudo-Huber losses, which outliers move less.",
     )
-    huber_c: Number = setting(0.1, "warned", "Errors beyond this count linearly; with a schedule, its parameter.", gt=0)
+    huber_c: Number = setting(
+        0.1, "warned", "Errors beyond this count linearly; with a schedule, its parameter.", gt=0, allow_inf_nan=False
+    )
     huber_schedule: Literal["snr", "exponential", "constant"] = setting(
         "snr", "warned", "How Huber's c depends on the timestep."
     )
     timestep_sampling: Literal["uniform", "logit_normal"] = setting(
         "uniform", "warned", "How timesteps are distributed; stratified over the global batch in any case."
     )
-    logit_mean: Number = setting(0.0, "warned", "Mean of the logit-normal's normal; above 0 draws more noisy ones.")
-    logit_std: Number = setting(1.0, "warned", "Standard deviation of the logit-normal's normal.", gt=0)
+    logit_mean: Number = setting(
+        0.0, "warned", "Mean of the logit-normal's normal; above 0 draws more noisy ones.", allow_inf_nan=False
+    )
+    logit_std: Number = setting(
+        1.0, "warned", "Standard deviation of the logit-normal's normal.", gt=0, allow_inf_nan=False
+    )
     min_timestep: int = setting(0, "warned", "The first timestep that is trained.", ge=0)
     max_timestep: int | None = setting(
         None, "warned", "Where the trained timesteps end, itself not among them; if not given, at the last one.", ge=1
@@ -396,7 +406,7 @@ class ObjectiveConfig(Section):
         0, "warned", "Pyramid noise: levels of coarser noise to add; 6 is usual.", ge=0
     )
     multires_noise_discount: Number = setting(
-        0.3, "warned", "Pyramid noise: scale of each level against the one before it.", gt=0, le=1
+        0.3, "warned", "Pyramid noise: scale of each level against the one before it.", gt=0, le=1, allow_inf_nan=False
     )
     input_perturbation: Number = setting(0.0, "warned", "Scale of extra noise on the input; 0.1 is recommended.", ge=0)
     dream_training: bool = setting(False, "warned", "DREAM: a second forward pass rectifies noise and target.")
@@ -405,7 +415,7 @@ class ObjectiveConfig(Section):
     @property
     def weightings(self) -> list[str]:
         """Names of the settings that ask for a weight by timestep."""
-        names = ("snr_gamma", "soft_min_snr_gamma", "debiased_estimation_loss", "p2_gamma", "learned_uncertainty")
+        names = ("snr_gamma", "soft_snr_gamma", "debiased_estimation_loss", "p2_gamma", "learned_uncertainty")
         return [name for name in names if getattr(self, name)]
 
     @model_validator(mode="after")

@@ -52,7 +52,7 @@ WEIGHTS: dict[str, Weight] = {
     # Min-SNR: min(SNR, γ) (Hang et al. 2023, section 3.4).
     "snr_gamma": lambda snr, gamma, config: snr.clamp(max=gamma),
     # Its soft form: 1 / (1 / SNR + 1 / γ) (Crowson et al. 2024, soft min-SNR).
-    "soft_min_snr_gamma": lambda snr, gamma, config: snr * gamma / (snr + gamma),
+    "soft_snr_gamma": lambda snr, gamma, config: snr * gamma / (snr + gamma),
     # Debiased estimation: ε's loss over the square root of the SNR (Yu et al. 2023).
     "debiased_estimation_loss": lambda snr, on, config: snr.sqrt(),
     # P2: ε's loss over (k + SNR)^γ (Choi et al. 2022, eq. 8).

@@ -148,7 +148,7 @@ WEIGHTINGS: dict[str, tuple[dict[str, Any], Callable[[float], float]]] = {
     # What each paper multiplies the loss of ε by.
     "plain": ({}, lambda snr: 1),
     "min-SNR": ({"snr_gamma": 5.0}, lambda snr: min(5 / snr, 1)),
-    "soft min-SNR": ({"soft_min_snr_gamma": 5.0}, lambda snr: 1 / (snr / 5 + 1)),
+    "soft min-SNR": ({"soft_snr_gamma": 5.0}, lambda snr: 1 / (snr / 5 + 1)),
     "debiased": ({"debiased_estimation_loss": True}, lambda snr: snr**-0.5),
     "P2": ({"p2_gamma": 0.5, "p2_k": 2.0}, lambda snr: (2 + snr) ** -0.5),
 }
@@ -226,6 +226,7 @@ def test_pseudo_huber_keeps_small_errors_that_a_difference_would_lose() -> None:
         ({"huber_schedule": "constant"}, "--huber_schedule constant is not read without --loss_type huber"),
         ({"logit_mean": 1}, "is not read without --timestep_sampling logit_normal"),
         ({"multires_noise_discount": 0.5}, "is not read without --multires_noise_iterations 6"),
+        ({"timestep_sampling": "logit_normal", "logit_mean": float("nan")}, "finite number"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings_given: dict[str, Any], words: str) -> None:
