@@ -71,7 +71,8 @@ class Components:
     def _replace_pndm(self, what: str) -> None:
         if isinstance(self.sampler, PNDMScheduler):
             logger.warning("PNDM cannot sample %s: the pipeline gets DDIM.", what)
-            self.sampler = DDIMScheduler.from_config(self.sampler.config)
+            # DDIM's default is to clip x_0 to [-1, 1], which latents exceed.
+            self.sampler = DDIMScheduler.from_config(self.sampler.config, clip_sample=False)
 
 
 def _scale_factor(vae: AutoencoderKL) -> int:

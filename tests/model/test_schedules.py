@@ -24,6 +24,8 @@ from training_runs import build, train
 from sd_recipes.errors import RecipeError
 from sd_recipes.export.pipeline import export_pipeline
 
+CLIPS = {DDIMScheduler: {"clip_sample": False}, DDPMScheduler: {"clip_sample": False}}  # where there is a clip
+
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers 0.42 with NumPy 2
 @pytest.mark.parametrize(
@@ -33,7 +35,9 @@ def test_zero_terminal_snr_is_trained_exported_and_sampled(
     settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, sampler: type
 ) -> None:
     model = shutil.copytree(settings["pretrained_model_name_or_path"], tmp_path / "model")
-    sampler.from_config(DDIMScheduler.load_config(model, subfolder="scheduler")).save_pretrained(model / "scheduler")
+    config = DDIMScheduler.load_config(model, subfolder="scheduler")
+    del config["clip_sample"]  # as PNDM has none
+    sampler.from_config(config, **CLIPS.get(sampler, {})).save_pretrained(model / "scheduler")
     zero = {"pretrained_model_name_or_path": str(model), "rescale_betas_zero_snr": True, "max_train_steps": 1}
     run = train(settings | zero, prediction_type="v_prediction")
     assert ("PNDM cannot sample from pure noise" in caplog.text) == (sampler is PNDMScheduler)
@@ -56,6 +60,7 @@ def test_zero_terminal_snr_is_trained_exported_and_sampled(
     config = pipeline.scheduler.config
     assert (config.rescale_betas_zero_snr, config.timestep_spacing) == (True, "trailing")
     assert config.prediction_type == "v_prediction"
+    assert not config.get("clip_sample", False)
     assert isinstance(pipeline.scheduler, DDIMScheduler if sampler is PNDMScheduler else sampler)
     pipeline.scheduler.set_timesteps(4)
     assert pipeline.scheduler.timesteps[0] == 999
