@@ -18,12 +18,13 @@ import torch
 from sd_recipes.data.bad_rows import BadRow, row_name
 from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
 from sd_recipes.data.columns import SIZE_COLUMNS
-from sd_recipes.data.draws import Draws, draw
+from sd_recipes.data.draws import PLAIN, Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
 from sd_recipes.data.latent_store import SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
+from sd_recipes.data.noise import training_noise
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import RecipeError
-from sd_recipes.recipe import CaptionConfig, Recipe
+from sd_recipes.recipe import CaptionConfig, ObjectiveConfig, Recipe
 from sd_recipes.runtime.signals import outlive_signals
 
 RECIPE_ERROR = f"{RecipeError.__module__}.{RecipeError.__qualname__}"
@@ -49,7 +50,8 @@ class Batch:
     flip: torch.Tensor  # (B,) bool: still to be mirrored, where the store keeps both
     input_ids: torch.Tensor  # (B, L) int64
     timesteps: torch.Tensor  # (B,) int64
-    noise: torch.Tensor  # (B, C, h, w) float32, the noise offset included
+    timestep_u: torch.Tensor  # (B,) float64 in [0, 1): the share of the timesteps' distribution below each of them
+    noise: torch.Tensor  # (B, C, h, w) float32, pyramid and offset included
     input_noise: torch.Tensor | None  # (B, C, h, w) float32: the noise with the input perturbation on top
     posterior_noise: torch.Tensor  # (B, C, h, w) float32
     # What some families condition on (Podell et al. 2023, section 2.2), in pixels as (height, width) or (top, left);
@@ -142,8 +144,9 @@ class BatchBuilder(torch.utils.data.Dataset):
     """Builds the batch of a MicroBatch; runs in the loader's workers.
 
     `latent_shape` gives (C, h, w) for an image size (height, width). `rows` is None for a stream, whose
-    rows come with the MicroBatch; `provenance` is what the rows' moments must have, where rows have moments. A row
-    whose image or caption is unusable gets weight 0 and is named, or raises RecipeError if the settings say so.
+    rows come with the MicroBatch; `objective` says how timesteps and noise are drawn; `provenance` is what the rows'
+    moments must have, where rows have moments. A row whose image or caption is unusable gets weight 0 and is named, or
+    raises RecipeError if the settings say so.
     """
 
     def __init__(
@@ -155,8 +158,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         tokenize: Callable[[list[str], CaptionConfig], torch.Tensor],
         latent_shape: Callable[[tuple[int, int]], tuple[int, int, int]],
         num_train_timesteps: int,
-        noise_offset: float = 0.0,
-        input_perturbation: float = 0.0,
+        objective: ObjectiveConfig = PLAIN,
         store: LatentStore | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> None:
@@ -171,8 +173,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         self.seed = seed
         self.latent_shape = latent_shape
         self.num_train_timesteps = num_train_timesteps
-        self.noise_offset = noise_offset
-        self.input_perturbation = input_perturbation
+        self.objective = objective
         self.store = store
 
     def __getitem__(self, plan: MicroBatch) -> Batch:
@@ -187,7 +188,7 @@ class BatchBuilder(torch.utils.data.Dataset):
                 global_batch_size=plan.global_batch_size,
                 latent_shape=latent_shape,
                 num_train_timesteps=self.num_train_timesteps,
-                perturbed=bool(self.input_perturbation),
+                objective=self.objective,
             )
             for position, stratum in zip(plan.positions, plan.strata, strict=True)
         ]
@@ -207,13 +208,11 @@ class BatchBuilder(torch.utils.data.Dataset):
                 if self.store is None:
                     images.add_pixels(place, np.zeros((3, *plan.size), dtype=np.uint8), (0, 0), {})
             captions.append(caption)
-        noise = np.stack([sample.noise for sample in drawn])  # (B, C, h, w)
-        if self.noise_offset:
-            noise += self.noise_offset * np.stack([sample.offset_noise for sample in drawn])
+        noise = np.stack([training_noise(sample, self.objective) for sample in drawn])  # (B, C, h, w)
         input_noise = None
-        if self.input_perturbation:
+        if self.objective.input_perturbation:
             perturbation = [s.perturbation_noise for s in drawn if s.perturbation_noise is not None]
-            input_noise = torch.from_numpy(noise + self.input_perturbation * np.stack(perturbation))
+            input_noise = torch.from_numpy(noise + self.objective.input_perturbation * np.stack(perturbation))
         keeps_both = self.store is not None and self.config.random_flip
         return Batch(
             pixels=images.pixels,
@@ -222,6 +221,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             flip=torch.tensor([keeps_both and self._flips(sample) for sample in drawn]),
             input_ids=self._input_ids(captions),
             timesteps=torch.tensor([sample.timestep for sample in drawn]),
+            timestep_u=torch.tensor([sample.timestep_u for sample in drawn], dtype=torch.float64),
             noise=torch.from_numpy(noise),
             input_noise=input_noise,
             posterior_noise=torch.from_numpy(np.stack([sample.posterior_noise for sample in drawn])),

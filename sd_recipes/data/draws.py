@@ -11,8 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sd_recipes.data.timesteps import timestep_at
+from sd_recipes.recipe import ObjectiveConfig
+
+PLAIN = ObjectiveConfig()  # of what is no training, such as the held-out loss
+
 # One counter per purpose: a setting that needs one more draw leaves all the others unchanged.
-CHOICES, NOISE, POSTERIOR, OFFSET, PERTURBATION, TAGS = range(1, 7)
+CHOICES, NOISE, POSTERIOR, OFFSET, PERTURBATION, TAGS, COARSE = range(1, 8)
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Draws:
     seed: int
     position: int
     timestep: int
+    timestep_u: float  # in [0, 1): the share of all timesteps that lie below it, stratified
     flip_u: float
     crop_u: tuple[float, float]
     caption_u: float
@@ -34,6 +40,16 @@ class Draws:
     def tag_keys(self, num_tags: int) -> np.ndarray:
         """One sort key in [0, 1) per tag, (num_tags,); drawn on demand, since most captions need none."""
         return generator(self.seed, self.position, TAGS).random(num_tags)
+
+    def coarse_noise(self, level: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Noise for a level of the pyramid whose level above has `shape` (C, h, w): sides 2 to 4 times shorter, from 1.
+
+        Drawn on demand, like the tags' keys.
+        """
+        draws = generator(self.seed, self.position, COARSE, part=level)
+        factor = draws.uniform(2, 4)
+        channels, *sides = shape
+        return draws.standard_normal((channels, *(max(1, int(side / factor)) for side in sides)), dtype=np.float32)
 
 
 def generator(seed: int, number: int, purpose: int, part: int = 0) -> np.random.Generator:
@@ -51,15 +67,16 @@ def draw(
     global_batch_size: int,
     latent_shape: tuple[int, int, int],
     num_train_timesteps: int,
-    perturbed: bool = False,
+    objective: ObjectiveConfig = PLAIN,
 ) -> Draws:
     """All draws of the sample at `position`, with latents of `latent_shape` (C, h, w).
 
-    The timestep is uniform over 0 … num_train_timesteps - 1, stratified: the sample draws from slice
-    number `stratum` of `global_batch_size` equal slices (variance reduction, as in Kingma et al. 2021,
-    appendix I.1).
+    The timestep is one of 0 … num_train_timesteps - 1, distributed as `objective` says, and stratified: the
+    sample draws from slice number `stratum` of `global_batch_size` equally probable slices (variance
+    reduction, as in Kingma et al. 2021, appendix I.1).
     """
     u = generator(seed, position, CHOICES).random(6)
+    timestep_u = (stratum + u[0]) / global_batch_size
 
     def normal(purpose: int, shape: tuple[int, ...]) -> np.ndarray:
         return generator(seed, position, purpose).standard_normal(shape, dtype=np.float32)
@@ -67,7 +84,8 @@ def draw(
     return Draws(
         seed=seed,
         position=position,
-        timestep=min(int((stratum + u[0]) / global_batch_size * num_train_timesteps), num_train_timesteps - 1),
+        timestep=timestep_at(timestep_u, num_train_timesteps, objective),
+        timestep_u=timestep_u,
         flip_u=u[1],
         crop_u=(u[2], u[3]),
         caption_u=u[4],
@@ -75,5 +93,5 @@ def draw(
         noise=normal(NOISE, latent_shape),
         posterior_noise=normal(POSTERIOR, latent_shape),
         offset_noise=normal(OFFSET, (latent_shape[0], 1, 1)),
-        perturbation_noise=normal(PERTURBATION, latent_shape) if perturbed else None,
+        perturbation_noise=normal(PERTURBATION, latent_shape) if objective.input_perturbation else None,
     )

@@ -63,7 +63,10 @@ def draw_loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out loss, fixed noise")
     axes.set(xlabel="optimizer step", ylabel="loss")
-    axes.set_ylim(0, 1.15 * max([sorted(losses)[int(0.98 * (len(losses) - 1))], *(loss for _, loss in held_out)]))
+    bottom = min(0, 1.15 * min(losses))  # with a learned uncertainty the loss may be negative
+    axes.set_ylim(
+        bottom, 1.15 * max([sorted(losses)[int(0.98 * (len(losses) - 1))], *(loss for _, loss in held_out), 0])
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

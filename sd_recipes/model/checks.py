@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sd_recipes.data.timesteps import check_timesteps
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import Components
 from sd_recipes.recipe import Recipe
@@ -20,6 +21,18 @@ def check_recipe_fits(recipe: Recipe, components: Components) -> None:
         )
     if recipe.dream_training and scheduler.prediction_type != "epsilon" and not recipe.prediction_type:
         raise RecipeError("--dream_training is defined for epsilon, and this model predicts something else: drop it")
+    predicts_noise = (recipe.prediction_type or scheduler.prediction_type) == "epsilon"
+    if predicts_noise and recipe.rescale_betas_zero_snr:
+        raise RecipeError(
+            "--rescale_betas_zero_snr makes the last timestep pure noise, of which this model's epsilon tells nothing: "
+            "add --prediction_type v_prediction, or drop it"
+        )
+    if predicts_noise and scheduler.rescale_betas_zero_snr:
+        raise RecipeError(
+            "this model's last timestep is pure noise (rescale_betas_zero_snr in its scheduler_config.json), of which "
+            "epsilon tells nothing: use --prediction_type v_prediction"
+        )
+    check_timesteps(scheduler.num_train_timesteps, recipe)
     if recipe.validation_prompts and recipe.validation_inference_steps > scheduler.num_train_timesteps:
         raise RecipeError(
             f"--validation_inference_steps {recipe.validation_inference_steps} is over the model's "

@@ -66,11 +66,23 @@ class Components:
 
     def set_prediction_type(self, prediction_type: str) -> None:
         """The exported pipeline must sample with the prediction type that was trained."""
-        if prediction_type == "sample" and isinstance(self.sampler, PNDMScheduler):
-            logger.warning("PNDM cannot sample from a prediction of x_0: the pipeline gets DDIM.")
-            self.sampler = DDIMScheduler.from_config(self.sampler.config)
+        if prediction_type == "sample":
+            self._replace_pndm("from a prediction of x_0")
         for scheduler in (self.scheduler, self.sampler):
             scheduler.register_to_config(prediction_type=prediction_type)
+
+    def rescale_to_zero_snr(self) -> None:
+        """Noise schedules that end in pure noise, and sampling from there (Lin et al. 2023, sections 3.1 and 3.3)."""
+        self._replace_pndm("from pure noise")
+        changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        self.scheduler = DDPMScheduler.from_config(self.scheduler.config, **changes)
+        self.sampler = type(self.sampler).from_config(self.sampler.config, **changes)
+
+    def _replace_pndm(self, what: str) -> None:
+        if isinstance(self.sampler, PNDMScheduler):
+            logger.warning("PNDM cannot sample %s: the pipeline gets DDIM.", what)
+            # DDIM's default is to clip x_0 to [-1, 1], which latents exceed.
+            self.sampler = DDIMScheduler.from_config(self.sampler.config, clip_sample=False)
 
 
 def _scale_factor(vae: AutoencoderKL) -> int:

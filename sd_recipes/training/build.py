@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from sd_recipes.checkpoints.format import Manifest
 from sd_recipes.checkpoints.resume import finish_epoch, global_batch_size
-from sd_recipes.data.batches import BatchBuilder, TrainingBatches
+from sd_recipes.data.batches import Batch, BatchBuilder, TrainingBatches
 from sd_recipes.data.latent_store import (
     LatentStore,
     check_one_provenance,
@@ -30,10 +30,11 @@ from sd_recipes.data.sizes import square_side
 from sd_recipes.data.training_data import TrainingData, load_training_data, plans
 from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.metrics import ImageTextScore
+from sd_recipes.evaluation.uncertainty_plot import draw_uncertainty
 from sd_recipes.evaluation.validation import HELD_OUT_SEED, Validator
 from sd_recipes.model.checks import check_recipe_fits
 from sd_recipes.model.components import Components, latent_shape_of, load_scheduler
-from sd_recipes.model.conditioning import CachedText
+from sd_recipes.model.conditioning import CachedText, Conditioning
 from sd_recipes.model.families import family_of
 from sd_recipes.model.family import Family, TextStates
 from sd_recipes.model.latents import LatentEncoder
@@ -49,14 +50,17 @@ from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import Tracker
 from sd_recipes.training.ema import AveragedWeights
-from sd_recipes.training.objective import DenoisingLoss
+from sd_recipes.training.objective import DenoisingLoss, NoiseSchedule
 from sd_recipes.training.optim import build_optimizer, build_schedule
 from sd_recipes.training.state import SNAPSHOTS, TrainedPart, TrainState
+from sd_recipes.training.timestep_errors import TimestepErrors
+from sd_recipes.training.uncertainty import CONFIG, LEARNING_RATE, Uncertainty
 
 logger = logging.getLogger(__name__)
 
 NOT_BEGUN = "while it was loading, before its first step"
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
+UNCERTAINTY = "uncertainty"
 
 
 Checkpoint = tuple[Path, Manifest]
@@ -73,6 +77,17 @@ class Model:
     encoder: LatentEncoder
     encode_text: Callable[[torch.Tensor], TextStates]  # of input_ids in the host's memory
     objective: DenoisingLoss
+    timestep_errors: TimestepErrors | None  # by which timesteps are drawn, instead of those that a batch has
+
+    def losses(self, latents: torch.Tensor, conditioning: Conditioning, batch: Batch) -> torch.Tensor:
+        """(B,) loss of each image of a batch on the device, whose latents are (B, C, h, w)."""
+        errors, noises = self.timestep_errors, (batch.noise, batch.input_noise)
+        if errors is None:
+            return self.objective(self.unet, latents, conditioning, batch.timesteps, *noises)
+        timesteps = errors.timesteps(batch.timestep_u)
+        losses = self.objective(self.unet, latents, conditioning, timesteps, *noises)
+        errors.add(timesteps, losses.detach(), batch.weights)
+        return errors.weights(timesteps) * losses
 
 
 @dataclass
@@ -124,7 +139,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     components = family.load(recipe, scheduler, tokenizer)
     stop_request.check(NOT_BEGUN)
     check_recipe_fits(recipe, components)
-    components.set_prediction_type(recipe.prediction_type or scheduler.config.prediction_type)
+    convert(recipe, components, is_new=checkpoint is None)
     provenance = None
     if data.provenances or recipe.cache_latents != "off":  # of the weights as they were loaded
         provenance = provenance_of(recipe, components.vae, DTYPES[accelerator.mixed_precision])
@@ -148,8 +163,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
                 data.rows,
                 recipe,
                 seed=recipe.seed,
-                noise_offset=recipe.noise_offset,
-                input_perturbation=recipe.input_perturbation,
+                objective=recipe,
                 store=store,
                 **builder_settings,
             ),
@@ -166,6 +180,21 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
         num_steps=num_steps,
         checkpoint=checkpoint,
     )
+
+
+def convert(recipe: Recipe, components: Components, *, is_new: bool) -> None:
+    """Make training and sampling schedules what the recipe says; tell of a new run whose UNet has to learn to fit."""
+    given = components.scheduler.config.prediction_type
+    wanted = recipe.prediction_type or given
+    if wanted != given and is_new and not recipe.train_from_scratch:
+        logger.warning(
+            "The model predicts %s and is trained to predict %s from here on: until it has learned to, which takes "
+            "thousands of steps, its pictures are noise. The exported scheduler says %s.",
+            given, wanted, wanted,
+        )  # fmt: skip
+    components.set_prediction_type(wanted)
+    if recipe.rescale_betas_zero_snr:
+        components.rescale_to_zero_snr()
 
 
 def steps_of_run(recipe: Recipe, order: Order | None, manifest: Manifest | None) -> int:
@@ -202,6 +231,9 @@ def build_model(
     encoder = build_encoder(recipe, components.vae, accelerator)
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
     parts = trained_parts(recipe, family, components, batch_size)
+    timestep_errors = None
+    if recipe.timesteps_by_error:
+        timestep_errors = TimestepErrors(components.scheduler.config.num_train_timesteps, recipe, device)
     optimizer = build_optimizer(list(parts.values()), recipe, fused=accelerator.mixed_precision != "fp16")
     schedule = build_schedule(optimizer, recipe, num_steps)
     check_wrapped_classes(accelerator, components.unet)
@@ -225,19 +257,35 @@ def build_model(
         unet=parts["unet"].prepared,
         encoder=encoder,
         encode_text=CachedText(encode_text) if recipe.cache_text else encode_text,
-        objective=DenoisingLoss(components.scheduler, recipe, device),
+        objective=DenoisingLoss(
+            components.scheduler, recipe, device, parts[UNCERTAINTY].prepared if UNCERTAINTY in parts else None
+        ),
+        timestep_errors=timestep_errors,
     )
-    return model, TrainState(parts, optimizer, schedule, accelerator.scaler)
+    return model, TrainState(parts, optimizer, schedule, accelerator.scaler, timestep_errors=timestep_errors)
 
 
 def trained_parts(recipe: Recipe, family: Family, components: Components, batch_size: int) -> dict[str, TrainedPart]:
-    """The parts of the components that are trained, by name."""
+    """What is trained, by name: parts of the components, and the learned uncertainty."""
     unet = components.unet
     unet.train()
     learning_rate = recipe.learning_rate * (batch_size if recipe.scale_lr else 1)
     # FSDP changes the name of a module's class, so its configuration is taken before that.
     config, rebuild = redacted(unet.to_json_string()), partial(rebuild_unet, unet.config)
-    return {"unet": TrainedPart("unet", unet, UNET_WEIGHTS, config, learning_rate, rebuild)}
+    parts = {"unet": TrainedPart("unet", unet, UNET_WEIGHTS, config, learning_rate, rebuild)}
+    if recipe.learned_uncertainty:
+        parts[UNCERTAINTY] = uncertainty_part(components.scheduler, unet.device)
+    return parts
+
+
+def uncertainty_part(scheduler: DDPMScheduler, device: torch.device) -> TrainedPart:
+    """The learned uncertainty, of which a run leaves a drawing."""
+    uncertainty = Uncertainty(NoiseSchedule(scheduler, device))
+
+    def export(tensors: Mapping[str, torch.Tensor], output_dir: Path) -> None:
+        draw_uncertainty(uncertainty.by_timestep(tensors["weight"]), output_dir / "uncertainty.png")
+
+    return TrainedPart(UNCERTAINTY, uncertainty, "model.safetensors", CONFIG, LEARNING_RATE, export=export)
 
 
 def rebuild_unet(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:

@@ -21,7 +21,7 @@ from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import StopAgreement, all_gather, begin_sum, broadcast, wait_for_all
 from sd_recipes.runtime.fsdp import full_tensor
 from sd_recipes.runtime.signals import stop_request
-from sd_recipes.training.build import Model, Run
+from sd_recipes.training.build import UNCERTAINTY, Model, Run
 from sd_recipes.training.finite import TrainingDiverged, has_finite_weights
 from sd_recipes.training.meter import Meter
 from sd_recipes.training.state import TrainState
@@ -89,6 +89,7 @@ def fit(run: Run, saver: BackgroundSaver) -> None:
                 run.model.encoder.rest()
             if is_validated:
                 validator(state, run.tracker)
+                show_uncertainty(run)
                 meter.restart(progress)
 
             # Stop, if any process was asked to
@@ -121,7 +122,7 @@ def backward(
         accelerator.sync_gradients = batch.plan.is_last
         # What is sharded to save memory must not keep whole gradients until the last micro-batch.
         with nullcontext() if batch.plan.is_last or accelerator.is_fsdp2 else no_sync(model.trained, accelerator):
-            losses = model.objective(model.unet, latents, conditioning, batch.timesteps, batch.noise, batch.input_noise)
+            losses = model.losses(latents, conditioning, batch)
             loss = (batch.weights * losses).sum() / batch.plan.global_batch_size
             accelerator.backward(loss * scale)
         total += loss.detach()
@@ -161,6 +162,8 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
         )
     state.optimizer.step()
     state.optimizer.zero_grad()
+    if state.timestep_errors:
+        state.timestep_errors.step(accelerator.reduce)
     if not accelerator.optimizer_step_was_skipped:
         state.schedule.step()
         state.update_averages()
@@ -225,6 +228,13 @@ def stop(run: Run, saver: BackgroundSaver) -> None:
             f"{stop_request.resume_command} {resume_hint(run.recipe)}"
         )
     raise stop_request.stopped(f"saved at step {step}")
+
+
+def show_uncertainty(run: Run) -> None:
+    """Let the first process draw the learned uncertainty, if there is one."""
+    part = run.state.parts.get(UNCERTAINTY)
+    if part and part.export and run.accelerator.is_main_process:
+        part.export(part.evaluated_tensors(), run.output_dir)
 
 
 def progress_bar(run: Run) -> tqdm:

@@ -1,7 +1,7 @@
-"""The denoising loss: noisy latents, target, weight, and one loss value per image.
+"""The denoising loss: noisy latents, target, error, weight, and one loss value per image.
 
-`TARGETS` and `MIN_SNR_WEIGHTS` hold what depends on the prediction type; a `DenoisingLoss` takes its entries once, when
-it is created.
+The tables hold what a setting chooses between, one function each; a `DenoisingLoss` takes its entries once, when it is
+created.
 """
 
 from __future__ import annotations
@@ -44,25 +44,77 @@ TARGETS: dict[str, Target] = {
     "v_prediction": NoiseSchedule.velocity,
 }
 
-# Weight of a timestep, from its SNR and γ, so that every prediction type has the loss of x_0 weighted by min(SNR, γ)
-# (Hang et al. 2023, section 3.4).
-MIN_SNR_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "epsilon": lambda snr, gamma: (gamma / snr).clamp(max=1),  # min(SNR, γ) / SNR, also where the SNR is 0
-    "sample": lambda snr, gamma: snr.clamp(max=gamma),
-    "v_prediction": lambda snr, gamma: snr.clamp(max=gamma) / (snr + 1),
+# The weight of x_0's loss at every timestep, (T,), from the SNRs, the value of the setting that asks for it, and all
+# settings. x_0's, since it means the same whatever the UNet predicts; what a paper divides ε's loss by, x_0's has over
+# the SNR.
+Weight = Callable[[Tensor, float, ObjectiveConfig], Tensor]
+WEIGHTS: dict[str, Weight] = {
+    # Min-SNR: min(SNR, γ) (Hang et al. 2023, section 3.4).
+    "snr_gamma": lambda snr, gamma, config: snr.clamp(max=gamma),
+    # Its soft form: 1 / (1 / SNR + 1 / γ) (Crowson et al. 2024, soft min-SNR).
+    "soft_snr_gamma": lambda snr, gamma, config: snr * gamma / (snr + gamma),
+    # Debiased estimation: ε's loss over the square root of the SNR (Yu et al. 2023).
+    "debiased_estimation_loss": lambda snr, on, config: snr.sqrt(),
+    # P2: ε's loss over (k + SNR)^γ (Choi et al. 2022, eq. 8).
+    "p2_gamma": lambda snr, gamma, config: snr / (config.p2_k + snr) ** gamma,
+}
+
+# The loss of what the UNet predicts over that of the x_0 which follows from it, (T,), from the SNRs
+# (Salimans & Ho 2022, section 4).
+LOSS_OVER_X0: dict[str, Callable[[Tensor], Tensor]] = {
+    "epsilon": lambda snr: snr,
+    "sample": torch.ones_like,
+    "v_prediction": lambda snr: snr + 1,
+}
+
+
+def pseudo_huber(error: Tensor, c: Tensor) -> Tensor:
+    """√(error² + c²) - c: half the square over c where the error is small, its size where it is large.
+
+    Without the difference, in which a small error would be lost.
+    """
+    return error.square() / ((error.square() + c.square()).sqrt() + c)
+
+
+# The loss of each value's error, (B, C, h, w), given c, which scales with it. Pseudo-Huber (Khrapov et al. 2024), in
+# diffusers' two scales: the square where errors are small, or twice their size where they are large.
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l2": lambda error, c: error.square(),
+    "huber": lambda error, c: 2 * c * pseudo_huber(error, c),
+    "smooth_l1": lambda error, c: 2 * pseudo_huber(error, c),
+}
+
+# Huber's c at every timestep, (T,) (Khrapov et al. 2024): squares at the last denoising steps, which make the details,
+# and robust at the first ones.
+HUBER_SCHEDULES: dict[str, Callable[[NoiseSchedule, float], Tensor]] = {
+    "constant": lambda schedule, c: torch.full_like(schedule.snr, c),
+    "exponential": lambda schedule, c: (
+        c ** (torch.arange(len(schedule.snr), device=schedule.snr.device) / len(schedule.snr))
+    ),
+    "snr": lambda schedule, c: (1 - c) / (1 + schedule.sigma / schedule.signal) ** 2 + c,
 }
 
 
 class DenoisingLoss:
-    """‖target - prediction‖² of a UNet, averaged over an image's latent, weighted by timestep."""
+    """The error target - prediction of a UNet: its loss, averaged over an image's latent, weighted by timestep.
 
-    def __init__(self, scheduler: DDPMScheduler, config: ObjectiveConfig, device: torch.device) -> None:
+    `uncertainty` gives u(t), (B,), for timesteps: the loss is then e^-u times as large, plus u (see `Uncertainty`).
+    """
+
+    def __init__(
+        self,
+        scheduler: DDPMScheduler,
+        config: ObjectiveConfig,
+        device: torch.device,
+        uncertainty: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.prediction_type: str = config.prediction_type or scheduler.config.prediction_type
         self.schedule = NoiseSchedule(scheduler, device)
         self.target = TARGETS[self.prediction_type]
-        self.weights = torch.ones_like(self.schedule.snr)  # (T,)
-        if config.snr_gamma is not None:
-            self.weights = MIN_SNR_WEIGHTS[self.prediction_type](self.schedule.snr, config.snr_gamma)
+        self.loss = LOSSES[config.loss_type]
+        self.huber_c = HUBER_SCHEDULES[config.huber_schedule](self.schedule, config.huber_c)  # (T,)
+        self.weights = weights_of(self.schedule.snr, self.prediction_type, config)  # (T,)
+        self.uncertainty = uncertainty
         self.rectify = Dream(self.schedule, config.dream_detail_preservation) if config.dream_training else None
 
     def __call__(
@@ -84,8 +136,20 @@ class DenoisingLoss:
         if self.rectify is not None:
             noisy_latents, target = self.rectify(unet, noisy_latents, target, conditioning, timesteps)
         prediction = unet(noisy_latents, timesteps, **conditioning, return_dict=False)[0]
-        squared_error = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
-        return self.weights[timesteps] * squared_error
+        error = prediction.float() - target.float()
+        losses = self.weights[timesteps] * self.loss(error, at(self.huber_c, timesteps)).mean(dim=(1, 2, 3))
+        if self.uncertainty is None:
+            return losses
+        u = self.uncertainty(timesteps)
+        return losses * (-u).exp() + u
+
+
+def weights_of(snr: Tensor, prediction_type: str, config: ObjectiveConfig) -> Tensor:
+    """The weight of every timestep, (T,), from their SNRs: 1, or by the one of `WEIGHTS` that is asked for."""
+    for name, weight in WEIGHTS.items():
+        if value := getattr(config, name):
+            return weight(snr, value, config) / LOSS_OVER_X0[prediction_type](snr)
+    return torch.ones_like(snr)
 
 
 class Dream:

@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from sd_recipes.runtime.fsdp import gather, shard_like
 from sd_recipes.training.ema import AveragedWeights
+from sd_recipes.training.timestep_errors import TimestepErrors
 
 OPTIMIZER = "optimizer.safetensors"
+TIMESTEP_ERRORS = "timestep_errors.safetensors"
 CONFIG = "config.json"
 # Suffixes of the folders with a part's averaged weights: of the one that is evaluated, and of those that are kept for
 # `sd-recipes average`, with their relative widths, which are the paper's (Karras et al. 2024, section 3.1).
@@ -46,10 +48,11 @@ class Progress:
 
 @dataclass
 class TrainedPart:
-    """A model of the pipeline that is trained; so far, the UNet.
+    """What is trained: a model of the pipeline, or the learned uncertainty, which ends with the run.
 
-    `name` is its folder in a checkpoint and its attribute of the components. `rebuild` makes a model of the same kind
-    from whole tensors by name, which evaluation and export use if the part itself is sharded.
+    `name` is its folder in a checkpoint and, for a model, its attribute of the components. `rebuild` makes a model of
+    the same kind from whole tensors by name, which evaluation and export use if the part itself is sharded; None for a
+    part that is never sharded.
     """
 
     name: str
@@ -57,7 +60,7 @@ class TrainedPart:
     weights_file: str  # in its folder, next to config.json
     config: str  # the content of that config.json
     learning_rate: float
-    rebuild: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module]
+    rebuild: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module] | None = None
     # What it leaves in the run's folder of its whole evaluated tensors, besides its place in the pipeline.
     export: Callable[[Mapping[str, torch.Tensor], Path], None] | None = None
     average: AveragedWeights | None = None
@@ -104,6 +107,7 @@ class TrainState:
     schedule: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler | None
     progress: Progress = field(default_factory=Progress)
+    timestep_errors: TimestepErrors | None = None  # with --timesteps_by_error
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -136,6 +140,7 @@ class TrainState:
         with ExitStack() as undo:
             for part in self.parts.values():
                 if part.is_sharded:
+                    assert part.rebuild is not None
                     whole = gather(part.evaluated_tensors(), is_wanted=wanted)
                     if wanted:
                         undo.callback(setattr, components, part.name, getattr(components, part.name))
@@ -156,6 +161,8 @@ class TrainState:
                 texts[f"{folder}/{CONFIG}"] = part.config
         optimizer = dict(_flat(self._optimizer_state()))
         tensors[OPTIMIZER] = {name: value for name, value in optimizer.items() if isinstance(value, torch.Tensor)}
+        if self.timestep_errors:
+            tensors[TIMESTEP_ERRORS] = self.timestep_errors.state_dict()
         values = {
             # Where a stream stands differs between the processes.
             "progress": {name: value for name, value in asdict(self.progress).items() if name != "stream_state"},
@@ -205,6 +212,8 @@ class TrainState:
                 average.load(tensors[f"{part.name}{suffix}/{part.weights_file}"], values["averages"][part.name])
         self._load_optimizer({**tensors[OPTIMIZER], **values["optimizer"]})
         self._load_schedule(values["schedule_step"])
+        if self.timestep_errors:
+            self.timestep_errors.load_state_dict(tensors[TIMESTEP_ERRORS])
         if self.scaler and values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
         self.progress = Progress(**values["progress"])

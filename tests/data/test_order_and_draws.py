@@ -5,6 +5,7 @@ from sd_recipes.checkpoints.format import Manifest
 from sd_recipes.checkpoints.resume import finish_epoch
 from sd_recipes.data.draws import draw
 from sd_recipes.data.order import Order, apportion, share
+from sd_recipes.recipe import ObjectiveConfig
 
 
 def take(order: Order, samples_seen: int, number: int) -> list:
@@ -227,7 +228,8 @@ def test_noise_is_standard_normal() -> None:
 
 def test_perturbation_leaves_the_other_draws_alone() -> None:
     plain, perturbed = (
-        draw(0, 9, stratum=0, global_batch_size=1, perturbed=perturbed, **SETTINGS) for perturbed in (False, True)
+        draw(0, 9, stratum=0, global_batch_size=1, objective=ObjectiveConfig(input_perturbation=scale), **SETTINGS)
+        for scale in (0.0, 0.1)
     )
     assert plain.perturbation_noise is None
     assert perturbed.perturbation_noise is not None

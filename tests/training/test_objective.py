@@ -1,5 +1,6 @@
 """The loss against an independent computation in float64, written from the papers."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_dream_and_update_latents
+from pydantic import ValidationError
 from training_runs import losses, train
 
 from sd_recipes.recipe import ObjectiveConfig
-from sd_recipes.training.objective import DenoisingLoss
+from sd_recipes.training.objective import LOSSES, DenoisingLoss
 
 SHAPE = (5, 4, 8, 8)
 TIMESTEPS = torch.tensor([0, 10, 400, 700, 999])
@@ -140,3 +142,93 @@ def test_defect_also_dream_with_input_perturbation_means_what_it_does_in_diffuse
 def test_the_scheduler_decides_where_the_recipe_is_silent() -> None:
     spoken = DDPMScheduler(prediction_type="v_prediction")
     assert DenoisingLoss(spoken, ObjectiveConfig(), torch.device("cpu")).prediction_type == "v_prediction"
+
+
+WEIGHTINGS: dict[str, tuple[dict[str, Any], Callable[[float], float]]] = {
+    # What each paper multiplies the loss of ε by.
+    "plain": ({}, lambda snr: 1),
+    "min-SNR": ({"snr_gamma": 5.0}, lambda snr: min(5 / snr, 1)),
+    "soft min-SNR": ({"soft_snr_gamma": 5.0}, lambda snr: 1 / (snr / 5 + 1)),
+    "debiased": ({"debiased_estimation_loss": True}, lambda snr: snr**-0.5),
+    "P2": ({"p2_gamma": 0.5, "p2_k": 2.0}, lambda snr: (2 + snr) ** -0.5),
+}
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("weighting", [name for name in WEIGHTINGS if name != "plain"])
+def test_a_weighting_is_that_of_the_noise_which_the_prediction_implies(
+    tensors: dict[str, torch.Tensor], weighting: str, prediction_type: str
+) -> None:
+    """The ε̂ that a sampler would take from the prediction, its squared error, and the paper's weight, in float64."""
+    settings, weight = WEIGHTINGS[weighting]
+    config = ObjectiveConfig(prediction_type=prediction_type, **settings)
+    loss = DenoisingLoss(scheduler(), config, torch.device("cpu"))
+    found = loss(fake_unet, tensors["latents"], conditioning(tensors), TIMESTEPS, tensors["noise"])
+    x0, eps, states = (tensors[name].double().numpy() for name in ("latents", "noise", "states"))
+    for number, t in enumerate(TIMESTEPS.tolist()):
+        a = alpha_bar()[t]
+        noisy = np.sqrt(a) * x0[number] + np.sqrt(1 - a) * eps[number]
+        prediction = 0.3 * noisy + 0.001 * t + states.mean()
+        implied = {
+            "epsilon": prediction,
+            "sample": (noisy - np.sqrt(a) * prediction) / np.sqrt(1 - a),
+            "v_prediction": np.sqrt(1 - a) * noisy + np.sqrt(a) * prediction,
+        }[prediction_type]
+        expected = weight(a / (1 - a)) * np.mean((eps[number] - implied) ** 2)
+        np.testing.assert_allclose(found[number].item(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", ["huber", "smooth_l1"])
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+def test_pseudo_huber_has_its_values_and_its_gradient(
+    tensors: dict[str, torch.Tensor], loss_type: str, schedule: str
+) -> None:
+    """In float64, as the paper and diffusers' example write it, with the c of the image's timestep."""
+    config = ObjectiveConfig(loss_type=loss_type, huber_c=0.2, huber_schedule=schedule, snr_gamma=5.0)
+    loss = DenoisingLoss(scheduler(), config, torch.device("cpu"))
+    prediction = tensors["input_noise"].clone().requires_grad_()
+    losses = loss(lambda *_, **__: (prediction,), tensors["latents"], {}, TIMESTEPS, tensors["noise"])
+    losses.sum().backward()
+    assert prediction.grad is not None
+    for number, t in enumerate(TIMESTEPS.tolist()):
+        a = alpha_bar()[t]
+        c = {
+            "constant": 0.2,
+            "exponential": np.exp(np.log(0.2) * t / 1000),
+            "snr": 0.8 / (1 + np.sqrt((1 - a) / a)) ** 2 + 0.2,
+        }[schedule]
+        difference = (prediction[number].detach() - tensors["noise"][number]).double().numpy()
+        weight = min(5 / (a / (1 - a)), 1) * 2 * (c if loss_type == "huber" else 1)
+        root = np.sqrt(difference**2 + c**2)
+        np.testing.assert_allclose(losses[number].item(), weight * np.mean(root - c), rtol=1e-4)
+        np.testing.assert_allclose(
+            prediction.grad[number].numpy(), weight * difference / root / difference.size, rtol=2e-4, atol=1e-9
+        )
+
+
+def test_pseudo_huber_keeps_small_errors_that_a_difference_would_lose() -> None:
+    error, c = torch.tensor([1e-5, -1e-5, 0.0, 1e3]), torch.tensor(0.1)
+    torch.testing.assert_close(LOSSES["huber"](error, c), torch.tensor([1e-10, 1e-10, 0.0, 2 * 0.1 * (1e3 - 0.1)]))
+
+
+@pytest.mark.parametrize(
+    ("settings_given", "words"),
+    [
+        ({"snr_gamma": 5, "p2_gamma": 1}, "--snr_gamma and --p2_gamma all say how timesteps are weighted: keep one"),
+        ({"learned_uncertainty": True, "debiased_estimation_loss": True}, "keep one"),
+        ({"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}, "use --prediction_type v_prediction"),
+        ({"dream_training": True, "prediction_type": "sample"}, "--dream_training is defined for the prediction type"),
+        ({"timesteps_by_error": True, "timestep_sampling": "logit_normal"}, "both say which timesteps are drawn"),
+        ({"timesteps_by_error": True, "learned_uncertainty": True}, "has nothing to go by: drop one"),
+        ({"min_timestep": 500, "max_timestep": 500}, "leaves no timestep before --max_timestep 500"),
+        ({"p2_k": 2}, "--p2_k 2.0 is not read without --p2_gamma 1: add it, or drop --p2_k"),
+        ({"huber_c": 0.2}, "--huber_c 0.2 is not read without --loss_type huber"),
+        ({"huber_schedule": "constant"}, "--huber_schedule constant is not read without --loss_type huber"),
+        ({"logit_mean": 1}, "is not read without --timestep_sampling logit_normal"),
+        ({"multires_noise_discount": 0.5}, "is not read without --multires_noise_iterations 6"),
+        ({"timestep_sampling": "logit_normal", "logit_mean": float("nan")}, "finite number"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings_given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        ObjectiveConfig(**settings_given)
