@@ -28,6 +28,7 @@ SIZE_COLUMNS = ("height", "width", "original_height", "original_width")  # of th
 # A row of a latent cache holds these instead of an image (see latent_store.py).
 MOMENTS_COLUMNS = ("moments", "moments_flipped", *SIZE_COLUMNS, "made_by")
 CHUNK_ROWS = 1000  # of a table in memory
+LOOKED_AT = 16  # first rows, one of which has to name a picture
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
@@ -184,9 +185,15 @@ def _with_images(rows: Any, feature: Any, source: DataSource, config: DataSettin
             f"--image_column {column} of {source.flag} holds {_in_words(feature)}, not images: choose another of "
             f"{list(rows.features)}"
         )
-    first = guarded(source, lambda: next(iter(rows.select_columns([column]))))[column]
-    check_holds_pictures(first, column, source.flag, is_local=root is not None)
+    first = [row[column] for row in guarded(source, lambda: list(rows.select_columns([column]).take(LOOKED_AT)))]
+    for value in first:
+        check_holds_pictures(value, column, source.flag, is_local=root is not None)
     finder = PictureFinder(root) if root is not None else None
+    if reasons := _reasons(first, finder):
+        raise RecipeError(
+            f"--image_column {column} of {source.flag} holds text that names no picture: {reasons[0]}; choose another of "
+            f"{list(rows.features)}, or say by --image_root where the paths begin"
+        )
 
     def make(value: str | None) -> dict[str, Any]:
         try:
@@ -197,6 +204,19 @@ def _with_images(rows: Any, feature: Any, source: DataSource, config: DataSettin
             return {column: {"bytes": None, "path": value}, DEFECT: str(error)}
 
     return _replaced(rows, column, {column: datasets.Image(decode=False), DEFECT: datasets.Value("string")}, make)
+
+
+def _reasons(values: list[Any], finder: PictureFinder | None) -> list[str]:
+    """Why none of these values stands for a picture; empty if one does."""
+    reasons = []
+    for value in values:
+        try:
+            encoded(value, finder)
+        except NotFound as error:
+            reasons.append(str(error))
+        else:
+            return []
+    return reasons
 
 
 def _can_hold_captions(feature: object) -> bool:

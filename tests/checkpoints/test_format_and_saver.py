@@ -662,7 +662,7 @@ def mapping_fails(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("place", "failure", "words"),
     [
-        ("torch.nn.Module.load_state_dict", full, "not enough memory to load"),
+        ("sd_recipes.training.state.shard_like", full, "not enough memory to load"),
         ("sd_recipes.training.state.TrainState._load_optimizer", host_full, "not enough memory to load"),
         ("sd_recipes.checkpoints.resume.load_file", without_memory, "not enough memory to load"),
         ("sd_recipes.checkpoints.resume.load_file", disk_fails, "cannot be read"),
