@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -83,13 +82,15 @@ def _of_one_type(name: str, values: list[Any], defects: list[str | None]) -> tup
     return pa.list_(pa.string()) if list in kinds else pa.string(), texts
 
 
-def checked(rows: Any, features: datasets.Features, source: DataSource, config: DataSettings, root: Path | None) -> Any:
+def checked(
+    rows: Any, features: datasets.Features, source: DataSource, config: DataSettings, finder: PictureFinder | None
+) -> Any:
     """The rows, a Dataset or an IterableDataset, with only the columns that are read.
 
-    Paths in the image column begin at `root`, None for data that are elsewhere. Raises RecipeError.
+    What its image column names is looked for by `finder`, None for data that are elsewhere. Raises RecipeError.
     """
     captions = columns_of(source, config)
-    if root is not None and config.image_column not in features and "moments" not in features:
+    if finder is not None and config.image_column not in features and "moments" not in features:
         paths = picture_column(list(features), config.image_column)
         if paths is not None and paths not in captions:
             rows = rows.rename_column(paths, config.image_column)
@@ -97,8 +98,7 @@ def checked(rows: Any, features: datasets.Features, source: DataSource, config: 
     images = [config.image_column]
     if config.image_column not in features and "moments" in features:
         images = [name for name in MOMENTS_COLUMNS if name in features]
-    template = config.caption_template is not None
-    flag = "--caption_template" if template else "--caption_columns" if config.caption_columns else "--caption_column"
+    template, flag = config.caption_template is not None, caption_flag(config)
     for owner, column in [*(("--image_column", name) for name in images), *((flag, name) for name in captions)]:
         if _feature_at(features, column) is None:
             raise RecipeError(f"{owner} {column}: {source.flag} {has_columns(column, list(features))}")
@@ -106,21 +106,30 @@ def checked(rows: Any, features: datasets.Features, source: DataSource, config: 
     rows = rows.select_columns(
         [*images, *dict.fromkeys(_stored(features, name) for name in captions if name not in images), *extra]
     )
+    if images == [config.image_column]:  # first, so that no row is decoded while it is gone through
+        rows = _with_images(rows, features[config.image_column], source, config, finder)
     for column in captions:
         feature = _feature_at(features, column)
-        text = {column: datasets.Value("string")}
-        if isinstance(feature, datasets.ClassLabel):
-            rows = _replaced(rows, column, text, partial(_class_name, column, feature))
-        elif column not in features:
-            rows = _replaced(rows, _stored(features, column), text, partial(_inner, column))
+        of_list = isinstance(feature, datasets.List | datasets.LargeList)
+        inner = feature.feature if of_list else feature
+        text: Any = datasets.List(datasets.Value("string")) if of_list else datasets.Value("string")
+        if column not in features or isinstance(inner, datasets.ClassLabel):
+            make = partial(_text_in, column, "" if column in features else column.partition(".")[2], inner)
+            rows = _replaced(rows, _stored(features, column), {column: text}, make)
         elif not template and not _can_hold_captions(feature):
             raise RecipeError(not_captions(flag, column, feature, source.flag))
-    if images == [config.image_column]:
-        rows = _with_images(rows, features[config.image_column], source, config, root)
+    extra = [DEFECT] if DEFECT in rows.features else []
     rows = rows.select_columns([*images, *(name for name in captions if name not in images), *extra])
-    if source.caption_column and not template:
+    if source.caption_column not in (None, config.caption_column) and captions == [source.caption_column]:
         rows = rows.rename_column(source.caption_column, config.caption_column)
     return rows
+
+
+def caption_flag(config: DataSettings) -> str:
+    """The flag that names the columns of the captions."""
+    if config.caption_template is not None:
+        return "--caption_template"
+    return "--caption_columns" if config.caption_columns else "--caption_column"
 
 
 def has_columns(wanted: str, columns: list[str]) -> str:
@@ -142,15 +151,19 @@ def _stored(features: Any, name: str) -> str:
     return name if name in features else name.partition(".")[0]
 
 
-def _class_name(column: str, feature: datasets.ClassLabel, number: int | None) -> dict[str, str | None]:
-    return {column: None if number is None or number < 0 else feature.int2str(number)}
-
-
-def _inner(column: str, value: Any) -> dict[str, str | None]:
-    """What an object holds under `outer.inner`, where `value` is what it holds under `outer`."""
-    for part in column.split(".")[1:]:
+def _text_in(column: str, path: str, feature: Any, value: Any) -> dict[str, Any]:
+    """The texts in a column's value, or in what an object holds under `path`; classes by their names."""
+    for part in filter(None, path.split(".")):
         value = None if value is None else value[part]
-    return {column: value if value is None or isinstance(value, str) else str(value)}
+
+    def text(each: Any) -> str | None:
+        if each is None or isinstance(each, str):
+            return each
+        if isinstance(feature, datasets.ClassLabel):
+            return None if each < 0 else feature.int2str(each)
+        return str(each)
+
+    return {column: list(map(text, value)) if isinstance(value, list) else text(value)}
 
 
 def _replaced(rows: Any, old: str, features: dict[str, Any], make: Callable[[Any], dict[str, Any]]) -> Any:
@@ -175,35 +188,59 @@ def _replaced(rows: Any, old: str, features: dict[str, Any], make: Callable[[Any
     return datasets.concatenate_datasets([rows.select_columns(others), made], axis=1) if others else made
 
 
-def _with_images(rows: Any, feature: Any, source: DataSource, config: DataSettings, root: Path | None) -> Any:
-    """The rows with the image column as undecoded images, made of paths or of base64 where it holds text."""
+def _with_images(
+    rows: Any, feature: Any, source: DataSource, config: DataSettings, finder: PictureFinder | None
+) -> Any:
+    """The rows with the image column as undecoded images, made of paths or of base64 where it holds these."""
     column = config.image_column
     if isinstance(feature, datasets.Image) or _can_hold_images(feature):
-        return rows.cast_column(column, datasets.Image(decode=False))
-    if not (isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    elif not (_is_text(feature) or (isinstance(feature, dict) and "path" in feature)):
         raise RecipeError(
             f"--image_column {column} of {source.flag} holds {_in_words(feature)}, not images: choose another of "
             f"{list(rows.features)}"
         )
     first = [row[column] for row in guarded(source, lambda: list(rows.select_columns([column]).take(LOOKED_AT)))]
+    is_image = isinstance(rows.features[column], datasets.Image)  # whose paths, of data elsewhere, are not files
+    if is_image and (finder is None or not any(map(_names_a_file, first))):
+        return rows
     for value in first:
-        check_holds_pictures(value, column, source.flag, is_local=root is not None)
-    finder = PictureFinder(root) if root is not None else None
+        check_holds_pictures(value, column, source.flag, is_local=finder is not None)
     if reasons := _reasons(first, finder):
         raise RecipeError(
-            f"--image_column {column} of {source.flag} holds text that names no picture: {reasons[0]}; choose another of "
+            f"--image_column {column} of {source.flag} names no picture: {reasons[0]}; choose another of "
             f"{list(rows.features)}, or say by --image_root where the paths begin"
         )
 
-    def make(value: str | None) -> dict[str, Any]:
+    def make(value: Any) -> dict[str, Any]:
+        path = value.get("path") if isinstance(value, dict) else value
         try:
             return {column: encoded(value, finder), DEFECT: None}
         except Missing:  # told when the picture is read
-            return {column: {"bytes": None, "path": value and str(Path(root or "", value))}, DEFECT: None}
+            assert finder is not None
+            assert path is not None
+            return {column: {"bytes": None, "path": str(finder.root / path)}, DEFECT: None}
         except NotFound as error:
-            return {column: {"bytes": None, "path": value}, DEFECT: str(error)}
+            return {column: {"bytes": None, "path": path}, DEFECT: str(error)}
 
     return _replaced(rows, column, {column: datasets.Image(decode=False), DEFECT: datasets.Value("string")}, make)
+
+
+def _is_text(feature: object) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def with_lists(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The rows with a column of texts as one of lists of texts."""
+    if not _is_text(rows.features.get(column)):
+        return rows
+    lists = {column: datasets.List(datasets.Value("string"))}
+    return _replaced(rows, column, lists, lambda text: {column: None if text is None else [text]})
+
+
+def _names_a_file(value: Any) -> bool:
+    """Whether an image has no bytes, but a path on this machine."""
+    return value is not None and value["bytes"] is None and "://" not in (value["path"] or "://")
 
 
 def _reasons(values: list[Any], finder: PictureFinder | None) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from typing import Any
 
 from sd_recipes.data.picture_files import ADDRESS, NotFound, PictureFinder
@@ -13,7 +14,8 @@ Encoded = dict[str, Any]  # an image: {"bytes", "path"}, one of which may be Non
 DATA_ADDRESS = "data:image/"  # RFC 2397
 # How JPEG, PNG, GIF, WebP, TIFF, BMP, JPEG XL, and (HEIC, AVIF, JPEG XL and JPEG 2000) boxes begin in base64.
 BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkq", "TU0AK", "Qk", "/wo", "AAAA")
-SHORTEST_BASE64 = 60  # no picture is shorter
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+SHORTEST_BASE64 = 60  # characters: no picture is shorter
 
 
 def encoded(value: Any, finder: PictureFinder | None) -> Encoded:
@@ -24,7 +26,7 @@ def encoded(value: Any, finder: PictureFinder | None) -> Encoded:
         if value.get("bytes") is not None:
             return {**encoded(value["bytes"], None), "path": value.get("path")}
         value = value.get("path")
-    if isinstance(value, str) and is_base64(value):
+    if isinstance(value, str) and is_base64(value) and not (finder is not None and finder.has(value)):
         try:
             return {"bytes": base64.b64decode(value.partition("base64,")[2] or value), "path": None}
         except binascii.Error as error:
@@ -35,8 +37,10 @@ def encoded(value: Any, finder: PictureFinder | None) -> Encoded:
 
 
 def is_base64(text: str) -> bool:
-    """Whether it begins as pictures do in base64."""
-    return text.startswith(DATA_ADDRESS) or (len(text) >= SHORTEST_BASE64 and text.startswith(BASE64_STARTS))
+    """Whether it begins as pictures do in base64, and goes on as no path does."""
+    if text.startswith(DATA_ADDRESS):
+        return True
+    return len(text) >= SHORTEST_BASE64 and text.startswith(BASE64_STARTS) and BASE64.fullmatch(text) is not None
 
 
 def check_holds_pictures(value: Any, column: str, place: str, *, is_local: bool) -> None:

@@ -30,6 +30,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import DataSettings, DataSource
 
 REPEATS = re.compile(r"(\d{1,3})_(.+)")  # with more digits it is rather a year
+TEXT_COLUMNS = ("text", "caption", "txt")  # what the text in a file beside a picture may be asked for as
 METADATA = "metadata"  # a table of this name is datasets' imagefolder's, whose column `file_name` names the pictures
 
 Splits = dict[str, datasets.Dataset]
@@ -52,10 +53,14 @@ class Candidate:
 class PictureFolder:
     """A folder with pictures, and their captions: in tables, in files beside them, or in names."""
 
-    def __init__(self, root: Path, listing: Listing, source: DataSource, config: DataSettings) -> None:
+    def __init__(
+        self, root: Path, listing: Listing, source: DataSource, config: DataSettings, *, repeats: bool = True
+    ) -> None:
         self.root, self.listing, self.source, self.config = root, listing, source, config
+        self.repeats = repeats and config.folder_repeats
         self.columns = columns_of(source, config)
         self.recognised = Recognised("")
+        self.unfit: list[str] = []  # in words, why tables do not fit
         for what, number in listing.passed_over.items():
             self.recognised.notes.append(f"{number:,} {what} are passed over")
         self._note("links lead out of the folder and are not followed (--follow_links)", listing.links_outside)
@@ -65,34 +70,47 @@ class PictureFolder:
 
     def read(self) -> Splits | None:
         """Its rows by split; None where nothing looks like captions. Raises RecipeError for doubts and damage."""
-        if self.config.caption_from or self.columns == [LABEL]:
+        if self.config.caption_from:
             return self._by_name()
+        extension = self.source.caption_extension or self.config.caption_extension
+        if extension is None and (found := self._in_tables()):
+            return found
+        if self.columns == [LABEL]:
+            return self._by_name()
+        if any(name.startswith("json.") for name in self.columns):
+            extension = extension or ".json"
+        own = self.source.caption
+        side = find_side_captions(self.listing, extension, self.source.flag, required=own is None)
+        if side is None and own is not None:
+            side = SideCaptions(extension or ".txt", {}, [])
+        if side is not None:
+            self._note("tables are passed over", list(map(str, self._table_files())))
+            return self._beside(side)
+        if self.unfit:
+            raise RecipeError(
+                f"{self.source.flag} has {len(self.pictures):,} pictures and no captions for them: "
+                f"{'; '.join(self.unfit)}"
+            )
+        return None
+
+    def _in_tables(self) -> Splits | None:
+        """Rows of the tables that fit; None if none does. Raises RecipeError where two contradict each other."""
         candidates = [candidate for path in self._table_files() if (candidate := self._candidate(path))]
         fitting = [candidate for candidate in candidates if not candidate.unfit]
-        unfit = [candidate for candidate in candidates if candidate.unfit]
         for one, other in itertools.combinations(fitting, 2):
             if one.place == other.place:
                 raise RecipeError(
                     f"{one.table.path} and {other.table.path} both say which caption a picture has: choose one, as in "
                     f"--dataset_name {one.table.path}"
                 )
-        if fitting:
-            self._note("tables do not fit and are passed over", [candidate.unfit for candidate in unfit])
-            return self._of_tables(fitting)
-        extension = self.source.caption_extension or self.config.caption_extension
-        own = self.source.caption
-        side = find_side_captions(self.listing, extension, self.source.flag, required=own is None)
-        if side is None and own is not None:
-            side = SideCaptions(extension or ".txt", {}, [])
-        if side is not None:
-            self._note("tables are passed over", [str(candidate.table.path) for candidate in unfit])
-            return self._beside(side)
-        if unfit:
-            raise RecipeError(
-                f"{self.source.flag} has {len(self.pictures):,} pictures and no captions for them: "
-                f"{'; '.join(candidate.unfit for candidate in unfit)}"
-            )
-        return None
+        self.unfit = [candidate.unfit for candidate in candidates if candidate.unfit]
+        if not fitting:
+            return None
+        self._note("tables do not fit and are passed over", self.unfit)
+        tables = set(map(str, self._table_files()))
+        texts = [path for path in self.listing.with_suffix(*SIDE_SUFFIXES) if path not in tables]
+        self._note("caption files beside the pictures are passed over for the table (--caption_extension)", texts)
+        return self._of_tables(fitting)
 
     # Names
 
@@ -109,7 +127,7 @@ class PictureFolder:
     def _name_of(self, path: str) -> str:
         if self.config.caption_from == "file":
             return os.path.splitext(os.path.basename(path))[0]
-        return folder_name(path, self.config)
+        return self._label({"bytes": None, "path": path}) or folder_name(str(self.root / "picture"), self.config)
 
     # Files beside the pictures
 
@@ -131,6 +149,12 @@ class PictureFolder:
                 f"pictures have no {side.suffix} file and are not used (--blank_captions empty uses them)", without
             )
         self._note(f"{side.suffix} files have no picture", side.without_picture)
+        unknown = [name for name in self.columns if name not in (LABEL, *TEXT_COLUMNS)]
+        if unknown and side.suffix != ".json":
+            raise RecipeError(
+                f"{self.source.flag} has a text in each {side.suffix} file, the column `text`, and is asked for "
+                f"{', '.join(map(repr, unknown))}: ask for `text`"
+            )
         columns, defects = side.read(
             pictures,
             [name for name in self.columns if name != LABEL],
@@ -198,6 +222,7 @@ class PictureFolder:
         defects: list[str | None] = []
         splits: list[str] = []
         lacking: list[str] = []
+        lengths: list[int] = []
         nearly = 0
         for candidate in candidates:
             table = candidate.table
@@ -216,9 +241,12 @@ class PictureFolder:
                 columns[name] += rows.columns.get(name) or [self._label(image) for image in rows.images]
             splits += [candidate.place[1]] * len(rows.images)
             lacking += rows.lacking
+            lengths.append(len(rows.images))
             nearly += finder.nearly
         paths = [image["path"] or "" for image in images]
         named = set(paths)
+        if len(candidates) > 1:
+            self._check_named_once(candidates, paths, lengths)
         names = ", ".join(os.path.relpath(candidate.table.path, self.root) for candidate in candidates)
         self.recognised.captions = f"the table {names}" if len(candidates) == 1 else f"the tables {names}"
         self._note(
@@ -229,6 +257,21 @@ class PictureFolder:
             self.recognised.notes.append(f"{nearly:,} paths were found in another case, form or with another slash")
         return self._split(images, columns, defects, splits)
 
+    def _check_named_once(self, candidates: list[Candidate], paths: list[str], lengths: list[int]) -> None:
+        """Raises RecipeError if a picture is named by two tables."""
+        named_by: dict[str, Candidate] = {}
+        start = 0
+        for candidate, length in zip(candidates, lengths, strict=True):
+            own = set(filter(None, paths[start : start + length]))
+            start += length
+            for path in own:
+                other = named_by.setdefault(path, candidate)
+                if other is not candidate:
+                    raise RecipeError(
+                        f"{other.table.path} and {candidate.table.path} both name {path}: choose one of the tables, as "
+                        f"in --dataset_name {candidate.table.path}"
+                    )
+
     # Rows
 
     def _rows(self, pictures: list[str], columns: dict[str, list[Any]], defects: list[str | None]) -> Splits:
@@ -237,7 +280,7 @@ class PictureFolder:
         images: list[Encoded] = [{"bytes": None, "path": path} for path in pictures]
         if LABEL in self.columns:
             columns = {**columns, LABEL: [self._label(image) for image in images]}
-        return self._split(images, columns, defects, [""] * len(images), repeats=self.config.folder_repeats)
+        return self._split(images, columns, defects, [""] * len(images), repeats=self.repeats)
 
     def _check_image_column(self, name: str) -> None:
         """Raises RecipeError if another image column than the one there is was asked for."""
@@ -253,7 +296,8 @@ class PictureFolder:
         path = image["path"]
         if path is None or os.path.dirname(path) == str(self.root):
             return None
-        return folder_name(path, self.config)
+        name = folder_name(path, self.config)
+        return None if name.lower() in SPLITS else name
 
     def _split(
         self,

@@ -17,6 +17,7 @@ IMAGE_SUFFIXES = {
 }  # fmt: skip
 SYSTEM_FILES = {".ds_store", "thumbs.db", "desktop.ini"}
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+LONGEST_PATH = 4096  # of Linux
 WINDOWS_DRIVE = re.compile(r"[a-zA-Z]:[\\/]")
 
 
@@ -153,6 +154,10 @@ class PictureFinder:
         last = re.split(r"[\\/]", str(name))[-1].casefold()
         places = {os.path.dirname(path) for path in self.pictures if os.path.basename(path).casefold() == last}
         return places.pop() if len(places) == 1 else None
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of exactly that name."""
+        return len(name) < LONGEST_PATH and os.path.isfile(os.path.join(self.root, name))
 
     def _path(self, name: str) -> str:
         path = os.path.normpath(os.path.join(self.root, name))

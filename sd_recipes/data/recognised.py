@@ -15,6 +15,7 @@ class Recognised:
     layout: str
     captions: str = ""
     notes: list[str] = field(default_factory=list)
+    has_names: bool = False  # whether its rows are files, whose names may be captions
 
     def note(self, what: str, names: Sequence[str]) -> None:
         """Note that there are some of `what`, with their number and the first names; nothing where there are none."""

@@ -10,8 +10,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from sd_recipes.data.captions import DEFECT
-from sd_recipes.data.columns import checked
+from sd_recipes.data.captions import DEFECT, caption_columns
+from sd_recipes.data.columns import checked, with_lists
 from sd_recipes.data.guard import guarded
 from sd_recipes.data.recognised import Recognised
 from sd_recipes.data.shards import with_bytes
@@ -53,22 +53,31 @@ def join_rows(parts: list[datasets.Dataset], number: int | None, seed: int | Non
     return rows
 
 
-def load_sources(config: DataSettings, *, split: str | None = None, cache_dir: str | None = None) -> list[SourceRows]:
-    """The rows of each source, with the same columns in all. Raises RecipeError as `load_rows` does."""
+def load_sources(
+    config: DataSettings, *, split: str | None = None, cache_dir: str | None = None, repeats: bool = True
+) -> list[SourceRows]:
+    """The rows of each source, with the same columns in all; each once, or as often as it `repeats`.
+
+    Raises RecipeError as `load_rows` does.
+    """
     parts: list[SourceRows] = []
     for source in config.sources:
-        opened = open_source(source, config, cache_dir, streaming=False)
+        opened = open_source(source, config, cache_dir, streaming=False, repeats=repeats and split is None)
         rows = _of_split(opened, source, split)
         if len(rows) == 0:
             raise RecipeError(f"{source.flag} has no rows in split {split or source.train_split!r}")
-        rows = checked(rows, rows.features, source, config, opened.root)
-        if source.repeats > 1 and split is None:
+        rows = checked(rows, rows.features, source, config, opened.finder)
+        if source.repeats > 1 and repeats and split is None:
             rows = rows.select(np.repeat(np.arange(len(rows)), source.repeats))
         parts.append(SourceRows(rows, opened.recognised))
     if any(DEFECT in part.rows.column_names for part in parts):
         for part in parts:
             if DEFECT not in part.rows.column_names:
                 part.rows = part.rows.add_column(DEFECT, [None] * len(part.rows), feature=datasets.Value("string"))
+    for column in caption_columns(config):  # some sources may have several captions for a row
+        if any(isinstance(part.rows.features.get(column), datasets.List) for part in parts):
+            for part in parts:
+                part.rows = with_lists(part.rows, column)
     for part, source in zip(parts[1:], config.sources[1:], strict=True):
         try:
             part.rows = part.rows.cast(parts[0].rows.features)
@@ -77,15 +86,15 @@ def load_sources(config: DataSettings, *, split: str | None = None, cache_dir: s
     return parts
 
 
-def load_streams(config: DataSettings, *, cache_dir: str | None = None) -> list[SourceRows]:
+def load_streams(config: DataSettings, *, cache_dir: str | None = None, repeats: bool = True) -> list[SourceRows]:
     """The stream of each source, images undecoded, columns checked. Raises RecipeError as `load_rows` does."""
     streams = []
     for source in config.sources:
-        opened = open_source(source, config, cache_dir, streaming=True)
+        opened = open_source(source, config, cache_dir, streaming=True, repeats=repeats)
         stream = _of_split(opened, source, None)
         # For files that do not state them, `datasets` infers them from the first rows when streams are joined.
         stream = guarded(source, partial(datasets.concatenate_datasets, [stream]))
-        rows = checked(stream, stream.features, source, config, opened.root)
+        rows = checked(stream, stream.features, source, config, opened.finder)
         streams.append(SourceRows(rows, opened.recognised))
     return streams
 
@@ -93,10 +102,10 @@ def load_streams(config: DataSettings, *, cache_dir: str | None = None) -> list[
 def load_held_out_rows(config: Recipe, split: str, cache_dir: str | None) -> datasets.Dataset:
     """Rows of the first source's split `split`; for a stream the first 1,000, in memory. Raises RecipeError."""
     source = config.sources[0].model_copy(update={"train_split": split, "repeats": 1})
-    config = config.model_copy(update={"data_sources": [source], "folder_repeats": False})
+    config = config.model_copy(update={"data_sources": [source]})
     if not config.streaming:
         return load_rows(config, split=split, cache_dir=cache_dir)
-    stream = load_streams(config, cache_dir=cache_dir)[0].rows
+    stream = load_streams(config, cache_dir=cache_dir, repeats=False)[0].rows
     rows = guarded(source, lambda: [with_bytes(row) for row in itertools.islice(stream, MAX_HELD_OUT_STREAM_ROWS)])
     return datasets.Dataset.from_list(rows, features=stream.features)
 

@@ -18,7 +18,7 @@ from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.packaged_modules.arrow.arrow import Arrow
 
 from sd_recipes import assets
-from sd_recipes.data.columns import columns_of, has_columns, rows_from
+from sd_recipes.data.columns import caption_flag, columns_of, has_columns, rows_from
 from sd_recipes.data.folder import PictureFolder, folder_name
 from sd_recipes.data.guard import guarded, without_rows
 from sd_recipes.data.parquet_files import ParquetFiles, load_files
@@ -47,7 +47,7 @@ class Opened:
 
     splits: dict[str, Any]
     recognised: Recognised
-    root: Path | None  # where paths in its image column begin; None for data that are elsewhere
+    finder: PictureFinder | None  # of what its image column names; None where that is found already, or elsewhere
 
 
 def is_local(source: DataSource) -> bool:
@@ -78,14 +78,28 @@ def local_files(name: str) -> list[str]:
     return sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
 
 
-def open_source(source: DataSource, config: DataSettings, cache_dir: str | None, *, streaming: bool) -> Opened:
-    """The rows of a source by split, or its streams. Raises RecipeError if there are none, or they cannot be read."""
-    return _Opening(source, config, cache_dir, streaming).open()
+def open_source(
+    source: DataSource, config: DataSettings, cache_dir: str | None, *, streaming: bool, repeats: bool = True
+) -> Opened:
+    """The rows of a source by split, or its streams; each picture once, unless its folder's name `repeats` it.
+
+    Raises RecipeError if there are none, or they cannot be read.
+    """
+    opened = _Opening(source, config, cache_dir, streaming, repeats).open()
+    if config.caption_from and not opened.recognised.has_names:
+        raise RecipeError(
+            f"--caption_from {config.caption_from} takes names of picture files, and {source.flag} is "
+            f"{opened.recognised.layout}: name the captions' column by --caption_column"
+        )
+    return opened
 
 
 class _Opening:
-    def __init__(self, source: DataSource, config: DataSettings, cache_dir: str | None, streaming: bool) -> None:
+    def __init__(
+        self, source: DataSource, config: DataSettings, cache_dir: str | None, streaming: bool, repeats: bool
+    ) -> None:
         self.source, self.config, self.cache_dir, self.streaming = source, config, cache_dir, streaming
+        self.repeats = repeats
         self.name = place_of(source)
 
     def open(self) -> Opened:
@@ -145,7 +159,9 @@ class _Opening:
         if kind in TABLES:
             return self._tables({TRAIN: files})
         if kind in SHARDS:
-            return self._shards({TRAIN: files}, Recognised(f"{len(files):,} {kind} files"), Path(files[0]).parent)
+            return self._shards(
+                {TRAIN: files}, Recognised(f"{len(files):,} {kind} files"), self._finder(Path(files[0]).parent)
+            )
         if kind in IMAGE_SUFFIXES:
             raise RecipeError(f"{self.source.flag} is a picture: give the folder that it is in")
         if kind in ARCHIVES:
@@ -154,11 +170,11 @@ class _Opening:
             f"{self.source.flag} is no kind of file that holds rows: these are {', '.join((*TABLES, *SHARDS))}"
         )
 
-    def _shards(self, files: dict[str, list[str]], recognised: Recognised, root: Path | None) -> Opened:
+    def _shards(self, files: dict[str, list[str]], recognised: Recognised, finder: PictureFinder | None) -> Opened:
         first = next(iter(files.values()))[0]
-        kind = _kind(first if root is not None else first.partition("?")[0])
+        kind = _kind(first if finder is not None else first.partition("?")[0])
         data_files: Any = files
-        if root is not None:  # as they are: their names may hold [, ] or *
+        if finder is not None:  # as they are: their names may hold [, ] or *
             data_files = DataFilesDict({split: _literal(paths) for split, paths in files.items()})
         options: dict[str, Any] = {"cache_dir": self.cache_dir, "streaming": self.streaming}
         if kind in TAR_SUFFIXES:
@@ -168,20 +184,25 @@ class _Opening:
             return Opened(dict(splits), recognised, None)
         builder_class = ParquetFiles if kind in PARQUET else Arrow
         splits = guarded(self.source, lambda: load_files(builder_class, data_files, **options))
-        return Opened(dict(splits), recognised, root)
+        return Opened(dict(splits), recognised, finder)
 
-    def _tables(self, files: dict[str, list[str]], within: Path | None = None) -> Opened:
+    def _tables(
+        self, files: dict[str, list[str]], within: Path | None = None, listing: Listing | None = None
+    ) -> Opened:
         """Rows of tables that name pictures `within` a folder, or anywhere on this machine, or hold them."""
         columns = columns_of(self.source, self.config)
         paths = [path for each in files.values() for path in each]
         recognised = Recognised(f"the table {paths[0]}" if len(paths) == 1 else f"{len(paths):,} tables: {some(paths)}")
         splits: dict[str, Any] = {}
         for split, of_split in files.items():
-            parts = [self._table(Path(path), columns, recognised, within) for path in of_split]
+            parts = [
+                self._table(Path(path), columns, recognised, self._finder(Path(path).parent, within, listing))
+                for path in of_split
+            ]
             splits[split] = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-        return self._in_memory(splits, recognised, Path(paths[0]).parent)
+        return self._in_memory(splits, recognised, None)
 
-    def _table(self, path: Path, columns: list[str], recognised: Recognised, within: Path | None) -> datasets.Dataset:
+    def _table(self, path: Path, columns: list[str], recognised: Recognised, finder: PictureFinder) -> datasets.Dataset:
         table = Table(path, self.config.text_encoding)
         if not table.columns:
             raise without_rows(self.source)
@@ -192,21 +213,30 @@ class _Opening:
             raise RecipeError(f"--image_column {self.config.image_column}: {table.path} {words}{hint}")
         for name in columns:
             if not table.has(name):
-                raise RecipeError(f"--caption_column {name}: {table.path} {has_columns(name, table.columns)}{hint}")
-        root = image_root(self.source)
-        finder = PictureFinder(root or path.parent, within=None if root else within)
+                raise RecipeError(
+                    f"{caption_flag(self.config)} {name}: {table.path} {has_columns(name, table.columns)}{hint}"
+                )
         rows = read_rows(table, pictures, columns, finder)
         recognised.note("rows have no picture", rows.lacking)
         if finder.nearly:
             recognised.notes.append(f"{finder.nearly:,} paths were found in another case, form or with another slash")
         return rows_from(rows.images, rows.columns, rows.defects, self.config.image_column)
 
-    def _in_memory(self, splits: dict[str, Any], recognised: Recognised, root: Path) -> Opened:
+    def _in_memory(self, splits: dict[str, Any], recognised: Recognised, finder: PictureFinder | None) -> Opened:
         if self.streaming:
             if not all(map(len, splits.values())):
                 raise without_rows(self.source)
             splits = {name: rows.to_iterable_dataset(min(len(rows), FOLDER_SHARDS)) for name, rows in splits.items()}
-        return Opened(splits, recognised, root)
+        return Opened(splits, recognised, finder)
+
+    def _finder(self, folder: Path, within: Path | None = None, listing: Listing | None = None) -> PictureFinder:
+        """Finds pictures by names that begin at --image_root, or else in `folder` and, if given, `within` another."""
+        root = image_root(self.source)
+        return PictureFinder(
+            root or folder,
+            within=None if root else within,
+            follows_links=self.config.follow_links or not (listing and listing.links_outside),
+        )
 
     # Folders
 
@@ -223,18 +253,21 @@ class _Opening:
         if (folder / SAVED_SPLITS).is_file() or (folder / SAVED).is_file():
             saved = guarded(self.source, lambda: datasets.load_from_disk(str(folder)))
             splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {TRAIN: saved}
-            return self._in_memory(splits, Recognised("a data set saved by save_to_disk"), folder)
+            return self._in_memory(splits, Recognised("a data set saved by save_to_disk"), self._finder(folder))
         if self.source.dataset_config_name is not None or _has_configs(folder):
             found = self._load(str(folder))
-            return Opened(dict(found), Recognised("a clone of a data set with configurations"), folder)
+            return Opened(
+                dict(found), Recognised("a clone of a data set with configurations"), self._finder(folder, folder)
+            )
         listing = list_files(folder, follow_links=self.config.follow_links)
         if listing.pictures:
-            pictures = PictureFolder(folder, listing, self.source, self.config)
+            pictures = PictureFolder(folder, listing, self.source, self.config, repeats=self.repeats)
             rows = pictures.read()
             if rows is not None:
                 number = len(listing.pictures)
                 pictures.recognised.layout = f"a folder of {number:,} pictures"
-                return self._in_memory(dict(rows), pictures.recognised, folder)
+                pictures.recognised.has_names = True
+                return self._in_memory(dict(rows), pictures.recognised, None)
         kinds = {kind: files for kind in (*SHARDS, *TABLES) if (files := _files_of(listing, kind))}
         if not kinds:
             raise self._nothing(folder, listing)
@@ -257,10 +290,10 @@ class _Opening:
         left = by_split.pop("", [])
         recognised.note("files are of no split and passed over", [os.path.relpath(path, folder) for path in left])
         if kind in TABLES:
-            opened = self._tables(by_split, folder)
+            opened = self._tables(by_split, folder, listing)
             opened.recognised.notes += recognised.notes
             return opened
-        return self._shards(by_split, recognised, folder)
+        return self._shards(by_split, recognised, self._finder(folder, folder, listing))
 
     def _nothing(self, folder: Path, listing: Listing) -> RecipeError:
         flag, pictures = self.source.flag, listing.pictures

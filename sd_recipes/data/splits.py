@@ -16,9 +16,8 @@ SHARD = re.compile(r"(?:^|/)(\w[\w.]*)-\d{5}-of-\d{5}[^/]*$")
 
 
 def split_of_folder(path: str) -> str:
-    """The split that the first folder in a relative path is named after; "" if none."""
-    first, deeper, _ = path.partition(os.sep)
-    return SPLITS.get(first.lower(), "") if deeper else ""
+    """The split that a folder in a relative path is named after, the first of them if several are; "" if none."""
+    return next((SPLITS[name] for name in path.lower().split(os.sep)[:-1] if name in SPLITS), "")
 
 
 def split_in(path: str) -> str:

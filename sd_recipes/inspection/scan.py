@@ -41,13 +41,13 @@ class Rows:
         self.total: int | None
         self.available: int | None = None
         if config.streaming:
-            streams = load_streams(config, cache_dir=config.cache_dir)
+            streams = load_streams(config, cache_dir=config.cache_dir, repeats=False)
             self._streams = [stream.rows for stream in streams]
             self.recognised = [stream.recognised for stream in streams]
             self.total = self.max_rows
             return
         # Each picture once, however often it is trained on.
-        sources = load_sources(config.model_copy(update={"folder_repeats": False}), cache_dir=config.cache_dir)
+        sources = load_sources(config, cache_dir=config.cache_dir, repeats=False)
         self.recognised = [source.recognised for source in sources]
         self._rows = join_rows([source.rows for source in sources], config.max_train_samples, seed=0)
         if self.image_column not in self._rows.column_names:

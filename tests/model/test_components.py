@@ -148,7 +148,7 @@ def test_a_sampler_samples_what_was_trained(tiny_pipeline: Path) -> None:
     ("flag", "column", "words"),
     [
         ("--caption_column", "number", "neither strings nor lists of strings: choose another column"),
-        ("--image_column", "path", "text that names no picture: .*0.png: no such file; choose another of "),
+        ("--image_column", "path", "names no picture: .*0.png: no such file; choose another of "),
     ],
 )
 def test_columns_of_a_wrong_type_are_named(
