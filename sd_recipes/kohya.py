@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sd_recipes.errors import RecipeError, nearest, one_line
@@ -152,7 +153,9 @@ class _Subset:
         return "metadata_file" in self.own
 
 
-def read_dataset_config(name: str, decided: Collection[str] = ()) -> tuple[dict[str, Any], list[str]]:
+def read_dataset_config(
+    name: str, decided: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[dict[str, Any], list[str]]:
     """The settings that a dataset config stands for, and a line for each of its keys that has no counterpart.
 
     Only keys that are in the file give a setting, and none of those `decided` elsewhere. Raises RecipeError for a file
@@ -227,7 +230,7 @@ class _Reading:
             else:
                 self.subsets.append(subset)
 
-    def result(self, decided: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    def result(self, decided: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """The settings but for those decided elsewhere, and the lines."""
         if not self.subsets:
             raise _Mistake("no subset is left to train on: correct num_repeats")
@@ -236,7 +239,9 @@ class _Reading:
         for key, (name, _, _) in OF_THE_RUN.items():
             if name not in decided:
                 self._map(key)
-        shuffles = self.settings.get("shuffle_tags") or "shuffle_tags" in decided
+        if "center_crop" in decided:
+            self.settings.pop("crop", None)
+        shuffles = decided.get("shuffle_tags", self.settings.get("shuffle_tags"))
         if self.settings.get("keep_tags") and not shuffles:
             self.settings.pop("keep_tags")
             self._tell("keep_tokens", "without shuffle_caption, tags stay where they are")

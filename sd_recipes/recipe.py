@@ -361,7 +361,13 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
             raise ValueError("--keep_tags needs --shuffle_tags: add it, or drop --keep_tags")
         if self.streaming and len(self.sources) > 1 and self.sources[0].weight == "rows":
             raise ValueError(
-                "the weight `rows` in data_sources needs their numbers, which streams do not know: give weights"
+                "the weight `rows` in data_sources, which kohya's dataset.toml gives, needs their numbers, and streams "
+                "do not know them: drop --streaming, or give weights in a recipe"
+            )
+        if self.streaming and any(source.repeats > 1 for source in self.sources):
+            raise ValueError(
+                "`repeats` in data_sources, num_repeats of kohya's dataset.toml, repeats known rows, which a stream "
+                "has not: drop --streaming, or the repeats"
             )
         if self.streaming and self.max_train_samples is not None:
             raise ValueError(

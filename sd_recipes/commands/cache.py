@@ -62,8 +62,6 @@ def fill_cache(recipe: Recipe) -> Path:
     data = load_training_data(
         recipe, tokenizer, seed=recipe.seed or 0, global_batch_size=1, rank=accelerator.process_index
     )
-    if accelerator.is_main_process:
-        say(data.in_words)
     assert data.rows is not None
     assert data.order is not None
     if "moments" in data.rows.column_names:

@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Weights in a pipeline's folder: of diffusers, and of transformers, which calls them otherwise in safetensors.
 PIPELINE_WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model)((?:\.\w+?)?(?:-\d+-of-\d+)?)\.bin")
-SAFE_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(?:\.\w+)?\.safetensors")
+SAFE_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(?:\.\w+?)?(?:-\d+-of-\d+)?\.safetensors")
+SAFE_INDEX = re.compile(r"(diffusion_pytorch_model|model)\.safetensors\.index(?:\.\w+)?\.json")
 INDEX = re.compile(r"(diffusion_pytorch_model|pytorch_model)\.bin\.index((?:\.\w+)?)\.json")
 
 
@@ -132,14 +133,16 @@ def _convert_one(path: Path, to: Path) -> None:
         convert_file(path, to / path.name)
     elif match := PIPELINE_WEIGHTS.fullmatch(path.name):
         convert_file(path, to / f"{_stem(match[1])}{match[2]}.safetensors")
-    elif match := INDEX.fullmatch(path.name):
+    elif (match := INDEX.fullmatch(path.name)) or SAFE_INDEX.fullmatch(path.name):
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
-            index["weight_map"] = {name: _safetensors_name(file) for name, file in index["weight_map"].items()}
+            files = index["weight_map"].items()
+            index["weight_map"] = {unwrapped(name): _safetensors_name(file) for name, file in files}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{path} is no index of shards ({one_line(error, 100)}): copy it again") from error
         text = json.dumps(index, indent=2) + "\n"
-        (to / f"{_stem(match[1])}.safetensors.index{match[2]}.json").write_text(text, encoding="utf-8")
+        name = f"{_stem(match[1])}.safetensors.index{match[2]}.json" if match else path.name
+        (to / name).write_text(text, encoding="utf-8")
     elif path.suffix in PICKLES:
         logger.warning("%s is left out: it is a pickle, and no weights of a pipeline.", path)
     else:

@@ -104,15 +104,17 @@ def run(config: Inspection) -> int:
 def inspect(config: Inspection) -> Inspected:
     """Everything that one pass over the rows finds. Raises RecipeError."""
     from sd_recipes.inspection.workers import ImageWorkers
+    from sd_recipes.runtime.hub_access import check_hub_access
 
     began = time.perf_counter()
+    check_hub_access(config)
     # Workers first: they start up while this process opens the data.
     with contextlib.closing(ImageWorkers(config.image_workers)) as workers:
-        from sd_recipes.data.first_words import sources_in_words
+        from sd_recipes.data.first_words import first_words
         from sd_recipes.inspection.scan import Rows, scan
 
         rows = Rows(config)
-        say("\n".join(sources_in_words(config, rows.recognised)))
+        say(first_words(config, rows.recognised, rows.available, rows.examples()))
         model = None
         if config.pretrained_model_name_or_path is not None:
             from sd_recipes.inspection.latents import latent_distribution, load_model
@@ -127,7 +129,8 @@ def inspect(config: Inspection) -> Inspected:
     duplicates = find_duplicates(result)  # before torch takes memory for the pictures
     folder = config.sources[0].train_data_dir
     if folder is not None and config.sources[0].dataset_name is None and not config.streaming:
-        result.findings.add(files_without_row(Path(folder), NamedFiles(rows.paths())))
+        named = NamedFiles(rows.paths())
+        result.findings.add(files_without_row(Path(folder), named, follow_links=config.follow_links))
     from sd_recipes.data.images import fit_image, open_image
 
     pictures = []

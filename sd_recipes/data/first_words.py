@@ -32,19 +32,13 @@ def example_captions(rows: Any, config: DataSettings) -> list[str]:
     return found
 
 
-def sources_in_words(config: DataSettings, recognised: list[Recognised]) -> list[str]:
-    """Lines that say what each source is, where its captions come from, and what was passed over."""
+def first_words(config: DataSettings, recognised: list[Recognised], num_rows: int | None, examples: list[str]) -> str:
+    """What each source is, where captions come from, with examples, and what was passed over."""
     lines = []
     for source, found in zip(config.sources, recognised, strict=True):
         captions = f", captions from {found.captions}" if found.captions else ""
         lines.append(f"  {'data':<21}{source.flag}: {found.layout}{captions}")
         lines += [f"  {'':<21}{note}" for note in found.notes]
-    return lines
-
-
-def first_words(config: DataSettings, recognised: list[Recognised], num_rows: int | None, examples: list[str]) -> str:
-    """What each source is, where captions come from, with examples, and what was passed over."""
-    lines = sources_in_words(config, recognised)
     lines.append(f"  {'rows':<21}{'a stream' if num_rows is None else f'{num_rows:,}'}")
     for number, caption in enumerate(examples):
         shown = one_line(caption, SHOWN_LENGTH) if caption.strip() else ""

@@ -75,9 +75,11 @@ class _Walk:
                         self._links.append(entry.path)
                     elif name.startswith("._") or name.lower() in SYSTEM_FILES:
                         self.listing.passed_over["files of macOS or Windows"] += 1
-                    elif not entry.is_dir():
+                    elif entry.is_file():
                         self._list(entry.path, real)
-                    elif name.startswith(".") or name == "__MACOSX":
+                    elif not entry.is_dir():
+                        self.listing.passed_over["pipes, sockets and devices"] += 1
+                    elif name.startswith(".") or name in ("__MACOSX", "@eaDir"):
                         self.listing.passed_over["hidden folders"] += 1
                     else:
                         waiting.append((entry.path, real))

@@ -69,6 +69,8 @@ def local_files(name: str) -> list[str]:
     names = [name]
     while found := BRACES.search(names[0]):
         first, last = found[1], found[2]
+        if int(first) > int(last):
+            raise RecipeError(f"{name}: {found.group()} counts from a number down to a smaller one: exchange them")
         numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
         names = [each[: found.start()] + number + each[found.end() :] for each in names for number in numbers]
     if len(names) > 1 or names[0] != name:
@@ -174,6 +176,8 @@ class _Opening:
         first = next(iter(files.values()))[0]
         kind = _kind(first if finder is not None else first.partition("?")[0])
         data_files: Any = files
+        if finder is not None:
+            self._check_downloaded(itertools.chain(*files.values()))
         if finder is not None:  # as they are: their names may hold [, ] or *
             data_files = DataFilesDict({split: _literal(paths) for split, paths in files.items()})
         options: dict[str, Any] = {"cache_dir": self.cache_dir, "streaming": self.streaming}
@@ -191,6 +195,7 @@ class _Opening:
     ) -> Opened:
         """Rows of tables that name pictures `within` a folder, or anywhere on this machine, or hold them."""
         columns = columns_of(self.source, self.config)
+        self._check_downloaded(itertools.chain(*files.values()))
         paths = [path for each in files.values() for path in each]
         recognised = Recognised(f"the table {paths[0]}" if len(paths) == 1 else f"{len(paths):,} tables: {some(paths)}")
         splits: dict[str, Any] = {}
@@ -228,6 +233,16 @@ class _Opening:
                 raise without_rows(self.source)
             splits = {name: rows.to_iterable_dataset(min(len(rows), FOLDER_SHARDS)) for name, rows in splits.items()}
         return Opened(splits, recognised, finder)
+
+    def _check_downloaded(self, paths: Iterable[str]) -> None:
+        """Raises RecipeError for what was left in the place of a file: a pointer of Git LFS, or a page."""
+        for path in paths:
+            with open(path, "rb") as file:
+                start = file.read(64).lstrip().lower()
+            if start.startswith(b"version https://git-lfs"):
+                raise RecipeError(f"{path} is a pointer of Git LFS instead of the file: run `git lfs pull` there")
+            if start.startswith((b"<!doctype html", b"<html")):
+                raise RecipeError(f"{path} is a web page instead of the file: download the file itself")
 
     def _finder(self, folder: Path, within: Path | None = None, listing: Listing | None = None) -> PictureFinder:
         """Finds pictures by names that begin at --image_root, or else in `folder` and, if given, `within` another."""
@@ -331,8 +346,8 @@ def _kind(name: str) -> str:
 def _files_of(listing: Listing, kind: str) -> list[str]:
     """The files of a kind, but for what img2dataset, the Hub and `datasets` write beside the data."""
     files = [path for path in listing.with_suffix(suffix_of(f"x{kind}")) if _kind(path) == kind]
-    beside = ("_stats.json", "dataset_info.json", "dataset_infos.json", "state.json")
-    return [path for path in files if not path.endswith(beside)]
+    beside = ("dataset_info.json", "dataset_infos.json", "state.json")
+    return [path for path in files if not path.endswith("_stats.json") and os.path.basename(path) not in beside]
 
 
 def _literal(paths: Iterable[str]) -> DataFilesList:

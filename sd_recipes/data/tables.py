@@ -47,7 +47,10 @@ class Table:
         if self.kind in PARQUET:
             return self._schema.names
         if self.kind in DELIMITED:
-            return [name.strip() for name in next(self._records(), [])]
+            header = [name.strip() for name in next(self._records(), [])]
+            while header and not header[-1]:  # a line that ends in a delimiter
+                header.pop()
+            return header
         names: dict[str, None] = {}
         for number, row in enumerate(self._objects()):
             if number == PROBED_ROWS:
@@ -105,7 +108,8 @@ class Table:
 
     def _records(self) -> Iterator[list[str]]:
         """The fields of every line, the header's first."""
-        text = self._content()
+        # Line breaks within a text too are read as one character.
+        text = self._content().replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")
         first, _, rest = text.partition("\n")
         if first.strip().lower()[:4] == "sep=" and len(first.strip()) == 5:  # Excel's own way to say it
             text, delimiter = rest, first.strip()[4]
@@ -113,7 +117,9 @@ class Table:
             delimiter = max(DELIMITERS, key=lambda each: len(_fields(first, each)))
         # A quote opens a field only right after the delimiter, hence `skipinitialspace` for "a.png, \"a cat, asleep\"".
         return (
-            record for record in csv.reader(io.StringIO(text, ""), delimiter=delimiter, skipinitialspace=True) if record
+            record
+            for record in csv.reader(io.StringIO(text, ""), delimiter=delimiter, skipinitialspace=True, strict=True)
+            if record
         )
 
     def _delimited(self, wanted: list[str]) -> dict[str, list[Any]]:
@@ -131,7 +137,11 @@ class Table:
                 for name, place in places.items():
                     found[name].append(record[place] if place < len(record) else None)
         except csv.Error as error:
-            raise self._error(f"cannot be read: {error}") from None
+            row = len(next(iter(found.values()), [])) + 1
+            raise self._error(
+                f"has a quote in row {row} that is not closed, or does not end its text ({error}): put quotes around "
+                "the whole text, and write those in it twice"
+            ) from None
         return found
 
     # JSON: lines, one array, or one object of paths

@@ -113,7 +113,9 @@ def find_part(name: str, parts: Sample) -> str | None:
     if name in parts:
         return name
     if name == FIRST_PICTURE:
-        return next((part for part in parts if suffix_of(f"x.{part}") in IMAGE_SUFFIXES), None)
+        pictures = [part for part in parts if suffix_of(f"x.{part}") in IMAGE_SUFFIXES]
+        # Of jpg and depth.png, the one without a name of its own.
+        return min(pictures, key=lambda part: part.count("."), default=None)
     return next((part for part in parts if f".{part}".lower().endswith(f".{name}".lower())), None)
 
 

@@ -23,6 +23,7 @@ from sd_recipes.data.stream import Stream
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import DataSource, Recipe
 from sd_recipes.runtime.agreement import all_gather_in_thread
+from sd_recipes.runtime.console import say
 
 
 @dataclass
@@ -35,7 +36,6 @@ class TrainingData:
     held_out_rows: datasets.Dataset | None
     bad_rows: BadRows
     global_batch_size: int  # images of an optimizer step, over all processes
-    in_words: str  # what was recognised; of the first process
 
     @property
     def num_rows(self) -> int | None:
@@ -53,7 +53,10 @@ class TrainingData:
 def load_training_data(
     recipe: Recipe, tokenizer: CLIPTokenizer, *, seed: int, global_batch_size: int, rank: int
 ) -> TrainingData:
-    """Read and check everything that a recipe says about data. Raises RecipeError and TooManyBadRows."""
+    """Read and check everything that a recipe says about data; the first process says what it was taken for.
+
+    Raises RecipeError and TooManyBadRows.
+    """
     held_out = None
     if recipe.validation_split:
         held_out = load_held_out_rows(recipe, recipe.validation_split, recipe.cache_dir)
@@ -69,19 +72,17 @@ def load_training_data(
                 first_rows = check_stream(stream.rows, recipe, tokenizer)
                 examples = examples or example_captions(first_rows[:NUM_EXAMPLES], recipe)
         bad_rows = BadRows(output_dir, recipe.max_bad_rows, None, rank, writes=not recipe.dry_run)
-        in_words = first_words(recipe, [stream.recognised for stream in streams], None, examples)
-        return TrainingData(
-            None, None, [stream.rows for stream in streams], held_out, bad_rows, global_batch_size, in_words
-        )
+        if rank == 0:
+            say(first_words(recipe, [stream.recognised for stream in streams], None, examples))
+        return TrainingData(None, None, [stream.rows for stream in streams], held_out, bad_rows, global_batch_size)
 
     parts = load_sources(recipe, cache_dir=recipe.cache_dir)
     lengths, weights = tuple(len(part.rows) for part in parts), None
     if len(parts) > 1:
         weights = weights_of(recipe.sources)
     rows = join_rows([part.rows for part in parts], recipe.max_train_samples, seed)
-    in_words = ""
     if rank == 0:
-        in_words = first_words(recipe, [part.recognised for part in parts], len(rows), example_captions(rows, recipe))
+        say(first_words(recipe, [part.recognised for part in parts], len(rows), example_captions(rows, recipe)))
     if len(rows) < sum(lengths):
         if weights:
             raise RecipeError("--max_train_samples and data_sources contradict each other: drop one")
@@ -101,7 +102,7 @@ def load_training_data(
     if has_buckets(rows, recipe):
         sizes, buckets = assign_buckets(rows, recipe)
         order = replace(order, sizes=sizes, buckets=buckets)
-    return TrainingData(rows, order, [], held_out, bad_rows, global_batch_size, in_words)
+    return TrainingData(rows, order, [], held_out, bad_rows, global_batch_size)
 
 
 def weights_of(sources: list[DataSource]) -> tuple[float, ...] | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sd_recipes.data.picture_files import IMAGE_SUFFIXES
+from sd_recipes.data.picture_files import list_files
+from sd_recipes.data.splits import TRAIN, split_of_folder
 from sd_recipes.inspection.findings import Finding, is_system_file
 
 
@@ -25,19 +26,15 @@ class NamedFiles:
         return place < len(self._hashes) and int(self._hashes[place]) == wanted
 
 
-def files_without_row(folder: Path, named: NamedFiles) -> Iterator[Finding]:
-    """Images under `folder` that no row names, and files of the operating system."""
-    waiting = [str(folder)]
-    while waiting:
-        place = waiting.pop()
-        with os.scandir(place) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    waiting.append(entry.path)
-                    continue
-                name = os.path.relpath(entry.path, folder)
-                if is_system_file(entry.name):
-                    if entry.path not in named:
-                        yield Finding("system_file", None, name, f"{entry.stat().st_size:,} bytes")
-                elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.path not in named:
-                    yield Finding("image_without_row", None, name, "no metadata file names it")
+def files_without_row(folder: Path, named: NamedFiles, *, follow_links: bool = False) -> Iterator[Finding]:
+    """Images under `folder` that no row names, but for those of held-out folders; and files of the operating system."""
+    for path in list_files(folder, follow_links=follow_links).pictures:
+        name = os.path.relpath(path, folder)
+        if path not in named and split_of_folder(name) in ("", TRAIN):
+            yield Finding("image_without_row", None, name, "it has no caption that is read")
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            if is_system_file(name) and path not in named:
+                size = os.lstat(path).st_size
+                yield Finding("system_file", None, os.path.relpath(path, folder), f"{size:,} bytes")

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sd_recipes.data.buckets import Buckets
+from sd_recipes.data.first_words import example_captions
 from sd_recipes.data.rows import join_rows, load_sources, load_streams
 from sd_recipes.errors import RecipeError
 from sd_recipes.inspection.caption_checks import CaptionSummary
@@ -35,7 +36,7 @@ class Rows:
     """
 
     def __init__(self, config: Inspection) -> None:
-        self.image_column = config.image_column
+        self.config, self.image_column = config, config.image_column
         self.max_rows = config.max_rows
         self._rows: datasets.Dataset | None = None
         self.total: int | None
@@ -67,6 +68,10 @@ class Rows:
             columns = self._rows[some]
             for place, number in enumerate(some):
                 yield int(number), {name: values[place] for name, values in columns.items()}
+
+    def examples(self) -> list[str]:
+        """Some captions; none of a stream, which would be opened for them."""
+        return [] if self._rows is None else example_captions(self._rows, self.config)
 
     def read(self, number: int) -> Row | None:
         """The row with this number; None for a stream, whose rows have gone by."""

@@ -12,10 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sd_recipes import assets
 from sd_recipes.errors import RecipeError, one_line
-from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.launcher import hf_home
 
 SECONDS = 10.0  # to connect, and for the answer
@@ -38,8 +38,11 @@ class Wanted:
         return f"{self.flag} {self.name} is no {'folder' if self.kind == 'model' else 'file or folder'} here"
 
 
-def check_hub_access(recipe: Recipe) -> None:
-    """Raises RecipeError if a repository is in no cache and the Hub is not reached, or a cache cannot be made."""
+def check_hub_access(recipe: Any) -> None:
+    """Of a recipe, or an inspection's settings.
+
+    Raises RecipeError if a repository is in no cache and the Hub is not reached, or a cache cannot be made.
+    """
     missing = [wanted for wanted in wanted_of(recipe) if not is_cached(wanted, recipe.cache_dir)]
     if missing:
         check_reached(missing[0], recipe.cache_dir)
@@ -49,13 +52,13 @@ def check_hub_access(recipe: Recipe) -> None:
         check_cache(*datasets_cache(recipe.cache_dir))
 
 
-def wanted_of(recipe: Recipe) -> Iterator[Wanted]:
+def wanted_of(recipe: Any) -> Iterator[Wanted]:
     """The repositories that a recipe names: what is neither here nor part of the package, and may be one's name."""
     named = [
         ("--pretrained_model_name_or_path", recipe.pretrained_model_name_or_path, "model"),
         ("--vae", recipe.vae, "model"),
         ("--base", recipe.base, "model"),
-        ("--validation_clip_model", recipe.validation_clip_model, "model"),
+        ("--validation_clip_model", getattr(recipe, "validation_clip_model", None), "model"),
         *(("--dataset_name", source.dataset_name, "dataset") for source in recipe.sources),
     ]
     for flag, name, kind in named:

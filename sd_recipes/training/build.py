@@ -43,7 +43,6 @@ from sd_recipes.recipe import ObjectiveConfig, Recipe, odd_settings
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import wait_for_all
-from sd_recipes.runtime.console import say
 from sd_recipes.runtime.fsdp import check_wrapped_classes
 from sd_recipes.runtime.launcher import DYNAMO, configuration
 from sd_recipes.runtime.out_of_memory import AtOnce
@@ -128,8 +127,6 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     data = load_training_data(
         recipe, tokenizer, seed=recipe.seed, global_batch_size=batch_size, rank=accelerator.process_index
     )
-    if accelerator.is_main_process:
-        say(data.in_words)
     if data.order and manifest:
         data.order = finish_epoch(data.order, manifest)
     num_steps = steps_of_run(recipe, data.order, manifest)
