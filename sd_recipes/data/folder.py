@@ -20,6 +20,7 @@ import numpy as np
 
 from sd_recipes.data.columns import LABEL, columns_of, has_columns, rows_from
 from sd_recipes.data.encoded import Encoded
+from sd_recipes.data.guard import without_rows
 from sd_recipes.data.picture_files import Listing, PictureFinder
 from sd_recipes.data.recognised import Recognised
 from sd_recipes.data.side_captions import SIDE_SUFFIXES, SideCaptions, find_side_captions
@@ -149,6 +150,10 @@ class PictureFolder:
                 f"pictures have no {side.suffix} file and are not used (--blank_captions empty uses them)", without
             )
         self._note(f"{side.suffix} files have no picture", side.without_picture)
+        for suffix in SIDE_SUFFIXES:
+            if suffix != side.suffix:
+                words = f"{suffix} files are passed over (--caption_extension {suffix} reads them)"
+                self._note(words, self.listing.with_suffix(suffix))
         unknown = [name for name in self.columns if name not in (LABEL, *TEXT_COLUMNS)]
         if unknown and side.suffix != ".json":
             raise RecipeError(
@@ -243,6 +248,8 @@ class PictureFolder:
             lacking += rows.lacking
             lengths.append(len(rows.images))
             nearly += finder.nearly
+        if not images:
+            raise without_rows(self.source)
         paths = [image["path"] or "" for image in images]
         named = set(paths)
         if len(candidates) > 1:

@@ -27,7 +27,13 @@ def guarded(source: DataSource, read: Callable[[], T]) -> T:
         told: BaseException = error
         while isinstance(told, datasets.exceptions.DatasetGenerationError) and told.__cause__ is not None:
             told = told.__cause__  # the cause says what went wrong
-        raise RecipeError(f"{source.flag} cannot be read: {one_line(told, 500)}") from error
+        words = one_line(told, 500)
+        if "Config name is missing" in words:
+            names = words.partition("available configs: ")[2].partition("]")[0]
+            raise RecipeError(
+                f"{source.flag} has the configurations {names}]: name one by --dataset_config_name"
+            ) from error
+        raise RecipeError(f"{source.flag} cannot be read: {words}") from error
 
 
 def without_rows(source: DataSource) -> RecipeError:

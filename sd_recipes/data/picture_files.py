@@ -152,8 +152,8 @@ class PictureFinder:
         return path
 
     def place_of(self, name: object) -> str | None:
-        """The folder of the one known picture whose file's name is that at the end of `name`, if there is one."""
-        last = re.split(r"[\\/]", str(name))[-1].casefold()
+        """The folder of the one known picture that has a bare name, without folders; None if there is none."""
+        last = str(name).strip().casefold()
         places = {os.path.dirname(path) for path in self.pictures if os.path.basename(path).casefold() == last}
         return places.pop() if len(places) == 1 else None
 

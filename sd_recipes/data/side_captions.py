@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sd_recipes.data.picture_files import Listing
-from sd_recipes.data.tables import parse_json, value_at
+from sd_recipes.data.tables import has_key, parse_json, value_at
 from sd_recipes.data.text_files import TextError, decode
 from sd_recipes.errors import RecipeError, one_line
 
@@ -62,7 +62,7 @@ class SideCaptions:
         except ValueError as error:
             raise TextError(f"is not JSON: {one_line(error)}") from None
         values = {name: value_at(row, name.removeprefix("json.")) for name in columns}
-        if missing := [name for name, value in values.items() if value is None]:
+        if missing := [name for name in columns if not has_key(row, name.removeprefix("json."))]:
             keys = list(row) if isinstance(row, dict) else type(row).__name__
             raise TextError(f"has no {' and no '.join(missing)}: it holds {keys}")
         return values

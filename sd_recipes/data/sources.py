@@ -66,18 +66,23 @@ def local_files(name: str) -> list[str]:
     """The files that a path, a glob, or a path with `{00000..00010}` stands for. Raises RecipeError if one lacks."""
     if os.path.isfile(name):
         return [name]
-    names = [name]
-    while found := BRACES.search(names[0]):
-        first, last = found[1], found[2]
-        if int(first) > int(last):
-            raise RecipeError(f"{name}: {found.group()} counts from a number down to a smaller one: exchange them")
-        numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-        names = [each[: found.start()] + number + each[found.end() :] for each in names for number in numbers]
-    if len(names) > 1 or names[0] != name:
-        if missing := [each for each in names if not os.path.isfile(each)]:
-            raise RecipeError(f"{name} stands for {len(names)} files, and {missing[0]} is not there")
-        return names
-    return sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+    names = expanded(name)
+    found = [sorted(path for path in glob.glob(each, recursive=True) if os.path.isfile(path)) for each in names]
+    if len(names) > 1 and (missing := [each for each, paths in zip(names, found, strict=True) if not paths]):
+        raise RecipeError(f"{name} stands for {len(names)} files, and {missing[0]} is not there")
+    return list(itertools.chain(*found))
+
+
+def expanded(name: str) -> list[str]:
+    """The names that `{00000..00010}` in a name stands for. Raises RecipeError where it counts down."""
+    found = BRACES.search(name)
+    if found is None:
+        return [name]
+    first, last = found[1], found[2]
+    if int(first) > int(last):
+        raise RecipeError(f"{name}: {found.group()} counts from a number down to a smaller one: exchange them")
+    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    return [each for number in numbers for each in expanded(f"{name[: found.start()]}{number}{name[found.end() :]}")]
 
 
 def open_source(
@@ -109,7 +114,7 @@ class _Opening:
             self._refuse("names an address", "train_data_dir", "dataset_config_name", "dataset_revision")
             suffix = _kind(self.name.partition("?")[0])
             if suffix in SHARDS:
-                return self._shards({TRAIN: [self.name]}, Recognised(f"{suffix} files at an address"), None)
+                return self._shards({TRAIN: expanded(self.name)}, Recognised(f"{suffix} files at an address"), None)
             raise RecipeError(f"{self.source.flag}: of addresses, only those of {', '.join(SHARDS)} files are read")
         if os.path.isdir(self.name):
             return self._in_folder(Path(self.name))

@@ -261,6 +261,14 @@ def value_at(row: Any, name: str) -> Any:
     return value_at(row.get(outer), inner) if dot else None
 
 
+def has_key(row: Any, name: str) -> bool:
+    """Whether `value_at` would find something there, be it null."""
+    if not isinstance(row, dict) or name in row:
+        return isinstance(row, dict)
+    outer, dot, inner = name.partition(".")
+    return bool(dot) and has_key(row.get(outer), inner)
+
+
 def _as_text(value: Any) -> Any:
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -279,3 +279,72 @@ def test_names_that_are_not_utf8_are_told(tmp_path: Path) -> None:
     found = source(tmp_path)
     assert len(found.rows) == 1
     assert "1 pictures have names that are not UTF-8 and are not used" in found.recognised.notes[0]
+
+
+def test_split_folders_may_lie_deeper_and_are_no_labels(tmp_path: Path) -> None:
+    pictures(tmp_path, "images/train/a.png", "images/test/b.png", "images/train/cat/c.png")
+    for path in tmp_path.rglob("*.png"):
+        path.with_suffix(".txt").write_text(path.stem)
+    assert source(tmp_path).rows["text"][:] == ["a", "c"]
+    labels = load_rows(recipe(tmp_path, caption_template="a {label}"))["label"][:]
+    assert labels == [None, "cat"]
+
+
+def test_a_label_in_a_table_is_preferred_to_the_folders_name(tmp_path: Path) -> None:
+    pictures(tmp_path, "images/a.png", "images/b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\nimages/a.png,cat\nimages/b.png,dog\n")
+    assert captions(tmp_path, caption_template="a {label}") == {"images/a.png": ["a cat"], "images/b.png": ["a dog"]}
+
+
+def test_an_extension_that_is_given_is_preferred_to_a_table(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    (tmp_path / "captions.csv").write_text("image,text\na.png,of the table\n")
+    beside(tmp_path, ".txt", a="of the file")
+    found = source(tmp_path)
+    assert found.rows["text"][:] == ["of the table"]
+    assert "1 caption files beside the pictures are passed over for the table" in found.recognised.notes[0]
+    found = source(tmp_path, caption_extension=".txt")
+    assert found.rows["text"][:] == ["of the file"]
+    assert found.recognised.notes == ["1 tables are passed over: captions.csv"]
+    with pytest.raises(RecipeError, match=r"the column `text`, and is asked for 'titel': ask for `text`"):
+        load_rows(recipe(tmp_path, caption_template="a {titel}"))
+
+
+def test_a_picture_that_two_tables_name_is_told(tmp_path: Path) -> None:
+    pictures(tmp_path, "sub/a.png", "b.png")
+    (tmp_path / "captions.csv").write_text("image,text\nsub/a.png,x\nb.png,y\n")
+    (tmp_path / "sub" / "captions.csv").write_text("image,text\na.png,z\n")
+    with pytest.raises(RecipeError, match=r"both name .*sub/a\.png: choose one of the tables"):
+        load_rows(recipe(tmp_path))
+
+
+def test_repeats_leave_labels_as_they_are(tmp_path: Path) -> None:
+    pictures(tmp_path, "train/10_cat/a.png", "test/10_cat/b.png")
+    config = recipe(tmp_path, caption_template="a {label}")
+    rows = [*load_rows(config), *load_held_out_rows(config, "test", None)]
+    assert {make_caption(row, config, FIRST) for row in rows} == {"a cat"}
+    assert len(load_held_out_rows(config, "test", None)) == 1
+
+
+def test_sources_with_one_and_with_several_captions_are_mixed(tmp_path: Path) -> None:
+    for name, text in (("one", "only"), ("two", "first\nsecond")):
+        pictures(tmp_path / name, "a.png")
+        beside(tmp_path / name, ".txt", a=text)
+    for names in (("one", "two"), ("two", "one")):
+        sources = [{"train_data_dir": str(tmp_path / name)} for name in names]
+        rows = load_rows(Recipe(pretrained_model_name_or_path="-", data_sources=sources))
+        assert sorted(rows["text"][:]) == [["first", "second"], ["only"]]
+
+
+def test_names_of_files_are_no_captions_of_tables(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    (tmp_path / "rows.csv").write_text("image,text\na.png,x\n")
+    with pytest.raises(RecipeError, match="--caption_from file takes names of picture files"):
+        load_rows(Recipe(pretrained_model_name_or_path="-", dataset_name=f"{tmp_path}/rows.csv", caption_from="file"))
+
+
+def test_a_pipe_is_passed_over(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    beside(tmp_path, ".txt", a="x")
+    os.mkfifo(tmp_path / "b.txt")
+    assert source(tmp_path).rows["text"][:] == ["x"]

@@ -240,3 +240,22 @@ def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pictures(tmp_path / "pics", "a.png")
     (tmp_path / "pics" / "a.txt").write_text("x")
     assert load_rows(recipe("~/pics"))["text"][:] == ["x"]
+
+
+def test_the_picture_of_a_sample_is_the_one_without_a_name_of_its_own(tmp_path: Path) -> None:
+    path = shard(tmp_path / "0.tar", [{"depth.png": png(), "jpg": jpeg(), "txt": b"x"}])
+    assert load_rows(recipe(path))[0]["image"]["bytes"] == jpeg()
+
+
+def test_braces_that_count_down_and_with_patterns(tmp_path: Path) -> None:
+    for name in ("a1", "a2"):
+        shard(tmp_path / name / "0.tar", [{"jpg": jpeg(), "txt": name.encode()}])
+    assert load_rows(recipe(f"{tmp_path}/a{{1..2}}/*.tar"))["text"][:] == ["a1", "a2"]
+    with pytest.raises(RecipeError, match=r"\{2\.\.1\} counts from a number down"):
+        load_rows(recipe(f"{tmp_path}/a{{2..1}}/0.tar"))
+
+
+def test_repeats_are_not_dropped_from_a_stream(tmp_path: Path) -> None:
+    source = {"train_data_dir": str(tmp_path), "repeats": 5}
+    with pytest.raises(ValueError, match="`repeats` in data_sources, num_repeats of kohya's"):
+        Recipe(pretrained_model_name_or_path="-", data_sources=[source], streaming=True, max_train_steps=1)

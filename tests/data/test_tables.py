@@ -224,3 +224,81 @@ def test_addresses_in_parquet_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": ["https://example.org/a.jpg"], "text": ["x"]}), tmp_path / "rows.parquet")
     with pytest.raises(RecipeError, match="holds addresses"):
         load_rows(recipe(tmp_path / "rows.parquet"))
+
+
+def test_a_long_path_is_no_base64(tmp_path: Path) -> None:
+    folder = tmp_path / "workspace" / ("x" * 40) / ("y" * 40)
+    pictures(folder, "a.png")
+    (folder / "Qk").mkdir()
+    name = pictures(folder, f"Qk{'z' * 80}.png") / f"Qk{'z' * 80}"
+    name.with_suffix(".png").rename(name)
+    (tmp_path / "rows.csv").write_text(f"image,text\n{folder}/a.png,x\n{name},y\n")
+    assert captions(tmp_path / "rows.csv") == ["x", "y"]
+
+
+def test_paths_in_parquet_stay_in_their_folder_and_begin_at_image_root(tmp_path: Path) -> None:
+    pictures(tmp_path / "elsewhere", "a.png")
+    (tmp_path / "data").mkdir()
+    rows = {"image": ["a.png"], "text": ["x"]}
+    pq.write_table(pa.table(rows), tmp_path / "data" / "rows.parquet")
+    root = str(tmp_path / "elsewhere")
+    assert captions(tmp_path / "data" / "rows.parquet", image_root=root) == ["x"]
+    with pytest.raises(RecipeError, match=r"names no picture: .*a\.png: no such file; .* --image_root"):
+        load_rows(recipe(tmp_path / "data"))
+    pq.write_table(pa.table({**rows, "image": ["../elsewhere/a.png"]}), tmp_path / "data" / "rows.parquet")
+    assert captions(tmp_path / "data" / "rows.parquet") == ["x"]
+    with pytest.raises(RecipeError, match="names no picture"):
+        load_rows(recipe(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_objects_with_a_path_only_and_relative_paths(tmp_path: Path, streaming: bool) -> None:
+    pictures(tmp_path / "im", "a.png")
+    for image in ({"path": "im/a.png"}, {"bytes": None, "path": "im\\A.png"}):
+        pq.write_table(pa.Table.from_pylist([{"image": image, "text": "x"}]), tmp_path / "rows.parquet")
+        config = recipe(tmp_path / "rows.parquet", streaming=streaming, max_train_steps=1)
+        (row,) = load_streams(config)[0].rows if streaming else load_rows(config)
+        assert open_image(row["image"]).size == (8, 8)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_classes_in_lists_and_objects_are_called_by_their_names(tmp_path: Path, streaming: bool) -> None:
+    label = datasets.ClassLabel(names=["cat", "dog"])
+    features = datasets.Features({"image": datasets.Image(), "tags": datasets.List(label), "o": {"label": label}})
+    rows = [{"image": {"bytes": png(), "path": None}, "tags": [1, 0], "o": {"label": 1}}]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    for template, caption in (("a {tags}", "a dog"), ("a {o.label}", "a dog")):
+        config = recipe(tmp_path / "rows.parquet", caption_template=template, streaming=streaming, max_train_steps=1)
+        (row,) = load_streams(config)[0].rows if streaming else load_rows(config)
+        assert make_caption(row, config, FIRST) == caption
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('image,text\na.png,"an unfinished quote\na.png,y\n', r"has a quote in row 1 that is not closed"),
+        ('image,text\na.png,"Hello" she said\n', r"has a quote in row 1 that is not closed, or does not end its text"),
+        ("image,text,\na.png,a cat, asleep\n", r"has 3 fields in row 1, and its first line names 2 columns"),
+    ],
+)
+def test_quotes_swallow_no_rows(tmp_path: Path, text: str, words: str) -> None:
+    pictures(tmp_path, "a.png")
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(RecipeError, match=words):
+        load_rows(recipe(tmp_path / "rows.csv"))
+
+
+def test_line_ends_of_old_macs(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    (tmp_path / "rows.csv").write_bytes(b"image;text\ra.png;x\ra.png;y\r")
+    assert captions(tmp_path / "rows.csv") == ["x", "y"]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet", "rows.tar"])
+def test_what_was_not_downloaded_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(RecipeError, match=r"is a pointer of Git LFS instead of the file: run `git lfs pull`"):
+        load_rows(recipe(tmp_path / name))
+    (tmp_path / name).write_text("<!DOCTYPE html><html></html>")
+    with pytest.raises(RecipeError, match="is a web page instead of the file"):
+        load_rows(recipe(tmp_path / name))
