@@ -167,7 +167,6 @@ class DataSource(Section):
 # Settings that say where rows come from, if data_sources do not; the first two name the place.
 OF_ONE_SOURCE = (
     "dataset_name", "train_data_dir", "dataset_config_name", "dataset_revision", "train_split", "image_root",
-    "caption_extension",
 )  # fmt: skip
 
 

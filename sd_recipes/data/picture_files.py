@@ -171,7 +171,7 @@ class PictureFinder:
         fitting = [path] if os.path.isfile(path) else [each for each in self._like(path) if os.path.isfile(each)]
         if not fitting:
             folder, stem = os.path.split(path)
-            fitting = self._in_one(self._like(folder), _compared(stem) + ".*")
+            fitting = self._in_one(self._like(folder), as_compared(stem) + ".*")
         if not fitting:
             drive = ", which begins with a drive of Windows" if WINDOWS_DRIVE.match(name) else ""
             raise Missing(f"{path}: no such file{drive}")
@@ -185,7 +185,7 @@ class PictureFinder:
         if os.path.exists(path):
             return [path]
         folder, name = os.path.split(path)
-        return [] if folder == path else self._in_one(self._like(folder), _compared(name))
+        return [] if folder == path else self._in_one(self._like(folder), as_compared(name))
 
     def _in_one(self, folders: list[str], compared: str) -> list[str]:
         """The paths in the one folder whose names compare as that; none where there are several folders."""
@@ -195,9 +195,9 @@ class PictureFinder:
         if folder not in self._folders:
             names: dict[str, list[str]] = {}
             for name in sorted(os.listdir(folder)):
-                names.setdefault(_compared(name), []).append(name)
+                names.setdefault(as_compared(name), []).append(name)
                 if suffix_of(name) in IMAGE_SUFFIXES:
-                    names.setdefault(_compared(os.path.splitext(name)[0]) + ".*", []).append(name)
+                    names.setdefault(as_compared(os.path.splitext(name)[0]) + ".*", []).append(name)
             self._folders[folder] = names
         return [os.path.join(folder, name) for name in self._folders[folder].get(compared, [])]
 
@@ -206,5 +206,6 @@ def _is_in(path: str, folder: str) -> bool:
     return (path + os.sep).startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def _compared(name: str) -> str:
+def as_compared(name: str) -> str:
+    """What names are compared as where case and Unicode form may differ."""
     return unicodedata.normalize("NFC", name).casefold()

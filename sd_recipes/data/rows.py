@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 
 from sd_recipes.data.captions import DEFECT, caption_columns
-from sd_recipes.data.columns import checked, with_lists
+from sd_recipes.data.columns import checked, columns_of, with_lists
 from sd_recipes.data.guard import guarded
 from sd_recipes.data.recognised import Recognised
 from sd_recipes.data.shards import with_bytes
@@ -69,7 +69,7 @@ def load_sources(
         rows = checked(rows, rows.features, source, config, opened.finder)
         if source.repeats > 1 and repeats and split is None:
             rows = rows.select(np.repeat(np.arange(len(rows)), source.repeats))
-        parts.append(SourceRows(rows, opened.recognised))
+        parts.append(SourceRows(rows, with_columns(opened.recognised, source, config)))
     if any(DEFECT in part.rows.column_names for part in parts):
         for part in parts:
             if DEFECT not in part.rows.column_names:
@@ -95,8 +95,16 @@ def load_streams(config: DataSettings, *, cache_dir: str | None = None, repeats:
         # For files that do not state them, `datasets` infers them from the first rows when streams are joined.
         stream = guarded(source, partial(datasets.concatenate_datasets, [stream]))
         rows = checked(stream, stream.features, source, config, opened.finder)
-        streams.append(SourceRows(rows, opened.recognised))
+        streams.append(SourceRows(rows, with_columns(opened.recognised, source, config)))
     return streams
+
+
+def with_columns(recognised: Recognised, source: DataSource, config: DataSettings) -> Recognised:
+    """What a source turned out to be; where it has captions in columns only, with their names."""
+    if not recognised.captions:
+        names = ", ".join(columns_of(source, config))
+        recognised.captions = f"the column {names}" if "," not in names else f"the columns {names}"
+    return recognised
 
 
 def load_held_out_rows(config: Recipe, split: str, cache_dir: str | None) -> datasets.Dataset:

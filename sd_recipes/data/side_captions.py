@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from sd_recipes.data.picture_files import Listing
+from sd_recipes.data.picture_files import Listing, as_compared
 from sd_recipes.data.tables import has_key, parse_json, value_at
 from sd_recipes.data.text_files import TextError, decode
 from sd_recipes.errors import RecipeError, one_line
@@ -94,10 +94,12 @@ def find_side_captions(
 def _of_kind(listing: Listing, suffix: str) -> SideCaptions:
     files = listing.with_suffix(suffix)
     by_stem = {os.path.splitext(path)[0]: path for path in files}
+    nearly = {as_compared(stem): path for stem, path in by_stem.items()}
     of_picture = {}
     for picture in listing.pictures:
-        # Of a.jpg: a.txt, or a.jpg.txt.
-        path = by_stem.get(os.path.splitext(picture)[0]) or by_stem.get(picture)
+        # Of a.jpg: a.txt, or a.jpg.txt; or one that differs in case or Unicode form.
+        stem = os.path.splitext(picture)[0]
+        path = by_stem.get(stem) or by_stem.get(picture) or nearly.get(as_compared(stem))
         if path is not None:
             of_picture[picture] = path
     used = set(of_picture.values())

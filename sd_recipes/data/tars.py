@@ -146,8 +146,11 @@ def load_tars(
     """
     builder = TarFiles(cache_dir=cache_dir, data_files=data_files)  # finds the files
     files = builder.config.data_files
-    first = next(iter(files.values()))[0]
-    looked_at = list(itertools.islice(samples(first, StreamingDownloadManager().iter_archive(first)), LOOKED_AT))
+    looked_at: list[tuple[str, Sample, str | None]] = []
+    for path in itertools.chain(*files.values()):
+        looked_at = list(itertools.islice(samples(path, StreamingDownloadManager().iter_archive(path)), LOOKED_AT))
+        if looked_at:  # a shard of which no download succeeded has none
+            break
     captions = tuple((column, _part_for(column, looked_at, source)) for column in columns_of(source, config))
     if not any(find_part(config.image_column, parts) for _, parts, _ in looked_at):
         raise RecipeError(f"--image_column {config.image_column}: {source.flag} {_has_parts(looked_at)}")

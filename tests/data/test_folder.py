@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,12 @@ def test_names_of_files_are_no_captions_of_tables(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("image,text\na.png,x\n")
     with pytest.raises(RecipeError, match="--caption_from file takes names of picture files"):
         load_rows(Recipe(pretrained_model_name_or_path="-", dataset_name=f"{tmp_path}/rows.csv", caption_from="file"))
+
+
+def test_caption_files_in_another_case_or_form(tmp_path: Path) -> None:
+    pictures(tmp_path, "A.JPG", unicodedata.normalize("NFD", "é.png"))
+    beside(tmp_path, ".txt", a="an a", é="an é")
+    assert sorted(source(tmp_path).rows["text"][:]) == ["an a", "an é"]
 
 
 def test_a_pipe_is_passed_over(tmp_path: Path) -> None:

@@ -247,6 +247,12 @@ def test_the_picture_of_a_sample_is_the_one_without_a_name_of_its_own(tmp_path: 
     assert load_rows(recipe(path))[0]["image"]["bytes"] == jpeg()
 
 
+def test_an_empty_first_shard(tmp_path: Path) -> None:
+    shard(tmp_path / "0.tar", [])
+    shard(tmp_path / "1.tar", [{"jpg": jpeg(), "txt": b"x"}])
+    assert load_rows(recipe(tmp_path))["text"][:] == ["x"]
+
+
 def test_braces_that_count_down_and_with_patterns(tmp_path: Path) -> None:
     for name in ("a1", "a2"):
         shard(tmp_path / name / "0.tar", [{"jpg": jpeg(), "txt": name.encode()}])

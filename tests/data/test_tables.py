@@ -288,6 +288,13 @@ def test_quotes_swallow_no_rows(tmp_path: Path, text: str, words: str) -> None:
         load_rows(recipe(tmp_path / "rows.csv"))
 
 
+def test_the_first_words_name_the_captions_column(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    (tmp_path / "rows.csv").write_text("image,caption\na.png,x\n")
+    (source,) = load_sources(recipe(tmp_path / "rows.csv", caption_column="caption"))
+    assert source.recognised.captions == "the column caption"
+
+
 def test_line_ends_of_old_macs(tmp_path: Path) -> None:
     pictures(tmp_path, "a.png")
     (tmp_path / "rows.csv").write_bytes(b"image;text\ra.png;x\ra.png;y\r")
