@@ -97,7 +97,7 @@ def test_its_mistakes_are_one_line(tiny_pipeline: Path, image_folder: Path, tmp_
     done = fill(*flags, "--train_data_dir", "absent")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "no such folder" in done.stderr.splitlines()[-1]
+    assert "no such file or folder" in done.stderr.splitlines()[-1]
     for extra, words in (
         (["--streaming", "--max_train_steps", 1], "drop --streaming"),
         (["--no-center_crop"], "the crop would be random: add --center_crop"),

@@ -21,6 +21,7 @@ from tiny_models import tiny_tokenizer
 from sd_recipes.data.batches import BatchBuilder
 from sd_recipes.data.captions import tokenize
 from sd_recipes.data.draws import draw
+from sd_recipes.data.latent_store import FORMAT
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.data.shards import Shards, SourceReader, StreamClosed, StreamLost
 from sd_recipes.data.sizes import size_of_row
@@ -404,7 +405,7 @@ def test_defect_6_closing_ends_what_waits_for_the_end_of_an_outage(
 
 def test_defect_24_a_process_without_a_share_has_a_row_of_the_size_it_says() -> None:
     """Of a latent cache of two sizes, whose leftovers make batches of one row."""
-    made_by = {"format": 3, "vae": "x", "size": 32, "flips": False, "dtype": "fp16"}
+    made_by = {"format": FORMAT, "vae": "x", "size": 32, "flips": False, "dtype": "fp16"}
     rows = [
         {
             "id": number, "text": "a", "height": height, "width": width,

@@ -161,8 +161,8 @@ def test_no_rights_or_no_connection_show_before_training(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["--caption_column", "nothing"], "--caption_column nothing"),
-        (["--train_data_dir", "nowhere"], "no such folder"),
+        (["--caption_column", "nothing"], "asked for the column 'nothing'"),
+        (["--train_data_dir", "nowhere"], "no such file or folder"),
         (["--resolution", "30"], "not a multiple"),
         ([], "holds no run of this program"),
     ],

@@ -186,7 +186,7 @@ def test_defect_9_a_full_disk_ends_the_curve_and_no_tracker(
     tracker.log({"train_loss": 1.0}, 1)
     opened = []
 
-    def full(self: Path, *_: object) -> None:
+    def full(self: Path, *_: object, **__: object) -> None:
         opened.append(self)
         raise OSError(28, "No space left on device")
 
