@@ -260,8 +260,7 @@ class PictureFolder:
             "pictures have no row in a table and are not used", [path for path in self.pictures if path not in named]
         )
         self._note("rows of a table have no picture", lacking)
-        if nearly:
-            self.recognised.notes.append(f"{nearly:,} paths were found in another case, form or with another slash")
+        self.recognised.note_nearly(nearly)
         return self._split(images, columns, defects, splits)
 
     def _check_named_once(self, candidates: list[Candidate], paths: list[str], lengths: list[int]) -> None:

@@ -22,6 +22,11 @@ class Recognised:
         if names:
             self.notes.append(f"{len(names):,} {what}: {some(names)}")
 
+    def note_nearly(self, number: int) -> None:
+        """Note how many paths were not exactly a file's."""
+        if number:
+            self.notes.append(f"{number:,} paths were found in another case, form or with another slash")
+
 
 def some(names: Sequence[str]) -> str:
     """The first few names."""

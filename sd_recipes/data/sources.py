@@ -183,7 +183,7 @@ class _Opening:
         data_files: Any = files
         if finder is not None:
             self._check_downloaded(itertools.chain(*files.values()))
-        if finder is not None:  # as they are: their names may hold [, ] or *
+            # As they are: their names may hold [, ] or *
             data_files = DataFilesDict({split: _literal(paths) for split, paths in files.items()})
         options: dict[str, Any] = {"cache_dir": self.cache_dir, "streaming": self.streaming}
         if kind in TAR_SUFFIXES:
@@ -228,8 +228,7 @@ class _Opening:
                 )
         rows = read_rows(table, pictures, columns, finder)
         recognised.note("rows have no picture", rows.lacking)
-        if finder.nearly:
-            recognised.notes.append(f"{finder.nearly:,} paths were found in another case, form or with another slash")
+        recognised.note_nearly(finder.nearly)
         return rows_from(rows.images, rows.columns, rows.defects, self.config.image_column)
 
     def _in_memory(self, splits: dict[str, Any], recognised: Recognised, finder: PictureFinder | None) -> Opened:
