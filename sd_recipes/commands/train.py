@@ -10,15 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
-from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resume_hint
+from sd_recipes.checkpoints.best import BEST, BestWeights, list_best, read_best, remove_best
+from sd_recipes.checkpoints.format import (
+    DamagedCheckpoint,
+    list_checkpoints,
+    resume_command,
+    resume_hint,
+    step_of,
+)
 from sd_recipes.checkpoints.of_diffusers import is_of_diffusers, load_from_diffusers, taken_over
 from sd_recipes.checkpoints.resume import choose_checkpoint, compare_identity, identity_of, load_checkpoint
 from sd_recipes.checkpoints.run_folder import begin_history, find_resume_point, of_other_history, output_dir_lock
 from sd_recipes.checkpoints.saver import FAILURES, BackgroundSaver, NotSaved
 from sd_recipes.checkpoints.snapshots import keep_snapshot, remove_snapshots
 from sd_recipes.errors import RecipeError, RunError, one_line
+from sd_recipes.evaluation.figures import best_of, held_out_losses
 from sd_recipes.export.hub import create_repository, publish
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.export.report import write_report
@@ -30,7 +39,8 @@ from sd_recipes.runtime.agreement import broadcast, wait_for_all
 from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.output_dir import NO_ROOM, check_output_dir
 from sd_recipes.runtime.signals import Stopped, stop_request
-from sd_recipes.runtime.trackers import list_samples
+from sd_recipes.runtime.trackers import list_samples, read_metrics
+from sd_recipes.runtime.trackers import step_of as step_of_sample
 from sd_recipes.training.build import Checkpoint, Run, build_run, describe
 from sd_recipes.training.finite import are_finite, has_finite_weights
 from sd_recipes.training.loop import fit, length_flag
@@ -125,7 +135,7 @@ def train(built: Run) -> None:
         raise
     try:
         state.export(built.output_dir, is_main=is_main)
-        with state.evaluated(built.model.components, wanted=is_main):
+        with exported_weights(built):
             if is_main:
                 report = write_results(built)
                 say("\n".join(["", f"pipeline        {built.output_dir}", *report]))
@@ -189,7 +199,8 @@ def train_to_end(built: Run) -> BackgroundSaver:
         identity=known,
         num_steps=built.num_steps,
     )
-    fit(built, saver)
+    best = BestWeights(state, built.output_dir, saver.manifest, is_main=accelerator.is_main_process)
+    fit(built, saver, best)
     if built.store is not None:
         built.store.flush()
         wait_for_all()
@@ -204,6 +215,7 @@ def begin_line(built: Run) -> None:
     else:
         begin_history(built.output_dir, *built.checkpoint)
         keep_snapshot(*built.checkpoint, built.output_dir, built.recipe.ema_snapshots_limit)
+    remove_best(built.output_dir, built.state.progress.global_step)
 
 
 @contextmanager
@@ -263,12 +275,55 @@ def repository(recipe: Recipe, is_main: bool) -> str | None:
     return repo_id
 
 
+@contextmanager
+def exported_weights(built: Run) -> Iterator[None]:
+    """Within this context the first process's components have the weights that the pipeline gets.
+
+    Every process has to enter it. Raises NotSaved if those of --export best cannot be read.
+    """
+    state, components, is_main = built.state, built.model.components, built.accelerator.is_main_process
+    best = best_weights(built) if is_main and built.recipe.export == "best" else None
+    if best is None:
+        with state.evaluated(components, wanted=is_main):
+            yield
+    else:
+        with state.replaced(components, best):
+            for name, part in state.parts.items():
+                if part.export:
+                    part.export(best[name], built.output_dir)
+            yield
+
+
+def best_weights(built: Run) -> dict[str, dict[str, torch.Tensor]] | None:
+    """The tensors with the lowest held-out loss, by part and name; None if they were not kept, of which a warning tells.
+
+    Raises NotSaved if they cannot be read.
+    """
+    best = best_of(held_out_losses(read_metrics(built.output_dir / "metrics.jsonl")))
+    kept = list_best(built.output_dir)
+    if best is None or not kept or step_of(kept[-1]) != best.step:
+        logger.warning(
+            "--export best: the weights of the best step%s are not in %s, so that the pipeline gets those of the last "
+            "step.", f", {best.step}," if best else "", built.output_dir / BEST,
+        )  # fmt: skip
+        return None
+    try:
+        return read_best(kept[-1])
+    except (DamagedCheckpoint, *FAILURES) as error:
+        raise NotSaved(
+            f"--export best: {kept[-1]} cannot be read ({one_line(error)}); with --export end, the same command "
+            "exports the last step's weights"
+        ) from error
+
+
 def write_results(built: Run) -> list[str]:
     """Write the pipeline, pictures and figures; returns lines that sum them up. Raises NotSaved if there is no room."""
     output_dir, recipe = built.output_dir, built.recipe
     try:
         export_pipeline(built.model.family, built.model.components, output_dir)
         samples = list_samples(output_dir)
+        if recipe.export == "best" and (kept := list_best(output_dir)):
+            samples = [path for path in samples if step_of_sample(path) <= step_of(kept[-1])]
         if samples:
             shutil.copy(samples[-1], output_dir / "samples.png")
         return write_report(output_dir)

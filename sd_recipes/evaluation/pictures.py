@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +15,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.signals import stop_request
+from sd_recipes.writing import replacing
 
 BROKEN_OFF = "in the middle of a validation, which is abandoned"
 
 
 def draw_pictures(
-    pipeline: Any, recipe: Recipe, size: tuple[int, int], numbers: Sequence[int], at_once: int
+    pipeline: Any, recipe: Recipe, prompts: Sequence[str], size: tuple[int, int], numbers: Sequence[int], at_once: int
 ) -> list[Image.Image]:
-    """Pictures of `size` (height, width) for the prompts with these numbers, `at_once` of them at a time.
+    """Pictures of `size` (height, width) for those of the prompts with these numbers, `at_once` of them at a time.
 
     The same noise for the same seed and prompt, whatever else is drawn. Raises Stopped.
     """
-    prompts, (height, width) = recipe.validation_prompts or [], size
+    height, width = size
     assert recipe.seed is not None
     pipeline.set_progress_bar_config(desc="Validation pictures", leave=False)
     pictures: list[Image.Image] = []
@@ -61,12 +61,8 @@ def decoded_one_by_one(vae: AutoencoderKL) -> Iterator[None]:
 
 def save_whole(picture: Image.Image, path: Path) -> None:
     """Save a picture so that a kill or a full disk leaves all of it or nothing."""
-    beside = path.with_name(f".{path.name}")
-    try:
-        picture.save(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as beside:
+        picture.save(beside, "PNG")
 
 
 def check_for_stop(

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sd_recipes.evaluation.validation import FIGURES
+from sd_recipes.evaluation.figures import FIGURES
 from sd_recipes.runtime.trackers import list_samples, read_metrics
 
 matplotlib.use("Agg")

@@ -31,7 +31,7 @@ from sd_recipes.training.build import UNET_WEIGHTS
 @pytest.fixture(scope="module", autouse=True)
 def _few_held_out_samples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sd_recipes.evaluation.validation.MIN_HELD_OUT_SAMPLES", 8)
+        patch.setattr("sd_recipes.evaluation.sample_errors.MIN_SAMPLES", 8)
         yield
 
 

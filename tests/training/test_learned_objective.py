@@ -83,7 +83,7 @@ def test_learned_uncertainty_is_no_part_of_the_held_out_loss(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the first step, where the UNet is the same, whatever u has become."""
-    monkeypatch.setattr("sd_recipes.evaluation.validation.MIN_HELD_OUT_SAMPLES", 8)
+    monkeypatch.setattr("sd_recipes.evaluation.sample_errors.MIN_SAMPLES", 8)
     found = []
     for learned in (False, True):
         run = build(
