@@ -587,6 +587,9 @@ class ValidationConfig(Section):
     validation_rows: int = setting(
         256, "free", "Look at no more held-out rows than this, and at as many training rows.", ge=1
     )
+    validation_samples: int = setting(
+        256, "free", "Measure at least so many errors of each: few rows are looked at under several noises.", ge=1
+    )
     validation_pictures: int = setting(
         4, "free", "Without --validation_prompts, draw the captions of this many held-out rows.", ge=0
     )

@@ -30,7 +30,8 @@ CURVE = ("metrics.jsonl", "samples", VALIDATION)  # what one line of history lea
 # is replaced when the new run is done.
 RUN_ARTIFACTS = (
     "metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png",
-    f"{VALIDATION}/step-*.parquet", f"{VALIDATION}/rows.parquet", f"{BEST}/step-*", f"{AVERAGES}/snapshot-*", f"checkpoint-*{ABANDONED}*", *(f"{name}{ABANDONED}*" for name in CURVE),
+    f"{VALIDATION}/step-*.parquet", f"{VALIDATION}/rows.parquet", f"{BEST}/step-*", f"{AVERAGES}/snapshot-*",
+    f"checkpoint-*{ABANDONED}*", *(f"{name}{ABANDONED}*" for name in CURVE),
 )  # fmt: skip
 
 

@@ -295,7 +295,7 @@ def exported_weights(built: Run) -> Iterator[None]:
 
 
 def best_weights(built: Run) -> dict[str, dict[str, torch.Tensor]] | None:
-    """The tensors with the lowest held-out loss, by part and name; None if they were not kept, of which a warning tells.
+    """The tensors with the lowest held-out loss, by part and name; None, and a warning, if they were not kept.
 
     Raises NotSaved if they cannot be read.
     """

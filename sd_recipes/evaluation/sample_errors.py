@@ -30,8 +30,6 @@ from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import VALIDATION
 from sd_recipes.writing import replacing
 
-# With fewer samples, the loss of a few rows says more about their timesteps than about the model.
-MIN_SAMPLES = 256
 THUMBNAIL = 96  # pixels, of the longer side
 HELD_OUT, TRAIN = "held_out", "train"  # the sets of rows
 AVERAGED, RAW = "averaged", "raw"  # the weights
@@ -53,6 +51,7 @@ class FixedSamples:
 
     builder: BatchBuilder
     size: tuple[int, int]  # (height, width) of the images
+    num_samples: int  # at least, over all processes: few rows come several times
     own: slice  # of all samples
     bad: dict[str, str] = field(default_factory=dict)  # rows that cannot be used, and why
     thumbnails: dict[int, bytes] = field(default_factory=dict)  # by row, of the pictures as the model sees them
@@ -85,7 +84,7 @@ class FixedSamples:
     def _encoded(
         self, encode: Encode, device: torch.device, at_once: int, *, bar: bool
     ) -> Iterator[tuple[Batch, torch.Tensor]]:
-        num_passes = math.ceil(MIN_SAMPLES / self.num_rows)
+        num_passes = math.ceil(self.num_samples / self.num_rows)
         num_samples = self.num_rows * num_passes
         strata = stratify(self.num_rows, num_passes).reshape(-1)
         own = np.arange(num_samples)[self.own]

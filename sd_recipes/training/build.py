@@ -328,7 +328,10 @@ def build_validator(
         DenoisingLoss(model.components.scheduler, plain_objective, accelerator.device),
         {
             name: FixedSamples(
-                BatchBuilder(fixed.rows, plain_recipe, seed=HELD_OUT_SEED, **settings), (side, side), own
+                BatchBuilder(fixed.rows, plain_recipe, seed=HELD_OUT_SEED, **settings),
+                (side, side),
+                recipe.validation_samples,
+                own,
             )
             for name, fixed in sets.items()
         },

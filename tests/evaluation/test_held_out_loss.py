@@ -20,7 +20,6 @@ from sd_recipes.training.build import Run
 @pytest.fixture
 def met(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
     """The timesteps that each of 8 held-out rows met, filled by the first held-out loss with 8 of each."""
-    monkeypatch.setattr("sd_recipes.evaluation.sample_errors.MIN_SAMPLES", 64)
     timesteps: dict[int, list[int]] = defaultdict(list)
 
     all_moments = Batch.all_moments
@@ -40,7 +39,7 @@ def met(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
     return timesteps
 
 
-HELD_OUT = {"validation_split": "train", "train_batch_size": 8}
+HELD_OUT = {"validation_split": "train", "train_batch_size": 8, "validation_samples": 64}
 
 
 def held_out_loss(run: Run) -> float:

@@ -25,7 +25,6 @@ from test_script import environment
 from training_runs import assert_equal, average, train, weights
 
 from sd_recipes.errors import RecipeError
-from sd_recipes.evaluation.sample_errors import MIN_SAMPLES
 from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.trackers import read_metrics
@@ -34,11 +33,6 @@ from sd_recipes.training.build import Run
 PROMPTS = ["a disc", "a red disc", "disc number 3", "two discs"]
 VALIDATED = {"validation_prompts": PROMPTS, "validation_inference_steps": 2, "validation_steps": 2}
 HELD_OUT = {"validation_split": "train"}
-
-
-@pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sd_recipes.evaluation.sample_errors.MIN_SAMPLES", 16)
 
 
 def figures(run: Run, name: str) -> list[float]:
@@ -269,20 +263,17 @@ def test_defect_26_unchecked_rows_leave_the_held_out_loss_out(
 # ------------------------------------------------------------------------------------------ several processes
 
 
-def test_a_validation_that_two_processes_share_is_that_of_one(
-    split: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_validation_that_two_processes_share_is_that_of_one(split: Callable, tmp_path: Path) -> None:
     """Of the same averaged weights: the two go on from the checkpoint of the one, which its validation came after.
 
     One sample at a time, so that nothing but the sharing differs. Seven rows, one of which cannot be used, are 259
     samples, and neither these nor the prompts divide by two.
     """
-    monkeypatch.setattr("sd_recipes.evaluation.sample_errors.MIN_SAMPLES", MIN_SAMPLES)
     settings = split(["a disc", "a red disc", None, "two discs", "three discs", "a ring", "a blue ring"])
     settings |= {
         "train_batch_size": 1, "gradient_accumulation_steps": 4, "max_train_steps": 2, "checkpointing_steps": 2,
         "use_ema": True, "validation_clip_model": "sd-recipes/tiny-clip", "validation_inference_steps": 2,
-        "output_dir": str(tmp_path / "one"),
+        "output_dir": str(tmp_path / "one"), "validation_samples": 256,
     }  # fmt: skip
     one = train(settings, validation_prompts=PROMPTS[:3])
     several = tmp_path / "several"
