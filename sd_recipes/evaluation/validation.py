@@ -18,7 +18,7 @@ from sd_recipes.data.batches import BatchBuilder
 from sd_recipes.data.draws import generator
 from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch
 from sd_recipes.evaluation.metrics import ImageTextScore
-from sd_recipes.evaluation.pictures import BROKEN_OFF, draw_pictures, picture_grid, save_whole
+from sd_recipes.evaluation.pictures import BROKEN_OFF, draw_pictures, drawing_pipeline, picture_grid, save_whole
 from sd_recipes.model.components import Components
 from sd_recipes.model.family import Family
 from sd_recipes.model.latents import LatentEncoder
@@ -145,8 +145,9 @@ class Validator:
                 share = self.held_out_at_once.attempt(self._held_out_share) or share
             numbers = range(len(self.recipe.validation_prompts or []))[self._own]
             if numbers:
-                pipeline = self.family.build_pipeline(self.components)
-                draw = partial(draw_pictures, pipeline, self.recipe, self.picture_size, numbers)
+                pipeline = drawing_pipeline(self.family, self.components, self.recipe.validation_sampler)
+                prompts = self.recipe.validation_prompts or []
+                draw = partial(draw_pictures, pipeline, prompts, self.recipe, self.picture_size, numbers)
                 with self.accelerator.autocast():
                     pictures = self.pictures_at_once.attempt(draw)
                 share.pictures = dict(zip(numbers, pictures or [], strict=False))
