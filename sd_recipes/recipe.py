@@ -85,8 +85,8 @@ def sampler_class_name(name: str) -> str:
         short = ", ".join(SAMPLERS_BY_NAME)
         near = nearest(name, [*known, *SAMPLERS_BY_NAME.values()])
         raise ValueError(
-            f"--validation_sampler {redacted(name)!r} is none of diffusers' samplers that fit Stable Diffusion's noise "
-            f"schedule{near}: give one of {short}, or its class"
+            f"{redacted(name)!r} is none of diffusers' samplers that fit Stable Diffusion's noise schedule{near}: give "
+            f"one of {short}, or its class"
         )
     return found
 

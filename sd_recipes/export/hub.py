@@ -94,9 +94,7 @@ def _hub_id(name: str | None) -> str | None:
     return name
 
 
-def write_model_card(
-    output_dir: Path, repo_id: str, recipe: Recipe, pipeline_class: str, prediction_type: str
-) -> None:
+def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe, pipeline_class: str, prediction_type: str) -> None:
     """README.md of the model: what it was made from, with what settings, and how to use it."""
     base = _hub_id(recipe.pretrained_model_name_or_path)
     data_set = _hub_id(recipe.dataset_name)

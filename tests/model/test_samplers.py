@@ -153,7 +153,9 @@ def test_a_sampler_that_does_not_know_the_prediction_is_refused_before_it_draws(
     if name not in PREDICTS_NO_SAMPLE:
         check_it_draws(sampler, 5, name)
         return
-    words = f"--validation_sampler {name}: .*Scheduler cannot draw from predictions of sample in 5 steps .*, such as ddim"
+    words = (
+        f"--validation_sampler {name}: .*Scheduler cannot draw from predictions of sample in 5 steps .*, such as ddim"
+    )
     with pytest.raises(RecipeError, match=words):
         check_it_draws(sampler, 5, name)
 
