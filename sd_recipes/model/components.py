@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.model.loading import fill
 from sd_recipes.model.predictions import PREDICTIONS
+from sd_recipes.model.samplers import of_class
 from sd_recipes.model.sources import Source, source_of
 from sd_recipes.model.weight_files import UnfittingWeights, UnreadableWeights
 from sd_recipes.recipe import ModelConfig
@@ -85,8 +86,7 @@ class Components:
     def _replace_pndm(self, what: str) -> None:
         if isinstance(self.sampler, PNDMScheduler):
             logger.warning("PNDM cannot sample %s: the pipeline gets DDIM.", what)
-            # DDIM's default is to clip x_0 to [-1, 1], which latents exceed.
-            self.sampler = DDIMScheduler.from_config(self.sampler.config, clip_sample=False)
+            self.sampler = of_class(DDIMScheduler, self.sampler.config)
 
 
 def _scale_factor(vae: AutoencoderKL) -> int:
@@ -188,14 +188,14 @@ def _unlike_ddpm(settings: dict[str, Any]) -> str | None:
 def load_sampler(config: ModelConfig, scheduler: DDPMScheduler) -> SchedulerMixin:
     """The scheduler class that the model's own scheduler_config.json names, if it is a known one."""
     saved = _scheduler_settings(config)
-    name = str(saved.get("_class_name", "DDIMScheduler"))
-    if name not in SAMPLERS:
+    sampler = SAMPLERS.get(name := str(saved.get("_class_name", "DDIMScheduler")))
+    if sampler is None:
         logger.warning("The model's scheduler %s is not one of %s: DDIM is used.", name, ", ".join(SAMPLERS))
-    if name == "PNDMScheduler" and saved.get("rescale_betas_zero_snr"):
+    elif sampler is PNDMScheduler and saved.get("rescale_betas_zero_snr"):
         logger.warning("PNDM cannot sample with zero terminal SNR: the pipeline gets DDIM.")
-        name = "DDIMScheduler"
+        sampler = None
     try:
-        return SAMPLERS.get(name, DDIMScheduler).from_config(saved)
+        return sampler.from_config(saved) if sampler else of_class(DDIMScheduler, saved)
     except Exception as error:  # diffusers does not check a configuration
         source_of(config, "scheduler").cannot_load("scheduler", one_line(error), error)
 

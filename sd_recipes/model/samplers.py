@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
@@ -20,6 +21,12 @@ from sd_recipes.recipe import SAMPLERS_BY_NAME, sampler_class_name
 FOR_LATENTS = {"clip_sample": False, "skip_prk_steps": True}
 
 
+def of_class(sampler_class: type[SchedulerMixin], config: Mapping[str, Any], **changes: Any) -> SchedulerMixin:
+    """A sampler of a class, made of the configuration of one of any class and of changes to it."""
+    silent = {name: value for name, value in FOR_LATENTS.items() if name not in config}
+    return sampler_class.from_config(config, **silent, **changes)
+
+
 def drawing_sampler(sampler: SchedulerMixin, name: str | None = None) -> SchedulerMixin:
     """A new sampler to draw with: of the class of `sampler`, a pipeline's own, or of the one that `name` stands for.
 
@@ -27,11 +34,8 @@ def drawing_sampler(sampler: SchedulerMixin, name: str | None = None) -> Schedul
     that predicts them draws after `pipeline.scheduler = drawing_sampler(pipeline.scheduler)`. Raises RecipeError for a
     class that cannot draw by the noise schedule, and ValueError for a name that is not known.
     """
-    config, sampler_class = sampler.config, type(sampler)
-    settings: dict[str, Any] = {}
-    if name is not None:
-        sampler_class = getattr(diffusers, sampler_class_name(name))
-        settings = {setting: value for setting, value in FOR_LATENTS.items() if setting not in config}
+    config = sampler.config
+    sampler_class = type(sampler) if name is None else getattr(diffusers, sampler_class_name(name))
     if config.get("rescale_betas_zero_snr") and not knows_zero_snr(sampler_class):
         known = [
             each for each, class_name in SAMPLERS_BY_NAME.items() if knows_zero_snr(getattr(diffusers, class_name))
@@ -41,8 +45,8 @@ def drawing_sampler(sampler: SchedulerMixin, name: str | None = None) -> Schedul
             f"schedule does (rescale_betas_zero_snr): give one of {', '.join(known)}, or drop it"
         )
     predicts_score = config.prediction_type == "score"
-    settings["prediction_type"] = "epsilon" if predicts_score else config.prediction_type
-    drawing = sampler_class.from_config(config, **settings)
+    prediction_type = "epsilon" if predicts_score else config.prediction_type
+    drawing = of_class(sampler_class, config, prediction_type=prediction_type)
     if predicts_score:
         take_scores(drawing)
     return drawing
