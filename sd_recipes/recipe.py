@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from sd_recipes.errors import nearest
 from sd_recipes.redaction import LEFT_OUT, has_login, in_texts, redacted
 
 
@@ -57,6 +58,43 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 # is compared (checkpoints/resume.py), since a folder may have moved, or several settings decide it together. `free`:
 # the weights do not depend on it, except for rounding.
 OnResume = Literal["refused", "warned", "compared", "free"]
+
+# Samplers by short names: diffusers' classes that draw by a schedule of betas, from a seed.
+SAMPLERS_BY_NAME = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm2": "KDPM2DiscreteScheduler",
+    "dpm2_a": "KDPM2AncestralDiscreteScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "dpmsolver++_singlestep": "DPMSolverSinglestepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+OTHER_SAMPLER_NAMES = {
+    "plms": "PNDMScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "dpm++_2m": "DPMSolverMultistepScheduler",
+}
+
+
+def sampler_class_name(name: str) -> str:
+    """diffusers' class of a sampler that is given by a short name or the class's. Raises ValueError."""
+    class_names = {each.lower(): each for each in SAMPLERS_BY_NAME.values()}
+    known = SAMPLERS_BY_NAME | OTHER_SAMPLER_NAMES | class_names
+    found = known.get(re.sub(r"[ -]", "_", name.strip().lower()))
+    if found is None:
+        short = ", ".join(SAMPLERS_BY_NAME)
+        near = nearest(name, [*known, *SAMPLERS_BY_NAME.values()])
+        raise ValueError(
+            f"{redacted(name)!r} is none of diffusers' samplers that fit Stable Diffusion's noise schedule{near}: give "
+            f"one of {short}, or its class"
+        )
+    return found
 
 
 def setting(default: Any, on_resume: OnResume, description: str, **constraints: Any) -> Any:
@@ -388,13 +426,13 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
 class ObjectiveConfig(Section):
     """Objective: what the UNet learns to predict, and how noise and errors are weighted."""
 
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = setting(
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "score"] | None = setting(
         None, "compared", "What the UNet predicts; if not given, what the model's scheduler says."
     )
     rescale_betas_zero_snr: bool = setting(
         False,
         "warned",
-        "Let the last timestep be pure noise, in training and in the exported scheduler; not for epsilon.",
+        "Let the last timestep be pure noise, in training and in the exported scheduler; not for epsilon and score.",
     )
     snr_gamma: Number | None = setting(None, "warned", "Min-SNR weighting; 5.0 is recommended.", gt=0)
     soft_snr_gamma: Number | None = setting(
@@ -464,10 +502,10 @@ class ObjectiveConfig(Section):
             raise ValueError(
                 f"{' and '.join(f'--{name}' for name in self.weightings)} all say how timesteps are weighted: keep one"
             )
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+        if self.rescale_betas_zero_snr and self.prediction_type in ("epsilon", "score"):
             raise ValueError(
-                "--rescale_betas_zero_snr makes the last timestep pure noise, of which epsilon tells nothing: use "
-                "--prediction_type v_prediction, or drop it"
+                f"--rescale_betas_zero_snr makes the last timestep pure noise, of which {self.prediction_type} tells "
+                "nothing: use --prediction_type v_prediction, or drop it"
             )
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
             raise ValueError(
@@ -606,6 +644,12 @@ class ValidationConfig(Section):
     )
     validate_before_training: bool = setting(False, "free", "Validate at step 0 too, and write before_after.png.")
     validation_inference_steps: int = setting(20, "free", "Denoising steps of a validation picture.", ge=1)
+    validation_sampler: str | None = setting(
+        None,
+        "free",
+        "Sampler of validation pictures: ddim, euler_a, dpmsolver++, … or diffusers' class; if not given, "
+        "the pipeline's own.",
+    )
     validation_guidance_scale: Number = setting(7.5, "free", "Guidance scale of a validation picture.", ge=0)
     validation_clip_model: str | None = setting(
         None,
@@ -616,6 +660,13 @@ class ValidationConfig(Section):
     logging_steps: int = setting(10, "free", "Steps between logs.", ge=1)
     report_to: str = setting("tensorboard", "free", "tensorboard, wandb, comet_ml, all or none.")
     tracker_project_name: str = setting("text2image-fine-tune", "free", "Name of the run in the trackers.")
+
+    @field_validator("validation_sampler")
+    @classmethod
+    def sampler_is_known(cls, name: str | None) -> str | None:
+        if name is not None:
+            sampler_class_name(name)
+        return name
 
     @property
     def held_out_share(self) -> float | None:
@@ -628,6 +679,11 @@ class ValidationConfig(Section):
         """The number of first rows that are held out, if --validation_split says one."""
         text = self.validation_split or ""
         return int(text) if text.isdigit() else None
+
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether validations draw pictures, of prompts or of captions."""
+        return bool(self.validation_prompts or (self.validation_split and self.validation_pictures))
 
     @property
     def divides_rows(self) -> bool:
@@ -716,8 +772,7 @@ class Recipe(
             )
         if self.overwrite and self.resume_from_checkpoint:
             raise ValueError("--overwrite starts over, which --resume_from_checkpoint contradicts: drop one")
-        draws = self.validation_prompts or (self.validation_split and self.validation_pictures)
-        if self.validation_clip_model and not draws:
+        if self.validation_clip_model and not self.draws_pictures:
             raise ValueError(
                 "--validation_clip_model scores validation pictures: give some --validation_prompts, or a "
                 "--validation_split whose captions are drawn"

@@ -32,6 +32,7 @@ from sd_recipes.export.hub import create_repository, publish
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.export.report import write_report
 from sd_recipes.flags import recipe_text, written_settings
+from sd_recipes.model.samplers import drawing_sampler
 from sd_recipes.model.sources import MODEL
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import accelerate_left_unused, compiler_explained, start_accelerator
@@ -140,7 +141,8 @@ def train(built: Run) -> None:
                 report = write_results(built)
                 say("\n".join(["", f"pipeline        {built.output_dir}", *report]))
         if repo_id and is_main:
-            say(f"pushed          {publish(built.output_dir, repo_id, recipe, built.model.family)}")
+            predicts = built.model.objective.prediction_type
+            say(f"pushed          {publish(built.output_dir, repo_id, recipe, built.model.family, predicts)}")
         built.tracker.close()
     except RunError:  # on the first process, which does this alone; the other processes finish as they would have
         with suppress(RuntimeError):
@@ -316,6 +318,16 @@ def best_weights(built: Run) -> dict[str, dict[str, torch.Tensor]] | None:
         ) from error
 
 
+def how_to_draw(built: Run) -> list[str]:
+    """A line about a pipeline that diffusers loads and does not sample from."""
+    if built.model.objective.prediction_type != "score":
+        return []
+    return [
+        "to draw         diffusers refuses to sample from scores: pipeline.scheduler = "
+        f"{drawing_sampler.__module__}.{drawing_sampler.__name__}(pipeline.scheduler)"
+    ]
+
+
 def write_results(built: Run) -> list[str]:
     """Write the pipeline, pictures and figures; returns lines that sum them up. Raises NotSaved if there is no room."""
     output_dir, recipe = built.output_dir, built.recipe
@@ -326,7 +338,7 @@ def write_results(built: Run) -> list[str]:
             samples = [path for path in samples if step_of_sample(path) <= step_of(kept[-1])]
         if samples:
             shutil.copy(samples[-1], output_dir / "samples.png")
-        return write_report(output_dir)
+        return [*write_report(output_dir), *how_to_draw(built)]
     except FAILURES as error:
         raise NotSaved(
             f"the pipeline cannot be written to {output_dir} ({one_line(error)}): make room, and "

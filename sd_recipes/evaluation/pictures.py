@@ -13,6 +13,9 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
+from sd_recipes.model.components import Components
+from sd_recipes.model.family import Family
+from sd_recipes.model.samplers import drawing_sampler
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.writing import replacing
@@ -20,12 +23,24 @@ from sd_recipes.writing import replacing
 BROKEN_OFF = "in the middle of a validation, which is abandoned"
 
 
+def drawing_pipeline(family: Family, components: Components, sampler: str | None = None) -> DiffusionPipeline:
+    """A pipeline that draws, whatever the UNet predicts, with its own sampler or the one of that name.
+
+    Raises RecipeError as `drawing_sampler`. What is exported is `Family.build_pipeline`'s, whose scheduler says what
+    was trained.
+    """
+    pipeline = family.build_pipeline(components)
+    pipeline.scheduler = drawing_sampler(components.sampler, sampler)
+    return pipeline
+
+
 def draw_pictures(
-    pipeline: Any, recipe: Recipe, prompts: Sequence[str], size: tuple[int, int], numbers: Sequence[int], at_once: int
+    pipeline: Any, prompts: Sequence[str], recipe: Recipe, size: tuple[int, int], numbers: Sequence[int], at_once: int
 ) -> list[Image.Image]:
     """Pictures of `size` (height, width) for those of the prompts with these numbers, `at_once` of them at a time.
 
-    The same noise for the same seed and prompt, whatever else is drawn. Raises Stopped.
+    The same noise for the same seed and number, whatever else is drawn, also where a sampler adds some at every step.
+    Raises Stopped.
     """
     height, width = size
     assert recipe.seed is not None

@@ -19,7 +19,7 @@ from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import one_line
 from sd_recipes.evaluation.figures import FIGURES, LOSS, Best, best_of, figures_of, held_out_losses
 from sd_recipes.evaluation.metrics import ImageTextScore
-from sd_recipes.evaluation.pictures import draw_pictures, picture_grid, save_whole
+from sd_recipes.evaluation.pictures import draw_pictures, drawing_pipeline, picture_grid, save_whole
 from sd_recipes.evaluation.sample_errors import (
     AVERAGED,
     HELD_OUT,
@@ -239,8 +239,8 @@ class Validator:
         """Add this process's pictures. Raises Stopped."""
         numbers = range(len(self.prompts))[self._own]
         if numbers:
-            pipeline = self.family.build_pipeline(self.components)
-            draw = partial(draw_pictures, pipeline, self.recipe, self.prompts, self.picture_size, numbers)
+            pipeline = drawing_pipeline(self.family, self.components, self.recipe.validation_sampler)
+            draw = partial(draw_pictures, pipeline, self.prompts, self.recipe, self.picture_size, numbers)
             with self.accelerator.autocast():
                 pictures = self.pictures_at_once.attempt(draw)
             share.pictures = dict(zip(numbers, pictures or [], strict=False))

@@ -48,9 +48,19 @@ def create_repository(recipe: Recipe) -> str:
         ) from error
 
 
-def publish(output_dir: Path, repo_id: str, recipe: Recipe, family: Family) -> str:
+# How a card's reader draws from scores, of which diffusers has no sampler, with diffusers alone.
+FROM_SCORES = """
+# The UNet predicts the score s = -ε / σ_t, of which diffusers cannot sample: the sampler gets ε.
+sigmas = (1 - pipeline.scheduler.alphas_cumprod).sqrt()
+pipeline.unet.register_forward_hook(lambda unet, inputs, outputs: (-sigmas[int(inputs[1])] * outputs[0],))
+settings = {"prediction_type": "epsilon", "clip_sample": False}
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **settings)
+"""
+
+
+def publish(output_dir: Path, repo_id: str, recipe: Recipe, family: Family, prediction_type: str) -> str:
     """Write the model card and upload the pipeline; returns the repository's address. Raises PushError."""
-    write_model_card(output_dir, repo_id, recipe, family.pipeline_class.__name__)
+    write_model_card(output_dir, repo_id, recipe, family.pipeline_class.__name__, prediction_type)
     allowed = [*ALLOWED, *(f"{folder}/*" for folder in family.folders)]
     api = HfApi()
     names = (path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file())
@@ -84,7 +94,7 @@ def _hub_id(name: str | None) -> str | None:
     return name
 
 
-def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe, pipeline_class: str) -> None:
+def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe, pipeline_class: str, prediction_type: str) -> None:
     """README.md of the model: what it was made from, with what settings, and how to use it."""
     base = _hub_id(recipe.pretrained_model_name_or_path)
     data_set = _hub_id(recipe.dataset_name)
@@ -98,6 +108,8 @@ def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe, pipeline_cl
     )
     prompts = in_texts(redacted, recipe.validation_prompts or ["a photo"])
     pictures = "![samples](samples.png)\n" if (output_dir / "samples.png").is_file() else ""
+    predicts_score = prediction_type == "score"
+    imported = f"DDIMScheduler, {pipeline_class}" if predicts_score else pipeline_class
     content = f"""---
 {data.to_yaml()}
 ---
@@ -109,10 +121,10 @@ by sd-recipes. All settings are in `recipe.yaml`.
 
 {pictures}
 ```python
-from diffusers import {pipeline_class}
+from diffusers import {imported}
 
 pipeline = {pipeline_class}.from_pretrained({json.dumps(repo_id)})
-pipeline({json.dumps(prompts[0])}).images[0].save("image.png")
+{FROM_SCORES if predicts_score else ""}pipeline({json.dumps(prompts[0])}).images[0].save("image.png")
 ```
 """
     ModelCard(redacted(content)).save(output_dir / "README.md")

@@ -39,7 +39,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Recipe(
             pretrained_model_name_or_path=str(folder / "model"), dataset_name=str(folder / "data"), resolution=32,
             train_batch_size=4, max_train_steps=20, checkpointing_steps=2, checkpoints_total_limit=1,
-            learning_rate=3e-3, lr_warmup_steps=0, device="cpu", seed=5, report_to="none", validation_split="test", validation_samples=8, validation_pictures=0,
+            learning_rate=3e-3, lr_warmup_steps=0, device="cpu", seed=5, report_to="none", validation_split="test",
+            validation_samples=8, validation_pictures=0,
             use_ema=True, ema_length=0.07, ema_snapshots=True, output_dir=str(folder / "run"),
         )
     )  # fmt: skip
