@@ -17,6 +17,7 @@ from sd_recipes.flags import is_resolved_recipe
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import broadcast
 from sd_recipes.runtime.output_dir import check_output_dir, lock_output_dir, release
+from sd_recipes.runtime.starts import STARTS
 from sd_recipes.runtime.trackers import list_samples, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ HARMLESS = re.compile(r"\..*|latents|bad_rows.*\.jsonl|lost\+found|.*\.(log|out|
 # What a run writes and a new one would mix with its own files; not the latent cache, nor the exported pipeline, which
 # is replaced when the new run is done.
 RUN_ARTIFACTS = (
-    "metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png",
+    "metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png", "report.html",
+    STARTS, f"{STARTS}{ABANDONED}*",
     f"{AVERAGES}/snapshot-*", f"checkpoint-*{ABANDONED}*", f"metrics.jsonl{ABANDONED}*", f"samples{ABANDONED}*",
 )  # fmt: skip
 
@@ -94,9 +96,9 @@ def of_other_history(output_dir: Path, source: Path, manifest: Manifest) -> list
     saved = [*list_snapshots(output_dir), *checkpoints]
     if any(path.samefile(source) for path in checkpoints):
         return [path for path in reversed(saved) if step_of(path) > manifest.step]
-    metrics, samples = output_dir / "metrics.jsonl", output_dir / "samples"
+    metrics, samples, starts = (output_dir / name for name in ("metrics.jsonl", "samples", STARTS))
     has_curve = any(line["step"] <= manifest.step for line in read_metrics(metrics))
-    return [*reversed(saved), *(path for path in (metrics, samples) if has_curve and path.exists())]
+    return [*reversed(saved), *(path for path in (metrics, samples, starts) if has_curve and path.exists())]
 
 
 def begin_history(output_dir: Path, source: Path, manifest: Manifest) -> None:
