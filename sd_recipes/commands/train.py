@@ -40,6 +40,7 @@ from sd_recipes.runtime.agreement import broadcast, wait_for_all
 from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.output_dir import NO_ROOM, check_output_dir
 from sd_recipes.runtime.signals import Stopped, stop_request
+from sd_recipes.runtime.starts import record_start
 from sd_recipes.runtime.trackers import list_samples, read_metrics
 from sd_recipes.runtime.trackers import step_of as step_of_sample
 from sd_recipes.training.build import Checkpoint, Run, build_run, describe
@@ -186,6 +187,8 @@ def train_to_end(built: Run) -> BackgroundSaver:
         if accelerator.is_main_process:
             begin_line(built)
         built.tracker.start_at(state.progress.global_step)
+        if accelerator.is_main_process:  # once recipe.yaml marks the folder as a run's
+            record_start(built.output_dir, state.progress.global_step, accelerator)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

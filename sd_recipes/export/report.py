@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sd_recipes.evaluation.figures import FIGURES
+from sd_recipes.evaluation.verdict import judge, series
 from sd_recipes.runtime.trackers import list_samples, read_metrics
 
 matplotlib.use("Agg")
@@ -26,7 +27,7 @@ def write_report(output_dir: Path) -> list[str]:
     """
     lines = read_metrics(output_dir / "metrics.jsonl")
     said = []
-    if any("train_loss" in line for line in lines):
+    if series(lines, "train_loss"):
         draw_loss_curve(lines, output_dir / "loss_curve.png")
         said.append(f"loss curve      {output_dir / 'loss_curve.png'}")
     samples = list_samples(output_dir)
@@ -51,22 +52,31 @@ def write_report(output_dir: Path) -> list[str]:
 
 
 def draw_loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
-    """Training loss by step, with its running mean, and the held-out loss where it was measured."""
-    steps, losses = zip(*((line["step"], line["train_loss"]) for line in lines if "train_loss" in line), strict=True)
+    """Training loss by step with its running mean; held-out loss and that of training rows, the gap, the best step."""
+    training, held_out, training_rows = (
+        series(lines, name) for name in ("train_loss", "validation_loss", "train_subset_loss")
+    )
+    steps, losses = list(training), list(training.values())
     # Centered, over a twentieth of the run: an average over the past alone would lag behind where the loss falls fast.
     reach = max(1, len(losses) // 40)
     smooth = [float(np.mean(losses[max(0, n - reach) : n + reach + 1])) for n in range(len(losses))]
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss")
     axes.plot(steps, smooth, color="tab:blue", label="training loss, running mean")
-    held_out = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out loss, fixed noise")
+        axes.plot(*zip(*held_out.items(), strict=True), "o-", color="tab:orange", label="held-out loss, fixed noise")
+    if training_rows:
+        axes.plot(*zip(*training_rows.items(), strict=True), "o-", color="tab:green", label="the same of training rows")
+    if both := sorted(held_out.keys() & training_rows.keys()):
+        above, below = ([side[step] for step in both] for side in (held_out, training_rows))
+        axes.fill_between(both, above, below, color="tab:orange", alpha=0.15, linewidth=0, label="gap")
+    best = judge(lines).best_step
+    if best is not None:
+        axes.axvline(best, color="black", linestyle="--", linewidth=1, label=f"best: step {best}")
     axes.set(xlabel="optimizer step", ylabel="loss")
+    fixed = [*held_out.values(), *training_rows.values()]
     bottom = min(0, 1.15 * min(losses))  # with a learned uncertainty the loss may be negative
-    axes.set_ylim(
-        bottom, 1.15 * max([sorted(losses)[int(0.98 * (len(losses) - 1))], *(loss for _, loss in held_out), 0])
-    )
+    axes.set_ylim(bottom, 1.15 * max([sorted(losses)[int(0.98 * (len(losses) - 1))], *fixed, 0]))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

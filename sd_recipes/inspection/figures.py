@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from PIL import Image
 
+from sd_recipes.export.pages import picture_uri
 from sd_recipes.inspection.caption_checks import CaptionSummary
 from sd_recipes.inspection.distribution import LatentDistribution, PixelDistribution, forward_kl
 from sd_recipes.inspection.image_checks import ASPECT_EDGES, SIDE_EDGES, ImageSummary
@@ -40,11 +41,7 @@ def _uri(figure: Figure) -> str:
 
 def thumbnail(pixels: np.ndarray, side: int) -> str:
     """uint8 (H, W, 3) as a data URI, at most `side` pixels a side, in JPEG."""
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    picture.thumbnail((side, side))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return picture_uri(Image.fromarray(np.ascontiguousarray(pixels)), side)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -1,0 +1,141 @@
+"""The rows of a run's page that stand out by their loss, with their captions and thumbnails."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from sd_recipes.errors import one_line
+from sd_recipes.evaluation.row_rankings import (
+    HELD_OUT,
+    TRAIN,
+    RowLosses,
+    hardest,
+    learned_first,
+    memorised,
+    read_validations,
+)
+from sd_recipes.evaluation.verdict import changed
+from sd_recipes.export.pages import UNREADABLE, picture_uri
+
+logger = logging.getLogger(__name__)
+
+SHOWN, THUMBNAIL = 10, 96  # rows of a ranking; pixels a side
+TABLES = 40  # validations whose tables are read: enough to see which rows were learned first
+CAPTION = 200  # characters of a caption
+NAMES = {HELD_OUT: "held-out rows", TRAIN: "training rows"}
+
+
+@dataclass
+class ShownRow:
+    """A row, and the figure by which it stands out."""
+
+    row: int
+    figure: str
+    detail: str = ""
+    name: str = ""
+    caption: str = ""
+    thumbnail: str | None = None  # data URI
+
+
+@dataclass
+class Ranking:
+    """Rows of a set that stand out, the most conspicuous first."""
+
+    title: str
+    words: str
+    of_set: str
+    rows: list[ShownRow]
+
+
+def rankings(output_dir: Path) -> list[Ranking]:
+    """The rankings of a run by its tables of losses; those without a row are left out."""
+    validations = read_validations(output_dir, TABLES)
+    losses = {name: each for name in NAMES if (each := [found[name] for found in validations if name in found])}
+    found = [ranking for ranking in (*_hardest(losses), *_learned_first(losses), *_memorised(losses)) if ranking.rows]
+    if found:
+        _describe(found, output_dir / "validation" / "rows.parquet")
+    return found
+
+
+def _hardest(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
+    for name, validations in losses.items():
+        end = validations[-1]
+        rows = [ShownRow(each.row, f"{each.ratio:.2f} × its like") for each in hardest(end, SHOWN)]
+        words = f"Those with the highest loss at step {end.step}. Look for wrong captions, and odd or crowded pictures."
+        yield Ranking(f"Hardest {NAMES[name]}", words, name, rows)
+
+
+def _learned_first(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
+    for name, validations in losses.items():
+        if found := learned_first(validations, SHOWN):
+            step, ranked = found
+            rows = [
+                ShownRow(each.row, f"loss {changed(each.own - 1)}", f"its like {changed(each.own / each.ratio - 1)}")
+                for each in ranked
+            ]
+            words = (
+                f"At step {step} the loss had fallen by half of what it ever fell, on average; that of these rows by "
+                "most, relative to their like."
+            )
+            yield Ranking(f"Learned first of the {NAMES[name]}", words, name, rows)
+
+
+def _memorised(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
+    if len(losses.get(TRAIN, [])) < 2:
+        return
+    training, held_out = losses[TRAIN], losses.get(HELD_OUT, [])
+    ranked = memorised(training[0], training[-1], SHOWN, (held_out[0], held_out[-1]) if len(held_out) > 1 else None)
+    rows = [
+        ShownRow(
+            each.row,
+            f"{each.ratio:.2f} × its like",
+            "" if each.to_held_out is None else f"{each.to_held_out:.2f} × held-out rows",
+        )
+        for each in ranked
+    ]
+    words = (
+        f"From step {training[0].step} to step {training[-1].step} their loss fell most below that of other training "
+        "rows, and of held-out rows too. Look for duplicates, and whether the model draws these very pictures."
+    )
+    yield Ranking("Perhaps learned by heart", words, TRAIN, rows)
+
+
+def _describe(found: list[Ranking], path: Path) -> None:
+    """Fill in names, captions and thumbnails from rows.parquet, as far as it can be read."""
+    try:
+        table = pq.read_table(path, columns=["set", "row", "name", "caption", "thumbnail"])
+        wanted = pa.array(
+            sorted({row.row for ranking in found for row in ranking.rows}), table.schema.field("row").type
+        )
+        listed = table.filter(pc.is_in(table.column("row"), wanted)).to_pylist()
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+        logger.warning("%s is not a table of rows (%s): the page shows numbers only.", path, one_line(error, 100))
+        return
+    known = {(each["set"], each["row"]): each for each in listed}
+    for ranking in found:
+        for row in ranking.rows:
+            if each := known.get((ranking.of_set, row.row)):
+                row.name, row.caption = each["name"] or "", _shortened(each["caption"] or "")
+                row.thumbnail = _thumbnail(each["thumbnail"])
+
+
+def _shortened(caption: str) -> str:
+    return caption if len(caption) <= CAPTION else f"{caption[: CAPTION - 1]}…"
+
+
+def _thumbnail(content: bytes | None) -> str | None:
+    """A picture's bytes as a data URI; None if there are none, or they are no picture."""
+    try:
+        with Image.open(io.BytesIO(content or b""), formats=["JPEG", "PNG"]) as picture:
+            return picture_uri(picture, THUMBNAIL)
+    except UNREADABLE:
+        return None
