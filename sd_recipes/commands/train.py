@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from sd_recipes.evaluation.figures import best_of, held_out_losses
 from sd_recipes.export.hub import create_repository, publish
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.export.report import write_report
+from sd_recipes.export.run_page import write_run_page
 from sd_recipes.flags import recipe_text, written_settings
 from sd_recipes.model.samplers import drawing_sampler
 from sd_recipes.model.sources import MODEL
@@ -137,13 +138,15 @@ def train(built: Run) -> None:
         raise
     try:
         state.export(built.output_dir, is_main=is_main)
-        with exported_weights(built):
+        with exported_weights(built) as best_step:
             if is_main:
-                report = write_results(built)
-                say("\n".join(["", f"pipeline        {built.output_dir}", *report]))
+                report = write_results(built, best_step)
+                of_step = "" if best_step is None else f", with the weights of step {best_step}, the best"
+                say("\n".join(["", f"pipeline        {built.output_dir}{of_step}", *report]))
         if repo_id and is_main:
             predicts = built.model.objective.prediction_type
-            say(f"pushed          {publish(built.output_dir, repo_id, recipe, built.model.family, predicts)}")
+            address = publish(built.output_dir, repo_id, recipe, built.model.family, predicts, best_step)
+            say(f"pushed          {address}")
         built.tracker.close()
     except RunError:  # on the first process, which does this alone; the other processes finish as they would have
         with suppress(RuntimeError):
@@ -281,26 +284,35 @@ def repository(recipe: Recipe, is_main: bool) -> str | None:
 
 
 @contextmanager
-def exported_weights(built: Run) -> Iterator[None]:
+def exported_weights(built: Run) -> Iterator[int | None]:
     """Within this context the first process's components have the weights that the pipeline gets.
 
-    Every process has to enter it. Raises NotSaved if those of --export best cannot be read.
+    With --export best, those of the best step, which it yields. Every process has to enter it. Raises NotSaved, on all
+    of them, if they cannot be read.
     """
     state, components, is_main = built.state, built.model.components, built.accelerator.is_main_process
-    best = best_weights(built) if is_main and built.recipe.export == "best" else None
-    if best is None:
-        with state.evaluated(components, wanted=is_main):
-            yield
-    else:
-        with state.replaced(components, best):
+    best, problem = None, None
+    if is_main and built.recipe.export == "best":
+        try:
+            best = best_weights(built)
+        except NotSaved as error:
+            problem = str(error)
+    step, problem = broadcast((best and best[0], problem))
+    if problem:
+        raise NotSaved(problem)
+    with ExitStack() as applied:
+        if step is None:
+            applied.enter_context(state.evaluated(components, wanted=is_main))
+        elif best is not None:
+            applied.enter_context(state.replaced(components, best[1]))
             for name, part in state.parts.items():
                 if part.export:
-                    part.export(best[name], built.output_dir)
-            yield
+                    part.export(best[1][name], built.output_dir)
+        yield step
 
 
-def best_weights(built: Run) -> dict[str, dict[str, torch.Tensor]] | None:
-    """The tensors with the lowest held-out loss, by part and name; None, and a warning, if they were not kept.
+def best_weights(built: Run) -> tuple[int, dict[str, dict[str, torch.Tensor]]] | None:
+    """The step with the lowest held-out loss, and its tensors by part and name; None, and a warning, if not kept.
 
     Raises NotSaved if they cannot be read.
     """
@@ -313,7 +325,7 @@ def best_weights(built: Run) -> dict[str, dict[str, torch.Tensor]] | None:
         )  # fmt: skip
         return None
     try:
-        return read_best(kept[-1])
+        return best.step, read_best(kept[-1])
     except (DamagedCheckpoint, *FAILURES) as error:
         raise NotSaved(
             f"--export best: {kept[-1]} cannot be read ({one_line(error)}); with --export end, the same command "
@@ -331,17 +343,21 @@ def how_to_draw(built: Run) -> list[str]:
     ]
 
 
-def write_results(built: Run) -> list[str]:
-    """Write the pipeline, pictures and figures; returns lines that sum them up. Raises NotSaved if there is no room."""
+def write_results(built: Run, best_step: int | None) -> list[str]:
+    """Write the pipeline, pictures and figures; returns lines that sum them up. Raises NotSaved if there is no room.
+
+    `best_step` is that of the weights, if these are not the last step's.
+    """
     output_dir, recipe = built.output_dir, built.recipe
     try:
         export_pipeline(built.model.family, built.model.components, output_dir)
         samples = list_samples(output_dir)
-        if recipe.export == "best" and (kept := list_best(output_dir)):
-            samples = [path for path in samples if step_of_sample(path) <= step_of(kept[-1])]
+        if best_step is not None:
+            samples = [path for path in samples if step_of_sample(path) <= best_step]
         if samples:
             shutil.copy(samples[-1], output_dir / "samples.png")
-        return [*write_report(output_dir), *how_to_draw(built)]
+        page = write_run_page(output_dir)
+        return [*write_report(output_dir), f"page            {page}", *how_to_draw(built)]
     except FAILURES as error:
         raise NotSaved(
             f"the pipeline cannot be written to {output_dir} ({one_line(error)}): make room, and "

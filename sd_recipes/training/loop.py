@@ -19,10 +19,12 @@ from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.latent_store import LatentStore
 from sd_recipes.evaluation.figures import Best
+from sd_recipes.export.run_page import write_run_page
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import StopAgreement, all_gather, begin_sum, broadcast, wait_for_all
 from sd_recipes.runtime.fsdp import full_tensor
 from sd_recipes.runtime.memory import peak_memory_gb
+from sd_recipes.runtime.output_dir import NO_ROOM
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.training.build import UNCERTAINTY, Model, Run
 from sd_recipes.training.finite import TrainingDiverged, has_finite_weights
@@ -248,6 +250,7 @@ def validate(run: Run, best_weights: BestWeights) -> Best | None:
     if best and best.step == run.state.progress.global_step and run.recipe.keep_best:
         best_weights.keep(best.loss)
     show_uncertainty(run)
+    show_page(run)
     return best
 
 
@@ -269,6 +272,18 @@ def show_uncertainty(run: Run) -> None:
     part = run.state.parts.get(UNCERTAINTY)
     if part and part.export and run.accelerator.is_main_process:
         part.export(part.evaluated_tensors(), run.output_dir)
+
+
+def show_page(run: Run) -> None:
+    """Let the first process renew the run's page."""
+    if not run.accelerator.is_main_process:
+        return
+    try:
+        write_run_page(run.output_dir)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        logger.warning("The run's page cannot be written (%s): training continues.", error)
 
 
 def progress_bar(run: Run) -> tqdm:
