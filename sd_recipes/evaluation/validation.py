@@ -158,7 +158,7 @@ class Validator:
         share: Share | None = Share()
         assert share is not None
         try:
-            with self.encoder.on_device(), self._evaluating():
+            with self.encoder.on_device(), self.evaluating():
                 self._add_errors(share, RAW)
         except Stopped:
             share = None
@@ -179,7 +179,7 @@ class Validator:
             with state.evaluated(self.components, averaged=weights == AVERAGED):
                 try:
                     if share is not None:
-                        with self.encoder.on_device(), self._evaluating():
+                        with self.encoder.on_device(), self.evaluating():
                             self._add_errors(share, weights)
                             if weights == kinds[0] and draws:
                                 self._add_pictures(share)
@@ -194,7 +194,7 @@ class Validator:
         return share
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Within this context the UNet evaluates, on the device: it may have been gathered in host memory."""
         unet = self.components.unet.to(self.accelerator.device)
         was_training = unet.training
