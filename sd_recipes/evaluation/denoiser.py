@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,13 +31,18 @@ class SquaredErrors:
     @classmethod
     def joined(cls, parts: Sequence[SquaredErrors]) -> SquaredErrors:
         """Those of images that were dealt out, in the order of their numbers. There has to be a part."""
-        numbers, mean_squares, timesteps, values = (
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("image_numbers", "mean_squares", "timesteps", "values")
+        order = np.argsort(np.concatenate([part.image_numbers for part in parts]), kind="stable")
+
+        def column(name: str) -> np.ndarray:
+            return np.concatenate([getattr(part, name) for part in parts])[order]
+
+        return replace(
+            parts[0],
+            image_numbers=column("image_numbers"),
+            mean_squares=column("mean_squares"),
+            timesteps=column("timesteps"),
+            values=column("values"),
         )
-        order = np.argsort(numbers, kind="stable")
-        columns = (each[order] for each in (numbers, mean_squares, timesteps, values))
-        return cls(*columns, parts[0].dimensions, parts[0].sampling)
 
     def by_timestep(self, num_timesteps: int) -> np.ndarray:
         """(N, num_samples, T): m_t; or, of drawn timesteps, unbiased estimates, 0 where nothing was drawn."""
