@@ -82,7 +82,8 @@ def bits_content(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
         return [title, *(with_error(_at(bound, path)) for bound in bounds)]
 
     table = [row(title, name) for name, title in TERMS.items()]
-    table += [row(f"total, {name}", "by_variance", name) for name in bounds[0]["by_variance"]]
+    others = [name for name in bounds[0]["by_variance"] if name != figures["variance"]]
+    table += [row(f"total, {name} variance", "by_variance", name) for name in others]
     table += [row(PIXELS, "pixels")] if "pixels" in bounds[0] else []
     curves = [
         (style, figures[which][kind]["rate_distortion"])
@@ -124,10 +125,10 @@ def sentences(figures: Mapping[str, Any]) -> list[str]:
         if which in figures:
             told, in_all = figures[which]["told_by_captions"], figures[which]["told_by_captions_per_picture"]
             words = {
-                1: f"Its caption tells {with_error(told)} bits a dimension of a {row}, {with_error(in_all)} in all.",
+                1: f"The caption of a {row} tells {with_error(told)} bits a dimension of it, {with_error(in_all)} in all.",
                 0: f"What its caption tells of a {row} is lost in the error: {with_error(told)} bits a dimension.",
-                -1: f"Its caption misleads on a {row}, which takes {with_error(_negative(told))} bits a dimension more "
-                "with it than without: the model goes by what it knows of its training captions.",
+                -1: f"With its caption a {row} takes {with_error(_negative(told))} bits a dimension more than without: "
+                "it misleads a model that knows its training captions by heart.",
             }
             found.append(words[_sign(told)])
     if "gap" in figures:
