@@ -34,6 +34,11 @@ def check_recipe_fits(recipe: Recipe, components: Components) -> None:
             "this model's last timestep is pure noise (rescale_betas_zero_snr in its scheduler_config.json), of which "
             f"{predicts} tells nothing: use --prediction_type v_prediction"
         )
+    if predicts == "score" and components.scheduler.alphas_cumprod[0] == 1:
+        raise RecipeError(
+            "this model's schedule adds no noise at the first timestep (its beta is 0), where the score is infinite: "
+            "use --prediction_type epsilon, or raise beta_start in its scheduler_config.json"
+        )
     check_timesteps(scheduler.num_train_timesteps, recipe)
     if recipe.validation_prompts and recipe.validation_inference_steps > scheduler.num_train_timesteps:
         raise RecipeError(
