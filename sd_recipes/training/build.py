@@ -32,7 +32,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.metrics import ImageTextScore
 from sd_recipes.evaluation.uncertainty_plot import draw_uncertainty
 from sd_recipes.evaluation.validation import HELD_OUT_SEED, Validator
-from sd_recipes.model.checks import check_pictures, check_recipe_fits
+from sd_recipes.model.checks import check_pictures, check_recipe_fits, check_schedule
 from sd_recipes.model.components import Components, latent_shape_of, load_scheduler
 from sd_recipes.model.conditioning import CachedText, Conditioning
 from sd_recipes.model.families import family_of
@@ -122,7 +122,9 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     family = family_of(recipe)
     # The smallest parts first, so that a missing model is reported soon: for the tokenizer, which the data checks need,
     # transformers would keep asking an unreachable Hub for minutes.
-    scheduler, tokenizer = load_scheduler(recipe), family.load_tokenizer(recipe)
+    scheduler = load_scheduler(recipe)
+    check_schedule(recipe, scheduler)
+    tokenizer = family.load_tokenizer(recipe)
     batch_size = global_batch_size(recipe, accelerator.num_processes, manifest)
     data = load_training_data(
         recipe, tokenizer, seed=recipe.seed, global_batch_size=batch_size, rank=accelerator.process_index
@@ -137,7 +139,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     stop_request.check(NOT_BEGUN)
     check_recipe_fits(recipe, components)
     convert(recipe, components, is_new=checkpoint is None)
-    check_pictures(recipe, components)
+    check_pictures(recipe, components.sampler)
     provenance = None
     if data.provenances or recipe.cache_latents != "off":  # of the weights as they were loaded
         provenance = provenance_of(recipe, components.vae, DTYPES[accelerator.mixed_precision])

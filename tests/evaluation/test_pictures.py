@@ -141,8 +141,10 @@ def test_a_sampler_that_does_not_fit_is_one_line_before_anything_is_loaded(name:
     ],
 )
 def test_what_a_sampler_cannot_draw_is_one_line_before_the_first_step(
-    settings: dict[str, Any], changes: dict[str, Any], words: str
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
 ) -> None:
+    if "validation_sampler" in changes:  # which needs neither data nor weights
+        monkeypatch.setattr("sd_recipes.training.build.load_training_data", lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(RecipeError, match=f"^{words}") as error:
         build(settings, **{**DRAWN, **changes})
     assert "\n" not in str(error.value)
