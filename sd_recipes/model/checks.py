@@ -13,7 +13,7 @@ from sd_recipes.recipe import Recipe
 
 
 def check_schedule(recipe: Recipe, scheduler: DDPMScheduler) -> None:
-    """Raises RecipeError for a setting that does not fit this model's schedule, before anything else of it is loaded."""
+    """Raises RecipeError for a setting that does not fit the model's schedule, before anything else is loaded."""
     config = scheduler.config
     if recipe.dream_training and config.prediction_type != "epsilon" and not recipe.prediction_type:
         raise RecipeError("--dream_training is defined for epsilon, and this model predicts something else: drop it")
