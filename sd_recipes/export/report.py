@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sd_recipes.evaluation.figures import FIGURES
-from sd_recipes.evaluation.verdict import judge, series, verdict
+from sd_recipes.evaluation.verdict import judge, series
 from sd_recipes.runtime.trackers import list_samples, read_metrics
 
 matplotlib.use("Agg")
@@ -48,7 +48,8 @@ def write_report(output_dir: Path) -> list[str]:
             changes.append(f"{label} {values[0]:.4g}")
     if changes:
         said.append("figures         " + ", ".join(changes))
-    for place, sentence in enumerate(verdict(lines)):
+    judgement = judge(lines)
+    for place, sentence in enumerate(judgement.sentences if judgement.best_step else []):
         said.append(f"{'' if place else 'verdict':<16}{sentence}")
     return said
 
