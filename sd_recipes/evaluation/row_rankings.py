@@ -3,18 +3,19 @@
 A row is measured at a few timesteps only, and the loss differs far more between timesteps than between rows. So a
 sample is compared with its like: what the other samples of its set have, on average, at its timestep t. That is a line
 fitted around t to the logarithms of their losses, weighted by exp(-((t - t') / h)² / 2), the sample itself left out.
-All figures are ratios, averaged over a row's samples by their geometric mean: 1 is like the others.
+All figures are ratios, averaged over a row's samples: 1 is like the others.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sd_recipes.errors import one_line
+from sd_recipes.reading import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,8 @@ def read_validations(output_dir: Path, at_most: int) -> list[dict[str, RowLosses
 
 def read_losses(path: Path) -> dict[str, RowLosses]:
     """The losses of one validation by set. Raises OSError, ValueError, LookupError, TypeError or pa.ArrowException."""
-    table = pq.read_table(path, columns=["set", "weights", "row", "timestep", "loss"])
+    with open_regular(path) as file:
+        table = pq.ParquetFile(file).read(columns=["set", "weights", "row", "timestep", "loss"])
     said = json.loads((table.schema.metadata or {})[b"sd_recipes"])
     step, num_train_timesteps = int(said["step"]), int(said["num_train_timesteps"])
     weights = table.column("weights")
@@ -103,16 +106,23 @@ def evenly_spaced(items: Sequence[Item], number: int) -> list[Item]:
     return [items[round(n * (len(items) - 1) / (number - 1))] for n in range(number)]
 
 
-def hardest(end: RowLosses, number: int) -> list[RankedRow]:
+def hardest(validations: Sequence[RowLosses], number: int) -> list[RankedRow]:
     """The rows with the highest loss, relative to their like: wrong captions, odd or crowded pictures.
 
-    ratio = exp(mean over the row's samples of [log loss - f(t)]), where f(t) is the like's log loss at the sample's t;
-    `own` is the geometric mean of the row's losses.
+    ratio = mean over the row's samples of loss / exp(f(t)), where f(t) is the like's log loss at the sample's t; over
+    its samples at all of `validations`. With the last one alone these are the rows that are hardest at the end. In a
+    training row a wrong caption is learned by heart in time, and stands out over all validations only.
+    `own` is the mean of the row's losses.
     """
-    if end.num_rows < MIN_ROWS:
+    validations = [each for each in validations if each.num_rows >= MIN_ROWS]
+    if not validations:
         return []
-    beyond = end.log_loss - _like(end, end.log_loss)
-    return _ranked(end.row, beyond, end.log_loss)[::-1][:number]
+    row = np.concatenate([each.row for each in validations])
+    loss = np.exp(np.concatenate([each.log_loss for each in validations]))
+    like = np.exp(np.concatenate([_like(each, each.log_loss) for each in validations]))
+    rows, ratios, owns = _mean_by_row(row, loss / like, loss)
+    ranked = [RankedRow(*each) for each in zip(rows, ratios, owns, strict=True)]
+    return sorted(ranked, key=lambda each: -each.ratio)[:number]
 
 
 def learned_first(validations: Sequence[RowLosses], number: int) -> tuple[int, list[RankedRow]] | None:
@@ -130,7 +140,7 @@ def learned_first(validations: Sequence[RowLosses], number: int) -> tuple[int, l
     if lowest >= 0:
         return None
     half = next(fall for fall in falls if fall.log_loss.mean() <= lowest / 2)
-    return half.step, _ranked(half.row, half.log_loss - _like(half, half.log_loss), half.log_loss)[:number]
+    return half.step, _fallen(half)[:number]
 
 
 def memorised(
@@ -150,8 +160,11 @@ def memorised(
     against_held_out = None
     if held_out and (like := _fall(*held_out)).num_rows >= MIN_ROWS:
         against_held_out = fall.log_loss - _like(like, like.log_loss, fall.timestep)
-    ranked = _ranked(fall.row, fall.log_loss - _like(fall, fall.log_loss), fall.log_loss, against_held_out)
-    return [row for row in ranked if row.ratio < 1 and (row.to_held_out is None or row.to_held_out < 1)][:number]
+    return [
+        row
+        for row in _fallen(fall, against_held_out)
+        if row.ratio < 1 and (row.to_held_out is None or row.to_held_out < 1)
+    ][:number]
 
 
 def _fall(start: RowLosses, end: RowLosses) -> RowLosses:
@@ -189,16 +202,16 @@ def _like(samples: RowLosses, values: np.ndarray, at: np.ndarray | None = None) 
     return (spread * total - slope * sloped) / (spread * weight - slope**2)
 
 
-def _ranked(
-    row: np.ndarray, beyond: np.ndarray, own: np.ndarray, beyond_held_out: np.ndarray | None = None
-) -> list[RankedRow]:
-    """The rows by the mean of their samples' `beyond`, lowest first; all arrays (N,) are logarithms."""
-    rows, place, counts = np.unique(row, return_inverse=True, return_counts=True)
-
-    def ratio(values: np.ndarray) -> list[float]:
-        ratios: list[float] = np.exp(np.bincount(place, weights=values) / counts).tolist()
-        return ratios
-
-    to_held_out = [None] * len(rows) if beyond_held_out is None else ratio(beyond_held_out)
-    ranked = [RankedRow(*each) for each in zip(rows.tolist(), ratio(beyond), ratio(own), to_held_out, strict=True)]
+def _fallen(fall: RowLosses, beyond_held_out: np.ndarray | None = None) -> list[RankedRow]:
+    """The rows by their `fall` relative to their like's, the farthest first; `beyond_held_out` is (N,), a logarithm."""
+    beyond = fall.log_loss - _like(fall, fall.log_loss)
+    others = [] if beyond_held_out is None else [beyond_held_out]
+    rows, *means = _mean_by_row(fall.row, beyond, fall.log_loss, *others)
+    ranked = [RankedRow(row, *map(math.exp, each)) for row, *each in zip(rows, *means, strict=True)]
     return sorted(ranked, key=lambda each: each.ratio)
+
+
+def _mean_by_row(row: np.ndarray, *values: np.ndarray) -> list[list[Any]]:
+    """The rows' numbers, and of each of `values`, (N,), the mean over the row's samples."""
+    rows, place, counts = np.unique(row, return_inverse=True, return_counts=True)
+    return [rows.tolist(), *((np.bincount(place, weights=each) / counts).tolist() for each in values)]

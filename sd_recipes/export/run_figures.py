@@ -53,16 +53,11 @@ def curves(figures: Mapping[str, dict[int, float]], last_step: int, best_step: i
     )
     mark = (best_step, f"best: step {best_step}") if best_step is not None else None
     shade = (held_out.values, training_rows.values)
-    small = {
-        name: line_chart(
-            [Curve(name, "one", {step: scale * value for step, value in figures[key].items()})],
-            *SIZES[1],
-            last_step,
-            logarithmic=key == "grad_norm",
-        )
-        for name, (key, scale) in SMALL_CHARTS.items()
-        if key in figures
-    }
+    small = []
+    for name, (key, scale) in SMALL_CHARTS.items():
+        curve = Curve(name, "one", {step: scale * value for step, value in figures.get(key, {}).items()})
+        if chart := line_chart([curve], *SIZES[1], last_step, logarithmic=key == "grad_norm"):
+            small.append((name, chart))
     bins = {
         words: [figures.get(f"{prefix}_excess_bin_{number}", {}) for number in range(NUM_BINS)]
         for words, prefix in (("held-out rows", "validation"), ("training rows", "train_subset"))
@@ -79,7 +74,7 @@ def curves(figures: Mapping[str, dict[int, float]], last_step: int, best_step: i
         "training": [
             chart for width, height in SIZES if (chart := line_chart([training, quiet], width, height, last_step))
         ],
-        "small_charts": list(small.items()),
+        "small_charts": small,
         "heat_maps": [(words, drawing) for words, drawing in maps.items() if drawing],
         "colour_limit": limit,
         "has": {"training_rows": training_rows.values, "raw": raw.values, "quiet": quiet.values},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from sd_recipes.errors import one_line
 from sd_recipes.evaluation.row_rankings import (
     HELD_OUT,
     TRAIN,
+    RankedRow,
     RowLosses,
     hardest,
     learned_first,
@@ -25,6 +26,7 @@ from sd_recipes.evaluation.row_rankings import (
 )
 from sd_recipes.evaluation.verdict import changed
 from sd_recipes.export.pages import UNREADABLE, picture_uri
+from sd_recipes.reading import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +70,17 @@ def rankings(output_dir: Path) -> list[Ranking]:
 
 def _hardest(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
     for name, validations in losses.items():
-        end = validations[-1]
-        rows = [ShownRow(each.row, f"{each.ratio:.2f} × its like") for each in hardest(end, SHOWN)]
-        words = f"Those with the highest loss at step {end.step}. Look for wrong captions, and odd or crowded pictures."
-        yield Ranking(f"Hardest {NAMES[name]}", words, name, rows)
+        words = f"Those with the highest loss at step {validations[-1].step}."
+        words += " Look for wrong captions, and for odd or crowded pictures."
+        yield Ranking(f"Hardest {NAMES[name]} at the end", words, name, _by_ratio(hardest(validations[-1:], SHOWN)))
+    if TRAIN in losses:
+        words = "A wrong caption that is learned by heart no longer stands out at the end; on average it does."
+        rows = _by_ratio(hardest(losses[TRAIN], SHOWN))
+        yield Ranking("Hardest training rows on average over all validations", words, TRAIN, rows)
+
+
+def _by_ratio(ranked: Iterable[RankedRow]) -> list[ShownRow]:
+    return [ShownRow(each.row, f"{each.ratio:.2f} × its like") for each in ranked]
 
 
 def _learned_first(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
@@ -112,7 +121,8 @@ def _memorised(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
 def _describe(found: list[Ranking], path: Path) -> None:
     """Fill in names, captions and thumbnails from rows.parquet, as far as it can be read."""
     try:
-        table = pq.read_table(path, columns=["set", "row", "name", "caption", "thumbnail"])
+        with open_regular(path) as file:
+            table = pq.ParquetFile(file).read(columns=["set", "row", "name", "caption", "thumbnail"])
         wanted = pa.array(
             sorted({row.row for ranking in found for row in ranking.rows}), table.schema.field("row").type
         )
