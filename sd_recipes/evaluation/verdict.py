@@ -34,26 +34,29 @@ def verdict(lines: Lines) -> list[str]:
 
     `lines` are those of metrics.jsonl.
     """
-    return judge(lines).sentences
+    return judge(figures_by_step(lines)).sentences
 
 
-def series(lines: Lines, name: str) -> Losses:
-    """The finite values of a figure by step, in order of steps; the last one that was logged for a step counts."""
-    found = {line["step"]: float(line[name]) for line in lines if name in line and math.isfinite(line[name])}
-    return dict(sorted(found.items()))
+def figures_by_step(lines: Lines) -> dict[str, Losses]:
+    """The finite values of each figure by step, in order of steps; the last one that was logged for a step counts."""
+    found: dict[str, Losses] = {}
+    for line in sorted(lines, key=lambda line: line["step"]):
+        for name, value in line.items():
+            if math.isfinite(value):
+                found.setdefault(name, {})[line["step"]] = float(value)
+    return found
 
 
-def judge(lines: Lines) -> Judgement:
+def judge(figures: Mapping[str, Losses]) -> Judgement:
     """The judgement that `verdict` puts in words.
 
     It learns if the held-out loss was lower at some step than before training (or than at the first validation, where
     there was none before training). It over-fits if the held-out loss has risen since its best, and the loss of the
     training rows has not risen by half as much.
     """
-    lines = list(lines)
-    held_out, training_rows = series(lines, "validation_loss"), series(lines, "train_subset_loss")
+    held_out, training_rows = (figures.get(name, {}) for name in ("validation_loss", "train_subset_loss"))
     if not held_out:
-        return Judgement("unknown", "unknown", _without_held_out(lines))
+        return Judgement("unknown", "unknown", _without_held_out(figures.get("train_loss", {})))
     if len(held_out) == 1:
         return Judgement("unknown", "unknown", [_measured_once(*next(iter(held_out.items())))])
     first, last = next(iter(held_out)), next(reversed(held_out))
@@ -66,12 +69,12 @@ def judge(lines: Lines) -> Judgement:
     return Judgement(learning, overfitting, sentences, best, to_best, since_best)
 
 
-def _without_held_out(lines: list[Mapping[str, Any]]) -> list[str]:
+def _without_held_out(training: Losses) -> list[str]:
     said = [
         "There is no held-out loss so far, so nobody can know whether the run is learning or over-fitting: name a "
         "split of held-out rows with --validation_split."
     ]
-    losses = list(series(lines, "train_loss").values())
+    losses = list(training.values())
     if len(losses) >= 10:
         tenth = len(losses) // 10
         begin, end = (sum(some) / tenth for some in (losses[:tenth], losses[-tenth:]))

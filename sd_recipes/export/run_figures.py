@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,8 @@ SMALL_CHARTS = {
 }
 
 
-def figures_by_step(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """The finite values of each figure by step, in order of steps; the last one that was logged for a step counts."""
-    found: dict[str, dict[int, float]] = {}
-    for line in sorted(lines, key=lambda line: line["step"]):
-        step = line["step"]
-        for name, value in line.items():
-            if math.isfinite(value):
-                found.setdefault(name, {})[step] = value
-    return found
-
-
 def curves(figures: Mapping[str, dict[int, float]], last_step: int, best_step: int | None) -> dict[str, Any]:
     """The curves of losses and of everything else, and the heat maps."""
-
     held_out, training_rows, raw, training, quiet = (
         Curve(label, style, figures.get(name, {}), has_dots=style in ("held-out", "training-rows"))
         for label, style, name in (

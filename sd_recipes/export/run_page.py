@@ -15,9 +15,9 @@ from markupsafe import Markup
 from sd_recipes.checkpoints.format import list_checkpoints
 from sd_recipes.checkpoints.format import step_of as checkpoint_step
 from sd_recipes.errors import RecipeError
-from sd_recipes.evaluation.verdict import Judgement, judge, percent
+from sd_recipes.evaluation.verdict import Judgement, figures_by_step, judge, percent
 from sd_recipes.export.pages import ENVIRONMENT, render_page
-from sd_recipes.export.run_figures import curves, figures_by_step, grids
+from sd_recipes.export.run_figures import curves, grids
 from sd_recipes.export.run_rows import rankings
 from sd_recipes.flags import MAX_RECIPE_BYTES, read_recipe_file
 from sd_recipes.reading import StrangeFile, open_regular, read_text
@@ -39,7 +39,7 @@ def write_run_page(output_dir: Path) -> Path:
     """
     lines = read_metrics(output_dir / "metrics.jsonl")
     figures = figures_by_step(lines)
-    judgement = judge(lines)
+    judgement = judge(figures)
     last_step = max((line["step"] for line in lines), default=0)
     settings = _settings(output_dir / "recipe.yaml")
     script = Markup(ENVIRONMENT.get_template("run/slider.js").render())

@@ -10,6 +10,7 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
+from sd_recipes.evaluation.verdict import figures_by_step
 from sd_recipes.export import report
 
 
@@ -24,18 +25,18 @@ def figure(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         plt.close(each)
 
 
-def lines(validations: dict[int, tuple[float, float | None]]) -> list[dict[str, Any]]:
+def figures(validations: dict[int, tuple[float, float | None]]) -> dict[str, dict[int, float]]:
     found: list[dict[str, Any]] = [{"step": step, "train_loss": 0.2 + 0.001 * step} for step in range(1, 101)]
     for step, (held_out, training_rows) in validations.items():
         found.append({"step": step, "validation_loss": held_out})
         if training_rows is not None:
             found[-1]["train_subset_loss"] = training_rows
-    return found
+    return figures_by_step(found)
 
 
 def test_the_curve_shows_both_losses_their_gap_and_the_best_step(figure: list[Any], tmp_path: Path) -> None:
     curve = {0: (0.4, 0.4), 50: (0.2, 0.18), 100: (0.25, 0.1)}
-    report.draw_loss_curve(lines(curve), tmp_path / "curve.png")
+    report.draw_loss_curve(figures(curve), tmp_path / "curve.png")
     (axes,) = figure[0].axes
     drawn = {line.get_label(): np.asarray(line.get_xydata()) for line in axes.get_lines()}
     assert drawn["held-out loss, fixed noise"].tolist() == [[0, 0.4], [50, 0.2], [100, 0.25]]
@@ -49,8 +50,8 @@ def test_the_curve_shows_both_losses_their_gap_and_the_best_step(figure: list[An
 
 
 def test_the_curve_without_training_rows_or_without_validation(figure: list[Any], tmp_path: Path) -> None:
-    report.draw_loss_curve(lines({0: (0.4, None), 50: (0.2, None)}), tmp_path / "curve.png")
-    report.draw_loss_curve(lines({}), tmp_path / "curve.png")
+    report.draw_loss_curve(figures({0: (0.4, None), 50: (0.2, None)}), tmp_path / "curve.png")
+    report.draw_loss_curve(figures({}), tmp_path / "curve.png")
     labels = [[line.get_label() for line in each.axes[0].get_lines()] for each in figure]
     assert labels[0][2:] == ["held-out loss, fixed noise", "best: step 50"]
     assert labels[1] == ["training loss", "training loss, running mean"]
