@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from sd_recipes.errors import nearest
 from sd_recipes.redaction import LEFT_OUT, has_login, in_texts, redacted
 
 
@@ -26,6 +27,11 @@ def _number_from_text(value: Any) -> Any:
 def _no_from_false(value: Any) -> Any:
     """YAML 1.1 reads a bare `no` as false."""
     return "no" if value is False else value
+
+
+def _text_from_number(value: Any) -> Any:
+    """YAML reads `0.05` and `100` as numbers, which this setting takes as words."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def _check_no_password(text: str) -> str:
@@ -45,12 +51,50 @@ def _check_no_password(text: str) -> str:
 DIFFUSERS_LENGTH, WIDEST_LENGTH = 0.09, 12**-0.5
 
 Number = Annotated[float, BeforeValidator(_number_from_text)]
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 # What it means for a resumed run that a setting differs from the checkpoint's. `refused`: the state would not fit.
 # `warned`: the run continues with the new value, and differs from the uninterrupted one. `compared`: what it stands for
 # is compared (checkpoints/resume.py), since a folder may have moved, or several settings decide it together. `free`:
 # the weights do not depend on it, except for rounding.
 OnResume = Literal["refused", "warned", "compared", "free"]
+
+# Samplers by short names: diffusers' classes that draw by a schedule of betas, from a seed.
+SAMPLERS_BY_NAME = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm2": "KDPM2DiscreteScheduler",
+    "dpm2_a": "KDPM2AncestralDiscreteScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "dpmsolver++_singlestep": "DPMSolverSinglestepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+OTHER_SAMPLER_NAMES = {
+    "plms": "PNDMScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "dpm++_2m": "DPMSolverMultistepScheduler",
+}
+
+
+def sampler_class_name(name: str) -> str:
+    """diffusers' class of a sampler that is given by a short name or the class's. Raises ValueError."""
+    class_names = {each.lower(): each for each in SAMPLERS_BY_NAME.values()}
+    known = SAMPLERS_BY_NAME | OTHER_SAMPLER_NAMES | class_names
+    found = known.get(re.sub(r"[ -]", "_", name.strip().lower()))
+    if found is None:
+        short = ", ".join(SAMPLERS_BY_NAME)
+        near = nearest(name, [*known, *SAMPLERS_BY_NAME.values()])
+        raise ValueError(
+            f"{redacted(name)!r} is none of diffusers' samplers that fit Stable Diffusion's noise schedule{near}: give "
+            f"one of {short}, or its class"
+        )
+    return found
 
 
 def setting(default: Any, on_resume: OnResume, description: str, **constraints: Any) -> Any:
@@ -382,13 +426,13 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
 class ObjectiveConfig(Section):
     """Objective: what the UNet learns to predict, and how noise and errors are weighted."""
 
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = setting(
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "score"] | None = setting(
         None, "compared", "What the UNet predicts; if not given, what the model's scheduler says."
     )
     rescale_betas_zero_snr: bool = setting(
         False,
         "warned",
-        "Let the last timestep be pure noise, in training and in the exported scheduler; not for epsilon.",
+        "Let the last timestep be pure noise, in training and in the exported scheduler; not for epsilon and score.",
     )
     snr_gamma: Number | None = setting(None, "warned", "Min-SNR weighting; 5.0 is recommended.", gt=0)
     soft_snr_gamma: Number | None = setting(
@@ -458,10 +502,10 @@ class ObjectiveConfig(Section):
             raise ValueError(
                 f"{' and '.join(f'--{name}' for name in self.weightings)} all say how timesteps are weighted: keep one"
             )
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+        if self.rescale_betas_zero_snr and self.prediction_type in ("epsilon", "score"):
             raise ValueError(
-                "--rescale_betas_zero_snr makes the last timestep pure noise, of which epsilon tells nothing: use "
-                "--prediction_type v_prediction, or drop it"
+                f"--rescale_betas_zero_snr makes the last timestep pure noise, of which {self.prediction_type} tells "
+                "nothing: use --prediction_type v_prediction, or drop it"
             )
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
             raise ValueError(
@@ -572,9 +616,40 @@ class ValidationConfig(Section):
     validation_prompts: list[str] | None = setting(None, "free", "Prompts to draw pictures of at every validation.")
     validation_epochs: int = setting(5, "free", "Epochs between validations.", ge=1)
     validation_steps: int | None = setting(None, "free", "Steps between validations, instead of epochs.", ge=1)
-    validation_split: str | None = setting(None, "free", "Split for the held-out loss.")
+    validation_split: Annotated[str | None, BeforeValidator(_text_from_number)] = setting(
+        None,
+        "compared",
+        "What is held out of training: a split, a folder or file of other rows, a share of the rows (0.05), or a "
+        "number of first rows (100).",
+    )
+    validation_rows: int = setting(
+        256, "free", "Look at no more held-out rows than this, and at as many training rows.", ge=1
+    )
+    validation_samples: int = setting(
+        256, "free", "Measure at least so many errors of each: few rows are looked at under several noises.", ge=1
+    )
+    validation_pictures: int = setting(
+        4, "free", "Without --validation_prompts, draw the captions of this many held-out rows.", ge=0
+    )
+    keep_best: bool = setting(
+        True, "free", "Keep the weights with the lowest held-out loss so far, one copy, in OUTPUT_DIR/best."
+    )
+    early_stopping: int | None = setting(
+        None, "free", "Stop after this many validations without a lower held-out loss.", ge=1
+    )
+    export: Literal["end", "best"] = setting(
+        "end",
+        "free",
+        "Which weights the pipeline gets: those of the last step, or those with the lowest held-out loss.",
+    )
     validate_before_training: bool = setting(False, "free", "Validate at step 0 too, and write before_after.png.")
     validation_inference_steps: int = setting(20, "free", "Denoising steps of a validation picture.", ge=1)
+    validation_sampler: str | None = setting(
+        None,
+        "free",
+        "Sampler of validation pictures: ddim, euler_a, dpmsolver++, … or diffusers' class; if not given, "
+        "the pipeline's own.",
+    )
     validation_guidance_scale: Number = setting(7.5, "free", "Guidance scale of a validation picture.", ge=0)
     validation_clip_model: str | None = setting(
         None,
@@ -585,6 +660,53 @@ class ValidationConfig(Section):
     logging_steps: int = setting(10, "free", "Steps between logs.", ge=1)
     report_to: str = setting("tensorboard", "free", "tensorboard, wandb, comet_ml, all or none.")
     tracker_project_name: str = setting("text2image-fine-tune", "free", "Name of the run in the trackers.")
+
+    @field_validator("validation_sampler")
+    @classmethod
+    def sampler_is_known(cls, name: str | None) -> str | None:
+        if name is not None:
+            sampler_class_name(name)
+        return name
+
+    @property
+    def held_out_share(self) -> float | None:
+        """The share of the rows that is held out, if --validation_split says one."""
+        text = self.validation_split or ""
+        return float(text) if NUMBER.fullmatch(text) and not text.isdigit() else None
+
+    @property
+    def held_out_first(self) -> int | None:
+        """The number of first rows that are held out, if --validation_split says one."""
+        text = self.validation_split or ""
+        return int(text) if text.isdigit() else None
+
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether validations draw pictures, of prompts or of captions."""
+        return bool(self.validation_prompts or (self.validation_split and self.validation_pictures))
+
+    @property
+    def divides_rows(self) -> bool:
+        """Whether what is held out is a part of the rows that would otherwise be trained on."""
+        return self.held_out_share is not None or self.held_out_first is not None
+
+    @model_validator(mode="after")
+    def validation_agrees(self) -> "ValidationConfig":
+        share, first = self.held_out_share, self.held_out_first
+        if (share is not None and not 0 < share < 1) or first == 0:
+            raise ValueError(
+                f"--validation_split {self.validation_split} leaves nothing on one side: give a share between 0 and 1, "
+                "such as 0.05, a number of first rows, a split, or a folder"
+            )
+        if self.validation_split is None:
+            for name in ("early_stopping", "export"):
+                if (value := getattr(self, name)) not in (None, "end"):
+                    raise ValueError(
+                        f"--{name} {value} goes by the held-out loss: give --validation_split, such as 0.05, or drop it"
+                    )
+        if self.export == "best" and not self.keep_best:
+            raise ValueError("--export best needs the weights that --keep_best keeps: drop --no-keep_best")
+        return self
 
 
 class HubConfig(Section):
@@ -650,8 +772,11 @@ class Recipe(
             )
         if self.overwrite and self.resume_from_checkpoint:
             raise ValueError("--overwrite starts over, which --resume_from_checkpoint contradicts: drop one")
-        if self.validation_clip_model and not self.validation_prompts:
-            raise ValueError("--validation_clip_model scores the pictures of --validation_prompts: give some prompts")
+        if self.validation_clip_model and not self.draws_pictures:
+            raise ValueError(
+                "--validation_clip_model scores validation pictures: give some --validation_prompts, or a "
+                "--validation_split whose captions are drawn"
+            )
         if not re.fullmatch(r"[A-Za-z0-9._-]+", self.tracker_project_name) or set(self.tracker_project_name) == {"."}:
             raise ValueError(
                 f"--tracker_project_name {redacted(self.tracker_project_name)!r} becomes a folder's name: "

@@ -61,4 +61,6 @@ def settings(tiny_pipeline: Path, image_folder: Path, tmp_path: Path) -> dict[st
         "seed": 5,
         "logging_steps": 1,
         "report_to": "none",
+        "validation_pictures": 0,
+        "validation_samples": 16,
     }

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sd_recipes"
 # what judges and saves it, and both stand under the loop that uses all of them.
 FLOORS = [
     ["__init__"],
-    ["errors", "assets", "redaction", "reading"],
+    ["errors", "assets", "redaction", "reading", "writing"],
     ["recipe", "kohya"],
     ["flags"],
     ["runtime"],

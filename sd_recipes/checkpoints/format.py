@@ -99,17 +99,26 @@ def write_checkpoint(contents: Contents, output_dir: Path, limit: int | None) ->
     removed.
     """
     final = output_dir / f"checkpoint-{contents.manifest.step}"
-    temporary = output_dir / f".{final.name}{PARTIAL}"
+    write_folder(contents, final)
+    _prune(final, limit)
     remove_leftovers(output_dir)
-    free = shutil.disk_usage(output_dir).free
+    return final
+
+
+def write_folder(contents: Contents, final: Path) -> None:
+    """Write a folder whole or not at all, in the place of one of that name. Raises as `write_checkpoint`."""
+    parent = final.parent
+    temporary = parent / f".{final.name}{PARTIAL}"
+    remove_leftovers(parent)
+    free = shutil.disk_usage(parent).free
     if free < contents.nbytes:
-        raise OSError(f"it needs {_gigabytes(contents.nbytes)} and {output_dir} has {_gigabytes(free)} free")
+        raise OSError(f"it needs {_gigabytes(contents.nbytes)} and {parent} has {_gigabytes(free)} free")
     try:
         _write_files(contents, temporary)
         if final.exists():  # put there after the run began, which set aside any later than its own
-            os.replace(final, output_dir / f".{final.name}{REMOVED}")
+            os.replace(final, parent / f".{final.name}{REMOVED}")
         os.replace(temporary, final)
-        sync_folder(output_dir)
+        sync_folder(parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -118,9 +127,6 @@ def write_checkpoint(contents: Contents, output_dir: Path, limit: int | None) ->
     except (DamagedCheckpoint, OSError) as error:
         remove(final)
         raise OSError(f"what was written is not what is read back: {error}") from error
-    _prune(final, limit)
-    remove_leftovers(output_dir)
-    return final
 
 
 def _write_files(contents: Contents, folder: Path) -> None:
@@ -151,8 +157,8 @@ def _prune(newest: Path, limit: int | None) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a kill left half written or half removed, of checkpoints or of snapshots."""
-    for path in [*folder.glob(".checkpoint-*"), *folder.glob(".snapshot-*")]:
+    """Remove what a kill left half written or half removed, of checkpoints, snapshots or the best weights."""
+    for path in [path for name in ("checkpoint", "snapshot", "step") for path in folder.glob(f".{name}-*")]:
         if path.suffix in (PARTIAL, REMOVED):
             remove(path)
 
@@ -273,10 +279,15 @@ def _compare(path: Path, entry: FileEntry) -> str | None:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The folders named like checkpoints, by step, oldest first; file times do not matter."""
+    return folders_by_step(output_dir, "checkpoint")
+
+
+def folders_by_step(parent: Path, name: str) -> list[Path]:
+    """The folders NAME-STEP in another, by step."""
     found = {
         int(match[1]): path
-        for path in output_dir.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d{1,18})", path.name)) and path.is_dir()
+        for path in parent.glob(f"{name}-*")
+        if (match := re.fullmatch(rf"{name}-(\d{{1,18}})", path.name)) and path.is_dir()
     }
     return [found[step] for step in sorted(found)]
 

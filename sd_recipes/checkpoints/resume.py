@@ -101,6 +101,7 @@ class SavedIdentity(BaseModel):
     data: str
     data_fingerprint: Any
     num_rows: int | None
+    held_out: str | None = None
     global_batch_size: int = Field(ge=1)
     begun: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None  # an epoch, and its batch size
 
@@ -194,6 +195,7 @@ def identity_of(
         "data": redacted(" + ".join(source.flag for source in recipe.sources)),
         "data_fingerprint": broadcast(data_fingerprint(recipe) if is_main else None),
         "num_rows": num_rows,
+        "held_out": recipe.validation_split if recipe.divides_rows else None,
         "global_batch_size": global_batch_size,
         "begun": order and order.begun and list(order.begun),
         "schedule": schedule_in_words(recipe, num_steps),
@@ -276,7 +278,12 @@ def compare_identity(now: dict[str, Any], manifest: Manifest, path: Path) -> Non
             "--pretrained_model_name_or_path is %s and was %s in %s: the VAE and text encoder are the new one's.",
             now["base"], then["base"], path,
         )  # fmt: skip
-    if differs & {"data_fingerprint", "num_rows"}:
+    if "held_out" in differs:
+        logger.warning(
+            "--validation_split is %s and was %s in %s: rows change sides, and the held-out loss may be of rows that "
+            "the run was trained on.", now["held_out"], then["held_out"], path,
+        )  # fmt: skip
+    elif differs & {"data_fingerprint", "num_rows"}:
         logger.warning(
             "The data are %s (%s rows, fingerprint %s) and were %s (%s rows, fingerprint %s) in %s: the run continues "
             "with the new ones, in another order.",

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from sd_recipes.checkpoints.best import BEST, list_best
 from sd_recipes.checkpoints.format import MANIFEST, Manifest, list_checkpoints, remove, remove_leftovers, step_of
 from sd_recipes.checkpoints.of_diffusers import refuse_folder
 from sd_recipes.checkpoints.snapshots import AVERAGES, list_snapshots
@@ -18,19 +19,20 @@ from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import broadcast
 from sd_recipes.runtime.output_dir import check_output_dir, lock_output_dir, release
 from sd_recipes.runtime.starts import STARTS
-from sd_recipes.runtime.trackers import list_samples, read_metrics
+from sd_recipes.runtime.trackers import VALIDATION, list_samples, read_metrics
 
 logger = logging.getLogger(__name__)
 
 ABANDONED = ".abandoned"  # suffix of what belongs to another line of history than the resumed run
 # What a folder may hold before its first run: output that a shell wrote there, and what `sd-recipes cache` wrote.
 HARMLESS = re.compile(r"\..*|latents|bad_rows.*\.jsonl|lost\+found|.*\.(log|out|err)")
+CURVE = ("metrics.jsonl", "samples", VALIDATION, STARTS)  # what one line of history leaves of its steps
 # What a run writes and a new one would mix with its own files; not the latent cache, nor the exported pipeline, which
 # is replaced when the new run is done.
 RUN_ARTIFACTS = (
-    "metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png", "report.html",
-    STARTS, f"{STARTS}{ABANDONED}*",
-    f"{AVERAGES}/snapshot-*", f"checkpoint-*{ABANDONED}*", f"metrics.jsonl{ABANDONED}*", f"samples{ABANDONED}*",
+    "metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png", "report.html", STARTS,
+    f"{VALIDATION}/step-*.parquet", f"{VALIDATION}/rows.parquet", f"{BEST}/step-*", f"{AVERAGES}/snapshot-*",
+    f"checkpoint-*{ABANDONED}*", *(f"{name}{ABANDONED}*" for name in CURVE),
 )  # fmt: skip
 
 
@@ -93,12 +95,14 @@ def of_other_history(output_dir: Path, source: Path, manifest: Manifest) -> list
     earlier curve and its pictures.
     """
     checkpoints = list_checkpoints(output_dir)
-    saved = [*list_snapshots(output_dir), *checkpoints]
+    saved = [*list_best(output_dir), *list_snapshots(output_dir), *checkpoints]
     if any(path.samefile(source) for path in checkpoints):
+        if step_of(checkpoints[-1]) == manifest.step:
+            saved = list_snapshots(output_dir)  # the best weights that a killed run kept after it are made again
         return [path for path in reversed(saved) if step_of(path) > manifest.step]
-    metrics, samples, starts = (output_dir / name for name in ("metrics.jsonl", "samples", STARTS))
-    has_curve = any(line["step"] <= manifest.step for line in read_metrics(metrics))
-    return [*reversed(saved), *(path for path in (metrics, samples, starts) if has_curve and path.exists())]
+    curve = [output_dir / name for name in CURVE]
+    has_curve = any(line["step"] <= manifest.step for line in read_metrics(output_dir / "metrics.jsonl"))
+    return [*reversed(saved), *(path for path in curve if has_curve and path.exists())]
 
 
 def begin_history(output_dir: Path, source: Path, manifest: Manifest) -> None:
@@ -138,7 +142,7 @@ def remove_run(output_dir: Path, logging_dir: str) -> None:
             remove(path)
     for path in list_samples(output_dir):
         remove(path)
-    for name in ("samples", AVERAGES):
+    for name in ("samples", AVERAGES, BEST, VALIDATION):
         with suppress(OSError):  # there are others' files in it, or it is a link
             (output_dir / name).rmdir()
     logs = output_dir / logging_dir

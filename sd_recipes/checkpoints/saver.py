@@ -198,10 +198,10 @@ class BackgroundSaver:
                     buffer = torch.empty_strided(size, strides, dtype=tensor.dtype, pin_memory=pinned)
                     self._buffers[file, name] = buffer.zero_()
 
-    def _contents(self, state: StateDict, streams: list[dict[str, Any] | None]) -> Contents:
-        """Everything but the tensors."""
+    def manifest(self) -> Manifest:
+        """Which run this is, and where it stands."""
         progress = self.state.progress
-        manifest = Manifest(
+        return Manifest(
             format=FORMAT,
             step=progress.global_step,
             samples_seen=progress.samples_seen,
@@ -214,5 +214,8 @@ class BackgroundSaver:
             settings=self._settings,
             identity=self._identity,
         )
+
+    def _contents(self, state: StateDict, streams: list[dict[str, Any] | None]) -> Contents:
+        """Everything but the tensors."""
         values = json.dumps({**state.values, "streams": streams}, indent=1) + "\n"
-        return Contents(manifest, {STATE: values, **state.texts})
+        return Contents(self.manifest(), {STATE: values, **state.texts})

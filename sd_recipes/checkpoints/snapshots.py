@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 from pathlib import Path, PurePosixPath
 
@@ -24,6 +23,7 @@ from sd_recipes.checkpoints.format import (
     REMOVED,
     STATE,
     Manifest,
+    folders_by_step,
     remove,
     remove_leftovers,
     step_of,
@@ -39,12 +39,7 @@ AVERAGES = "averages"
 
 def list_snapshots(output_dir: Path) -> list[Path]:
     """The snapshots in a run's folder, by step, oldest first."""
-    found = {
-        int(match[1]): path
-        for path in (output_dir / AVERAGES).glob("snapshot-*")
-        if (match := re.fullmatch(r"snapshot-(\d{1,18})", path.name)) and path.is_dir()
-    }
-    return [found[step] for step in sorted(found)]
+    return folders_by_step(output_dir / AVERAGES, "snapshot")
 
 
 def keep_snapshot(checkpoint: Path, manifest: Manifest, output_dir: Path, limit: int | None) -> None:

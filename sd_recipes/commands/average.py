@@ -23,15 +23,17 @@ from sd_recipes.checkpoints.run_folder import holds_run
 from sd_recipes.checkpoints.saver import FAILURES
 from sd_recipes.checkpoints.snapshots import list_snapshots
 from sd_recipes.commands.average_settings import Averaging
+from sd_recipes.commands.of_run import settings_of
 from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.evaluation.figures import samples
+from sd_recipes.evaluation.sample_errors import HELD_OUT
 from sd_recipes.export.pipeline import export_pipeline
-from sd_recipes.flags import build_recipe, is_resolved_recipe, read_recipe_file
-from sd_recipes.recipe import DIFFUSERS_LENGTH, Recipe
+from sd_recipes.flags import build_recipe
+from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.output_dir import check_output_dir
-from sd_recipes.runtime.signals import stop_request
-from sd_recipes.runtime.trackers import Tracker, replace_file
+from sd_recipes.runtime.trackers import replace_file
 from sd_recipes.training.build import Run, build_run
 from sd_recipes.training.profiles import Combination, Profile, combine, gamma_of
 from sd_recipes.training.state import SNAPSHOTS
@@ -41,12 +43,6 @@ logger = logging.getLogger(__name__)
 RESULTS = "averages.json"
 # Of `Combination.error`; above it, the average differs visibly from the one that training would have kept.
 LARGE_ERROR = 0.05
-# What is left out of a run that is not trained, only evaluated by its held-out loss.
-NOT_TRAINED: dict[str, Any] = {
-    "dry_run": True, "use_ema": False, "offload_ema": False, "ema_length": DIFFUSERS_LENGTH, "ema_snapshots": False,
-    "ema_snapshots_limit": None, "compile_unet": False, "cache_latents": "off", "check_data": "off",
-    "report_to": "none", "validation_prompts": None, "validation_clip_model": None,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,16 +61,6 @@ class Average:
     length: float
     combination: Combination
     loss: float | None  # held-out
-
-
-class Figures(Tracker):
-    """Keeps the figures of a validation, instead of logging them."""
-
-    def __init__(self) -> None:
-        self.figures: dict[str, Any] = {}
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        self.figures |= values
 
 
 def average(config: Averaging) -> None:
@@ -108,7 +94,7 @@ def average(config: Averaging) -> None:
         loss = None
         if recipe.validation_split:
             load_average(built, stored, combination)
-            loss = held_out_loss(built, step)
+            loss = held_out_loss(built)
         averages.append(Average(length, combination, loss))
     with_loss = {each.loss: each for each in averages if each.loss is not None}
     best = with_loss[min(with_loss)] if with_loss else None
@@ -158,13 +144,10 @@ def check_is_free(output_dir: Path) -> None:
 
 def recipe_of(run_dir: Path, config: Averaging) -> Recipe:
     """The recipe of a run, with what is not trained left out. Raises RecipeError."""
-    path = run_dir / "recipe.yaml"
-    if not is_resolved_recipe(path):
-        raise RecipeError(f"{path} is not as the run wrote it: start the run once more, which writes it")
-    settings = {**read_recipe_file(str(path)), **NOT_TRAINED, "output_dir": str(run_dir), "device": config.device}
+    changes: dict[str, Any] = {"device": config.device}
     if config.mixed_precision is not None:
-        settings["mixed_precision"] = config.mixed_precision
-    return build_recipe(settings)
+        changes["mixed_precision"] = config.mixed_precision
+    return build_recipe(settings_of(run_dir, changes))
 
 
 def read_snapshot(path: Path) -> list[Stored]:
@@ -206,13 +189,12 @@ def weighted_sum(files: list[Path], combination: Combination) -> dict[str, torch
         }
 
 
-def held_out_loss(built: Run, step: int) -> float | None:
+def held_out_loss(built: Run) -> float | None:
     """Loss on the held-out rows of the weights as they are; the same rows, timesteps and noise as in training."""
-    figures = Figures()
-    built.state.progress.global_step = step
-    built.validator(built.state, figures)
-    stop_request.check("while averages were evaluated; nothing was written")
-    return figures.figures.get("validation_loss")
+    errors = built.validator.errors()
+    if errors is None:
+        return None
+    return float(samples(errors, HELD_OUT, None)[1].mean())
 
 
 def table(averages: list[Average], title: str) -> str:

@@ -59,6 +59,9 @@ def main() -> None:
         "average", add_help=False, help="make averages of a run's weights after training; `sd-recipes average --help`"
     )
     commands.add_parser(
+        "evaluate", add_help=False, help="measure what runs and pipelines have learned; `sd-recipes evaluate --help`"
+    )
+    commands.add_parser(
         "convert",
         add_help=False,
         help="turn .ckpt and .bin files into safetensors; `sd-recipes convert --help`",
@@ -135,6 +138,19 @@ def average(argv: list[str]) -> None:
             average(config)
 
 
+def evaluate(argv: list[str]) -> None:
+    """Measure what runs, checkpoints and pipelines have learned, with the names and flags in `argv`."""
+    with mistakes_in_one_line():
+        set_up_console()  # first, since reading the settings may warn
+        from sd_recipes.commands.evaluate_settings import read_settings
+
+        config = read_settings(argv)
+        with stop_request.listening():
+            from sd_recipes.commands.evaluate import evaluate
+
+            evaluate(config)
+
+
 def convert(argv: list[str]) -> None:
     """Turn pickled weights into safetensors."""
     with mistakes_in_one_line():
@@ -156,6 +172,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "cache": cache,
     "inspect": inspect,
     "average": average,
+    "evaluate": evaluate,
     "convert": convert,
     "env": env,
 }

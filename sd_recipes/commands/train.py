@@ -5,24 +5,35 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
-from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resume_hint
+from sd_recipes.checkpoints.best import BEST, BestWeights, list_best, read_best, remove_best
+from sd_recipes.checkpoints.format import (
+    DamagedCheckpoint,
+    list_checkpoints,
+    resume_command,
+    resume_hint,
+    step_of,
+)
 from sd_recipes.checkpoints.of_diffusers import is_of_diffusers, load_from_diffusers, taken_over
 from sd_recipes.checkpoints.resume import choose_checkpoint, compare_identity, identity_of, load_checkpoint
 from sd_recipes.checkpoints.run_folder import begin_history, find_resume_point, of_other_history, output_dir_lock
 from sd_recipes.checkpoints.saver import FAILURES, BackgroundSaver, NotSaved
 from sd_recipes.checkpoints.snapshots import keep_snapshot, remove_snapshots
 from sd_recipes.errors import RecipeError, RunError, one_line
+from sd_recipes.evaluation.figures import best_of, held_out_losses
 from sd_recipes.export.hub import create_repository, publish
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.export.report import write_report
+from sd_recipes.export.run_page import write_run_page
 from sd_recipes.flags import recipe_text, written_settings
+from sd_recipes.model.samplers import drawing_sampler
 from sd_recipes.model.sources import MODEL
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import accelerate_left_unused, compiler_explained, start_accelerator
@@ -31,7 +42,8 @@ from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.output_dir import NO_ROOM, check_output_dir
 from sd_recipes.runtime.signals import Stopped, stop_request
 from sd_recipes.runtime.starts import record_start
-from sd_recipes.runtime.trackers import list_samples
+from sd_recipes.runtime.trackers import list_samples, read_metrics
+from sd_recipes.runtime.trackers import step_of as step_of_sample
 from sd_recipes.training.build import Checkpoint, Run, build_run, describe
 from sd_recipes.training.finite import are_finite, has_finite_weights
 from sd_recipes.training.loop import fit, length_flag
@@ -126,12 +138,15 @@ def train(built: Run) -> None:
         raise
     try:
         state.export(built.output_dir, is_main=is_main)
-        with state.evaluated(built.model.components, wanted=is_main):
+        with exported_weights(built) as best_step:
             if is_main:
-                report = write_results(built)
-                say("\n".join(["", f"pipeline        {built.output_dir}", *report]))
+                report = write_results(built, best_step)
+                of_step = "" if best_step is None else f", with the weights of step {best_step}, the best"
+                say("\n".join(["", f"pipeline        {built.output_dir}{of_step}", *report]))
         if repo_id and is_main:
-            say(f"pushed          {publish(built.output_dir, repo_id, recipe, built.model.family)}")
+            predicts = built.model.objective.prediction_type
+            address = publish(built.output_dir, repo_id, recipe, built.model.family, predicts, best_step)
+            say(f"pushed          {address}")
         built.tracker.close()
     except RunError:  # on the first process, which does this alone; the other processes finish as they would have
         with suppress(RuntimeError):
@@ -192,7 +207,8 @@ def train_to_end(built: Run) -> BackgroundSaver:
         identity=known,
         num_steps=built.num_steps,
     )
-    fit(built, saver)
+    best = BestWeights(state, built.output_dir, saver.manifest, is_main=accelerator.is_main_process)
+    fit(built, saver, best)
     if built.store is not None:
         built.store.flush()
         wait_for_all()
@@ -207,6 +223,7 @@ def begin_line(built: Run) -> None:
     else:
         begin_history(built.output_dir, *built.checkpoint)
         keep_snapshot(*built.checkpoint, built.output_dir, built.recipe.ema_snapshots_limit)
+    remove_best(built.output_dir, built.state.progress.global_step)
 
 
 @contextmanager
@@ -266,15 +283,81 @@ def repository(recipe: Recipe, is_main: bool) -> str | None:
     return repo_id
 
 
-def write_results(built: Run) -> list[str]:
-    """Write the pipeline, pictures and figures; returns lines that sum them up. Raises NotSaved if there is no room."""
+@contextmanager
+def exported_weights(built: Run) -> Iterator[int | None]:
+    """Within this context the first process's components have the weights that the pipeline gets.
+
+    With --export best, those of the best step, which it yields. Every process has to enter it. Raises NotSaved, on all
+    of them, if they cannot be read.
+    """
+    state, components, is_main = built.state, built.model.components, built.accelerator.is_main_process
+    best, problem = None, None
+    if is_main and built.recipe.export == "best":
+        try:
+            best = best_weights(built)
+        except NotSaved as error:
+            problem = str(error)
+    step, problem = broadcast((best and best[0], problem))
+    if problem:
+        raise NotSaved(problem)
+    with ExitStack() as applied:
+        if step is None:
+            applied.enter_context(state.evaluated(components, wanted=is_main))
+        elif best is not None:
+            applied.enter_context(state.replaced(components, best[1]))
+            for name, part in state.parts.items():
+                if part.export:
+                    part.export(best[1][name], built.output_dir)
+        yield step
+
+
+def best_weights(built: Run) -> tuple[int, dict[str, dict[str, torch.Tensor]]] | None:
+    """The step with the lowest held-out loss, and its tensors by part and name; None, and a warning, if not kept.
+
+    Raises NotSaved if they cannot be read.
+    """
+    best = best_of(held_out_losses(read_metrics(built.output_dir / "metrics.jsonl")))
+    kept = list_best(built.output_dir)
+    if best is None or not kept or step_of(kept[-1]) != best.step:
+        logger.warning(
+            "--export best: the weights of the best step%s are not in %s, so that the pipeline gets those of the last "
+            "step.", f", {best.step}," if best else "", built.output_dir / BEST,
+        )  # fmt: skip
+        return None
+    try:
+        return best.step, read_best(kept[-1])
+    except (DamagedCheckpoint, *FAILURES) as error:
+        raise NotSaved(
+            f"--export best: {kept[-1]} cannot be read ({one_line(error)}); with --export end, the same command "
+            "exports the last step's weights"
+        ) from error
+
+
+def how_to_draw(built: Run) -> list[str]:
+    """A line about a pipeline that diffusers loads and does not sample from."""
+    if built.model.objective.prediction_type != "score":
+        return []
+    return [
+        "to draw         diffusers refuses to sample from scores: pipeline.scheduler = "
+        f"{drawing_sampler.__module__}.{drawing_sampler.__name__}(pipeline.scheduler)"
+    ]
+
+
+def write_results(built: Run, best_step: int | None) -> list[str]:
+    """Write the pipeline, pictures and figures; returns lines that sum them up. Raises NotSaved if there is no room.
+
+    `best_step` is that of the weights, if these are not the last step's.
+    """
     output_dir, recipe = built.output_dir, built.recipe
     try:
         export_pipeline(built.model.family, built.model.components, output_dir)
         samples = list_samples(output_dir)
+        if best_step is not None:
+            samples = [path for path in samples if step_of_sample(path) <= best_step]
         if samples:
             shutil.copy(samples[-1], output_dir / "samples.png")
-        return write_report(output_dir)
+        page = write_run_page(output_dir)
+        return [*write_report(output_dir), f"page            {page}", *how_to_draw(built)]
     except FAILURES as error:
         raise NotSaved(
             f"the pipeline cannot be written to {output_dir} ({one_line(error)}): make room, and "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 from sd_recipes.data.bad_rows import BadRow
@@ -32,14 +32,21 @@ def example_captions(rows: Any, config: DataSettings) -> list[str]:
     return found
 
 
-def first_words(config: DataSettings, recognised: list[Recognised], num_rows: int | None, examples: list[str]) -> str:
-    """What each source is, where captions come from, with examples, and what was passed over."""
+def first_words(
+    config: DataSettings,
+    recognised: list[Recognised],
+    num_rows: int | None,
+    examples: list[str],
+    held_out: Sized | None = None,
+) -> str:
+    """What each source is, where captions come from, with examples, and what was passed over or held out."""
     lines = []
     for source, found in zip(config.sources, recognised, strict=True):
         captions = f", captions from {found.captions}" if found.captions else ""
         lines.append(f"  {'data':<21}{source.flag}: {found.layout}{captions}")
         lines += [f"  {'':<21}{note}" for note in found.notes]
-    lines.append(f"  {'rows':<21}{'a stream' if num_rows is None else f'{num_rows:,}'}")
+    of_held_out = f", and {len(held_out):,} held out" if held_out is not None else ""
+    lines.append(f"  {'rows':<21}{'a stream' if num_rows is None else f'{num_rows:,}'}{of_held_out}")
     for number, caption in enumerate(examples):
         shown = one_line(caption, SHOWN_LENGTH) if caption.strip() else ""
         lines.append(f"  {'' if number else 'captions, some':<21}{shown!r}")

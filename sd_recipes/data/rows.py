@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +30,14 @@ class SourceRows:
 
     rows: Any
     recognised: Recognised
+
+
+class HeldOutSource(DataSource):
+    """The folder or file that --validation_split names."""
+
+    @property
+    def flag(self) -> str:
+        return f"--validation_split {self.dataset_name}"
 
 
 def load_rows(
@@ -108,14 +117,26 @@ def with_columns(recognised: Recognised, source: DataSource, config: DataSetting
 
 
 def load_held_out_rows(config: Recipe, split: str, cache_dir: str | None) -> datasets.Dataset:
-    """Rows of the first source's split `split`; for a stream the first 1,000, in memory. Raises RecipeError."""
+    """Rows of the first source's split `split`, or of the folder or file of that name, each once.
+
+    Of a stream the first 1,000, in memory. Raises RecipeError.
+    """
     source = config.sources[0].model_copy(update={"train_split": split, "repeats": 1})
+    if is_place(split):
+        kept = source.model_dump(include={"caption_extension", "caption_column", "caption"})
+        source = HeldOutSource(dataset_name=split, **kept)
+        config = config.model_copy(update={"streaming": False, "folder_repeats": False})
     config = config.model_copy(update={"data_sources": [source]})
     if not config.streaming:
-        return load_rows(config, split=split, cache_dir=cache_dir)
+        return load_rows(config, split=None if is_place(split) else split, cache_dir=cache_dir)
     stream = load_streams(config, cache_dir=cache_dir, repeats=False)[0].rows
     rows = guarded(source, lambda: [with_bytes(row) for row in itertools.islice(stream, MAX_HELD_OUT_STREAM_ROWS)])
     return datasets.Dataset.from_list(rows, features=stream.features)
+
+
+def is_place(split: str) -> bool:
+    """Whether a split's name is that of a folder or file instead: a mere name is a split's."""
+    return os.sep in split or split.startswith((".", "~")) or os.path.isfile(split)
 
 
 def _of_split(opened: Opened, source: DataSource, split: str | None) -> Any:
@@ -123,8 +144,11 @@ def _of_split(opened: Opened, source: DataSource, split: str | None) -> Any:
     wanted = split or source.train_split
     names = {str(name): rows for name, rows in opened.splits.items()}
     known = wanted if wanted in names else SPLITS.get(wanted.lower(), wanted)
+    if known not in names and isinstance(source, HeldOutSource) and len(names) == 1:  # whatever its files are called
+        known = next(iter(names))
     if known not in names:
-        raise RecipeError(f"{source.flag} has no split {wanted!r}: it has {sorted(names)}")
+        folder = f"; the folder of that name is ./{wanted}" if split and os.path.isdir(wanted) else ""
+        raise RecipeError(f"{source.flag} has no split {wanted!r}: it has {sorted(names)}{folder}")
     if others := [name for name in names if name != known]:
         opened.recognised.notes.append(f"split {known}; not trained on: {', '.join(others)}")
     return names[known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,11 @@ from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Plans
 from sd_recipes.data.checks import check_bad_rows_again, check_held_out, check_rows, check_stream
 from sd_recipes.data.first_words import NUM_EXAMPLES, example_captions, first_words
+from sd_recipes.data.guard import guarded
+from sd_recipes.data.held_out import FixedRows, choose, divide_streams, held_out_numbers, warn_of_rows_in_both
 from sd_recipes.data.order import Order, plans_of_order
-from sd_recipes.data.rows import join_rows, load_held_out_rows, load_sources, load_streams
-from sd_recipes.data.shards import Shards
+from sd_recipes.data.rows import SourceRows, join_rows, load_held_out_rows, load_sources, load_streams
+from sd_recipes.data.shards import Shards, with_bytes
 from sd_recipes.data.sizes import assign_buckets, check_held_out_sizes, has_buckets, size_of_row
 from sd_recipes.data.sources import is_local
 from sd_recipes.data.stream import Stream
@@ -28,12 +31,13 @@ from sd_recipes.runtime.console import say
 
 @dataclass
 class TrainingData:
-    """Rows with their order, or streams; and the rows of the held-out split."""
+    """Rows with their order, or streams; and rows that every validation looks at: held-out ones, and trained ones."""
 
     rows: datasets.Dataset | None
     order: Order | None
     streams: list[datasets.IterableDataset]
-    held_out_rows: datasets.Dataset | None
+    held_out: FixedRows | None
+    watched: FixedRows | None
     bad_rows: BadRows
     global_batch_size: int  # images of an optimizer step, over all processes
 
@@ -57,32 +61,43 @@ def load_training_data(
 
     Raises RecipeError and TooManyBadRows.
     """
-    held_out = None
-    if recipe.validation_split:
+    output_dir = Path(recipe.output_dir)
+    held_out = watched = None  # rows
+    if recipe.validation_split and not recipe.divides_rows:
         held_out = load_held_out_rows(recipe, recipe.validation_split, recipe.cache_dir)
         check_held_out_sizes(held_out, recipe)
         if recipe.check_data != "off" and rank == 0:
             check_held_out(held_out, recipe, tokenizer, seed=seed)
-    output_dir = Path(recipe.output_dir)
     if recipe.streaming:
         streams = load_streams(recipe, cache_dir=recipe.cache_dir)
+        if recipe.divides_rows:
+            held_out, watched = hold_out_of_streams(streams, recipe)
+        elif held_out is not None:
+            watched = first_rows(streams[0].rows, min(len(held_out), recipe.validation_rows))
         examples: list[str] = []
         if recipe.check_data != "off" and rank == 0:
             for stream in streams:
-                first_rows = check_stream(stream.rows, recipe, tokenizer)
-                examples = examples or example_captions(first_rows[:NUM_EXAMPLES], recipe)
+                checked_rows = check_stream(stream.rows, recipe, tokenizer)
+                examples = examples or example_captions(checked_rows[:NUM_EXAMPLES], recipe)
         bad_rows = BadRows(output_dir, recipe.max_bad_rows, None, rank, writes=not recipe.dry_run)
         if rank == 0:
-            say(first_words(recipe, [stream.recognised for stream in streams], None, examples))
-        return TrainingData(None, None, [stream.rows for stream in streams], held_out, bad_rows, global_batch_size)
+            say(first_words(recipe, [stream.recognised for stream in streams], None, examples, held_out))
+        rows_of_streams = [stream.rows for stream in streams]
+        return TrainingData(
+            None, None, rows_of_streams, *fixed_rows(held_out, watched, recipe), bad_rows, global_batch_size
+        )
 
     parts = load_sources(recipe, cache_dir=recipe.cache_dir)
+    if recipe.divides_rows:
+        held_out = hold_out(parts, recipe)
+        check_held_out_sizes(held_out, recipe)
     lengths, weights = tuple(len(part.rows) for part in parts), None
     if len(parts) > 1:
         weights = weights_of(recipe.sources)
     rows = join_rows([part.rows for part in parts], recipe.max_train_samples, seed)
     if rank == 0:
-        say(first_words(recipe, [part.recognised for part in parts], len(rows), example_captions(rows, recipe)))
+        examples = example_captions(rows, recipe)
+        say(first_words(recipe, [part.recognised for part in parts], len(rows), examples, held_out))
     if len(rows) < sum(lengths):
         if weights:
             raise RecipeError("--max_train_samples and data_sources contradict each other: drop one")
@@ -98,11 +113,52 @@ def load_training_data(
         check_bad_rows_again(rows, recipe, tokenizer, bad_rows=bad_rows)
     if recipe.check_data != "off" and rank == 0:
         check_rows(rows, recipe, tokenizer, seed=seed, bad_rows=bad_rows)
+        if held_out is not None and not recipe.divides_rows:
+            warn_of_rows_in_both(held_out, rows, recipe)
     order = Order(lengths, global_batch_size, seed, weights, ((recipe.resolution, recipe.resolution),))
     if has_buckets(rows, recipe):
         sizes, buckets = assign_buckets(rows, recipe)
         order = replace(order, sizes=sizes, buckets=buckets)
-    return TrainingData(rows, order, [], held_out, bad_rows, global_batch_size)
+    return TrainingData(rows, order, [], *fixed_rows(held_out, rows, recipe), bad_rows, global_batch_size)
+
+
+def hold_out(parts: list[SourceRows], recipe: Recipe) -> datasets.Dataset:
+    """The rows that --validation_split holds out of the sources' rows, which are trained on without them.
+
+    Raises RecipeError.
+    """
+    held_out = []
+    for part, (trained, chosen) in zip(parts, held_out_numbers([part.rows for part in parts], recipe), strict=True):
+        held_out.append(part.rows.select(chosen))
+        part.rows = part.rows.select(trained)
+    return join_rows(held_out, None, None)
+
+
+def hold_out_of_streams(streams: list[SourceRows], recipe: Recipe) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Likewise of streams; and some of the rows that are trained on. Raises RecipeError."""
+    features = streams[0].rows.features
+    rows = [stream.rows for stream in streams]
+    divided, *sides = guarded(recipe.sources[0], partial(divide_streams, rows, recipe))
+    for stream, trained in zip(streams, divided, strict=True):
+        stream.rows = trained
+    held_out, watched = (datasets.Dataset.from_list(side, features=features) for side in sides)
+    return held_out, watched
+
+
+def first_rows(stream: datasets.IterableDataset, number: int) -> datasets.Dataset:
+    """The first rows of a stream, in memory."""
+    rows = [with_bytes(row) for row in itertools.islice(stream, number)]
+    return datasets.Dataset.from_list(rows, features=stream.features)
+
+
+def fixed_rows(
+    held_out: datasets.Dataset | None, trained: datasets.Dataset | None, recipe: Recipe
+) -> tuple[FixedRows | None, FixedRows | None]:
+    """The held-out rows that validations look at, and as many of those that are trained on."""
+    if held_out is None or trained is None:
+        return None, None
+    chosen = choose(held_out, recipe.validation_rows)
+    return chosen, choose(trained, len(chosen))
 
 
 def weights_of(sources: list[DataSource]) -> tuple[float, ...] | None:

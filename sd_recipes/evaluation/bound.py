@@ -5,7 +5,7 @@
 `diffusion_process.py` derives the terms: L_T has a closed form, and every other one is a constant plus a slope times
 the expected squared error of the network's x̂_0. All that is estimated is those errors, from noise that depends on
 nothing but (seed, image, timestep, draw). It is the bound of the network as it is: no clipping, no guidance. Of the
-project, this file and the three that it imports know only each other.
+project, this file and the three that it imports know only each other, and the formulas of `model/predictions.py`.
 """
 
 from __future__ import annotations

@@ -25,22 +25,14 @@ eq. 13. As β̃_1 = 0, fixed_small takes β̃_2 there (Nichol & Dhariwal 2021); 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-VARIANCES = ("fixed_large", "fixed_small", "fitted")
+from sd_recipes.model.predictions import OF_NOISE_ALONE, PREDICTIONS, error_of_latents
 
-# What a network predicts is c x_0 + d ε, and its error times k is the error of x̂_0: (c, d, k) from √ᾱ_t and √(1 - ᾱ_t).
-PREDICTION_TYPES: dict[str, Callable[[np.ndarray, np.ndarray], tuple[Any, Any, Any]]] = {
-    "epsilon": lambda signal, sigma: (0, 1, -sigma / signal),
-    "v_prediction": lambda signal, sigma: (-sigma, signal, -sigma),
-    "sample": lambda signal, sigma: (1, 0, 1),
-    "score": lambda signal, sigma: (0, -1 / sigma, sigma**2 / signal),
-}
-WITHOUT_ZERO_SNR = {"epsilon", "score"}  # x_T is ε there: neither says anything of x_0
+VARIANCES = ("fixed_large", "fixed_small", "fitted")
 
 
 class DiffusionProcess:
@@ -62,17 +54,20 @@ class DiffusionProcess:
         return len(self.alphas_cumprod)
 
     def prediction(self, prediction_type: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(c, d, k), (T,) each, of `PREDICTION_TYPES`. Raises ValueError for one that the bound cannot be had of."""
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type {prediction_type!r} is not known: give {', '.join(PREDICTION_TYPES)}")
-        if prediction_type in WITHOUT_ZERO_SNR and self.alphas_cumprod[-1] == 0:
+        """(c, d, k), (T,) each: what a network predicts is c x_0 + d ε, and its error times k is that of x̂_0.
+
+        Raises ValueError for a prediction that the bound cannot be had of.
+        """
+        if prediction_type not in PREDICTIONS:
+            raise ValueError(f"prediction_type {prediction_type!r} is not known: give {', '.join(PREDICTIONS)}")
+        if prediction_type in OF_NOISE_ALONE and self.alphas_cumprod[-1] == 0:
             raise ValueError(
                 f"the schedule ends at zero SNR, where {prediction_type!r} says nothing of the latents: give a network "
                 "with prediction_type 'v_prediction' or 'sample', or a scheduler with rescale_betas_zero_snr=False"
             )
-        in_latents, in_noise, factor = PREDICTION_TYPES[prediction_type](self.signal, self.sigma)
+        in_latents, in_noise = PREDICTIONS[prediction_type](self.signal, self.sigma)
         zeros = np.zeros(len(self))
-        return zeros + in_latents, zeros + in_noise, zeros + factor
+        return zeros + in_latents, zeros + in_noise, error_of_latents(prediction_type, self.signal, self.sigma)
 
     def prior(self, mean_squares: np.ndarray) -> np.ndarray:
         """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in nats per dimension (Ho et al. 2020, eq. 4 and 5).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,20 +13,36 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
+from sd_recipes.model.components import Components
+from sd_recipes.model.family import Family
+from sd_recipes.model.samplers import drawing_sampler
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.signals import stop_request
+from sd_recipes.writing import replacing
 
 BROKEN_OFF = "in the middle of a validation, which is abandoned"
 
 
-def draw_pictures(
-    pipeline: Any, recipe: Recipe, size: tuple[int, int], numbers: Sequence[int], at_once: int
-) -> list[Image.Image]:
-    """Pictures of `size` (height, width) for the prompts with these numbers, `at_once` of them at a time.
+def drawing_pipeline(family: Family, components: Components, sampler: str | None = None) -> DiffusionPipeline:
+    """A pipeline that draws, whatever the UNet predicts, with its own sampler or the one of that name.
 
-    The same noise for the same seed and prompt, whatever else is drawn. Raises Stopped.
+    Raises RecipeError as `drawing_sampler`. What is exported is `Family.build_pipeline`'s, whose scheduler says what
+    was trained.
     """
-    prompts, (height, width) = recipe.validation_prompts or [], size
+    pipeline = family.build_pipeline(components)
+    pipeline.scheduler = drawing_sampler(components.sampler, sampler)
+    return pipeline
+
+
+def draw_pictures(
+    pipeline: Any, prompts: Sequence[str], recipe: Recipe, size: tuple[int, int], numbers: Sequence[int], at_once: int
+) -> list[Image.Image]:
+    """Pictures of `size` (height, width) for those of the prompts with these numbers, `at_once` of them at a time.
+
+    The same noise for the same seed and number, whatever else is drawn, also where a sampler adds some at every step.
+    Raises Stopped.
+    """
+    height, width = size
     assert recipe.seed is not None
     pipeline.set_progress_bar_config(desc="Validation pictures", leave=False)
     pictures: list[Image.Image] = []
@@ -61,12 +76,8 @@ def decoded_one_by_one(vae: AutoencoderKL) -> Iterator[None]:
 
 def save_whole(picture: Image.Image, path: Path) -> None:
     """Save a picture so that a kill or a full disk leaves all of it or nothing."""
-    beside = path.with_name(f".{path.name}")
-    try:
-        picture.save(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as beside:
+        picture.save(beside, "PNG")
 
 
 def check_for_stop(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,14 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from sd_recipes.errors import one_line
-from sd_recipes.reading import open_regular
+from sd_recipes.evaluation.sample_errors import AVERAGED, HELD_OUT, METADATA, RAW, TRAIN, read_table
+from sd_recipes.runtime.trackers import list_tables
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-NAME = re.compile(r"step-[0-9]{6,18}\.parquet")  # as a validation names its table
-HELD_OUT, TRAIN = "held_out", "train"
 BANDWIDTH = 0.05  # h, as a part of all timesteps
 NEIGHBOURS = 4  # with few samples, h is wide enough for about so many on either side
 MIN_ROWS = 5  # fewer have no like
@@ -67,9 +64,8 @@ def read_validations(output_dir: Path, at_most: int) -> list[dict[str, RowLosses
     They are those of the weights that are exported: the averaged ones, where there is an average. A file that is torn,
     or no such table, is left out with a warning.
     """
-    paths = [path for path in (output_dir / "validation").glob("step-*.parquet") if NAME.fullmatch(path.name)]
     found = []
-    for path in evenly_spaced(sorted(paths, key=lambda path: int(path.stem.removeprefix("step-"))), at_most):
+    for path in evenly_spaced(list_tables(output_dir), at_most):
         try:
             found.append(read_losses(path))
         except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
@@ -79,23 +75,22 @@ def read_validations(output_dir: Path, at_most: int) -> list[dict[str, RowLosses
 
 def read_losses(path: Path) -> dict[str, RowLosses]:
     """The losses of one validation by set. Raises OSError, ValueError, LookupError, TypeError or pa.ArrowException."""
-    with open_regular(path) as file:
-        table = pq.ParquetFile(file).read(columns=["set", "weights", "row", "timestep", "loss"])
-    said = json.loads((table.schema.metadata or {})[b"sd_recipes"])
-    step, num_train_timesteps = int(said["step"]), int(said["num_train_timesteps"])
-    weights = table.column("weights")
-    exported = "averaged" if pc.any(pc.equal(weights, "averaged")).as_py() else "raw"
-    table = table.filter(pc.and_(pc.equal(weights, exported), pc.is_finite(table.column("loss"))))
+    table = read_table(path)
+    about = json.loads((table.schema.metadata or {})[METADATA])
+    step, num_train_timesteps = int(about["step"]), int(about["num_train_timesteps"])
+    weights = table["weights"]
+    exported = AVERAGED if pc.any(pc.equal(weights, AVERAGED)).as_py() else RAW
+    table = table.filter(pc.and_(pc.equal(weights, exported), pc.is_finite(table["loss"])))
     found = {}
     for name in (HELD_OUT, TRAIN):
-        row, timestep, loss = (
-            table.filter(pc.equal(table.column("set"), name)).column(column).to_numpy()
-            for column in ("row", "timestep", "loss")
-        )
+        of_set = table.filter(pc.equal(table["set"], name))
+        # Numbers that are multiplied: int32 would overflow.
+        row, timestep = (of_set[column].to_numpy().astype(np.int64) for column in ("row", "timestep"))
         if len(row):
             if timestep.min() < 0 or timestep.max() >= num_train_timesteps:
                 raise ValueError(f"its timesteps are not all in 0 … {num_train_timesteps - 1}")
-            found[name] = RowLosses(step, num_train_timesteps, row, timestep, np.log(np.maximum(loss, TINY)))
+            log_loss = np.log(np.maximum(of_set["loss"].to_numpy(), TINY))
+            found[name] = RowLosses(step, num_train_timesteps, row, timestep, log_loss)
     return found
 
 

@@ -71,8 +71,8 @@ def judge(figures: Mapping[str, Losses]) -> Judgement:
 
 def _without_held_out(training: Losses) -> list[str]:
     said = [
-        "There is no held-out loss so far, so nobody can know whether the run is learning or over-fitting: name a "
-        "split of held-out rows with --validation_split."
+        "There is no held-out loss so far, so nobody can know whether the run is learning or over-fitting: hold rows "
+        "out with --validation_split, such as 0.05."
     ]
     losses = list(training.values())
     if len(losses) >= 10:

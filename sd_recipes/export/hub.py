@@ -12,10 +12,12 @@ from huggingface_hub.utils import filter_repo_objects
 
 from sd_recipes.assets import ASSETS
 from sd_recipes.errors import RecipeError, RunError, one_line
+from sd_recipes.evaluation.verdict import figures_by_step, judge
 from sd_recipes.flags import recipe_text
 from sd_recipes.model.family import Family
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted, shown
+from sd_recipes.runtime.trackers import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +50,24 @@ def create_repository(recipe: Recipe) -> str:
         ) from error
 
 
-def publish(output_dir: Path, repo_id: str, recipe: Recipe, family: Family) -> str:
-    """Write the model card and upload the pipeline; returns the repository's address. Raises PushError."""
-    write_model_card(output_dir, repo_id, recipe, family.pipeline_class.__name__)
+# How a card's reader draws from scores, of which diffusers has no sampler, with diffusers alone.
+FROM_SCORES = """
+# The UNet predicts the score s = -ε / σ_t, of which diffusers cannot sample: the sampler gets ε.
+sigmas = (1 - pipeline.scheduler.alphas_cumprod).sqrt()
+pipeline.unet.register_forward_hook(lambda unet, inputs, outputs: (-sigmas[int(inputs[1])] * outputs[0],))
+settings = {"prediction_type": "epsilon", "clip_sample": False}
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **settings)
+"""
+
+
+def publish(
+    output_dir: Path, repo_id: str, recipe: Recipe, family: Family, prediction_type: str, best_step: int | None = None
+) -> str:
+    """Write the model card and upload the pipeline; returns the repository's address. Raises PushError.
+
+    `best_step` is that of the weights, if these are not the last step's.
+    """
+    write_model_card(output_dir, repo_id, recipe, family.pipeline_class.__name__, prediction_type, best_step)
     allowed = [*ALLOWED, *(f"{folder}/*" for folder in family.folders)]
     api = HfApi()
     names = (path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file())
@@ -84,8 +101,15 @@ def _hub_id(name: str | None) -> str | None:
     return name
 
 
-def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe, pipeline_class: str) -> None:
-    """README.md of the model: what it was made from, with what settings, and how to use it."""
+def write_model_card(
+    output_dir: Path,
+    repo_id: str,
+    recipe: Recipe,
+    pipeline_class: str,
+    prediction_type: str,
+    best_step: int | None = None,
+) -> None:
+    """README.md of the model: what it was made from, with what settings, what it has learned, and how to use it."""
     base = _hub_id(recipe.pretrained_model_name_or_path)
     data_set = _hub_id(recipe.dataset_name)
     made_from, with_data = in_texts(shown, [recipe.pretrained_model_name_or_path, recipe.dataset_name])
@@ -97,7 +121,13 @@ def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe, pipeline_cl
         pipeline_tag="text-to-image",
     )
     prompts = in_texts(redacted, recipe.validation_prompts or ["a photo"])
+    judgement = judge(figures_by_step(read_metrics(output_dir / "metrics.jsonl")))
+    learned = " ".join(judgement.sentences) + "\n" if judgement.best_step else ""
+    if best_step is not None:
+        learned += f"\nThese are the weights of step {best_step}.\n"
     pictures = "![samples](samples.png)\n" if (output_dir / "samples.png").is_file() else ""
+    predicts_score = prediction_type == "score"
+    imported = f"DDIMScheduler, {pipeline_class}" if predicts_score else pipeline_class
     content = f"""---
 {data.to_yaml()}
 ---
@@ -107,12 +137,13 @@ def write_model_card(output_dir: Path, repo_id: str, recipe: Recipe, pipeline_cl
 Made from **{made_from}** with **{with_data or "its own images"}**
 by sd-recipes. All settings are in `recipe.yaml`.
 
+{learned}
 {pictures}
 ```python
-from diffusers import {pipeline_class}
+from diffusers import {imported}
 
 pipeline = {pipeline_class}.from_pretrained({json.dumps(repo_id)})
-pipeline({json.dumps(prompts[0])}).images[0].save("image.png")
+{FROM_SCORES if predicts_score else ""}pipeline({json.dumps(prompts[0])}).images[0].save("image.png")
 ```
 """
     ModelCard(redacted(content)).save(output_dir / "README.md")

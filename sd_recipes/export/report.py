@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sd_recipes.evaluation.validation import FIGURES
+from sd_recipes.evaluation.figures import FIGURES
 from sd_recipes.evaluation.verdict import figures_by_step, judge
 from sd_recipes.runtime.trackers import list_samples, read_metrics
 
@@ -49,6 +49,8 @@ def write_report(output_dir: Path) -> list[str]:
             changes.append(f"{label} {values[0]:.4g}")
     if changes:
         said.append("figures         " + ", ".join(changes))
+    for place, sentence in enumerate(judge(figures).sentences):
+        said.append(f"{'' if place else 'verdict':<16}{sentence}")
     return said
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from sd_recipes.evaluation.figures import NUM_BINS
 from sd_recipes.evaluation.row_rankings import evenly_spaced
 from sd_recipes.export.charts import MAX_POINTS, Curve, colour_limit, heat_map, line_chart
 from sd_recipes.export.pages import UNREADABLE, picture_uri
@@ -15,7 +16,6 @@ from sd_recipes.runtime.trackers import list_samples, step_of
 
 GRIDS, GRID_SIDE = 12, 1000  # pictures over time: so many, and so many pixels a side, at most
 SIZES = ((860, 310), (340, 210))  # (width, height) of charts, in pixels
-NUM_BINS = 10  # of the timesteps
 SMALL_CHARTS = {
     "learning rate": ("lr", 1.0),
     "gradient norm before clipping": ("grad_norm", 1.0),

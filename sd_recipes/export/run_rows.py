@@ -15,8 +15,6 @@ from PIL import Image
 
 from sd_recipes.errors import one_line
 from sd_recipes.evaluation.row_rankings import (
-    HELD_OUT,
-    TRAIN,
     RankedRow,
     RowLosses,
     hardest,
@@ -24,9 +22,12 @@ from sd_recipes.evaluation.row_rankings import (
     memorised,
     read_validations,
 )
+from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN
 from sd_recipes.evaluation.verdict import changed
+from sd_recipes.evaluation.watched_rows import ROWS
 from sd_recipes.export.pages import UNREADABLE, picture_uri
 from sd_recipes.reading import open_regular
+from sd_recipes.runtime.trackers import VALIDATION
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def rankings(output_dir: Path) -> list[Ranking]:
     losses = {name: each for name in NAMES if (each := [found[name] for found in validations if name in found])}
     found = [ranking for ranking in (*_hardest(losses), *_learned_first(losses), *_memorised(losses)) if ranking.rows]
     if found:
-        _describe(found, output_dir / "validation" / "rows.parquet")
+        _describe(found, output_dir / VALIDATION / ROWS)
     return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from sd_recipes.data.timesteps import check_timesteps
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import Components
+from sd_recipes.model.predictions import OF_NOISE_ALONE
+from sd_recipes.model.samplers import check_it_draws, drawing_sampler
 from sd_recipes.recipe import Recipe
 
 
@@ -21,16 +23,16 @@ def check_recipe_fits(recipe: Recipe, components: Components) -> None:
         )
     if recipe.dream_training and scheduler.prediction_type != "epsilon" and not recipe.prediction_type:
         raise RecipeError("--dream_training is defined for epsilon, and this model predicts something else: drop it")
-    predicts_noise = (recipe.prediction_type or scheduler.prediction_type) == "epsilon"
-    if predicts_noise and recipe.rescale_betas_zero_snr:
+    predicts = recipe.prediction_type or scheduler.prediction_type
+    if predicts in OF_NOISE_ALONE and recipe.rescale_betas_zero_snr:
         raise RecipeError(
-            "--rescale_betas_zero_snr makes the last timestep pure noise, of which this model's epsilon tells nothing: "
-            "add --prediction_type v_prediction, or drop it"
+            f"--rescale_betas_zero_snr makes the last timestep pure noise, of which this model's {predicts} tells "
+            "nothing: add --prediction_type v_prediction, or drop it"
         )
-    if predicts_noise and scheduler.rescale_betas_zero_snr:
+    if predicts in OF_NOISE_ALONE and scheduler.rescale_betas_zero_snr:
         raise RecipeError(
             "this model's last timestep is pure noise (rescale_betas_zero_snr in its scheduler_config.json), of which "
-            "epsilon tells nothing: use --prediction_type v_prediction"
+            f"{predicts} tells nothing: use --prediction_type v_prediction"
         )
     check_timesteps(scheduler.num_train_timesteps, recipe)
     if recipe.validation_prompts and recipe.validation_inference_steps > scheduler.num_train_timesteps:
@@ -38,3 +40,10 @@ def check_recipe_fits(recipe: Recipe, components: Components) -> None:
             f"--validation_inference_steps {recipe.validation_inference_steps} is over the model's "
             f"{scheduler.num_train_timesteps} timesteps: lower it"
         )
+
+
+def check_pictures(recipe: Recipe, components: Components) -> None:
+    """Raises RecipeError for a sampler that cannot draw what is trained, once the components are as it is exported."""
+    if recipe.draws_pictures or recipe.validation_sampler:
+        name, num_steps = recipe.validation_sampler, recipe.validation_inference_steps
+        check_it_draws(drawing_sampler(components.sampler, name), num_steps, name)

@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.model.loading import fill
+from sd_recipes.model.predictions import PREDICTIONS
+from sd_recipes.model.samplers import of_class
 from sd_recipes.model.sources import Source, source_of
 from sd_recipes.model.weight_files import UnfittingWeights, UnreadableWeights
 from sd_recipes.recipe import ModelConfig
@@ -45,7 +47,6 @@ CLASSES = {
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel", "clip_text_model", "clip"),
 }
-TRAINED_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass
@@ -68,8 +69,12 @@ class Components:
         """The exported pipeline must sample with the prediction type that was trained."""
         if prediction_type == "sample":
             self._replace_pndm("from a prediction of x_0")
-        for scheduler in (self.scheduler, self.sampler):
-            scheduler.register_to_config(prediction_type=prediction_type)
+        # Made anew: what is registered afterwards is lost where a sampler of another class is made of this one's
+        # configuration, if it is not in the model's file.
+        self.scheduler, self.sampler = (
+            type(each).from_config(each.config, prediction_type=prediction_type)
+            for each in (self.scheduler, self.sampler)
+        )
 
     def rescale_to_zero_snr(self) -> None:
         """Noise schedules that end in pure noise, and sampling from there (Lin et al. 2023, sections 3.1 and 3.3)."""
@@ -81,8 +86,7 @@ class Components:
     def _replace_pndm(self, what: str) -> None:
         if isinstance(self.sampler, PNDMScheduler):
             logger.warning("PNDM cannot sample %s: the pipeline gets DDIM.", what)
-            # DDIM's default is to clip x_0 to [-1, 1], which latents exceed.
-            self.sampler = DDIMScheduler.from_config(self.sampler.config, clip_sample=False)
+            self.sampler = of_class(DDIMScheduler, self.sampler.config)
 
 
 def _scale_factor(vae: AutoencoderKL) -> int:
@@ -176,24 +180,22 @@ def _unlike_ddpm(settings: dict[str, Any]) -> str | None:
         return "is of EDM, which knows no betas, and not of DDPM"
     if settings.get("beta_start") is None and settings.get("trained_betas") is None:
         return "has no betas (beta_start, beta_end), so that the noise schedule of the model is not known"
-    if settings.get("prediction_type", "epsilon") not in TRAINED_PREDICTIONS:
-        return (
-            f"has the prediction_type {settings['prediction_type']}, which is none of {', '.join(TRAINED_PREDICTIONS)}"
-        )
+    if settings.get("prediction_type", "epsilon") not in PREDICTIONS:
+        return f"has the prediction_type {settings['prediction_type']}, which is none of {', '.join(PREDICTIONS)}"
     return None
 
 
 def load_sampler(config: ModelConfig, scheduler: DDPMScheduler) -> SchedulerMixin:
     """The scheduler class that the model's own scheduler_config.json names, if it is a known one."""
     saved = _scheduler_settings(config)
-    name = str(saved.get("_class_name", "DDIMScheduler"))
-    if name not in SAMPLERS:
+    sampler = SAMPLERS.get(name := str(saved.get("_class_name", "DDIMScheduler")))
+    if sampler is None:
         logger.warning("The model's scheduler %s is not one of %s: DDIM is used.", name, ", ".join(SAMPLERS))
-    if name == "PNDMScheduler" and saved.get("rescale_betas_zero_snr"):
+    elif sampler is PNDMScheduler and saved.get("rescale_betas_zero_snr"):
         logger.warning("PNDM cannot sample with zero terminal SNR: the pipeline gets DDIM.")
-        name = "DDIMScheduler"
+        sampler = None
     try:
-        return SAMPLERS.get(name, DDIMScheduler).from_config(saved)
+        return sampler.from_config(saved) if sampler else of_class(DDIMScheduler, saved)
     except Exception as error:  # diffusers does not check a configuration
         source_of(config, "scheduler").cannot_load("scheduler", one_line(error), error)
 

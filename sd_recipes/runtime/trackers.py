@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +19,14 @@ from sd_recipes.flags import recipe_text
 from sd_recipes.reading import StrangeFile, open_regular
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted
+from sd_recipes.writing import replacing
 
 logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 2**16  # of metrics.jsonl; real ones are below 1 KiB
+VALIDATION = "validation"  # the folder of the tables of errors
 SAMPLE = re.compile(r"step-[0-9]{6,18}\.png")  # as a validation names its pictures
+TABLE = re.compile(r"step-[0-9]{6,18}\.parquet")
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
 
 
@@ -72,9 +74,9 @@ class Tracker:
                 f"--report_to {recipe.report_to} cannot be started ({one_line(error)}): fix it, or use none"
             ) from error
         if self.accelerator.is_main_process:
-            for picture in list_samples(self.path.parent):
-                if step == 0 or step_of(picture) > step:
-                    picture.unlink()
+            for found in [*list_samples(self.path.parent), *list_tables(self.path.parent)]:
+                if step == 0 or step_of(found) > step:
+                    found.unlink()
             kept = [line for line in read_metrics(self.path, tell=True) if line["step"] <= step] if step else []
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -126,12 +128,9 @@ class Tracker:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old or the new one; a link is replaced, not the file it leads to."""
-    beside = path.with_name(f".{path.name}")
-    beside.unlink(missing_ok=True)
-    with beside.open("x", encoding="utf-8") as file:
+    """Write a text so that a kill leaves the old or the new one."""
+    with replacing(path) as beside, beside.open("x", encoding="utf-8") as file:
         file.write(text)
-    os.replace(beside, path)
 
 
 def read_metrics(path: Path, *, tell: bool = False) -> list[dict[str, Any]]:
@@ -176,10 +175,19 @@ def _figures(content: bytes) -> dict[str, Any] | None:
 
 def list_samples(output_dir: Path) -> list[Path]:
     """The pictures that validations drew, in order of steps; other files there are left out."""
-    found = [path for path in (output_dir / "samples").glob("step-*.png") if SAMPLE.fullmatch(path.name)]
+    return _of_steps(output_dir / "samples", SAMPLE)
+
+
+def list_tables(output_dir: Path) -> list[Path]:
+    """The tables of errors that validations wrote, in order of steps."""
+    return _of_steps(output_dir / VALIDATION, TABLE)
+
+
+def _of_steps(folder: Path, name: re.Pattern[str]) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if name.fullmatch(path.name)]
     return sorted((path for path in found if path.is_file() and not path.is_symlink()), key=step_of)
 
 
-def step_of(picture: Path) -> int:
-    """The step after which a picture was drawn."""
-    return int(picture.stem.removeprefix("step-"))
+def step_of(path: Path) -> int:
+    """The step after which a picture was drawn, or a table written."""
+    return int(path.stem.removeprefix("step-"))

@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from sd_recipes.checkpoints.format import Manifest
 from sd_recipes.checkpoints.resume import finish_epoch, global_batch_size
 from sd_recipes.data.batches import Batch, BatchBuilder, TrainingBatches
+from sd_recipes.data.held_out import HELD_OUT_SEED
 from sd_recipes.data.latent_store import (
     LatentStore,
     check_one_provenance,
@@ -30,9 +31,11 @@ from sd_recipes.data.sizes import square_side
 from sd_recipes.data.training_data import TrainingData, load_training_data, plans
 from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.metrics import ImageTextScore
+from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN, FixedSamples
 from sd_recipes.evaluation.uncertainty_plot import draw_uncertainty
-from sd_recipes.evaluation.validation import HELD_OUT_SEED, Validator
-from sd_recipes.model.checks import check_recipe_fits
+from sd_recipes.evaluation.validation import Validator
+from sd_recipes.evaluation.watched_rows import WatchedRows
+from sd_recipes.model.checks import check_pictures, check_recipe_fits
 from sd_recipes.model.components import Components, latent_shape_of, load_scheduler
 from sd_recipes.model.conditioning import CachedText, Conditioning
 from sd_recipes.model.families import family_of
@@ -137,6 +140,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     stop_request.check(NOT_BEGUN)
     check_recipe_fits(recipe, components)
     convert(recipe, components, is_new=checkpoint is None)
+    check_pictures(recipe, components)
     provenance = None
     if data.provenances or recipe.cache_latents != "off":  # of the weights as they were loaded
         provenance = provenance_of(recipe, components.vae, DTYPES[accelerator.mixed_precision])
@@ -296,21 +300,26 @@ def rebuild_unet(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
 def build_validator(
     recipe: Recipe, model: Model, data: TrainingData, settings: Mapping[str, Any], accelerator: Accelerator
 ) -> Validator:
-    held_out = None
-    if data.held_out_rows is not None:
-        plain = {"center_crop": True, "crop": None, "random_flip": False, "caption_dropout": 0.0, "shuffle_tags": False}
-        held_out = BatchBuilder(data.held_out_rows, recipe.model_copy(update=plain), seed=HELD_OUT_SEED, **settings)
+    sets = {}
+    if data.held_out is not None and data.watched is not None:
+        sets = {HELD_OUT: data.held_out, TRAIN: data.watched}
+    plain = {"center_crop": True, "crop": None, "random_flip": False, "caption_dropout": 0.0, "shuffle_tags": False}
+    plain_recipe = recipe.model_copy(update=plain)
+    watched = WatchedRows(sets, plain_recipe) if sets else None
+    prompts = recipe.validation_prompts or []
+    if watched and not prompts:
+        prompts = watched.captions(recipe.validation_pictures)
     side = square_side(recipe)
     # The pipeline takes multiples of 8 only, whatever the VAE's factor; a smaller factor divides 8.
     picture_side = side - side % 8
     if recipe.validation_prompts and picture_side != recipe.resolution:
         logger.info("Validation pictures have %d x %d pixels.", picture_side, picture_side)
-    num_pictures = min(recipe.train_batch_size, len(recipe.validation_prompts or []))
     score = None
     if recipe.validation_clip_model and accelerator.is_main_process:
         score = ImageTextScore(recipe.validation_clip_model, recipe.cache_dir)
     # Plain, so that runs with different weightings and tricks can be compared by it.
     plain_objective = ObjectiveConfig(prediction_type=model.objective.prediction_type)
+    own = slice(accelerator.process_index, None, accelerator.num_processes)
     return Validator(
         recipe,
         accelerator,
@@ -318,12 +327,21 @@ def build_validator(
         model.components,
         model.encoder,
         DenoisingLoss(model.components.scheduler, plain_objective, accelerator.device),
-        held_out,
+        {
+            name: FixedSamples(
+                BatchBuilder(fixed.rows, plain_recipe, seed=HELD_OUT_SEED, **settings),
+                (side, side),
+                recipe.validation_samples,
+                own,
+            )
+            for name, fixed in sets.items()
+        },
+        watched,
+        prompts,
         score,
-        held_out_size=(side, side),
         picture_size=(picture_side, picture_side),
-        held_out_at_once=AtOnce(recipe.train_batch_size, "the held-out loss"),
-        pictures_at_once=AtOnce(num_pictures, "validation pictures"),
+        samples_at_once=AtOnce(recipe.train_batch_size, "the held-out loss"),
+        pictures_at_once=AtOnce(min(recipe.train_batch_size, len(prompts)), "validation pictures"),
     )
 
 

@@ -12,14 +12,19 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from sd_recipes.checkpoints.best import BestWeights
 from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resume_hint
 from sd_recipes.checkpoints.saver import BackgroundSaver, NotSaved
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.latent_store import LatentStore
+from sd_recipes.evaluation.figures import Best
+from sd_recipes.export.run_page import write_run_page
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import StopAgreement, all_gather, begin_sum, broadcast, wait_for_all
 from sd_recipes.runtime.fsdp import full_tensor
+from sd_recipes.runtime.memory import peak_memory_gb
+from sd_recipes.runtime.output_dir import NO_ROOM
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.training.build import UNCERTAINTY, Model, Run
 from sd_recipes.training.finite import TrainingDiverged, has_finite_weights
@@ -29,8 +34,8 @@ from sd_recipes.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-def fit(run: Run, saver: BackgroundSaver) -> None:
-    """Train from where the state stands to the last step (Ho et al. 2020, algorithm 1).
+def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
+    """Train from where the state stands to the last step (Ho et al. 2020, algorithm 1), or to the one to stop early.
 
     Raises TrainingDiverged if loss, gradient or weights become NaN or infinite; Stopped, with everything saved, if any
     process was asked to end; NotSaved if saving failed then.
@@ -43,15 +48,17 @@ def fit(run: Run, saver: BackgroundSaver) -> None:
             "Nothing left to train: %d of %d steps are done. A larger %s continues; --overwrite starts over.",
             progress.global_step, run.num_steps, length_flag(recipe),
         )  # fmt: skip
+    best = validator.best_so_far(run.tracker.path)
     if validator.is_due_at_start(progress, run.tracker.path):
-        validator(state, run.tracker)
+        best = validate(run, best_weights)
     if any_rank_stopping(wait=True):
         raise stop_request.stopped(f"at step {progress.global_step}, before another step")
     meter = Meter(accelerator.device, progress, remedy(recipe, accelerator.num_processes))
-    steps_left = run.num_steps - progress.global_step
+    steps_left = 0 if stops_early(run, best) else run.num_steps - progress.global_step
     with (
         divergence_explained(run),
         saver,
+        best_weights,
         progress_bar(run) as bar,
         closing(run.batches(progress.samples_seen, steps_left, progress.stream_state)) as steps,
     ):
@@ -88,9 +95,12 @@ def fit(run: Run, saver: BackgroundSaver) -> None:
                 run.store.end_epoch(plan.epoch)
                 run.model.encoder.rest()
             if is_validated:
-                validator(state, run.tracker)
-                show_uncertainty(run)
+                best = validate(run, best_weights)
                 meter.restart(progress)
+                if not is_done and stops_early(run, best):
+                    if not is_saved:
+                        save(run, meter, saver)
+                    break
 
             # Stop, if any process was asked to
             if any_rank_stopping(wait=is_validated):
@@ -177,6 +187,7 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     figures = {**meter.close(loss, progress), "lr": float(run.state.schedule.get_last_lr()[0])}
     if run.data.num_rows:
         figures["epoch"] = progress.samples_seen / run.data.num_rows
+    figures["memory_gb"] = peak_memory_gb(run.accelerator.device)
     if bad_rows:
         figures["bad_rows"] = bad_rows
     run.tracker.log(figures, progress.global_step)
@@ -230,11 +241,49 @@ def stop(run: Run, saver: BackgroundSaver) -> None:
     raise stop_request.stopped(f"saved at step {step}")
 
 
+def validate(run: Run, best_weights: BestWeights) -> Best | None:
+    """Validate, and keep the weights if they are the best so far; returns the best, None if nothing is held out.
+
+    Every process has to call it.
+    """
+    best = run.validator(run.state, run.tracker)
+    if best and best.step == run.state.progress.global_step and run.recipe.keep_best:
+        best_weights.keep(best.loss)
+    show_uncertainty(run)
+    show_page(run)
+    return best
+
+
+def stops_early(run: Run, best: Best | None) -> bool:
+    """Whether --early_stopping ends the run here: so many validations have not been better than the best."""
+    patience = run.recipe.early_stopping
+    if best is None or patience is None or best.since < patience:
+        return False
+    logger.info(
+        "Stopping early at step %d: the last %d validations were no better than that of step %d, whose held-out loss "
+        "is %.4g. A larger --early_stopping goes on.",
+        run.state.progress.global_step, best.since, best.step, best.loss,
+    )  # fmt: skip
+    return True
+
+
 def show_uncertainty(run: Run) -> None:
     """Let the first process draw the learned uncertainty, if there is one."""
     part = run.state.parts.get(UNCERTAINTY)
     if part and part.export and run.accelerator.is_main_process:
         part.export(part.evaluated_tensors(), run.output_dir)
+
+
+def show_page(run: Run) -> None:
+    """Let the first process renew the run's page."""
+    if not run.accelerator.is_main_process:
+        return
+    try:
+        write_run_page(run.output_dir)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        logger.warning("The run's page cannot be written (%s): training continues.", error)
 
 
 def progress_bar(run: Run) -> tqdm:

@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from sd_recipes.model.conditioning import Conditioning
+from sd_recipes.model.predictions import PREDICTIONS
 from sd_recipes.recipe import ObjectiveConfig
 
 
@@ -31,17 +32,27 @@ class NoiseSchedule:
         """x_t of x_0 and ε, all (B, C, h, w), at timesteps (B,)."""
         return at(self.signal, timesteps) * latents + at(self.sigma, timesteps) * noise
 
-    def velocity(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """v = α_t ε - σ_t x_0 (Salimans & Ho 2022, appendix D), (B, C, h, w)."""
-        return at(self.signal, timesteps) * noise - at(self.sigma, timesteps) * latents
+    def predicted(self, prediction_type: str, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """A prediction's true value of x_0 and ε, (B, C, h, w)."""
+        in_latents, in_noise = PREDICTIONS[prediction_type](at(self.signal, timesteps), at(self.sigma, timesteps))
+        return in_latents * latents + in_noise * noise
 
 
-# What the UNet has to predict, (B, C, h, w), from x_0, ε and t: ε (Ho et al. 2020, eq. 14), x_0, or v.
+# What the UNet has to predict, (B, C, h, w), from x_0, ε and t: ε (Ho et al. 2020, eq. 14), x_0, v (Salimans & Ho 2022,
+# appendix D), or the score (Song & Ermon 2019, section 4.2).
 Target = Callable[[NoiseSchedule, Tensor, Tensor, Tensor], Tensor]
 TARGETS: dict[str, Target] = {
     "epsilon": lambda schedule, latents, noise, timesteps: noise,
     "sample": lambda schedule, latents, noise, timesteps: latents,
-    "v_prediction": NoiseSchedule.velocity,
+    "v_prediction": lambda schedule, *sample: schedule.predicted("v_prediction", *sample),
+    "score": lambda schedule, *sample: schedule.predicted("score", *sample),
+}
+
+# What the error is multiplied by at every timestep, (T,), before its loss is taken. The score's by σ_t, so that its
+# square has the weight λ = σ_t² of denoising score matching (Song & Ermon 2019, eq. 6): ‖σ_t s + ε‖², the loss of ε.
+ERROR_SCALES: dict[str, Callable[[NoiseSchedule], Tensor]] = {
+    **dict.fromkeys(("epsilon", "sample", "v_prediction"), lambda schedule: torch.ones_like(schedule.sigma)),
+    "score": lambda schedule: schedule.sigma,
 }
 
 # The weight of x_0's loss at every timestep, (T,), from the SNRs, the value of the setting that asks for it, and all
@@ -60,11 +71,12 @@ WEIGHTS: dict[str, Weight] = {
 }
 
 # The loss of what the UNet predicts over that of the x_0 which follows from it, (T,), from the SNRs
-# (Salimans & Ho 2022, section 4).
+# (Salimans & Ho 2022, section 4). The score's, with its scale, is ε's.
 LOSS_OVER_X0: dict[str, Callable[[Tensor], Tensor]] = {
     "epsilon": lambda snr: snr,
     "sample": torch.ones_like,
     "v_prediction": lambda snr: snr + 1,
+    "score": lambda snr: snr,
 }
 
 
@@ -96,7 +108,7 @@ HUBER_SCHEDULES: dict[str, Callable[[NoiseSchedule, float], Tensor]] = {
 
 
 class DenoisingLoss:
-    """The error target - prediction of a UNet: its loss, averaged over an image's latent, weighted by timestep.
+    """The error of a UNet's prediction: its loss, averaged over an image's latent, weighted by timestep.
 
     `uncertainty` gives u(t), (B,), for timesteps: the loss is then e^-u times as large, plus u (see `Uncertainty`).
     """
@@ -111,6 +123,7 @@ class DenoisingLoss:
         self.prediction_type: str = config.prediction_type or scheduler.config.prediction_type
         self.schedule = NoiseSchedule(scheduler, device)
         self.target = TARGETS[self.prediction_type]
+        self.error_scale = ERROR_SCALES[self.prediction_type](self.schedule)  # (T,)
         self.loss = LOSSES[config.loss_type]
         self.huber_c = HUBER_SCHEDULES[config.huber_schedule](self.schedule, config.huber_c)  # (T,)
         self.weights = weights_of(self.schedule.snr, self.prediction_type, config)  # (T,)
@@ -136,7 +149,7 @@ class DenoisingLoss:
         if self.rectify is not None:
             noisy_latents, target = self.rectify(unet, noisy_latents, target, conditioning, timesteps)
         prediction = unet(noisy_latents, timesteps, **conditioning, return_dict=False)[0]
-        error = prediction.float() - target.float()
+        error = at(self.error_scale, timesteps) * (prediction.float() - target.float())
         losses = self.weights[timesteps] * self.loss(error, at(self.huber_c, timesteps)).mean(dim=(1, 2, 3))
         if self.uncertainty is None:
             return losses

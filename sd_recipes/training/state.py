@@ -131,22 +131,39 @@ class TrainState:
                 if is_main:
                     part.export(whole, output_dir)
 
+    @property
+    def is_averaged(self) -> bool:
+        """Whether the weights that are evaluated and exported are averages."""
+        return any(part.average for part in self.parts.values())
+
     @contextmanager
-    def evaluated(self, components: Any, *, wanted: bool = True) -> Iterator[None]:
+    def evaluated(self, components: Any, *, wanted: bool = True, averaged: bool = True) -> Iterator[None]:
         """Within this context `components` have the weights that are evaluated and exported, where they are `wanted`.
 
-        Every process has to enter it, since sharded parts are gathered.
+        Or those that are trained, if they are not to be `averaged`. Every process has to enter it, since sharded parts
+        are gathered.
         """
         with ExitStack() as undo:
             for part in self.parts.values():
                 if part.is_sharded:
                     assert part.rebuild is not None
-                    whole = gather(part.evaluated_tensors(), is_wanted=wanted)
+                    tensors = part.evaluated_tensors() if averaged else part.module.state_dict()
+                    whole = gather(tensors, is_wanted=wanted)
                     if wanted:
                         undo.callback(setattr, components, part.name, getattr(components, part.name))
                         setattr(components, part.name, part.rebuild(whole))
-                elif part.average and wanted:
+                elif part.average and wanted and averaged:
                     undo.enter_context(part.average.applied())
+            yield
+
+    @contextmanager
+    def replaced(self, components: Any, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterator[None]:
+        """Within this context `components` have these whole tensors, by part and name, in the place of their own."""
+        with ExitStack() as undo:
+            for name, tensors in weights.items():
+                if rebuild := self.parts[name].rebuild:
+                    undo.callback(setattr, components, name, getattr(components, name))
+                    setattr(components, name, rebuild(tensors))
             yield
 
     def state_dict(self) -> StateDict:

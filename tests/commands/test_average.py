@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,13 +27,6 @@ from sd_recipes.runtime.trackers import read_metrics
 from sd_recipes.training.build import UNET_WEIGHTS
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _few_held_out_samples() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sd_recipes.evaluation.validation.MIN_HELD_OUT_SAMPLES", 8)
-        yield
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `run`, which has kept averages, its `model`, and its `data` with a held-out split."""
@@ -48,6 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pretrained_model_name_or_path=str(folder / "model"), dataset_name=str(folder / "data"), resolution=32,
             train_batch_size=4, max_train_steps=20, checkpointing_steps=2, checkpoints_total_limit=1,
             learning_rate=3e-3, lr_warmup_steps=0, device="cpu", seed=5, report_to="none", validation_split="test",
+            validation_samples=8, validation_pictures=0,
             use_ema=True, ema_length=0.07, ema_snapshots=True, output_dir=str(folder / "run"),
         )
     )  # fmt: skip

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from sd_recipes.evaluation.sample_errors import of_set, table_path, write_table
 
 NUM_TIMESTEPS = 1000
 
@@ -23,7 +23,7 @@ def write_losses(
     noise: float = 0.1,
 ) -> Path:
     """One validation: `factors` are the rows' own by set, (R,); timesteps and noise are those of every validation."""
-    columns: dict[str, list] = {name: [] for name in ("set", "weights", "row", "timestep", "loss")}
+    tables = []
     for number, (name, of_rows) in enumerate(factors.items()):
         generator = np.random.default_rng(number)
         row = np.tile(np.arange(len(of_rows)), samples)
@@ -31,10 +31,9 @@ def write_losses(
         timestep = generator.permuted(np.linspace(0, NUM_TIMESTEPS - 1, len(row)).astype(int))
         usual = 0.02 + 0.9 * (1 - timestep / NUM_TIMESTEPS) ** 3  # far more between timesteps than between rows
         loss = usual * of_rows[row] * np.exp(noise * generator.standard_normal(len(row)))
-        for column, values in zip(columns, ([name] * len(row), [weights] * len(row), row, timestep, loss), strict=True):
-            columns[column] += list(values)
-    about = json.dumps({"step": step, "num_train_timesteps": NUM_TIMESTEPS, "prediction_type": "epsilon"}).encode()
-    path = output_dir / "validation" / f"step-{step:06d}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns).replace_schema_metadata({b"sd_recipes": about}), path)
+        tables.append(of_set(pa.table({"row": row, "timestep": timestep, "loss": loss}), name, weights))
+    path = table_path(output_dir, step)
+    output_dir.mkdir(exist_ok=True)
+    about = {"step": step, "num_train_timesteps": NUM_TIMESTEPS, "prediction_type": "epsilon"}
+    write_table(pa.concat_tables(tables), path, about)
     return path

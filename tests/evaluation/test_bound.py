@@ -490,7 +490,9 @@ def test_a_network_with_captions() -> None:
 def test_it_knows_no_other_part_of_the_project() -> None:
     arrows = graph()
     files = {f"evaluation.{name}" for name in ("bound", "denoiser", "diffusion_process", "timestep_sampling")}
-    assert set().union(*(arrows[name] for name in files)) <= files
+    formulas = {"model.predictions"}
+    assert set().union(*(arrows[name] for name in files)) <= files | formulas
+    assert arrows["model.predictions"] == set()
 
 
 LATENTS = torch.ones(2, 4)

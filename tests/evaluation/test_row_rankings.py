@@ -12,14 +12,13 @@ import pytest
 from loss_tables import write_losses
 
 from sd_recipes.evaluation.row_rankings import (
-    HELD_OUT,
-    TRAIN,
     evenly_spaced,
     hardest,
     learned_first,
     memorised,
     read_validations,
 )
+from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN
 
 NUM_ROWS = 200
 

@@ -25,7 +25,6 @@ from test_script import environment
 from training_runs import assert_equal, average, train, weights
 
 from sd_recipes.errors import RecipeError
-from sd_recipes.evaluation.validation import MIN_HELD_OUT_SAMPLES
 from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.trackers import read_metrics
@@ -34,11 +33,6 @@ from sd_recipes.training.build import Run
 PROMPTS = ["a disc", "a red disc", "disc number 3", "two discs"]
 VALIDATED = {"validation_prompts": PROMPTS, "validation_inference_steps": 2, "validation_steps": 2}
 HELD_OUT = {"validation_split": "train"}
-
-
-@pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sd_recipes.evaluation.validation.MIN_HELD_OUT_SAMPLES", 16)
 
 
 def figures(run: Run, name: str) -> list[float]:
@@ -60,8 +54,8 @@ def test_a_picture_that_cannot_be_written_does_not_take_the_loss_with_it(
 
     monkeypatch.setattr("sd_recipes.evaluation.validation.save_whole", full)
     run = train(settings, **VALIDATED, **HELD_OUT)
-    assert len(figures(run, "validation_loss")) == 2
-    assert caplog.text.count("pictures cannot be written") == 2
+    assert len(figures(run, "validation_loss")) == 3
+    assert caplog.text.count("What a validation leaves cannot be written") == 2
 
 
 # ------------------------------------------------------------------------------------------ memory
@@ -207,13 +201,14 @@ def test_defect_16_pictures_are_decoded_one_by_one_and_training_is_left_alone(
 def test_defect_25_validation_is_of_a_size_that_can_be_drawn(settings: dict[str, Any], sizes: dict[str, Any]) -> None:
     run = train(settings | VALIDATED | HELD_OUT | sizes)
     with torch.no_grad():
-        pictures = run.validator._own_share().pictures
-    assert {picture.size for picture in pictures.values()} == {(32, 32)}
+        share = run.validator._share(run.state)
+    assert share
+    assert {picture.size for picture in share.pictures.values()} == {(32, 32)}
     assert len(pixels(run)) == 2
     assert np.isfinite(figures(run, "validation_loss")).all()
-    assert len(figures(run, "validation_loss")) == 2
+    assert len(figures(run, "validation_loss")) == 3
     square = {38: 32, 42: 36, 36: 36}[sizes["resolution"]]
-    assert run.validator.held_out_size == (square, square)
+    assert run.validator.samples["held_out"].size == (square, square)
 
 
 # ------------------------------------------------------------------------------------------ held-out rows
@@ -253,7 +248,7 @@ def test_defect_26_some_bad_held_out_rows_are_counted_and_named(
 ) -> None:
     run = train(split(["a disc", None, "two discs", " "]), validation_steps=2)
     assert "2 of 4 rows of --validation_split test cannot be used and will be skipped: row 1: no caption" in caplog.text
-    assert len(figures(run, "validation_loss")) == 2
+    assert len(figures(run, "validation_loss")) == 3
 
 
 def test_defect_26_unchecked_rows_leave_the_held_out_loss_out(
@@ -268,33 +263,32 @@ def test_defect_26_unchecked_rows_leave_the_held_out_loss_out(
 # ------------------------------------------------------------------------------------------ several processes
 
 
-def test_a_validation_that_two_processes_share_is_that_of_one(
-    split: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_validation_that_two_processes_share_is_that_of_one(split: Callable, tmp_path: Path) -> None:
     """Of the same averaged weights: the two go on from the checkpoint of the one, which its validation came after.
 
     One sample at a time, so that nothing but the sharing differs. Seven rows, one of which cannot be used, are 259
     samples, and neither these nor the prompts divide by two.
     """
-    monkeypatch.setattr("sd_recipes.evaluation.validation.MIN_HELD_OUT_SAMPLES", MIN_HELD_OUT_SAMPLES)
     settings = split(["a disc", "a red disc", None, "two discs", "three discs", "a ring", "a blue ring"])
     settings |= {
         "train_batch_size": 1, "gradient_accumulation_steps": 4, "max_train_steps": 2, "checkpointing_steps": 2,
         "use_ema": True, "validation_clip_model": "sd-recipes/tiny-clip", "validation_inference_steps": 2,
-        "output_dir": str(tmp_path / "one"),
+        "output_dir": str(tmp_path / "one"), "validation_samples": 256,
     }  # fmt: skip
     one = train(settings, validation_prompts=PROMPTS[:3])
     several = tmp_path / "several"
     shutil.copytree(tmp_path / "one" / "checkpoint-2", several / "checkpoint-2")
+    (several / "validation").mkdir()
+    shutil.copy(tmp_path / "one" / "validation" / "step-000000.parquet", several / "validation")
     del settings["train_data_dir"]
     flags = flags_of(settings | {"gradient_accumulation_steps": 2, "output_dir": several})
     output = finish(start(torchrun(2), *flags, "--validation_prompts", *PROMPTS[:3]))
     assert output.count("Nothing left to train: 2 of 2 steps are done") == 1
     assert output.count("1 of 7 held-out rows cannot be used") == 1, "by the two together"
 
-    (of_one,), (of_several,) = ([line for line in read_metrics(run / "metrics.jsonl") if "validation_loss" in line]
-                                for run in (tmp_path / "one", several))  # fmt: skip
-    assert of_one.keys() == of_several.keys() == {"step", "validation_loss", "image_text_score"}
+    of_one, of_several = ([line for line in read_metrics(run / "metrics.jsonl") if "validation_loss" in line][-1]
+                          for run in (tmp_path / "one", several))  # fmt: skip
+    assert of_one.keys() == of_several.keys() > {"step", "validation_loss", "image_text_score", "raw_validation_gap"}
     assert of_several == pytest.approx(of_one, rel=1e-6, abs=0)
     (grid,) = (tmp_path / "one" / "samples").iterdir()
     assert (several / "samples" / grid.name).read_bytes() == grid.read_bytes()

@@ -206,7 +206,7 @@ def test_a_card_that_the_hub_refuses_fails_the_push(tmp_path: Path, monkeypatch:
     with LoopbackHub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
         with pytest.raises(PushError) as error:
-            publish(tmp_path, "tester/discs", recipe, StableDiffusion())
+            publish(tmp_path, "tester/discs", recipe, StableDiffusion(), "epsilon")
     assert '"base_model[0]" with value "someone/two..dots" is not valid' in str(error.value)
     assert "\n" not in str(error.value)
     assert hub.requests[-1].path == "/api/validate-yaml"  # nothing was uploaded

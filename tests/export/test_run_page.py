@@ -19,7 +19,7 @@ from loss_tables import write_losses
 from PIL import Image
 from training_runs import train
 
-from sd_recipes.evaluation.row_rankings import HELD_OUT, TRAIN
+from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN
 from sd_recipes.evaluation.verdict import verdict
 from sd_recipes.export.run_page import write_run_page
 from sd_recipes.flags import recipe_text

@@ -133,6 +133,16 @@ def test_only_known_samplers_are_taken_from_a_model(
     assert components.sampler.config.beta_schedule == "scaled_linear"
 
 
+def test_defect_a_replaced_sampler_does_not_clip_latents(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """DDIM, which takes the place of an unknown one, clips to [-1, 1] where the model's file does not speak of it."""
+    pipeline = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+    path = pipeline / "scheduler" / "scheduler_config.json"
+    config = {name: value for name, value in json.loads(path.read_text()).items() if name != "clip_sample"}
+    path.write_text(json.dumps(config | {"_class_name": "HeunDiscreteScheduler"}))
+    sampler = load(pipeline).sampler
+    assert (type(sampler), sampler.config.clip_sample) == (DDIMScheduler, False)
+
+
 def test_a_sampler_samples_what_was_trained(tiny_pipeline: Path) -> None:
     components = load(tiny_pipeline)
     components.sampler = PNDMScheduler.from_config(components.sampler.config)

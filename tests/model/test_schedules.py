@@ -87,6 +87,38 @@ def test_zero_terminal_snr_is_refused_with_epsilon_and_told_where_weights_leave_
     assert "--max_timestep may leave out the last timestep" in caplog.text
 
 
+def test_defect_a_prediction_that_the_models_file_does_not_name_outlives_a_new_schedule(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Stable Diffusion 1's file does not say what the model predicts, and diffusers then takes its classes' default."""
+    model = shutil.copytree(settings["pretrained_model_name_or_path"], tmp_path / "model")
+    path = model / "scheduler" / "scheduler_config.json"
+    config = {name: value for name, value in json.loads(path.read_text()).items() if name != "prediction_type"}
+    path.write_text(json.dumps(config | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}))
+    changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    run = build(settings, pretrained_model_name_or_path=str(model), **changes)
+    components = run.model.components
+    assert {each.config.prediction_type for each in (components.scheduler, components.sampler)} == {"v_prediction"}
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "score"])
+def test_what_says_nothing_of_pure_noise_is_refused_with_it(
+    settings: dict[str, Any], tmp_path: Path, prediction_type: str
+) -> None:
+    words = f"pure noise, of which {prediction_type} tells nothing: use --prediction_type v_prediction, or drop it"
+    with pytest.raises(ValueError, match=words):
+        build(settings, rescale_betas_zero_snr=True, prediction_type=prediction_type)
+    model = shutil.copytree(settings["pretrained_model_name_or_path"], tmp_path / "model")
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": prediction_type}))
+    words = f"of which this model's {prediction_type} tells nothing: add --prediction_type v_prediction"
+    with pytest.raises(RecipeError, match=words):
+        build(settings, pretrained_model_name_or_path=str(model), rescale_betas_zero_snr=True)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}))
+    with pytest.raises(RecipeError, match=rf"scheduler_config\.json\), of which {prediction_type} tells nothing"):
+        build(settings, pretrained_model_name_or_path=str(model))
+
+
 def test_another_prediction_is_told_once_and_not_of_a_unet_that_has_learned_nothing(
     settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

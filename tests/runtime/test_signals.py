@@ -240,8 +240,8 @@ def test_the_held_out_loss_and_loading_are_broken_off(
 ) -> None:
     settings |= {"validation_split": "train", "validation_steps": 1, "train_batch_size": 1}
     with monkeypatch.context() as patch:
-        asked_after(patch, asked, LatentEncoder, "sample", 3)  # the first is the training step's
-        with pytest.raises(Stopped, match="saved at step 1"):
+        asked_after(patch, asked, LatentEncoder, "sample", 3)  # of the validation before the first step
+        with pytest.raises(Stopped, match="at step 0, before another step"):
             train(settings)
     with pytest.raises(Stopped, match="while it was loading"):
         train(settings)

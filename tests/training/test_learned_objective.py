@@ -79,11 +79,8 @@ def test_learned_uncertainty_belongs_to_the_run_and_not_to_the_pipeline(
         build(settings, output_dir=str(folder), resume_from_checkpoint="latest")
 
 
-def test_learned_uncertainty_is_no_part_of_the_held_out_loss(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_learned_uncertainty_is_no_part_of_the_held_out_loss(settings: dict[str, Any], tmp_path: Path) -> None:
     """Before the first step, where the UNet is the same, whatever u has become."""
-    monkeypatch.setattr("sd_recipes.evaluation.validation.MIN_HELD_OUT_SAMPLES", 8)
     found = []
     for learned in (False, True):
         run = build(

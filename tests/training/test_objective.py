@@ -46,7 +46,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return {**values, "states": torch.randn(5, 3, 2, generator=generator)}
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "score"])
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 @pytest.mark.parametrize("perturbed", [False, True])
 def test_loss_equals_an_independent_computation(
@@ -68,18 +68,20 @@ def test_loss_equals_an_independent_computation(
             "epsilon": eps[number],
             "sample": x0[number],
             "v_prediction": np.sqrt(a) * eps[number] - np.sqrt(1 - a) * x0[number],
+            "score": -eps[number] / np.sqrt(1 - a),
         }[prediction_type]
         snr = a / (1 - a)
-        weight = 1.0
+        weight = 1 - a if prediction_type == "score" else 1.0  # λ = σ_t²
         if snr_gamma:
-            weight = min(snr, snr_gamma) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
+            over_x0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1, "score": snr}[prediction_type]
+            weight *= min(snr, snr_gamma) / over_x0
         expected = weight * np.mean((target - prediction) ** 2)
         # The scheduler holds ᾱ in float32, so that 1 - ᾱ near t = 0 has four digits.
         np.testing.assert_allclose(losses[number].item(), expected, rtol=1e-4)
 
 
 def test_a_perfect_prediction_has_no_loss(tensors: dict[str, torch.Tensor]) -> None:
-    for prediction_type in ("epsilon", "v_prediction", "sample"):
+    for prediction_type in ("epsilon", "v_prediction", "sample", "score"):
         loss = DenoisingLoss(scheduler(), ObjectiveConfig(prediction_type=prediction_type), torch.device("cpu"))
         perfect = loss.target(loss.schedule, tensors["latents"], tensors["noise"], TIMESTEPS)
         losses = loss(
@@ -90,6 +92,36 @@ def test_a_perfect_prediction_has_no_loss(tensors: dict[str, torch.Tensor]) -> N
             tensors["noise"],
         )
         assert losses.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "settings_given",
+    [
+        {},
+        {"snr_gamma": 5.0},
+        {"debiased_estimation_loss": True},
+        {"loss_type": "huber", "huber_schedule": "constant"},
+        {"loss_type": "smooth_l1"},
+    ],
+    ids=str,
+)
+def test_a_score_has_the_loss_of_the_noise_that_it_means(
+    tensors: dict[str, torch.Tensor], settings_given: dict[str, Any]
+) -> None:
+    """Denoising score matching with λ = σ_t² (Song & Ermon 2019) is the loss of ε, whatever is made of errors."""
+    sigma = torch.from_numpy(np.sqrt(1 - alpha_bar())).float()[TIMESTEPS, None, None, None]
+
+    def predict_score(*inputs: Any, **options: Any) -> tuple:
+        return (-fake_unet(*inputs, **options)[0] / sigma,)
+
+    inputs = (tensors["latents"], conditioning(tensors), TIMESTEPS, tensors["noise"])
+    of_noise, of_score = (
+        DenoisingLoss(
+            scheduler(), ObjectiveConfig(prediction_type=prediction_type, **settings_given), torch.device("cpu")
+        )(unet, *inputs)
+        for prediction_type, unet in (("epsilon", fake_unet), ("score", predict_score))
+    )
+    torch.testing.assert_close(of_score, of_noise, rtol=1e-3, atol=0)
 
 
 def test_dream_moves_input_and_target_along_the_error(tensors: dict[str, torch.Tensor]) -> None:
@@ -154,7 +186,7 @@ WEIGHTINGS: dict[str, tuple[dict[str, Any], Callable[[float], float]]] = {
 }
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "score"])
 @pytest.mark.parametrize("weighting", [name for name in WEIGHTINGS if name != "plain"])
 def test_a_weighting_is_that_of_the_noise_which_the_prediction_implies(
     tensors: dict[str, torch.Tensor], weighting: str, prediction_type: str
@@ -173,6 +205,7 @@ def test_a_weighting_is_that_of_the_noise_which_the_prediction_implies(
             "epsilon": prediction,
             "sample": (noisy - np.sqrt(a) * prediction) / np.sqrt(1 - a),
             "v_prediction": np.sqrt(1 - a) * noisy + np.sqrt(a) * prediction,
+            "score": -np.sqrt(1 - a) * prediction,
         }[prediction_type]
         expected = weight(a / (1 - a)) * np.mean((eps[number] - implied) ** 2)
         np.testing.assert_allclose(found[number].item(), expected, rtol=1e-4)

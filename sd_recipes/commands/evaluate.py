@@ -1,0 +1,329 @@
+"""`sd-recipes evaluate`: what runs, checkpoints and pipelines have learned, measured alike.
+
+    sd-recipes evaluate runs/boats runs/boats/checkpoint-500
+
+Each is put together like a run that is not trained: its data have to be where they were.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sd_recipes import assets
+from sd_recipes.checkpoints.best import BEST, list_best
+from sd_recipes.checkpoints.format import MANIFEST, DamagedCheckpoint, list_checkpoints, verify_checkpoint
+from sd_recipes.checkpoints.run_folder import holds_run
+from sd_recipes.commands.evaluate_settings import Evaluation
+from sd_recipes.commands.of_run import NOT_TRAINED, settings_of
+from sd_recipes.data.held_out import choose
+from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.evaluation.features import FeatureModel
+from sd_recipes.evaluation.figures import figures_of
+from sd_recipes.evaluation.metrics import ImageTextScore
+from sd_recipes.evaluation.picture_scores import (
+    as_json,
+    nearest_training_pictures,
+    real_pictures,
+    score_features,
+)
+from sd_recipes.evaluation.pictures import draw_pictures, drawing_pipeline, picture_grid, save_whole
+from sd_recipes.evaluation.sample_errors import write_table
+from sd_recipes.export.evaluation_page import Evaluated, figure_rows, write_evaluation_page
+from sd_recipes.flags import build_recipe
+from sd_recipes.recipe import Recipe
+from sd_recipes.redaction import in_texts, redacted
+from sd_recipes.runtime.accelerator import start_accelerator
+from sd_recipes.runtime.agreement import all_gather
+from sd_recipes.runtime.console import hide_library_bars, say
+from sd_recipes.runtime.out_of_memory import AtOnce
+from sd_recipes.runtime.output_dir import NO_ROOM
+from sd_recipes.runtime.signals import stop_request
+from sd_recipes.runtime.trackers import replace_file
+from sd_recipes.training.build import Run, build_run
+from sd_recipes.training.state import AVERAGE
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "evaluation.json"
+TINY_FEATURES, TINY_SIDE = "sd-recipes/tiny-clip", 64
+STOPPED = "while pictures were drawn; nothing was written"
+# Of a run that is put together to be evaluated: a batch that fits any number of rows.
+ONE_BY_ONE: dict[str, Any] = {
+    "train_batch_size": 1, "gradient_accumulation_steps": 1, "max_train_steps": 1, "scale_lr": False,
+    "optimizer": "adamw", "use_8bit_adam": False, "learned_uncertainty": False, "timesteps_by_error": False,
+    "lr_scheduler": "constant",
+}  # fmt: skip
+# Of the model that a run began with, which a pipeline has instead.
+OF_THE_BASE = {
+    "train_from_scratch": False, "unet_config": None, "prediction_type": None, "rescale_betas_zero_snr": False,
+    "non_ema_revision": None, "revision": None, "variant": None, "vae": None, "base": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is evaluated: a model, or weights of a run, which has the rest."""
+
+    name: str
+    run: Path | None
+    weights: Path | None = None  # a checkpoint, or one of the best weights; None for a model
+
+
+def evaluate(config: Evaluation) -> None:
+    """Evaluate what `config` names; print a table, and write evaluation.json, tables of errors, pictures and a page.
+
+    Raises RecipeError, and Stopped.
+    """
+    targets = [find_target(name) for name in config.targets]
+    recipes = [recipe_of(target, targets, config) for target in targets]
+    output_dir = output_dir_of(config, targets)
+    hide_library_bars()
+    accelerator = start_accelerator(recipes[0])
+    evaluated: list[Evaluated] = []
+    built: Run | None = None
+    built_by: Recipe | None = None
+    scorer: Scorer | None = None
+    for target, recipe in zip(targets, recipes, strict=True):
+        recipe = recipe.model_copy(update={"mixed_precision": accelerator.mixed_precision})
+        if built is None or recipe != built_by:
+            built, built_by = build_run(recipe, accelerator, None), recipe
+            built.validator.samples_at_once = AtOnce(config.batch_size, "the errors")
+        if scorer is None and accelerator.is_main_process and config.num_pictures:
+            scorer = Scorer.of(built, config)
+        with weights_of(target, built, config.weights):
+            found = measure(target, built, config, before=evaluated[0].errors if evaluated else None)
+        if scorer is not None and found.pictures:
+            scorer.add_to(found)
+        evaluated.append(found)
+    if accelerator.is_main_process:
+        say(table(evaluated))
+        try:
+            write_results(evaluated, scorer, output_dir)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise RecipeError(
+                f"--output_dir {output_dir} cannot be written ({error}): make room, or choose another"
+            ) from error
+    accelerator.end_training()
+
+
+# ------------------------------------------------------------------------------------------ what is evaluated
+
+
+def find_target(name: str) -> Target:
+    """What a name stands for. Raises RecipeError for a folder that holds nothing to evaluate."""
+    path = Path(name).expanduser()
+    if (path / MANIFEST).is_file():
+        run = path.resolve().parent
+        return Target(name, run.parent if run.name == BEST else run, path)
+    if path.name == BEST and path.is_dir():
+        kept = list_best(path.resolve().parent)
+        if not kept:
+            raise RecipeError(f"{name} holds no weights: the run has kept no best ones so far")
+        return Target(name, path.resolve().parent, kept[-1])
+    if path.is_dir() and holds_run(path):
+        if (path / "model_index.json").is_file():
+            return Target(name, path)
+        checkpoints = list_checkpoints(path)
+        if not checkpoints:
+            raise RecipeError(f"{name} is a run without a checkpoint or a pipeline so far: train on, and evaluate then")
+        return Target(f"{name} ({checkpoints[-1].name})", path, checkpoints[-1])
+    if path.is_dir() and not (path / "model_index.json").is_file() and name not in assets.ASSETS:
+        raise RecipeError(
+            f"{name} is neither a run of this program, nor a checkpoint of one, nor a pipeline: give the --output_dir "
+            "of a run, a checkpoint-N in it, or a folder with a model_index.json"
+        )
+    return Target(name, None)
+
+
+def recipe_of(target: Target, targets: list[Target], config: Evaluation) -> Recipe:
+    """A recipe that puts a target together, with the data of its run, or of the first run. Raises RecipeError."""
+    changes = {**ONE_BY_ONE, "seed": 0, **config.given}
+    data_run = target.run or next((each.run for each in targets if each.run), None)
+    if target.weights is None:
+        model = str(target.run) if target.run else target.name
+        changes = {**OF_THE_BASE, **changes, "pretrained_model_name_or_path": model}
+    recipe = settings_of(data_run, changes) if data_run else {**NOT_TRAINED, **changes}
+    recipe |= {name: NOT_TRAINED[name] for name in ("dry_run", "validation_prompts", "validation_pictures")}
+    if not recipe.get("validation_split"):
+        raise RecipeError(
+            f"{target.name}: nothing is held out, of which errors and pictures could tell something: give "
+            "--validation_split a split, a folder, or a share of the rows, and the data's flags (or --config RECIPE)"
+        )
+    return build_recipe(recipe)
+
+
+def output_dir_of(config: Evaluation, targets: list[Target]) -> Path:
+    """Where the results go. Raises RecipeError if that holds anything but earlier results."""
+    run = next((target.run for target in targets if target.run), None)
+    output_dir = Path(config.output_dir) if config.output_dir else (run or Path()) / "evaluation"
+    if output_dir.exists() and not output_dir.is_dir():
+        raise RecipeError(f"--output_dir {output_dir} is not a folder: choose another")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / RESULTS).is_file():
+        raise RecipeError(f"--output_dir {output_dir} holds something else: choose a new or an empty folder")
+    return output_dir
+
+
+@contextmanager
+def weights_of(target: Target, built: Run, which: str) -> Iterator[None]:
+    """Within this context the run has the target's weights. Raises RecipeError if they do not fit it."""
+    if target.weights is None:
+        yield
+        return
+    weights = {}
+    try:
+        verify_checkpoint(target.weights)
+        for name, part in built.state.parts.items():
+            averaged = target.weights / f"{name}{AVERAGE}" / part.weights_file
+            plain = target.weights / name / part.weights_file
+            weights[name] = load_file(averaged if which == "evaluated" and averaged.is_file() else plain)
+    except (DamagedCheckpoint, OSError, SafetensorError) as error:
+        raise RecipeError(f"{target.name} cannot be used: {one_line(error)}") from error
+    try:
+        replaced = built.state.replaced(built.model.components, weights)
+        with replaced:
+            yield
+    except RuntimeError as error:
+        if "state_dict" not in str(error):
+            raise
+        raise RecipeError(f"{target.name} does not fit its run's model ({one_line(error, 300)})") from error
+
+
+# ------------------------------------------------------------------------------------------ measuring
+
+
+def measure(target: Target, built: Run, config: Evaluation, before: pa.Table | None) -> Evaluated:
+    """The errors of a target's weights, and the pictures that they draw. Every process has to call it."""
+    validator = built.validator
+    errors = validator.errors()
+    num_timesteps = len(validator.objective.schedule.snr)
+    figures = {}
+    if errors is not None:
+        figures = figures_of(errors, before if before is not None else errors, num_timesteps)
+    prompts = held_out_captions(built, config.num_pictures)
+    return Evaluated(target.name, errors, figures, prompts, draw(built, prompts, config.batch_size), num_timesteps)
+
+
+def held_out_captions(built: Run, number: int) -> list[str]:
+    """So many captions of held-out rows, from the first again where there are fewer."""
+    watched = built.validator.watched
+    assert watched is not None
+    captions = watched.captions(number)
+    return [captions[place % len(captions)] for place in range(number)] if captions else []
+
+
+@torch.no_grad()
+def draw(built: Run, prompts: list[str], at_once: int) -> list[Image.Image]:
+    """A picture of each prompt, with the same noise for every target; shared out to the processes. Raises Stopped."""
+    validator, accelerator = built.validator, built.accelerator
+    numbers = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    own: dict[int, Image.Image] = {}
+    if numbers:
+        with validator.encoder.on_device(), validator.evaluating(), accelerator.autocast():
+            pipeline = drawing_pipeline(validator.family, validator.components, built.recipe.validation_sampler)
+            work = partial(draw_pictures, pipeline, prompts, built.recipe, validator.picture_size, numbers)
+            own = dict(zip(numbers, AtOnce(at_once, "pictures").attempt(work) or [], strict=False))
+    drawn = {number: picture for each in all_gather(own) for number, picture in each.items()}
+    stop_request.check(STOPPED)
+    return [drawn[number] for number in sorted(drawn)]
+
+
+@dataclass
+class Scorer:
+    """Scores drawn pictures by their captions, and by features of held-out and training pictures."""
+
+    image_text: ImageTextScore | None
+    features: FeatureModel | None
+    of_held_out: Any = None  # (N, D)
+    of_training: Any = None  # (M, D)
+    training_pictures: list[Image.Image] = field(default_factory=list)
+    why_not: str | None = None  # there are no scores of features
+
+    @classmethod
+    def of(cls, built: Run, config: Evaluation) -> Scorer:
+        """Raises RecipeError for a model that cannot be loaded."""
+        recipe, size = built.recipe, built.validator.picture_size
+        name = config.feature_model or (TINY_FEATURES if max(size) <= TINY_SIDE else None)
+        clip = config.clip_model or (TINY_FEATURES if name == TINY_FEATURES else None)
+        image_text = ImageTextScore(clip, recipe.cache_dir) if clip else None
+        if name is None:
+            why = "there are no scores of features: name a network by --feature_model, such as facebook/dinov2-small"
+            logger.warning("%s.", why.capitalize())
+            return cls(image_text, None, why_not=why)
+        device = built.accelerator.device
+        features = FeatureModel(name, device=device, batch_size=config.batch_size, cache_dir=recipe.cache_dir)
+        assert built.data.held_out is not None
+        assert built.data.rows is not None or built.data.watched is not None
+        rows = built.data.rows if built.data.rows is not None else built.data.watched.rows  # type: ignore[union-attr]
+        held_out = [pixels for _, pixels in real_pictures(built.data.held_out.rows, recipe, size)]
+        chosen = choose(rows, config.num_training_pictures).rows
+        training = [pixels for _, pixels in real_pictures(chosen, recipe, size)]
+        if not held_out or len(training) < 2:
+            why = "there are no scores of features: the rows hold moments instead of pictures, or too few"
+            logger.warning("%s.", why.capitalize())
+            return cls(image_text, None, why_not=why)
+        pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in training]
+        return cls(image_text, features, features(held_out), features(training), pictures)
+
+    def add_to(self, evaluated: Evaluated) -> None:
+        """Score the pictures of what was evaluated."""
+        if self.image_text:
+            evaluated.figures["image_text_score"] = self.image_text(evaluated.pictures, evaluated.prompts)
+        if self.features:
+            drawn = self.features(evaluated.pictures)
+            evaluated.scores, evaluated.missing = score_features(drawn, self.of_held_out, self.of_training)
+            evaluated.neighbours = nearest_training_pictures(drawn, self.of_training)
+
+
+# ------------------------------------------------------------------------------------------ results
+
+
+def table(evaluated: list[Evaluated]) -> str:
+    """Figures in rows, a column for each target."""
+    rows = figure_rows(evaluated)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def write_results(evaluated: list[Evaluated], scorer: Scorer | None, output_dir: Path) -> None:
+    """evaluation.json, errors and grids of each target, and the page. Raises OSError."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    features = scorer.features.name if scorer and scorer.features else None
+    content = {
+        "features": features,
+        "targets": [
+            {
+                "target": each.name,
+                "figures": each.figures,
+                "scores": as_json(each.scores),
+                "missing": each.missing,
+                "num_pictures": len(each.pictures),
+            }
+            for each in evaluated
+        ],
+    }
+    text = json.dumps(in_texts(redacted, content), indent=1, ensure_ascii=False) + "\n"
+    replace_file(output_dir / RESULTS, text)  # first, since it says whose folder this is
+    for number, each in enumerate(evaluated, 1):
+        if each.errors is not None:
+            about = {"target": redacted(each.name), "num_train_timesteps": each.num_timesteps}
+            write_table(each.errors, output_dir / f"errors-{number}.parquet", about)
+        if each.pictures:
+            grid = picture_grid(each.pictures, in_texts(redacted, each.prompts))
+            save_whole(grid, output_dir / f"pictures-{number}.png")
+    page = write_evaluation_page(evaluated, scorer.training_pictures if scorer else [], features, output_dir)
+    say(f"\nresults         {output_dir / RESULTS}\npage            {page}")
