@@ -102,7 +102,7 @@ def evenly_spaced(items: Sequence[Item], number: int) -> list[Item]:
 
 
 def hardest(validations: Sequence[RowLosses], number: int) -> list[RankedRow]:
-    """The rows with the highest loss, relative to their like: wrong captions, odd or crowded pictures.
+    """The rows with the highest loss, relative to their like and above it: wrong captions, odd or crowded pictures.
 
     ratio = mean over the row's samples of loss / exp(f(t)), where f(t) is the like's log loss at the sample's t; over
     its samples at all of `validations`. With the last one alone these are the rows that are hardest at the end. In a
@@ -116,7 +116,7 @@ def hardest(validations: Sequence[RowLosses], number: int) -> list[RankedRow]:
     loss = np.exp(np.concatenate([each.log_loss for each in validations]))
     like = np.exp(np.concatenate([_like(each, each.log_loss) for each in validations]))
     rows, ratios, owns = _mean_by_row(row, loss / like, loss)
-    ranked = [RankedRow(*each) for each in zip(rows, ratios, owns, strict=True)]
+    ranked = [RankedRow(*each) for each in zip(rows, ratios, owns, strict=True) if each[1] > 1]
     return sorted(ranked, key=lambda each: -each.ratio)[:number]
 
 
@@ -126,7 +126,7 @@ def learned_first(validations: Sequence[RowLosses], number: int) -> tuple[int, l
     `validations` are of one set, in order of steps. With d = log(loss at a validation / loss at the first) of a sample,
     half was learned at the first validation whose mean d is at most half of the lowest mean d. There,
     ratio = exp(mean over the row's samples of [d - g(t)]), where g(t) is the like's d at t, and `own` is exp(mean d):
-    what was left of the row's loss. None if the mean d never fell below 0.
+    what was left of the row's loss. Only rows that fell below their like. None if the mean d never fell below 0.
     """
     if not validations or validations[0].num_rows < MIN_ROWS:
         return None
@@ -155,11 +155,8 @@ def memorised(
     against_held_out = None
     if held_out and (like := _fall(*held_out)).num_rows >= MIN_ROWS:
         against_held_out = fall.log_loss - _like(like, like.log_loss, fall.timestep)
-    return [
-        row
-        for row in _fallen(fall, against_held_out)
-        if row.ratio < 1 and (row.to_held_out is None or row.to_held_out < 1)
-    ][:number]
+    ranked = _fallen(fall, against_held_out)
+    return [row for row in ranked if row.to_held_out is None or row.to_held_out < 1][:number]
 
 
 def _fall(start: RowLosses, end: RowLosses) -> RowLosses:
@@ -198,12 +195,12 @@ def _like(samples: RowLosses, values: np.ndarray, at: np.ndarray | None = None) 
 
 
 def _fallen(fall: RowLosses, beyond_held_out: np.ndarray | None = None) -> list[RankedRow]:
-    """The rows by their `fall` relative to their like's, the farthest first; `beyond_held_out` is (N,), a logarithm."""
+    """The rows whose `fall` was below their like's, the farthest first; `beyond_held_out` is (N,), a logarithm."""
     beyond = fall.log_loss - _like(fall, fall.log_loss)
     others = [] if beyond_held_out is None else [beyond_held_out]
     rows, *means = _mean_by_row(fall.row, beyond, fall.log_loss, *others)
     ranked = [RankedRow(row, *map(math.exp, each)) for row, *each in zip(rows, *means, strict=True)]
-    return sorted(ranked, key=lambda each: each.ratio)
+    return sorted((row for row in ranked if row.ratio < 1), key=lambda row: row.ratio)
 
 
 def _mean_by_row(row: np.ndarray, *values: np.ndarray) -> list[list[Any]]:

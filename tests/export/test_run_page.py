@@ -26,6 +26,7 @@ from sd_recipes.flags import recipe_text
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.trackers import read_metrics
 
+HARDEST_SEVEN = np.array([3.0] * 7 + [1.0] * 60)  # factors of rows
 VOID = {"img", "input", "meta", "br"}
 
 
@@ -191,7 +192,7 @@ def test_the_rows_that_stand_out_come_with_caption_and_picture(over_fitted: Path
     assert (float(ratio), rest) == (pytest.approx(3, rel=0.15), "caption 7 row 7: 7.jpg")
     assert any(card.startswith("0.2") and "held-out rows caption 9" in card for card in cards)
     thumbnails = [each for each in page.attributes("img") if each.get("class") == "thumbnail"]
-    assert len(thumbnails) == 5 * 10 + len([card for card in cards if "× held-out rows" in card])
+    assert len(thumbnails) == len([card for card in page.texts("figcaption") if " row " in card]) > 30
 
 
 def test_nothing_is_loaded_and_no_script_but_its_own_runs(over_fitted: Path) -> None:
@@ -238,7 +239,7 @@ def test_captions_are_text_in_any_script_and_hold_no_secret(tmp_path: Path) -> N
     hostile = """<script>alert('1')</script><img src=x onerror="alert(2)">"""
     captions = [hostile, "猫が窓の外を見ている", "سماء زرقاء", "\x00\x1b]0;\udcff"[:2], "", None, "x" * 10_000]
     captions += ["a photo at https://me:secretpassword@example.org/a.jpg"]
-    write_losses(tmp_path, 0, {HELD_OUT: np.linspace(2, 1, len(captions))})
+    write_losses(tmp_path, 0, {HELD_OUT: np.array([3.0] * len(captions) + [1.0] * 60)})
     write_rows(tmp_path, len(captions), caption=captions)
     page = page_of(tmp_path)
     cards = page.texts("figcaption")
@@ -253,20 +254,20 @@ def test_captions_are_text_in_any_script_and_hold_no_secret(tmp_path: Path) -> N
 
 def test_broken_or_missing_thumbnails_leave_the_caption(tmp_path: Path) -> None:
     thumbnails = [picture(), None, b"", b"\xff\xd8\xff broken", picture()[:-200], b"<svg/>", picture("blue")]
-    write_losses(tmp_path, 0, {HELD_OUT: np.linspace(2, 1, 7)}, noise=0)
-    write_rows(tmp_path, 7, thumbnail=thumbnails)
+    write_losses(tmp_path, 0, {HELD_OUT: HARDEST_SEVEN})
+    write_rows(tmp_path, 67, thumbnail=thumbnails + [picture()] * 60)
     page = page_of(tmp_path)
-    assert len([each for each in page.attributes("img") if each.get("class") == "thumbnail"]) == 2
+    assert len([each for each in page.attributes("img") if each.get("class") == "thumbnail"]) == 2 + 3
     assert len(page.texts("span", "blank")) == 5
     assert {f"caption {row}" for row in range(7)} <= set(page.texts("span"))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no table"])
 def test_without_a_table_of_rows_their_numbers_are_shown(tmp_path: Path, content: bytes | None) -> None:
-    write_losses(tmp_path, 0, {HELD_OUT: np.linspace(2, 1, 7)}, noise=0)
+    write_losses(tmp_path, 0, {HELD_OUT: HARDEST_SEVEN})
     if content is not None:
         (tmp_path / "validation" / "rows.parquet").write_bytes(content)
-    assert page_of(tmp_path).texts("small")[-7:][0] == "row 0"
+    assert {f"row {row}" for row in range(7)} <= set(page_of(tmp_path).texts("small"))
 
 
 def test_an_empty_folder_has_a_page(tmp_path: Path) -> None:

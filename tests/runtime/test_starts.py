@@ -14,6 +14,8 @@ from typing import Any
 from test_resume import run_it
 from training_runs import train
 
+from sd_recipes.checkpoints.run_folder import output_dir_lock
+from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.starts import STARTS, read_starts
 
 
@@ -32,10 +34,10 @@ def test_the_starts_that_led_up_to_a_run_are_recorded(settings: dict[str, Any], 
     assert "/" not in content
     run_it(settings, max_train_steps=2, resume_from_checkpoint="checkpoint-1")
     assert [start.step for start in read_starts(out)] == [0, 1]
-    (out / "report.html").write_text("of the old run")
-    run_it(settings, overwrite=True, max_train_steps=1)
-    assert [start.step for start in read_starts(out)] == [0]
-    assert not (out / "report.html").exists()
+    assert (out / "report.html").is_file()
+    with output_dir_lock(Recipe(**settings, overwrite=True), is_main=True):
+        assert read_starts(out) == []
+        assert not (out / "report.html").exists()
 
 
 def test_a_start_from_another_folders_checkpoint_sets_this_ones_aside(settings: dict[str, Any], tmp_path: Path) -> None:
