@@ -17,14 +17,16 @@ MARGIN = 0.001  # relative; a loss under fixed noise that differs by less is the
 class Judgement:
     """What the losses of a run say.
 
-    `best_step` is that of the lowest held-out loss after training began, `to_best` the relative change from the first
-    held-out loss to that one (below 0: lower), `since_best` from that one to the last; None without two losses.
+    `best_step` is that of the lowest held-out loss after training began, `last_step` that of the last one. `to_best` is
+    the relative change from the first to the best (below 0: lower), `since_best` from the best to the last; None where
+    a loss is not above 0. Without two held-out losses, all are None.
     """
 
     learning: Answer
     overfitting: Answer
     sentences: list[str]
     best_step: int | None = None
+    last_step: int | None = None
     to_best: float | None = None
     since_best: float | None = None
 
@@ -66,7 +68,7 @@ def judge(figures: Mapping[str, Losses]) -> Judgement:
     describe = _learned if learning == "yes" else _never_better
     overfitting, sentences = describe(held_out, training_rows, first, best, last)
     to_best, since_best = _relative(held_out[first], held_out[best]), _relative(held_out[best], held_out[last])
-    return Judgement(learning, overfitting, sentences, best, to_best, since_best)
+    return Judgement(learning, overfitting, sentences, best, last, to_best, since_best)
 
 
 def _without_held_out(training: Losses) -> list[str]:

@@ -153,6 +153,34 @@ def test_the_three_questions_are_answered_at_the_top(over_fitted: Path) -> None:
     assert "Step 200 of 200, epoch 20." in page.texts("p", "muted")
 
 
+@pytest.mark.parametrize(
+    ("held_out", "training_rows", "details"),
+    [
+        ([0.3, 0.2, 0.1], [0.3, 0.2, 0.1], ["67 % lower", "at its best", "Step 20the last validation"]),
+        ([0.3, 0.2, 0.2001], [0.3, 0.2, 0.1], ["33 % lower", "at its best", "Step 10the last validation is as good"]),
+        ([0.3, 0.2, 0.25], [0.3, 0.2, 0.25], ["33 % lower", "25 % off its best", "the last validation is 25 % worse"]),
+        ([0.3, 0.4, 0.5], [0.3, 0.2, 0.1], ["Nohe", "Yesfrom the start", "Step 10and no better than at first"]),
+        (
+            [0.3, 0.4, 0.5],
+            [0.3, 0.4, 0.5],
+            ["Nohe", "does not rise while", "and no better than at first"],
+        ),
+        (
+            [0.3, 0.3, 0.3],
+            [0.3, 0.2, 0.1],
+            ["Nohe", "does not rise while", "and no better than at first"],
+        ),
+    ],
+)
+def test_the_details_of_the_answers_are_true(
+    tmp_path: Path, held_out: list[float], training_rows: list[float], details: list[str]
+) -> None:
+    steps = (0, 10, 20)
+    write_metrics(tmp_path, [validation_line(*each) for each in zip(steps, held_out, training_rows, strict=True)])
+    tiles = page_of(tmp_path).texts("div", "tile")
+    assert [detail in tile for tile, detail in zip(tiles, details, strict=True)] == [True] * 3, tiles
+
+
 def test_each_section_is_there(over_fitted: Path) -> None:
     page = page_of(over_fitted)
     assert page.texts("h2") == [
