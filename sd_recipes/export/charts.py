@@ -1,4 +1,4 @@
-"""Curves and heat maps as geometry, which templates/run/chart.html draws as SVG: sharp, small, and quick to make."""
+"""Curves and heat maps as geometry, which templates/run/charts.html draws as SVG: sharp, small, and quick to make."""
 
 from __future__ import annotations
 
