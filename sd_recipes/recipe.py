@@ -86,15 +86,13 @@ def sampler_class_name(name: str) -> str:
     """diffusers' class of a sampler that is given by a short name or the class's. Raises ValueError."""
     class_names = {each.lower(): each for each in SAMPLERS_BY_NAME.values()}
     known = SAMPLERS_BY_NAME | OTHER_SAMPLER_NAMES | class_names
-    found = known.get(re.sub(r"[ -]", "_", name.strip().lower()))
-    if found is None:
-        short = ", ".join(SAMPLERS_BY_NAME)
-        near = nearest(name, [*known, *SAMPLERS_BY_NAME.values()])
+    plain = re.sub(r"[ -]", "_", name.strip().lower())
+    if plain not in known:
         raise ValueError(
-            f"{redacted(name)!r} is none of diffusers' samplers that fit Stable Diffusion's noise schedule{near}: give "
-            f"one of {short}, or its class"
+            f"there is no such sampler for Stable Diffusion's noise schedule{nearest(plain, known)}: give one of "
+            f"{', '.join(SAMPLERS_BY_NAME)}, or diffusers' class of one"
         )
-    return found
+    return known[plain]
 
 
 def setting(default: Any, on_resume: OnResume, description: str, **constraints: Any) -> Any:

@@ -33,7 +33,7 @@ def test_accumulation_is_one_big_batch(settings: dict[str, Any], tmp_path: Path)
             torch.testing.assert_close(value, weights(other)[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "score"])
 def test_the_loop_equals_a_float64_run_of_the_algorithm(settings: dict[str, Any], prediction_type: str) -> None:
     """Two SGD steps written out in float64 from the rows, with draws as the only thing shared."""
     settings |= {
@@ -63,8 +63,11 @@ def test_the_loop_equals_a_float64_run_of_the_algorithm(settings: dict[str, Any]
             noise = batch.noise.double()
             noisy = t.sqrt() * latents + (1 - t).sqrt() * noise
             velocity = t.sqrt() * noise - (1 - t).sqrt() * latents
-            target = {"epsilon": noise, "v_prediction": velocity, "sample": latents}[prediction_type]
+            score = -noise / (1 - t).sqrt()
+            target = {"epsilon": noise, "v_prediction": velocity, "sample": latents, "score": score}[prediction_type]
             prediction = components.unet(noisy, batch.timesteps, states).sample
+            if prediction_type == "score":  # λ = σ_t²
+                prediction, target = (1 - t).sqrt() * prediction, (1 - t).sqrt() * target
             window_losses += list((prediction - target).square().mean(dim=(1, 2, 3)))
         mean_loss = torch.stack(window_losses).mean()
         mean_loss.backward()
@@ -155,8 +158,9 @@ def test_what_only_places_the_model_leaves_the_loss_alone(settings: dict[str, An
 
 
 @pytest.mark.parametrize("changes", [
-    {"prediction_type": "v_prediction", "snr_gamma": 5.0}, {"prediction_type": "sample"}, {"noise_offset": 0.1},
-    {"input_perturbation": 0.1}, {"dream_training": True}, {"mixed_precision": "bf16"}, {"scale_lr": True},
+    {"prediction_type": "v_prediction", "snr_gamma": 5.0}, {"prediction_type": "sample"}, {"prediction_type": "score"},
+    {"noise_offset": 0.1}, {"input_perturbation": 0.1}, {"dream_training": True}, {"mixed_precision": "bf16"},
+    {"scale_lr": True},
 ])  # fmt: skip
 def test_every_objective_trains_and_differs_from_the_plain_one(
     settings: dict[str, Any], changes: dict[str, Any]

@@ -125,7 +125,7 @@ def sentences(figures: Mapping[str, Any]) -> list[str]:
         if which in figures:
             told, in_all = figures[which]["told_by_captions"], figures[which]["told_by_captions_per_picture"]
             words = {
-                1: f"The caption of a {row} tells {with_error(told)} bits a dimension of it, {with_error(in_all)} in all.",
+                1: f"The caption of a {row} tells {with_error(told)} bits a dimension, {with_error(in_all)} in all.",
                 0: f"What its caption tells of a {row} is lost in the error: {with_error(told)} bits a dimension.",
                 -1: f"With its caption a {row} takes {with_error(_negative(told))} bits a dimension more than without: "
                 "it misleads a model that knows its training captions by heart.",

@@ -47,6 +47,8 @@ CLASSES = {
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel", "clip_text_model", "clip"),
 }
+# What makes a scheduler's last timestep pure noise, and lets sampling begin there.
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 @dataclass
@@ -79,9 +81,8 @@ class Components:
     def rescale_to_zero_snr(self) -> None:
         """Noise schedules that end in pure noise, and sampling from there (Lin et al. 2023, sections 3.1 and 3.3)."""
         self._replace_pndm("from pure noise")
-        changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        self.scheduler = DDPMScheduler.from_config(self.scheduler.config, **changes)
-        self.sampler = type(self.sampler).from_config(self.sampler.config, **changes)
+        self.scheduler = DDPMScheduler.from_config(self.scheduler.config, **ZERO_SNR)
+        self.sampler = type(self.sampler).from_config(self.sampler.config, **ZERO_SNR)
 
     def _replace_pndm(self, what: str) -> None:
         if isinstance(self.sampler, PNDMScheduler):

@@ -94,6 +94,6 @@ def check_it_draws(sampler: SchedulerMixin, num_steps: int, name: str | None) ->
         given = f"--validation_sampler {name}" if name else "the model's scheduler"
         raise RecipeError(
             f"{given}: {type(sampler).__name__} cannot draw from predictions of {sampler.config.prediction_type} in "
-            f"{num_steps} steps ({problem}): give another --validation_sampler, such as ddim, or "
+            f"{num_steps} steps ({problem}): give another --validation_sampler, such as euler, or fewer "
             "--validation_inference_steps"
         )

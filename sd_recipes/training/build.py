@@ -35,7 +35,7 @@ from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN, FixedSamples
 from sd_recipes.evaluation.uncertainty_plot import draw_uncertainty
 from sd_recipes.evaluation.validation import Validator
 from sd_recipes.evaluation.watched_rows import WatchedRows
-from sd_recipes.model.checks import check_pictures, check_recipe_fits
+from sd_recipes.model.checks import check_pictures, check_recipe_fits, check_schedule
 from sd_recipes.model.components import Components, latent_shape_of, load_scheduler
 from sd_recipes.model.conditioning import CachedText, Conditioning
 from sd_recipes.model.families import family_of
@@ -125,7 +125,9 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     family = family_of(recipe)
     # The smallest parts first, so that a missing model is reported soon: for the tokenizer, which the data checks need,
     # transformers would keep asking an unreachable Hub for minutes.
-    scheduler, tokenizer = load_scheduler(recipe), family.load_tokenizer(recipe)
+    scheduler = load_scheduler(recipe)
+    check_schedule(recipe, scheduler)
+    tokenizer = family.load_tokenizer(recipe)
     batch_size = global_batch_size(recipe, accelerator.num_processes, manifest)
     data = load_training_data(
         recipe, tokenizer, seed=recipe.seed, global_batch_size=batch_size, rank=accelerator.process_index
@@ -140,7 +142,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     stop_request.check(NOT_BEGUN)
     check_recipe_fits(recipe, components)
     convert(recipe, components, is_new=checkpoint is None)
-    check_pictures(recipe, components)
+    check_pictures(recipe, components.sampler)
     provenance = None
     if data.provenances or recipe.cache_latents != "off":  # of the weights as they were loaded
         provenance = provenance_of(recipe, components.vae, DTYPES[accelerator.mixed_precision])

@@ -83,14 +83,15 @@ def odd_validation(run: Run) -> list[str]:
             for name in ("validation_epochs", "validation_steps", "validate_before_training")
             if is_given(recipe, name)
         ]
+    before = "before it, " if recipe.validation_split else ""
     if recipe.validation_steps is not None:
         flag, is_beyond = shown(recipe, "validation_steps"), recipe.validation_steps > run.num_steps
-        length, otherwise = f"{run.num_steps} steps", "at its end only"
+        length, otherwise = f"{run.num_steps} steps", f"{before}at its end only"
     elif order is not None:
         epochs = num_epochs(run, order)
         flag, is_beyond = shown(recipe, "validation_epochs"), recipe.validation_epochs > epochs
         length = "1 epoch" if epochs == 1 else f"{epochs:.3g} epochs"
-        otherwise = "after its first epoch and at its end only" if epochs > 1 else "at its end only"
+        otherwise = f"{before}{'after its first epoch and ' if epochs > 1 else ''}at its end only"
     else:
         return []
     if not is_beyond:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, SchedulerMixin
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.samplers import check_it_draws, drawing_sampler
-from sd_recipes.recipe import SAMPLERS_BY_NAME, sampler_class_name
+from sd_recipes.recipe import OTHER_SAMPLER_NAMES, SAMPLERS_BY_NAME, sampler_class_name
 
 # diffusers 0.42 with NumPy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -32,13 +34,15 @@ def own(prediction_type: str = "epsilon", **changes: Any) -> SchedulerMixin:
     return DDIMScheduler(**SCHEDULE, clip_sample=False, steps_offset=1, prediction_type=prediction_type, **changes)
 
 
-def draw(sampler: SchedulerMixin, predict: Callable[[torch.Tensor, float], torch.Tensor], steps: int) -> torch.Tensor:
+def draw(
+    sampler: SchedulerMixin, predict: Callable[[torch.Tensor, float], torch.Tensor], steps: int, step_seed: int = 0
+) -> torch.Tensor:
     """What a pipeline draws, (1, 4, 4, 4), with a network `predict` of noisy latents and timestep, float64."""
-    generator = torch.Generator().manual_seed(0)
     takes_generator = "generator" in inspect.signature(sampler.step).parameters
-    options = {"generator": generator} if takes_generator else {}
+    options = {"generator": torch.Generator().manual_seed(step_seed)} if takes_generator else {}
     sampler.set_timesteps(steps)
-    latents = torch.randn(1, 4, 4, 4, generator=generator, dtype=torch.float64) * sampler.init_noise_sigma
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    latents = noise * sampler.init_noise_sigma
     for timestep in sampler.timesteps:
         prediction = predict(sampler.scale_model_input(latents, timestep), float(timestep))
         latents = sampler.step(prediction, timestep, latents, **options, return_dict=False)[0]
@@ -154,7 +158,7 @@ def test_a_sampler_that_does_not_know_the_prediction_is_refused_before_it_draws(
         check_it_draws(sampler, 5, name)
         return
     words = (
-        f"--validation_sampler {name}: .*Scheduler cannot draw from predictions of sample in 5 steps .*, such as ddim"
+        f"--validation_sampler {name}: .*Scheduler cannot draw from predictions of sample in 5 steps .* as euler, or"
     )
     with pytest.raises(RecipeError, match=words):
         check_it_draws(sampler, 5, name)
@@ -167,7 +171,26 @@ def test_a_number_of_steps_that_a_sampler_cannot_take_is_refused_and_the_generat
     torch.manual_seed(0)
     state = torch.get_rng_state()
     check_it_draws(drawing_sampler(own(), "ddpm"), 10, "ddpm")
+    check_it_draws(drawing_sampler(own(), "euler"), 1000, "euler")  # which the message names
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_documentations_table_is_that_of_the_code() -> None:
+    lines = (ROOT / "docs" / "pictures.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "Scheduler` |" in line]
+    names = [re.findall(r"`(.+?)`", row[0]) for row in cells]
+    assert {name: row[1].strip("`") for row, each in zip(cells, names, strict=True) for name in each} == (
+        SAMPLERS_BY_NAME | OTHER_SAMPLER_NAMES
+    )
+    first = [each[0] for each in names]
+    assert {name for name, row in zip(first, cells, strict=True) if "`sample`" in row[3]} == PREDICTS_NO_SAMPLE
+    unfit = {name for name, row in zip(first, cells, strict=True) if "zero terminal SNR" in row[3]}
+    assert unfit == set(first) - BEGINS_WITH_PURE_NOISE
+    adds_noise = {name for name, row in zip(first, cells, strict=True) if row[2] == "yes"}
+    drawn = {
+        name: [draw(drawing_sampler(own(), name), network, 5, step_seed) for step_seed in (1, 2)] for name in first
+    }
+    assert adds_noise == {name for name in first if not torch.equal(*drawn[name])}
 
 
 def test_stock_samplers_refuse_scores() -> None:

@@ -119,6 +119,15 @@ def test_what_says_nothing_of_pure_noise_is_refused_with_it(
         build(settings, pretrained_model_name_or_path=str(model))
 
 
+def test_a_score_without_noise_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = shutil.copytree(settings["pretrained_model_name_or_path"], tmp_path / "model")
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_start": 0.0}))
+    with pytest.raises(RecipeError, match=r"adds no noise at the first timestep .*: use --prediction_type epsilon"):
+        build(settings, pretrained_model_name_or_path=str(model), prediction_type="score")
+    build(settings, pretrained_model_name_or_path=str(model))
+
+
 def test_another_prediction_is_told_once_and_not_of_a_unet_that_has_learned_nothing(
     settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
