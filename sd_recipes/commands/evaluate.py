@@ -219,7 +219,7 @@ def measure(target: Target, built: Run, config: Evaluation, first: Evaluated | N
     num_timesteps = len(validator.objective.schedule.snr)
     figures = {}
     if errors is not None:
-        before = first.errors if first else None
+        before = first.errors if first and first.num_timesteps == num_timesteps else None
         figures = figures_of(errors, before if before is not None else errors, num_timesteps)
     bits, bits_before = None, first.bits if first else None
     if config.bound:
