@@ -69,6 +69,24 @@ class StreamState(BaseModel):
     lanes: dict[str, LaneState]
 
 
+class QuietLossState(BaseModel):
+    """The quiet loss, as `QuietLoss.state_dict` gives it."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    objective: dict[str, Any]
+    running: Annotated[list[list[Annotated[float, Field(ge=0)]]], Field(min_length=2, max_length=2)]
+    recent: list[Annotated[float, Field(gt=0)]]
+    sum: float = Field(ge=0)
+    num_steps: int = Field(ge=0)
+
+    @field_validator("running")
+    @classmethod
+    def has_as_many_losses_as_counts(cls, running: list[list[float]]) -> list[list[float]]:
+        if len(running[0]) != len(running[1]):
+            raise ValueError("sums of losses, and as many of their numbers")
+        return running
+
+
 class StateFile(BaseModel):
     """state.json of a checkpoint: TrainState's values, and where the stream of each process stands."""
 
@@ -78,6 +96,7 @@ class StateFile(BaseModel):
     schedule_step: int = Field(ge=0)
     scaler: dict[str, Any] | None
     averages: dict[str, Annotated[int, Field(ge=0)]]
+    quiet_loss: QuietLossState | None = None  # of an earlier version, which had none
     streams: list[StreamState | None] = Field(min_length=1)
 
 

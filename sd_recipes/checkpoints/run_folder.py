@@ -27,8 +27,9 @@ HARMLESS = re.compile(r"\..*|latents|bad_rows.*\.jsonl|lost\+found|.*\.(log|out|
 # What a run writes and a new one would mix with its own files; not the latent cache, nor the exported pipeline, which
 # is replaced when the new run is done.
 RUN_ARTIFACTS = (
-    "metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png",
-    f"{AVERAGES}/snapshot-*", f"checkpoint-*{ABANDONED}*", f"metrics.jsonl{ABANDONED}*", f"samples{ABANDONED}*",
+    "metrics.jsonl", "incidents.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png",
+    f"{AVERAGES}/snapshot-*", f"checkpoint-*{ABANDONED}*", f"metrics.jsonl{ABANDONED}*",
+    f"incidents.jsonl{ABANDONED}*", f"samples{ABANDONED}*",
 )  # fmt: skip
 
 
@@ -88,15 +89,15 @@ def of_other_history(output_dir: Path, source: Path, manifest: Manifest) -> list
     """What in a folder did not lead up to `source`, the checkpoint that a run resumes from; newest first.
 
     If it is the folder's own, the later checkpoints and snapshots; if it is another folder's, all of them, and an
-    earlier curve and its pictures.
+    earlier curve with its incidents and its pictures.
     """
     checkpoints = list_checkpoints(output_dir)
     saved = [*list_snapshots(output_dir), *checkpoints]
     if any(path.samefile(source) for path in checkpoints):
         return [path for path in reversed(saved) if step_of(path) > manifest.step]
-    metrics, samples = output_dir / "metrics.jsonl", output_dir / "samples"
+    metrics, *others = (output_dir / name for name in ("metrics.jsonl", "incidents.jsonl", "samples"))
     has_curve = any(line["step"] <= manifest.step for line in read_metrics(metrics))
-    return [*reversed(saved), *(path for path in (metrics, samples) if has_curve and path.exists())]
+    return [*reversed(saved), *(path for path in (metrics, *others) if has_curve and path.exists())]
 
 
 def begin_history(output_dir: Path, source: Path, manifest: Manifest) -> None:

@@ -29,9 +29,10 @@ from sd_recipes.flags import build_recipe, is_resolved_recipe, read_recipe_file
 from sd_recipes.recipe import DIFFUSERS_LENGTH, Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.console import hide_library_bars, say
+from sd_recipes.runtime.history import replace_file
 from sd_recipes.runtime.output_dir import check_output_dir
 from sd_recipes.runtime.signals import stop_request
-from sd_recipes.runtime.trackers import Tracker, replace_file
+from sd_recipes.runtime.trackers import Tracker
 from sd_recipes.training.build import Run, build_run
 from sd_recipes.training.profiles import Combination, Profile, combine, gamma_of
 from sd_recipes.training.state import SNAPSHOTS
