@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -74,17 +74,18 @@ class QuietLossState(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     objective: dict[str, Any]
-    running: Annotated[list[list[Annotated[float, Field(ge=0)]]], Field(min_length=2, max_length=2)]
+    losses: list[Annotated[float, Field(ge=0)]]
+    squares: list[Annotated[float, Field(ge=0)]]
+    counts: list[Annotated[float, Field(ge=0)]]
     recent: list[Annotated[float, Field(gt=0)]]
     sum: float = Field(ge=0)
     num_steps: int = Field(ge=0)
 
-    @field_validator("running")
-    @classmethod
-    def has_as_many_losses_as_counts(cls, running: list[list[float]]) -> list[list[float]]:
-        if len(running[0]) != len(running[1]):
-            raise ValueError("sums of losses, and as many of their numbers")
-        return running
+    @model_validator(mode="after")
+    def is_of_the_same_bins(self) -> QuietLossState:
+        if not len(self.losses) == len(self.squares) == len(self.counts):
+            raise ValueError("sums of losses, of their squares and of their numbers, in as many bins")
+        return self
 
 
 class StateFile(BaseModel):

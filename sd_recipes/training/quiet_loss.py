@@ -21,8 +21,9 @@ MOST_STEPS = 500  # that are kept until they are taken in
 KNOWN_SHARE = 0.95  # of the timesteps that a run draws: once their mean losses are known, the curve begins
 # A spike is so many standard deviations of the logarithm, and this factor, above the median of the recent steps.
 # Ordinary steps came up to 4 deviations, with global batches from 1 to 32 (docs/guards.md).
-WINDOW, FEWEST, DEVIATIONS, FACTOR = 100, 30, 5.0, 1.5
+WINDOW, FEWEST, DEVIATIONS, FACTOR = 100, 30, 6.0, 1.5
 NAMED = 5  # rows of a spike
+PRIOR, LEAST = 30, 0.01  # losses that every bin's variance begins with; the least variance of them, over m²
 PER_MAD = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
 
 
@@ -48,18 +49,21 @@ class Spike:
 
     step: int
     quiet_loss: float
-    usual: float  # the median of the steps before it
+    usual: float  # what the steps before it would have had there, by their median quotient
     ratios: list[tuple[str, float]]  # its rows with the largest loss over the running mean at their timestep
 
 
 class QuietLoss:
-    """A step's loss as if its timesteps came from everywhere: the mean of loss / m(t), times the mean of m over all t.
+    """A step's loss as if its timesteps came from everywhere: its quotient by m(t), times the mean of m over all t.
 
-    m(t) is the running mean loss in the bin of timestep t, before the step. The quotient alone stays at 1, since m
-    follows the losses; over a fixed m it would have no scale, and could not begin before m is known. The product has
-    the scale of the training loss, and does not lag: where all losses halve, the quotient does so at once, and as m
-    follows, the mean of m takes over. Losses are those before a learned uncertainty divides them and before
-    `--timesteps_by_error` weights them.
+    m(t) is the running mean loss in the bin of timestep t, before the step. The quotient q is such that the losses are
+    nearest to q·m(t), by squares over the variance v(t) in the bin: Σ l·m/v / Σ m²/v, l over m at a single timestep, so
+    that bins count alike where losses vary in proportion to m, and those in which rows differ a lot count less.
+
+    The quotient alone stays at 1, since m follows the losses; over a fixed m it would have no scale, and could not
+    begin before m is known. The product has the scale of the training loss, and does not lag: where all losses halve,
+    the quotient does so at once, and as m follows, the mean of m takes over. Losses are those before a learned
+    uncertainty divides them and before `--timesteps_by_error` weights them.
 
     All is computed in the host's memory, when the run logs or saves, from the samples of all processes in the order of
     their positions: it depends neither on processes and micro-batches, nor on when that is. A step that leaps is a
@@ -68,10 +72,11 @@ class QuietLoss:
 
     def __init__(self, num_train_timesteps: int, config: ObjectiveConfig) -> None:
         self.running = RunningLosses(num_train_timesteps, config, torch.device("cpu"))
+        self.squares = RunningLosses(num_train_timesteps, config, torch.device("cpu"))  # of the losses
         drawn = [timestep_at((n + 0.5) / 10_000, num_train_timesteps, config) for n in range(10_000)]
         in_bins = self.running.bins(torch.tensor(drawn)).bincount(minlength=len(self.running.shares))
         self.shares = in_bins.double() / len(drawn)  # (bins,) of the timesteps that the run draws
-        self.recent: deque[float] = deque(maxlen=WINDOW)  # of the last steps
+        self.recent: deque[float] = deque(maxlen=WINDOW)  # quotients of the last steps
         self.sum, self.num_steps = 0.0, 0  # of the steps since the last log
         # Under another objective the losses are others.
         self.objective = config.model_dump(mode="json", include=set(ObjectiveConfig.model_fields))
@@ -132,38 +137,53 @@ class QuietLoss:
     def _take_in(self, samples: Tensor) -> tuple[Spike, list[tuple[int, float]]] | None:
         """Take in a step's `_samples`; a spike comes without its rows, and with their positions and ratios."""
         timesteps, losses = samples[:, 2].long(), samples[:, 3]
-        ratios = losses / self.running.means[self.running.bins(timesteps)]
-        quiet_loss = self._quiet_loss(ratios)
-        usual = None if quiet_loss is None else self._leapt_from(quiet_loss)
-        if quiet_loss is not None:
-            self.sum += quiet_loss
+        bins = self.running.bins(timesteps)
+        quotient, mean = self._quotient(bins, losses), self._mean()
+        usual = None
+        if quotient is not None:
+            usual = self._leapt_from(quotient)
+            self.recent.append(quotient)
+            self.sum += quotient * mean
             self.num_steps += 1
-            self.recent.append(quiet_loss)
-        if quiet_loss is None or usual is None:
-            self.running.take_in(self.running.sums(timesteps, losses, torch.ones_like(losses)))
+        if quotient is None or usual is None:
+            ones = torch.ones_like(losses)
+            self.running.take_in(self.running.sums(timesteps, losses, ones))
+            self.squares.take_in(self.squares.sums(timesteps, losses.square(), ones))
             return None
-        largest = ratios.nan_to_num().argsort(descending=True)[:NAMED]
+        ratios = (losses / self.running.means[bins]).nan_to_num()  # of a bin that is not known yet, 0
+        largest = ratios.argsort(descending=True)[:NAMED]
         rows = list(zip(samples[largest, 1].long().tolist(), ratios[largest].tolist(), strict=True))
-        return Spike(int(samples[0, 0]), quiet_loss, usual, []), rows
+        return Spike(int(samples[0, 0]), quotient * mean, usual * mean, []), rows
 
-    def _quiet_loss(self, ratios: Tensor) -> float | None:
-        """Of a step with these ratios; None before the means are known well enough."""
+    def _mean(self) -> float:
+        """The mean of m over all timesteps whose bin is known; NaN if there are none."""
         means = self.running.means
-        is_known = means > 0
-        if self.shares[is_known].sum() < KNOWN_SHARE:
-            return None
-        mean = (self.shares * means)[is_known].sum() / self.shares[is_known].sum()
-        found = (ratios.nanmean() * mean).item()  # a timestep whose bin is not known has no ratio
-        return found if math.isfinite(found) and found > 0 else None
+        known = means > 0
+        return ((self.shares * means)[known].sum() / self.shares[known].sum()).item()
 
-    def _leapt_from(self, quiet_loss: float) -> float | None:
-        """The usual value, if a step's is far above it; None if it is not, or if there are too few to tell."""
+    def _quotient(self, bins: Tensor, losses: Tensor) -> float | None:
+        """Of a step with these losses, (N,), in these bins; None before the means are known well enough."""
+        means, counts = self.running.means, self.running.running[1]
+        known = means > 0
+        if self.shares[known].sum() < KNOWN_SHARE or not known[bins].any():
+            return None
+        variances = (self.squares.means - means.square()).clamp(min=0)
+        # Where few losses were met, their variance says little: as if some more had the variance that is usual.
+        usual = (counts * variances / means.square())[known].sum() / counts.sum()
+        variances = (counts * variances + PRIOR * usual.clamp(min=LEAST) * means.square()) / (counts + PRIOR)
+        bins, losses = bins[known[bins]], losses[known[bins]]
+        weights = (means / variances)[bins]
+        quotient = ((weights * losses).sum() / (weights * means[bins]).sum()).item()
+        return quotient if 0 < quotient < math.inf else None
+
+    def _leapt_from(self, quotient: float) -> float | None:
+        """The usual quotient, if a step's is far above it; None if it is not, or if there are too few to tell."""
         if len(self.recent) < FEWEST:
             return None
         logs = [math.log(each) for each in self.recent]
         usual = median(logs)
         deviation = PER_MAD * median(abs(each - usual) for each in logs)
-        is_far = math.log(quiet_loss) - usual > max(DEVIATIONS * deviation, math.log(FACTOR))
+        is_far = math.log(quotient) - usual > max(DEVIATIONS * deviation, math.log(FACTOR))
         return math.exp(usual) if is_far else None
 
     def close(self) -> float | None:
@@ -176,7 +196,9 @@ class QuietLoss:
         """Values that JSON can hold."""
         return {
             "objective": self.objective,
-            "running": self.running.running.tolist(),
+            "losses": self.running.running[0].tolist(),
+            "squares": self.squares.running[0].tolist(),
+            "counts": self.running.running[1].tolist(),
             "recent": list(self.recent),
             "sum": self.sum,
             "num_steps": self.num_steps,
@@ -184,10 +206,13 @@ class QuietLoss:
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; of another objective, or in other bins, nothing, and begin anew."""
-        running = torch.tensor(values["running"], dtype=torch.float64)
-        if values["objective"] != self.objective or running.shape != self.running.running.shape:
+        losses, squares, counts = (
+            torch.tensor(values[name], dtype=torch.float64) for name in ("losses", "squares", "counts")
+        )
+        if values["objective"] != self.objective or losses.shape != self.shares.shape:
             return
-        self.running.running = running
+        self.running.running = torch.stack([losses, counts])
+        self.squares.running = torch.stack([squares, counts])
         self.recent.extend(values["recent"])
         self.sum, self.num_steps = values["sum"], values["num_steps"]
 
