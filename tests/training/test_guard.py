@@ -201,8 +201,6 @@ def test_a_loss_that_leaps_is_told_with_its_rows(
     assert len(incident["rows"]) == 4
     assert caplog.text.count("The loss leapt at step 44: quiet_loss") == 1
     assert f"at their timesteps: {first['row']} (" in caplog.text
-    quiet = {line["step"]: line["quiet_loss"] for line in read_metrics(run.tracker.path) if "quiet_loss" in line}
-    assert quiet[50] > 1.02 * quiet[40], "the mean of ten steps has it"
 
     # A run that goes on from before it has not met it.
     train(settings, resume_from_checkpoint="checkpoint-30", prediction_type="v_prediction")

@@ -131,10 +131,10 @@ def curve_of(folder: Path | str, key: str = "quiet_loss") -> dict[int, float]:
 
 def test_a_real_runs_curve_falls_with_a_fraction_of_the_noise(settings: dict[str, Any]) -> None:
     """The noise is that of the second half: there the loss still falls, but slowly."""
-    run = train(settings, train_batch_size=1, max_train_steps=300, learning_rate=3e-3, logging_steps=1)
+    run = train(settings, train_batch_size=1, max_train_steps=200, learning_rate=3e-3, logging_steps=1)
     plain, quiet = curve_of(run.output_dir, "train_loss"), curve_of(run.output_dir)
-    assert len(quiet) > 250
-    late = range(150, 301)
+    assert len(quiet) > 150
+    late = range(100, 201)
     ratio = noise(np.array([plain[step] for step in late])) / noise(np.array([quiet[step] for step in late]))
     assert ratio > 3
     first, last = [quiet[step] for step in sorted(quiet)[:50]], [quiet[step] for step in late[-50:]]
@@ -150,11 +150,10 @@ def test_it_is_the_mean_of_the_steps_since_the_last_log_and_a_resumed_run_has_th
     settings |= {"logging_steps": 3}
     whole = train(settings)
     curve = curve_of(whole.output_dir)
-    for step in (6, 9, 12):
+    for step in (9, 12):
         assert curve[step] == pytest.approx(np.mean([each[step - 2], each[step - 1], each[step]]), rel=1e-12)
-    resumed = train(
-        settings, output_dir=str(tmp_path / "again"), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5")
-    )
+    source = str(tmp_path / "run" / "checkpoint-5")
+    resumed = train(settings, output_dir=str(tmp_path / "again"), resume_from_checkpoint=source)
     again = curve_of(resumed.output_dir)
     assert again == {step: value for step, value in curve.items() if step > 5}
     assert resumed.state.quiet_loss.state_dict() == whole.state.quiet_loss.state_dict()
@@ -169,7 +168,7 @@ def rewrite_state(path: Path, change: Any) -> None:
 
 def test_a_checkpoint_without_it_resumes_and_the_curve_begins_anew(settings: dict[str, Any], tmp_path: Path) -> None:
     """As those of earlier versions, which had no steps to skip either."""
-    settings |= {"train_batch_size": 8, "max_train_steps": 8, "checkpointing_steps": 5}
+    settings |= {"train_batch_size": 8, "max_train_steps": 12, "checkpointing_steps": 5}
     whole = train(settings)
 
     def make_older(state: dict[str, Any]) -> None:
@@ -201,9 +200,8 @@ def test_it_is_before_what_a_learned_uncertainty_divides_by(settings: dict[str, 
     settings |= {"train_batch_size": 8, "max_train_steps": 6, "learning_rate": 0.0}
     plain = train(settings)
     run = build(settings, output_dir=str(tmp_path / "divided"), learned_uncertainty=True)
-    torch.nn.init.constant_(run.state.parts["uncertainty"].module.weight, 0.3)
+    torch.nn.init.constant_(run.state.parts["uncertainty"].module.weight, 3.0)
     fit_from(run)
     assert curve_of(run.output_dir) == pytest.approx(curve_of(plain.output_dir), rel=1e-5)
-    assert curve_of(run.output_dir, "train_loss")[1] != pytest.approx(
-        curve_of(plain.output_dir, "train_loss")[1], rel=1e-2
-    )
+    divided, undivided = (curve_of(each.output_dir, "train_loss")[1] for each in (run, plain))
+    assert divided != pytest.approx(undivided, rel=1e-3)
