@@ -48,6 +48,7 @@ def fit(run: Run, saver: BackgroundSaver) -> None:
         raise stop_request.stopped(f"at step {progress.global_step}, before another step")
     meter = Meter(accelerator.device, progress, remedy(recipe, accelerator.num_processes))
     steps_left = run.num_steps - progress.global_step
+    is_postponed = False  # a checkpoint
     with (
         divergence_explained(run),
         saver,
@@ -87,7 +88,10 @@ def fit(run: Run, saver: BackgroundSaver) -> None:
 
             # Save, then validate: what can fail comes after what must not be lost
             is_validated = is_done or validator.is_due(progress, plan)
-            is_saved = saver.is_due(is_logged=is_logged)
+            # Not among steps that are skipped: the weights may be why, and a checkpoint should be from before that.
+            is_due = saver.is_due(is_logged=is_logged) or is_postponed
+            is_postponed = is_due and progress.skipped_in_a_row > 0 and not is_done
+            is_saved = is_due and not is_postponed
             progress.awaits_validation = is_validated
             if is_saved:
                 save(run, meter, saver)

@@ -131,10 +131,10 @@ def curve_of(folder: Path | str, key: str = "quiet_loss") -> dict[int, float]:
 
 def test_a_real_runs_curve_falls_with_a_fraction_of_the_noise(settings: dict[str, Any]) -> None:
     """The noise is that of the second half: there the loss still falls, but slowly."""
-    run = train(settings, train_batch_size=1, max_train_steps=200, learning_rate=3e-3, logging_steps=1)
+    run = train(settings, train_batch_size=1, max_train_steps=300, learning_rate=3e-3, logging_steps=1)
     plain, quiet = curve_of(run.output_dir, "train_loss"), curve_of(run.output_dir)
-    assert len(quiet) > 150
-    late = range(100, 201)
+    assert len(quiet) > 250
+    late = range(150, 301)
     ratio = noise(np.array([plain[step] for step in late])) / noise(np.array([quiet[step] for step in late]))
     assert ratio > 3
     first, last = [quiet[step] for step in sorted(quiet)[:50]], [quiet[step] for step in late[-50:]]
