@@ -24,6 +24,7 @@ FLOORS = [
         "training.objective",
         "training.optim",
         "training.profiles",
+        "training.quiet_loss",
         "training.ema",
         "training.state",
         "training.timestep_errors",

@@ -22,8 +22,11 @@ class Guard:
         self.state, self.tracker, self.max_skipped_steps = state, tracker, max_skipped_steps
         self._num_told = 0
 
-    def skipped(self, grad_norm: float) -> None:
-        """Record the last step, which was not applied. Raises TrainingDiverged if it was the last that may be."""
+    def skipped(self, grad_norm: float, *, ends_run: bool) -> None:
+        """Record the last step, which was not applied. Raises TrainingDiverged if there are too many in a row.
+
+        Two are too many at the end of the run: nothing would show that the weights which it leaves are of any use.
+        """
         progress, step = self.state.progress, self.state.progress.global_step
         rows = sorted(row for rows in all_gather(self.state.quiet_loss.forget()) for row in rows)
         not_finite = [row.name for row in rows if not row.has_finite_loss]
@@ -34,12 +37,14 @@ class Guard:
             words = f"the loss is not finite of {in_words(not_finite)}"
         self._tell(f"Step {step} is skipped: the gradient's norm is {grad_norm}, and {words}")
         progress.skipped_in_a_row += 1
+        before = progress.skipped_in_a_row - 1
         if progress.skipped_in_a_row >= max(1, self.max_skipped_steps):
-            before = progress.skipped_in_a_row - 1
-            raise TrainingDiverged(
-                f"the gradient's norm is {grad_norm} at step {step}, which is not applied"
-                + (f", like the {before} before it (--max_skipped_steps)" if before else "")
-            )
+            words = f", like the {before} before it (--max_skipped_steps)" if before else ""
+        elif ends_run and before:
+            words = f", like the {before} before it, and the run ends with it"
+        else:
+            return
+        raise TrainingDiverged(f"the gradient's norm is {grad_norm} at step {step}, which is not applied{words}")
 
     def counted(self) -> None:
         """The last step counts: its losses are finite."""
@@ -56,7 +61,7 @@ class Guard:
                 usual=spike.usual,
                 rows=[{"row": name, "ratio": ratio} for name, ratio in spike.ratios],
             )
-            of_rows = in_words([f"{name} ({ratio:.3g} times)" for name, ratio in spike.ratios])
+            of_rows = in_words([f"{name} {ratio:.3g} times" for name, ratio in spike.ratios])
             self._tell(
                 f"The loss leapt at step {spike.step}: quiet_loss {spike.quiet_loss:.4g}, usually {spike.usual:.4g}. "
                 f"Most above what is usual at their timesteps: {of_rows}"

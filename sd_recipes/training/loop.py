@@ -72,7 +72,7 @@ def fit(run: Run, saver: BackgroundSaver) -> None:
 
             # Note what it came to
             if usable and is_not_finite(meter.grad_norm, loss, accelerator):
-                guard.skipped(meter.grad_norm)
+                guard.skipped(meter.grad_norm, ends_run=is_done)
                 meter.add_none()
             elif usable:
                 guard.counted()

@@ -129,6 +129,13 @@ def test_so_many_in_a_row_end_the_run(settings: dict[str, Any], tmp_path: Path) 
     assert [each["step"] for each in incidents(tmp_path / "run")] == [3, 4]
 
 
+def test_a_run_does_not_end_well_on_steps_that_were_skipped(settings: dict[str, Any], tmp_path: Path) -> None:
+    """As after an update that broke the weights: that they are finite does not make them a model."""
+    with pytest.raises(TrainingDiverged, match="like the 1 before it, and the run ends with it"):
+        fit_from(build_poisoned(settings, {3, 4}))
+    assert list_checkpoints(tmp_path / "run") == []
+
+
 def test_a_run_that_resumes_within_a_row_counts_on(settings: dict[str, Any]) -> None:
     settings |= {"max_skipped_steps": 2}
     fit_from(build_poisoned(settings, {4}))
@@ -202,7 +209,7 @@ def test_a_loss_that_leaps_is_told_with_its_rows(
     assert first["ratio"] > 4 > second["ratio"]
     assert len(incident["rows"]) == 4
     assert caplog.text.count("The loss leapt at step 44: quiet_loss") == 1
-    assert f"at their timesteps: {first['row']} (" in caplog.text
+    assert f"at their timesteps: {first['row']} {first['ratio']:.3g} times, " in caplog.text
 
     # A run that goes on from before it has not met it.
     train(settings, resume_from_checkpoint="checkpoint-30", prediction_type="v_prediction")
