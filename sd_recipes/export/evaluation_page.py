@@ -16,7 +16,7 @@ from sd_recipes.evaluation.figures import NUM_BINS
 from sd_recipes.evaluation.picture_scores import SCORES, Neighbours
 from sd_recipes.export.pages import picture_uri, render_page
 from sd_recipes.redaction import in_texts, redacted
-from sd_recipes.runtime.trackers import replace_file
+from sd_recipes.writing import replace_file
 
 PAGE = "evaluation.html"
 SHOWN_PICTURES, SHOWN_COPIES, SIDE = 24, 8, 128

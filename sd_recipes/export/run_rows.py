@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,10 +25,11 @@ from sd_recipes.evaluation.row_rankings import (
 )
 from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN
 from sd_recipes.evaluation.verdict import changed
-from sd_recipes.evaluation.watched_rows import ROWS
+from sd_recipes.evaluation.watched_rows import HARDEST_ROWS, ROWS
 from sd_recipes.export.pages import UNREADABLE, picture_uri
 from sd_recipes.reading import open_regular
 from sd_recipes.runtime.trackers import VALIDATION
+from sd_recipes.training.row_losses import PRIOR, TRAINING_ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,34 @@ def rankings(output_dir: Path) -> list[Ranking]:
     found = [ranking for ranking in (*_hardest(losses), *_learned_first(losses), *_memorised(losses)) if ranking.rows]
     if found:
         _describe(found, output_dir / VALIDATION / ROWS)
-    return found
+    hard = [ranking for ranking in _hard_to_learn(output_dir / VALIDATION) if ranking.rows]
+    if hard:
+        _describe(hard, output_dir / VALIDATION / HARDEST_ROWS)
+    return [*hard, *found]
+
+
+def _hard_to_learn(folder: Path) -> Iterator[Ranking]:
+    """Of all training rows, by their losses in training."""
+    path = folder / TRAINING_ROWS
+    if not path.is_file():
+        return
+    try:
+        table = pq.read_table(path)
+        rows, samples = table["row"].to_numpy(), table["samples"].to_numpy()
+        ratios = np.exp(table["log_ratio"].to_numpy() / (samples + PRIOR))
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+        logger.warning("%s is not a table of losses (%s): the page does without.", path, one_line(error, 100))
+        return
+    hardest_first = [place for place in np.argsort(-ratios, kind="stable")[:SHOWN].tolist() if ratios[place] > 1]
+    shown = [
+        ShownRow(int(rows[place]), f"{ratios[place]:.2f} × its like", f"{samples[place]:,} samples")
+        for place in hardest_first
+    ]
+    words = (
+        "Of all rows that are trained on, by their losses in training: each over what was usual at its timestep then, "
+        "over the whole run. Look for wrong captions, and for odd or crowded pictures."
+    )
+    yield Ranking("Hardest to learn", words, TRAIN, shown)
 
 
 def _hardest(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
