@@ -238,7 +238,7 @@ class TrainState:
             self.timestep_errors.load_state_dict(tensors[TIMESTEP_ERRORS])
         if self.scaler and values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
-        if values["quiet_loss"]:  # without it, the checkpoint is of an earlier version
+        if values["quiet_loss"]:  # a checkpoint of an earlier version, or of another script, has none
             self.quiet_loss.load_state_dict(values["quiet_loss"])
         self.progress = Progress(**values["progress"])
 

@@ -159,6 +159,19 @@ def test_it_is_the_mean_of_the_steps_since_the_last_log_and_a_resumed_run_has_th
     assert resumed.state.quiet_loss.state_dict() == whole.state.quiet_loss.state_dict()
 
 
+def test_a_run_that_seldom_logs_keeps_few_steps_and_has_the_same_figure(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"train_batch_size": 8, "max_train_steps": 12, "logging_steps": 100}
+    expected = curve_of(train(settings).output_dir)
+    monkeypatch.setattr("sd_recipes.training.quiet_loss.MOST_STEPS", 3)
+    taken, take_in = [], QuietLoss.take_in
+    monkeypatch.setattr(QuietLoss, "take_in", lambda *arguments: (taken.append(1), take_in(*arguments))[1])
+    assert curve_of(train(settings, output_dir=str(tmp_path / "few")).output_dir) == expected
+    assert len(taken) == 5, "at the first step and the last, and after every three"
+    assert list(expected) == [12]
+
+
 def rewrite_state(path: Path, change: Any) -> None:
     state = json.loads((path / STATE).read_text())
     change(state)
