@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 SHOWN, THUMBNAIL = 10, 96  # rows of a ranking; pixels a side
 TABLES = 40  # validations whose tables are read: enough to see which rows were learned first
 CAPTION = 200  # characters of a caption
+IN_FOLDER = re.compile(r"\([^()]*[/\\]")  # what a row's name says before the file's own name
 NAMES = {HELD_OUT: "held-out rows", TRAIN: "training rows"}
 
 
@@ -164,7 +166,8 @@ def _describe(found: list[Ranking], path: Path) -> None:
     for ranking in found:
         for row in ranking.rows:
             if each := known.get((ranking.of_set, row.row)):
-                row.name, row.caption = each["name"] or "", _shortened(each["caption"] or "")
+                row.name = IN_FOLDER.sub("(", each["name"] or "")  # the page may be shown to others
+                row.caption = _shortened(each["caption"] or "")
                 row.thumbnail = _thumbnail(each["thumbnail"])
 
 
