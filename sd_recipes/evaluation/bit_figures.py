@@ -88,7 +88,7 @@ def _of_bound(bits: LatentBits, which: str, kind: str) -> dict[str, Any]:
 
 
 def pixel_bits(bits: LatentBits, bound: Bound, about: AboutRows) -> np.ndarray | None:
-    """(N,): each picture's bits per pixel value, all channels counted (Vahdat et al. 2021, eq. 5 and 6).
+    """(N,): each picture's bits per pixel value, all channels counted (Vahdat et al. 2021, section 3).
 
         -log p(x) ≤ [bound on -log p(z)] - H(q(z | x)) - log p(x | z)
 
