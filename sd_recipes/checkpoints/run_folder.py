@@ -19,7 +19,7 @@ from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import broadcast
 from sd_recipes.runtime.output_dir import check_output_dir, lock_output_dir, release
 from sd_recipes.runtime.starts import STARTS
-from sd_recipes.runtime.trackers import VALIDATION, list_samples, read_metrics
+from sd_recipes.runtime.trackers import EVALUATION, VALIDATION, list_samples, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,12 @@ HARMLESS = re.compile(r"\..*|latents|bad_rows.*\.jsonl|lost\+found|.*\.(log|out|
 CURVE = ("metrics.jsonl", "samples", VALIDATION, STARTS)  # what one line of history leaves of its steps
 # What a run writes and a new one would mix with its own files; not the latent cache, nor the exported pipeline, which
 # is replaced when the new run is done.
+EVALUATIONS = ("evaluation.*", "errors-*.parquet", "bits-*.parquet", "pictures-*.png")
 RUN_ARTIFACTS = (
     "metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png", "report.html", STARTS,
     f"{VALIDATION}/step-*.parquet", f"{VALIDATION}/rows.parquet", f"{BEST}/step-*", f"{AVERAGES}/snapshot-*",
     f"checkpoint-*{ABANDONED}*", *(f"{name}{ABANDONED}*" for name in CURVE),
+    *(f"{EVALUATION}/{name}" for name in EVALUATIONS),
 )  # fmt: skip
 
 

@@ -36,16 +36,20 @@ class WatchedRows:
         """Write rows.parquet, with thumbnails by set and row where there are some. Raises OSError."""
         columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
         for which, fixed in self.sets.items():
-            for row, number in enumerate(fixed.numbers.tolist()):
-                content = fixed.rows[row]
-                name = row_name(number, content.get(self.recipe.image_column), streamed=False)
-                values = (which, row, name, self._caption(content), thumbnails.get((which, row)))
+            for row in range(len(fixed)):
+                caption = self._caption(fixed.rows[row])
+                values = (which, row, self.name(which, row), caption, thumbnails.get((which, row)))
                 for column, value in zip(columns.values(), in_texts(redacted, values), strict=True):
                     column.append(value)
         folder = output_dir / VALIDATION
         folder.mkdir(exist_ok=True)
         with replacing(folder / ROWS) as beside:
             pq.write_table(pa.table(columns, SCHEMA), beside)
+
+    def name(self, which: str, row: int) -> str:
+        """What a set's row is called, by its number in what it was chosen from."""
+        fixed = self.sets[which]
+        return row_name(int(fixed.numbers[row]), fixed.rows[row].get(self.recipe.image_column), streamed=False)
 
     def captions(self, number: int) -> list[str]:
         """Captions of at most so many held-out rows, spread over all of them; each once, and none that is blank."""

@@ -13,7 +13,9 @@ from PIL import Image
 
 from sd_recipes.evaluation.bootstrap import Score
 from sd_recipes.evaluation.figures import NUM_BINS
+from sd_recipes.evaluation.latent_bits import LatentBits
 from sd_recipes.evaluation.picture_scores import SCORES, Neighbours
+from sd_recipes.export.bit_pages import bits_content, summary_rows
 from sd_recipes.export.pages import picture_uri, render_page
 from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.runtime.trackers import replace_file
@@ -38,9 +40,12 @@ class Evaluated:
     prompts: list[str]
     pictures: list[Image.Image]
     num_timesteps: int
+    run: Path | None  # whose weights they are
     scores: dict[str, Score] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # scores that there are not, and why
     neighbours: Neighbours | None = None
+    bits: LatentBits | None = None
+    bit_figures: dict[str, Any] | None = None  # what the bits say
 
 
 def figure_rows(evaluated: Sequence[Evaluated]) -> list[list[str]]:
@@ -52,7 +57,7 @@ def figure_rows(evaluated: Sequence[Evaluated]) -> list[list[str]]:
     for name, title in SCORES.items():
         if any(name in each.scores for each in evaluated):
             rows.append([title, *(_with_interval(each.scores.get(name)) for each in evaluated)])
-    return rows
+    return rows + summary_rows([each.bit_figures for each in evaluated])
 
 
 def _number(value: float | None) -> str:
@@ -83,6 +88,7 @@ def write_evaluation_page(
         "rows": rows,
         "bin_head": ["timesteps", *(f"#{each.name}{of}" for each in evaluated for of in ("", ", training rows"))],
         "bins": bins,
+        "bits": [bits_content(each.name, each.bit_figures) for each in evaluated if each.bit_figures],
         "features": features,
         "missing": sorted(missing),
         "targets": [_target(each, training_pictures) for each in evaluated],

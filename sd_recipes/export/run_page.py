@@ -16,6 +16,7 @@ from sd_recipes.checkpoints.format import list_checkpoints
 from sd_recipes.checkpoints.format import step_of as checkpoint_step
 from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.verdict import Judgement, judge, percent
+from sd_recipes.export.bit_pages import bits_of_run
 from sd_recipes.export.pages import ENVIRONMENT, render_page
 from sd_recipes.export.run_figures import curves, figures_by_step, grids
 from sd_recipes.export.run_rows import rankings
@@ -52,6 +53,7 @@ def write_run_page(output_dir: Path) -> Path:
         **_verdict(judgement),
         **curves(figures, last_step, judgement.best_step),
         **grids(output_dir),
+        bits=bits_of_run(output_dir),
         rankings=rankings(output_dir),
         **_incidents(output_dir / "incidents.jsonl"),
         **_history(output_dir),

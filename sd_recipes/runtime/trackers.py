@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 2**16  # of metrics.jsonl; real ones are below 1 KiB
 VALIDATION = "validation"  # the folder of the tables of errors
+EVALUATION, EVALUATION_RESULTS = "evaluation", "evaluation.json"  # what `sd-recipes evaluate` leaves
 SAMPLE = re.compile(r"step-[0-9]{6,18}\.png")  # as a validation names its pictures
 TABLE = re.compile(r"step-[0-9]{6,18}\.parquet")
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
