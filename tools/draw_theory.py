@@ -163,11 +163,11 @@ def three_values(material: Material) -> bytes:
 def drawn_from_their_gaussian(pictures: np.ndarray, number: int) -> np.ndarray:
     """Draws (number, …) from N(μ, Σ), where μ and Σ are the mean and the covariance of pictures (N, …), divided by N.
 
-    x = μ + Σ_n w_n (x_n - μ) / √N with w_n from N(0, 1) has them exactly, without the D × D numbers of Σ.
+    x = μ + Σ_n u_n (x_n - μ) / √N with u_n from N(0, 1) has them exactly, without the D × D numbers of Σ.
     """
-    w = np.random.default_rng(0).standard_normal((number, len(pictures)))
+    u = np.random.default_rng(0).standard_normal((number, len(pictures)))
     mean = pictures.mean(axis=0)
-    return mean + np.tensordot(w, pictures - mean, axes=1) / len(pictures) ** 0.5
+    return mean + np.tensordot(u, pictures - mean, axes=1) / len(pictures) ** 0.5
 
 
 def whole_pictures(material: Material) -> Figure:

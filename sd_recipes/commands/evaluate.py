@@ -355,5 +355,5 @@ def write_results(evaluated: list[Evaluated], scorer: Scorer | None, output_dir:
             save_whole(grid, output_dir / f"pictures-{number}.png")
     page = write_evaluation_page(evaluated, scorer.training_pictures if scorer else [], features, output_dir)
     say(f"\nresults         {output_dir / EVALUATION_RESULTS}\npage            {page}")
-    if any(each.bits is not None and is_above(each.run) for each in evaluated):
-        say(f"page of the run {write_run_page(output_dir.parent)}")  # with its bits
+    if any(is_above(each.run) for each in evaluated):  # whose page shows its bits
+        say(f"page of the run {write_run_page(output_dir.parent)}")

@@ -52,17 +52,14 @@ def bit_figures(bits: LatentBits, before: LatentBits | None) -> dict[str, Any]:
 
 def _of_set(bits: LatentBits, which: str) -> dict[str, Any]:
     of_set = bits.sets[which]
-    captioned, plain = bits.bound(which), bits.bound(which, NO_CAPTIONS)
-    told, error = plain.difference(captioned)
-    rates, distortions = captioned.rate_distortion
-    shown = _spread_over_rates(rates)
+    told, error = bits.bound(which, NO_CAPTIONS).difference(bits.bound(which))
+    dimensions = math.prod(bits.latent_shape)
     return {
         "rows": len(of_set.about.numbers),
         CAPTIONS: _of_bound(bits, which, CAPTIONS),
         NO_CAPTIONS: _of_bound(bits, which, NO_CAPTIONS),
         "told_by_captions": _figure(told, error),
-        "told_by_captions_per_picture": _figure(told * captioned.dimensions, error * captioned.dimensions),
-        "rate_distortion": {"bits": rates[shown].tolist(), "rmse": distortions[shown].tolist()},
+        "told_by_captions_per_picture": _figure(told * dimensions, error * dimensions),
     }
 
 
@@ -71,7 +68,9 @@ def _of_bound(bits: LatentBits, which: str, kind: str) -> dict[str, Any]:
     error = bound.standard_error
     denoising = bound.images.denoising.sum(axis=1)
     undone = float(bound.total - math.log2(bits.scaling_factor))
-    found = {
+    rates, distortions = bound.rate_distortion
+    shown = _spread_over_rates(rates)
+    found: dict[str, Any] = {
         "prior": _figure(bound.prior, error.prior),
         "denoising": _mean(denoising),
         "reconstruction": _figure(bound.reconstruction, error.reconstruction),
@@ -81,6 +80,7 @@ def _of_bound(bits: LatentBits, which: str, kind: str) -> dict[str, Any]:
             name: _figure(each.total, each.standard_error.total) for name, each in bits.sets[which].bounds[kind].items()
         },
     }
+    found["rate_distortion"] = {"bits": rates[shown].tolist(), "rmse": distortions[shown].tolist()}
     of_pixels = pixel_bits(bits, bound, bits.sets[which].about)
     if of_pixels is not None:
         found["pixels"] = _mean(of_pixels)

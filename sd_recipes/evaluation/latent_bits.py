@@ -192,7 +192,11 @@ def _squared_errors(
 def _predict(validator: Validator, bar: tqdm, noisy_latents: Tensor, timesteps: Tensor, **conditioning: Any) -> Tensor:
     stop_request.check(COUNTING)
     with validator.accelerator.autocast():
-        prediction = validator.components.unet(noisy_latents, timesteps, **conditioning, return_dict=False)[0]
+        prediction: Tensor = validator.components.unet(noisy_latents, timesteps, **conditioning, return_dict=False)[0]
+    if not prediction.isfinite().all():
+        rounded = validator.accelerator.mixed_precision != "no"
+        way_out = "evaluate with --mixed_precision no" if rounded else "its weights are broken: evaluate earlier ones"
+        raise RecipeError(f"--bound: the UNet's predictions are not finite: {way_out}")
     bar.update(len(noisy_latents))
     return prediction
 

@@ -35,15 +35,16 @@ def summary_rows(compared: Sequence[Mapping[str, Any] | None]) -> list[list[str]
     """Rows for a table of all that are compared: what a figure is called, and it of each."""
     found = {
         "bits per latent dimension": (HELD_OUT, CAPTIONS, "total"),
-        "  prior": (HELD_OUT, CAPTIONS, "prior"),
-        "  denoising": (HELD_OUT, CAPTIONS, "denoising"),
-        "  reconstruction": (HELD_OUT, CAPTIONS, "reconstruction"),
-        "  more than the first": ("change",),
-        "  without captions": (HELD_OUT, NO_CAPTIONS, "total"),
-        "  told by captions": (HELD_OUT, "told_by_captions"),
-        "  of training rows": (TRAIN, CAPTIONS, "total"),
-        "  gap": ("gap",),
-        "  scaling undone": (HELD_OUT, CAPTIONS, "scaling_undone"),
+        "bits of the prior": (HELD_OUT, CAPTIONS, "prior"),
+        "bits of denoising": (HELD_OUT, CAPTIONS, "denoising"),
+        "bits of reconstruction": (HELD_OUT, CAPTIONS, "reconstruction"),
+        "bits more than the first": ("change",),
+        "bits without captions": (HELD_OUT, NO_CAPTIONS, "total"),
+        "bits told by captions": (HELD_OUT, "told_by_captions"),
+        "bits of training rows": (TRAIN, CAPTIONS, "total"),
+        "bits told of training rows": (TRAIN, "told_by_captions"),
+        "bits gap": ("gap",),
+        "bits, scaling undone": (HELD_OUT, CAPTIONS, "scaling_undone"),
         PIXELS: (HELD_OUT, CAPTIONS, "pixels"),
     }
     rows = []
@@ -61,7 +62,7 @@ def _at(figures: Any, path: Sequence[str]) -> Any:
 
 
 def with_error(figure: Mapping[str, float | None] | None) -> str:
-    """A value with as many digits as its error has meaning for."""
+    """A value with as many digits as its error leaves a meaning."""
     if figure is None:
         return "-"
     value, error = figure["value"], figure["error"]
@@ -81,13 +82,16 @@ def bits_content(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
         return [title, *(with_error(_at(bound, path)) for bound in bounds)]
 
     table = [row(title, name) for name, title in TERMS.items()]
-    table += [row(f"total, {name}", "by_variance", name) for name in bounds[0]["by_variance"]]
+    others = [name for name in bounds[0]["by_variance"] if name != figures["variance"]]
+    table += [row(f"total, {name} variance", "by_variance", name) for name in others]
     table += [row(PIXELS, "pixels")] if "pixels" in bounds[0] else []
     curves = [
-        (style, figures[which]["rate_distortion"])
-        for which, style in ((TRAIN, "training-rows"), (HELD_OUT, "held-out"))
+        (style, figures[which][kind]["rate_distortion"])
+        for which, kind, style in (
+            (TRAIN, CAPTIONS, "training-rows"), (HELD_OUT, NO_CAPTIONS, "raw"), (HELD_OUT, CAPTIONS, "held-out")
+        )
         if which in figures
-    ]
+    ]  # fmt: skip
     shares = figures["contributions"]
     return {
         "name": name,
@@ -102,10 +106,8 @@ def bits_content(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
         "head": ["bits per latent dimension", *(f"#{title}" for *_, title in sets)],
         "table": table,
         "has_pixels": "pixels" in bounds[0],
-        "told": with_error(figures[HELD_OUT]["told_by_captions"]),
-        "told_per_picture": with_error(figures[HELD_OUT]["told_by_captions_per_picture"]),
-        "gap": with_error(figures["gap"]) if "gap" in figures else None,
-        "change": with_error(figures["change"]) if "change" in figures else None,
+        "sentences": sentences(figures),
+        "has_training_rows": TRAIN in figures,
         "curves": [rate_distortion_chart(curves, width) for width in (WIDE, NARROW)],
         "bars": share_bars(shares),
         "share_head": ["timesteps", *(f"#{words}" for words, _ in WEIGHTINGS.values())],
@@ -114,6 +116,48 @@ def bits_content(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
             for number in range(len(shares["bound"]))
         ],
     }
+
+
+def sentences(figures: Mapping[str, Any]) -> list[str]:
+    """What the differences say, in words; a difference counts from two standard errors on."""
+    found = []
+    for which, row in ((HELD_OUT, "held-out row"), (TRAIN, "training row")):
+        if which in figures:
+            told, in_all = figures[which]["told_by_captions"], figures[which]["told_by_captions_per_picture"]
+            words = {
+                1: f"The caption of a {row} tells {with_error(told)} bits a dimension, {with_error(in_all)} in all.",
+                0: f"What its caption tells of a {row} is lost in the error: {with_error(told)} bits a dimension.",
+                -1: f"With its caption a {row} takes {with_error(_negative(told))} bits a dimension more than without: "
+                "it misleads a model that knows its training captions by heart.",
+            }
+            found.append(words[_sign(told)])
+    if "gap" in figures:
+        gap = figures["gap"]
+        found.append(
+            {
+                1: f"Held-out rows take {with_error(gap)} bits a dimension more than training rows, since the model "
+                "knows these, or since they are easier.",
+                0: "Held-out rows take as many bits as training rows, as far as the error lets see: "
+                f"{with_error(gap)} more.",
+                -1: f"Held-out rows take {with_error(_negative(gap))} bits a dimension less than training rows.",
+            }[_sign(gap)]
+        )
+    if "change" in figures:
+        change = figures["change"]
+        words = {1: f"{with_error(change)} bits a dimension more", -1: f"{with_error(_negative(change))} less",
+                 0: f"as many bits, as far as the error lets see ({with_error(change)} more)"}  # fmt: skip
+        found.append(f"Held-out rows take {words[_sign(change)]} than with the first model.")
+    return found
+
+
+def _sign(figure: Mapping[str, float | None]) -> int:
+    value, error = figure["value"], figure["error"] or 0
+    assert value is not None
+    return 0 if abs(value) < 2 * error else 1 if value > 0 else -1
+
+
+def _negative(figure: Mapping[str, Any]) -> dict[str, Any]:
+    return {**figure, "value": -figure["value"]}
 
 
 def bits_of_run(output_dir: Path) -> dict[str, Any] | None:
@@ -138,20 +182,16 @@ def rate_distortion_chart(curves: Sequence[tuple[str, Mapping[str, Sequence[floa
     def y(value: float) -> float:
         return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / top, 1)
 
+    def points(curve: Mapping[str, Sequence[float]]) -> str:
+        return " ".join(f"{x(rate):g},{y(error):g}" for rate, error in zip(curve["bits"], curve["rmse"], strict=True))
+
     return Chart(
         width,
         HEIGHT,
         [(x(value), f"{value:g}") for value in ticks(low, high, 8 if width > NARROW else 4)],
         [(y(value), f"{value:g}") for value in ticks(0, top, 5)],
-        lines=[
-            (style, " ".join(f"{x(rate):g},{y(error):g}" for rate, error in zip(*_points(curve), strict=True)))
-            for style, curve in curves
-        ],
+        lines=[(style, points(curve)) for style, curve in curves],
     )
-
-
-def _points(curve: Mapping[str, Sequence[float]]) -> tuple[Sequence[float], Sequence[float]]:
-    return curve["bits"], curve["rmse"]
 
 
 def share_bars(shares: Mapping[str, Sequence[float]]) -> HeatMap:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +15,19 @@ from PIL import Image
 
 from sd_recipes.errors import one_line
 from sd_recipes.evaluation.row_rankings import (
-    HELD_OUT,
-    TRAIN,
+    RankedRow,
     RowLosses,
     hardest,
     learned_first,
     memorised,
     read_validations,
 )
+from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN
 from sd_recipes.evaluation.verdict import changed
+from sd_recipes.evaluation.watched_rows import ROWS
 from sd_recipes.export.pages import UNREADABLE, picture_uri
+from sd_recipes.reading import open_regular
+from sd_recipes.runtime.trackers import VALIDATION
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +65,23 @@ def rankings(output_dir: Path) -> list[Ranking]:
     losses = {name: each for name in NAMES if (each := [found[name] for found in validations if name in found])}
     found = [ranking for ranking in (*_hardest(losses), *_learned_first(losses), *_memorised(losses)) if ranking.rows]
     if found:
-        _describe(found, output_dir / "validation" / "rows.parquet")
+        _describe(found, output_dir / VALIDATION / ROWS)
     return found
 
 
 def _hardest(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
     for name, validations in losses.items():
-        end = validations[-1]
-        rows = [ShownRow(each.row, f"{each.ratio:.2f} × its like") for each in hardest(end, SHOWN)]
-        words = f"Those with the highest loss at step {end.step}. Look for wrong captions, and odd or crowded pictures."
-        yield Ranking(f"Hardest {NAMES[name]}", words, name, rows)
+        words = f"Those with the highest loss at step {validations[-1].step}."
+        words += " Look for wrong captions, and for odd or crowded pictures."
+        yield Ranking(f"Hardest {NAMES[name]} at the end", words, name, _by_ratio(hardest(validations[-1:], SHOWN)))
+    if TRAIN in losses:
+        words = "A wrong caption that is learned by heart no longer stands out at the end; on average it does."
+        rows = _by_ratio(hardest(losses[TRAIN], SHOWN))
+        yield Ranking("Hardest training rows on average over all validations", words, TRAIN, rows)
+
+
+def _by_ratio(ranked: Iterable[RankedRow]) -> list[ShownRow]:
+    return [ShownRow(each.row, f"{each.ratio:.2f} × its like") for each in ranked]
 
 
 def _learned_first(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
@@ -112,7 +122,8 @@ def _memorised(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
 def _describe(found: list[Ranking], path: Path) -> None:
     """Fill in names, captions and thumbnails from rows.parquet, as far as it can be read."""
     try:
-        table = pq.read_table(path, columns=["set", "row", "name", "caption", "thumbnail"])
+        with open_regular(path) as file:
+            table = pq.ParquetFile(file).read(columns=["set", "row", "name", "caption", "thumbnail"])
         wanted = pa.array(
             sorted({row.row for ranking in found for row in ranking.rows}), table.schema.field("row").type
         )
