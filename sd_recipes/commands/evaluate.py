@@ -37,10 +37,10 @@ from sd_recipes.evaluation.metrics import ImageTextScore
 from sd_recipes.evaluation.picture_scores import (
     as_json,
     nearest_training_pictures,
-    real_pictures,
     score_features,
 )
 from sd_recipes.evaluation.pictures import draw_pictures, drawing_pipeline, picture_grid, save_whole
+from sd_recipes.evaluation.real_pictures import real_pictures
 from sd_recipes.evaluation.sample_errors import write_table
 from sd_recipes.export.evaluation_page import Evaluated, figure_rows, write_evaluation_page
 from sd_recipes.export.run_page import write_run_page
@@ -53,9 +53,10 @@ from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.output_dir import NO_ROOM
 from sd_recipes.runtime.signals import stop_request
-from sd_recipes.runtime.trackers import EVALUATION, EVALUATION_RESULTS, replace_file
+from sd_recipes.runtime.trackers import EVALUATION, EVALUATION_RESULTS
 from sd_recipes.training.build import Run, build_run
 from sd_recipes.training.state import AVERAGE
+from sd_recipes.writing import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ def measure(target: Target, built: Run, config: Evaluation, first: Evaluated | N
     num_timesteps = len(validator.objective.schedule.snr)
     figures = {}
     if errors is not None:
-        before = first.errors if first else None
+        before = first.errors if first and first.num_timesteps == num_timesteps else None
         figures = figures_of(errors, before if before is not None else errors, num_timesteps)
     bits, bits_before = None, first.bits if first else None
     if config.bound:

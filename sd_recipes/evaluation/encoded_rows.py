@@ -11,12 +11,15 @@ from torch import Tensor
 
 from sd_recipes.data.batches import Batch
 from sd_recipes.errors import RecipeError
+from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN
 from sd_recipes.evaluation.validation import Validator
+from sd_recipes.evaluation.watched_rows import describe
 from sd_recipes.model.conditioning import Conditioning
 from sd_recipes.model.latents import decode_latents, posterior_logvar
 from sd_recipes.runtime.signals import stop_request
 
 CAPTIONS, NO_CAPTIONS = "captions", "no_captions"
+WORDS = {HELD_OUT: "held-out rows", TRAIN: "training rows", CAPTIONS: "with captions", NO_CAPTIONS: "without captions"}
 ENCODING = "while rows were encoded; nothing was written"
 
 
@@ -102,9 +105,8 @@ def _conditioning(validator: Validator, batch: Batch, input_ids: Tensor) -> Cond
 
 def _refuse(validator: Validator, which: str, row: int) -> None:
     assert validator.watched is not None
+    fixed = validator.watched.sets[which]
+    name, _ = describe(fixed.rows[row], int(fixed.numbers[row]), validator.recipe)
     fp16 = validator.accelerator.mixed_precision == "fp16"
     way_out = "evaluate with --mixed_precision no" if fp16 else "leave the row out, or choose another --vae"
-    raise RecipeError(
-        f"--bound: the VAE's latents of {validator.watched.name(which, row)} of the {which} rows are not finite: "
-        f"{way_out}"
-    )
+    raise RecipeError(f"--bound: the VAE's latents of {name} of the {WORDS[which]} are not finite: {way_out}")

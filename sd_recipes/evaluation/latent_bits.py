@@ -22,8 +22,8 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.bound import PILOT_IMAGES, Bound, choose_timesteps, conclude
 from sd_recipes.evaluation.denoiser import Denoiser, SquaredErrors
 from sd_recipes.evaluation.diffusion_process import VARIANCES, DiffusionProcess, NoBound
-from sd_recipes.evaluation.encoded_rows import CAPTIONS, NO_CAPTIONS, AboutRows, EncodedRows, encode_rows
-from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN
+from sd_recipes.evaluation.encoded_rows import CAPTIONS, NO_CAPTIONS, WORDS, AboutRows, EncodedRows, encode_rows
+from sd_recipes.evaluation.sample_errors import HELD_OUT
 from sd_recipes.evaluation.timestep_sampling import TimestepSampling, knots
 from sd_recipes.evaluation.validation import Validator
 from sd_recipes.runtime.agreement import all_gather
@@ -31,7 +31,6 @@ from sd_recipes.runtime.signals import Stopped, stop_request
 
 logger = logging.getLogger(__name__)
 
-WORDS = {HELD_OUT: "held-out rows", TRAIN: "training rows", CAPTIONS: "with captions", NO_CAPTIONS: "without captions"}
 COUNTING = "while bits were counted; nothing was written"
 
 Part = TypeVar("Part")

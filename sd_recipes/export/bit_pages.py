@@ -153,7 +153,7 @@ def sentences(figures: Mapping[str, Any]) -> list[str]:
 def _sign(figure: Mapping[str, float | None]) -> int:
     value, error = figure["value"], figure["error"] or 0
     assert value is not None
-    return 0 if abs(value) < 2 * error else 1 if value > 0 else -1
+    return 0 if abs(value) <= 2 * error else 1 if value > 0 else -1
 
 
 def _negative(figure: Mapping[str, Any]) -> dict[str, Any]:

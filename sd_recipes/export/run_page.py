@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,12 @@ from sd_recipes.export.pages import ENVIRONMENT, render_page
 from sd_recipes.export.run_figures import curves, grids
 from sd_recipes.export.run_rows import rankings
 from sd_recipes.flags import MAX_RECIPE_BYTES, read_recipe_file
-from sd_recipes.reading import StrangeFile, open_regular, read_text
+from sd_recipes.reading import read_text
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.starts import read_starts
-from sd_recipes.runtime.trackers import MAX_LINE_BYTES, read_metrics, replace_file
+from sd_recipes.runtime.trackers import read_incidents, read_metrics
+from sd_recipes.writing import replace_file
 
 PAGE = "report.html"
 INCIDENTS = 20  # shown
@@ -156,16 +155,16 @@ def _history(output_dir: Path) -> dict[str, Any]:
 
 def _incidents(path: Path) -> dict[str, Any]:
     """The last incidents as (step, what, rows)."""
-    found = []
-    try:
-        with open_regular(path) as file:
-            for content in iter(lambda: file.readline(MAX_LINE_BYTES), b""):
-                with suppress(ValueError, RecursionError, LookupError, TypeError):  # a torn line
-                    line = json.loads(content)
-                    found.append((int(line["step"]), str(line["kind"]), ", ".join(map(str, line.get("rows", [])))))
-    except (OSError, StrangeFile):
-        pass
-    return {"incidents": found[-INCIDENTS:], "num_incidents": len(found)}
+    lines = read_incidents(path)
+    found = [(line["step"], line["kind"], ", ".join(map(_row, line["rows"]))) for line in lines[-INCIDENTS:]]
+    return {"incidents": found, "num_incidents": len(lines)}
+
+
+def _row(row: Any) -> str:
+    """A row of an incident: its name or, of a spike, that and its loss over what is usual."""
+    if isinstance(row, dict) and isinstance(row.get("ratio"), (int, float)):
+        return f"{row.get('row')} ({row['ratio']:.3g} times)"
+    return str(row)
 
 
 def _settings(path: Path) -> dict[str, Any] | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,16 +26,18 @@ from sd_recipes.evaluation.row_rankings import (
 )
 from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN
 from sd_recipes.evaluation.verdict import changed
-from sd_recipes.evaluation.watched_rows import ROWS
+from sd_recipes.evaluation.watched_rows import HARDEST_ROWS, ROWS
 from sd_recipes.export.pages import UNREADABLE, picture_uri
 from sd_recipes.reading import open_regular
 from sd_recipes.runtime.trackers import VALIDATION
+from sd_recipes.training.row_losses import PRIOR, TRAINING_ROWS
 
 logger = logging.getLogger(__name__)
 
 SHOWN, THUMBNAIL = 10, 96  # rows of a ranking; pixels a side
 TABLES = 40  # validations whose tables are read: enough to see which rows were learned first
 CAPTION = 200  # characters of a caption
+IN_FOLDER = re.compile(r"\([^()]*[/\\]")  # what a row's name says before the file's own name
 NAMES = {HELD_OUT: "held-out rows", TRAIN: "training rows"}
 
 
@@ -66,7 +70,34 @@ def rankings(output_dir: Path) -> list[Ranking]:
     found = [ranking for ranking in (*_hardest(losses), *_learned_first(losses), *_memorised(losses)) if ranking.rows]
     if found:
         _describe(found, output_dir / VALIDATION / ROWS)
-    return found
+    hard = [ranking for ranking in _hard_to_learn(output_dir / VALIDATION) if ranking.rows]
+    if hard:
+        _describe(hard, output_dir / VALIDATION / HARDEST_ROWS)
+    return [*hard, *found]
+
+
+def _hard_to_learn(folder: Path) -> Iterator[Ranking]:
+    """Of all training rows, by their losses in training."""
+    path = folder / TRAINING_ROWS
+    if not path.is_file():
+        return
+    try:
+        table = pq.read_table(path)
+        rows, samples = table["row"].to_numpy(), table["samples"].to_numpy()
+        ratios = np.exp(table["log_ratio"].to_numpy() / (samples + PRIOR))
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+        logger.warning("%s is not a table of losses (%s): the page does without.", path, one_line(error, 100))
+        return
+    hardest_first = [place for place in np.argsort(-ratios, kind="stable")[:SHOWN].tolist() if ratios[place] > 1]
+    shown = [
+        ShownRow(int(rows[place]), f"{ratios[place]:.2f} × its like", f"{samples[place]:,} samples")
+        for place in hardest_first
+    ]
+    words = (
+        "Of all rows that are trained on, by their losses in training: each over what was usual at its timestep then, "
+        "over the whole run. Look for wrong captions, and for odd or crowded pictures."
+    )
+    yield Ranking("Hardest to learn", words, TRAIN, shown)
 
 
 def _hardest(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
@@ -135,7 +166,8 @@ def _describe(found: list[Ranking], path: Path) -> None:
     for ranking in found:
         for row in ranking.rows:
             if each := known.get((ranking.of_set, row.row)):
-                row.name, row.caption = each["name"] or "", _shortened(each["caption"] or "")
+                row.name = IN_FOLDER.sub("(", each["name"] or "")  # the page may be shown to others
+                row.caption = _shortened(each["caption"] or "")
                 row.thumbnail = _thumbnail(each["thumbnail"])
 
 
