@@ -28,6 +28,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from matplotlib.figure import Figure
 
 from sd_recipes.commands.inspect import inspect, read_settings
+from sd_recipes.evaluation.bit_figures import MIN_SNR_GAMMA
 from sd_recipes.evaluation.diffusion_process import DiffusionProcess
 from sd_recipes.evaluation.figures import NUM_BINS
 from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN
@@ -54,7 +55,6 @@ EVALUATE = "sd-recipes evaluate sd-recipes/tiny-emoji --dataset_name sd-recipes/
 DPI, WIDTH = 140, 5.2  # so that letters can be read on a phone and on paper
 COLUMNS = 6  # of pictures
 SHOWN_TIMESTEPS = (1, 100, 250, 500, 750, 1000)
-MIN_SNR_GAMMA = 5.0
 LOSSES = {"bound": "the bound", "simple": "simple loss", "min_snr": "min-SNR, γ = 5"}
 # Told apart without colours, too.
 LINES: list[dict[str, Any]] = [
