@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)  ## teach the tiny model flags, on the CPU, in minutes
 	$(LAUNCH) --config quickstart
 	@echo
-	@echo "Look at   runs/quickstart/before_after.png and runs/quickstart/loss_curve.png"
+	@echo "Look at   runs/quickstart/report.html and runs/quickstart/before_after.png"
 	@echo "Next      your own pictures (a folder with a metadata.jsonl), on the CPU, starting from the same tiny model:"
 	@echo "            $(LAUNCH) \\"
 	@echo "              --pretrained_model_name_or_path sd-recipes/tiny-emoji --train_data_dir FOLDER --resolution 64 \\"
