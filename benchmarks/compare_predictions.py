@@ -34,6 +34,7 @@ from sd_recipes.evaluation.diffusion_process import DiffusionProcess  # noqa: E4
 from sd_recipes.evaluation.figures import NUM_BINS  # noqa: E402
 from sd_recipes.evaluation.picture_scores import SCORES  # noqa: E402
 from sd_recipes.evaluation.timestep_sampling import TimestepSampling  # noqa: E402
+from sd_recipes.runtime.trackers import replace_file  # noqa: E402
 
 TYPES = {"epsilon": "ε", "v_prediction": "v", "sample": "x₀", "score": "score"}
 PACKAGED = "sd-recipes/tiny-emoji"  # what the recipe gives after all its steps
@@ -111,7 +112,7 @@ def measure_bound(work: Path, model: str | Path, sampling: TimestepSampling | No
         "latent_variance": latents.square().mean().item(), "probabilities": bound.sampling.probabilities.tolist(),
     }  # fmt: skip
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content))
+    replace_file(path, json.dumps(content))
     return bound.sampling
 
 
@@ -120,7 +121,7 @@ def load(model: str | Path) -> Any:
 
     from sd_recipes import assets
 
-    pipeline = StableDiffusionPipeline.from_pretrained(assets.resolve(PACKAGED) if model == PACKAGED else model)
+    pipeline = StableDiffusionPipeline.from_pretrained(assets.resolve(str(model)))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -151,6 +152,9 @@ def draw(work: Path, names: Mapping[str, Path]) -> None:
     from sd_recipes.model.samplers import drawing_sampler
     from sd_recipes.recipe import Recipe
 
+    path = work / "predictions.jpg"
+    if path.is_file():
+        return
     prompts = yaml.safe_load(RECIPE.read_text())["validation_prompts"][:SHOWN_PROMPTS]
     recipe = Recipe(pretrained_model_name_or_path=PACKAGED, dataset_name="sd-recipes/emoji", seed=0, **DRAWN)
     pictures, captions = [], []
@@ -159,7 +163,7 @@ def draw(work: Path, names: Mapping[str, Path]) -> None:
         pipeline.scheduler = drawing_sampler(pipeline.scheduler)
         pictures += draw_pictures(pipeline, prompts, recipe, (64, 64), range(len(prompts)), len(prompts))
         captions += [f"{name}: {prompt}" for prompt in prompts]
-    picture_grid(pictures, captions, columns=len(prompts), cell=80).save(work / "predictions.jpg", quality=85)
+    picture_grid(pictures, captions, columns=len(prompts), cell=80).save(path, quality=85)
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -293,8 +297,7 @@ def main() -> None:
                 train(work, each, seed, args.steps)
                 evaluate(work, run)
                 measure_bound(work, run, sampling)
-        runs = {TYPES[each]: run_dir(work, each, args.seeds[0]) for each in TYPES}
-        draw(work, runs)
+        draw(work, {TYPES[each]: run_dir(work, each, args.seeds[0]) for each in TYPES})
     print("\n".join(tables(work, args.seeds)))
 
 
