@@ -63,11 +63,14 @@ def recipe_of(work: Path, prediction_type: str, seed: int, steps: int) -> dict[s
 
 
 def train(work: Path, prediction_type: str, seed: int, steps: int) -> None:
-    """Train to the end, or from where an earlier call was killed."""
+    """Train to the end, or from where an earlier call was killed. Ends this program if that had another budget."""
     output_dir = run_dir(work, prediction_type, seed)
+    recipe = work / f"{output_dir.name}.yaml"
+    begun_with = yaml.safe_load(recipe.read_text())["max_train_steps"] if recipe.is_file() else steps
+    if begun_with != steps:
+        sys.exit(f"error: --work_dir {work} holds runs of {begun_with} steps: give those, or another folder")
     if not (output_dir / "model_index.json").is_file():
-        recipe = work / f"{output_dir.name}.yaml"
-        recipe.write_text(yaml.safe_dump(recipe_of(work, prediction_type, seed, steps)))
+        replace_file(recipe, yaml.safe_dump(recipe_of(work, prediction_type, seed, steps)))
         call([SCRIPT, "--config", recipe])
 
 
