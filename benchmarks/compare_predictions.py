@@ -37,6 +37,7 @@ from sd_recipes.evaluation.timestep_sampling import TimestepSampling  # noqa: E4
 from sd_recipes.runtime.trackers import replace_file  # noqa: E402
 
 TYPES = {"epsilon": "ε", "v_prediction": "v", "sample": "x₀", "score": "score"}
+LOSSES = {"epsilon": "loss of ε, and of the score", "v_prediction": "loss of v", "sample": "loss of x₀"}
 PACKAGED = "sd-recipes/tiny-emoji"  # what the recipe gives after all its steps
 NUM_HELD_OUT = 87
 DRAWN = {"validation_inference_steps": 20, "validation_guidance_scale": 3.0}
@@ -208,25 +209,35 @@ def linear_errors(process: DiffusionProcess, latent_variance: float) -> np.ndarr
 
 
 def error_table(
-    errors: Mapping[str, Sequence[np.ndarray]], process: DiffusionProcess, latent_variance: float
+    shares: Mapping[str, Sequence[np.ndarray]], process: DiffusionProcess, latent_variance: float
 ) -> Iterator[str]:
-    """Lines of Markdown, of shares by type and seed, (rows, 10) each."""
+    """Lines of Markdown: errors of x̂_0 by bin, from rows' shares by type and seed, (rows, 10) each."""
     snr = (process.signal / process.sigma) ** 2
     linear = linear_errors(process, latent_variance)
-    yield f"| timesteps | SNR | {' | '.join(TYPES[each] for each in errors)} | linear | lowest, and by how much |"
-    yield "|---" * (len(errors) + 4) + "|"
+    yield f"| timesteps | SNR | {' | '.join(TYPES[each] for each in shares)} | linear | lowest, and by how much |"
+    yield "|---" * (len(shares) + 4) + "|"
     width = len(process) // NUM_BINS
     for number in range(NUM_BINS):
-        of_bin = {each: np.mean([shares[:, number] for shares in seeds], axis=0) for each, seeds in errors.items()}
+        of_bin = {each: np.mean([rows[:, number] for rows in seeds], axis=0) for each, seeds in shares.items()}
         best, following, difference, error = best_and_next(of_bin)
-        cells = [
-            " ".join(f"{shares[:, number].sum():.3g}" for shares in seeds) for seeds in errors.values()
-        ]  # a cell has all seeds
-        relative = f"{100 * difference / of_bin[following].sum():.1f} ± {100 * error / of_bin[following].sum():.1f} %"
+        cells = [" ".join(f"{rows[:, number].sum():.3g}" for rows in seeds) for seeds in shares.values()]
+        percent = 100 / of_bin[following].sum()
         yield (
             f"| {number * width} … {(number + 1) * width - 1} | {snr[number * width + width // 2]:.2g} | "
-            f"{' | '.join(cells)} | {linear[number]:.3g} | {TYPES[best]}, {relative} below {TYPES[following]} |"
+            f"{' | '.join(cells)} | {linear[number]:.3g} | "
+            f"{TYPES[best]}, {percent * difference:.1f} ± {percent * error:.1f} % below {TYPES[following]} |"
         )
+
+
+def loss_table(errors: Mapping[str, Sequence[pa.Table]], process: DiffusionProcess) -> Iterator[str]:
+    """Lines of Markdown: every type's errors of x̂_0, by type and seed, as each type's loss has them."""
+    *_, factors = zip(*(process.prediction(each) for each in LOSSES), strict=True)
+    yield f"| | {' | '.join(LOSSES.values())} |"
+    yield "|---" * (len(LOSSES) + 1) + "|"
+    for each, seeds in errors.items():
+        samples = [(table["loss"].to_numpy(), table["timestep"].to_numpy()) for table in seeds]
+        cells = [" ".join(f"{np.mean(loss / factor[at] ** 2):.3f}" for loss, at in samples) for factor in factors]
+        yield f"| {TYPES[each]} | {' | '.join(cells)} |"
 
 
 def bound_table(bounds: Mapping[str, Mapping[str, Any]], reference: str) -> Iterator[str]:
@@ -265,18 +276,20 @@ def tables(work: Path, seeds: Sequence[int]) -> Iterator[str]:
     if not seeds:
         sys.exit(f"error: --work_dir {work} has no seed with all types measured: leave out --tables, and they are")
     process = DiffusionProcess(load(PACKAGED).scheduler)
-    errors: dict[str, list[np.ndarray]] = {each: [] for each in TYPES}
+    errors: dict[str, list[pa.Table]] = {each: [] for each in TYPES}
     targets, bounds = {}, {}
     for each, title in TYPES.items():
         for seed in seeds:
             run, name = run_dir(work, each, seed), f"{title}, seed {seed}"
             results = work / "evaluation" / run.name
-            latent_errors = errors_of_latents(read_table(results / "errors-1.parquet"), each, process)
-            errors[each].append(by_row_and_bin(latent_errors, len(process)))
+            errors[each].append(errors_of_latents(read_table(results / "errors-1.parquet"), each, process))
             targets[name] = json.loads((results / "evaluation.json").read_text())["targets"][0]
             bounds[name] = json.loads(bound_path(work, run).read_text())
     packaged = json.loads(bound_path(work, PACKAGED).read_text())
-    yield from error_table(errors, process, packaged["latent_variance"])
+    shares = {each: [by_row_and_bin(table, len(process)) for table in seeds] for each, seeds in errors.items()}
+    yield from error_table(shares, process, packaged["latent_variance"])
+    yield ""
+    yield from loss_table(errors, process)
     yield ""
     yield from bound_table(bounds | {"packaged v, 5,200 x 64": packaged}, next(iter(bounds)))
     yield ""

@@ -101,6 +101,12 @@ def test_tables_have_a_line_for_each(script: ModuleType) -> None:
     assert bins[9].startswith("| 900 … 999 |")
     assert bins[9].endswith("v, 40.0 ± 0.0 % below ε |"), "0.18 of 0.3: means over the seeds"
 
+    at_the_end = [errors([0, 1], [999, 999], [0.25, 0.75])]
+    alpha = float(SCHEDULER.alphas_cumprod[999])
+    ratio = alpha / (1 - alpha)
+    line = list(script.loss_table({"sample": at_the_end}, DiffusionProcess(SCHEDULER)))[2]
+    assert line == f"| x₀ | {0.5 * ratio:.3f} | {0.5 * (ratio + 1):.3f} | 0.500 |"
+
     bound = {"prior": 0.25, "denoising": 1.5, "reconstruction": -0.5}
     lines = list(script.bound_table({"a": {**bound, "images": [1, 3]}, "b": {**bound, "images": [2, 4]}}, "a"))
     assert lines[2:] == [
