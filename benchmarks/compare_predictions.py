@@ -40,6 +40,7 @@ TYPES = {"epsilon": "ε", "v_prediction": "v", "sample": "x₀", "score": "score
 LOSSES = {"epsilon": "loss of ε, and of the score", "v_prediction": "loss of v", "sample": "loss of x₀"}
 PACKAGED = "sd-recipes/tiny-emoji"  # what the recipe gives after all its steps
 NUM_HELD_OUT = 87
+EVALUATIONS = 64  # timesteps of an image in its bound
 DRAWN = {"validation_inference_steps": 20, "validation_guidance_scale": 3.0}
 SHOWN_PROMPTS = 8
 
@@ -102,13 +103,13 @@ def measure_bound(work: Path, model: str | Path, sampling: TimestepSampling | No
     """Write the bound of held-out latents by a model; returns how its timesteps were drawn: as `sampling` if given."""
     path = bound_path(work, model)
     if path.is_file():
-        return TimestepSampling(np.array(json.loads(path.read_text())["probabilities"]), 64)
+        return TimestepSampling(np.array(json.loads(path.read_text())["probabilities"]), EVALUATIONS)
     pipeline = load(model)
     latents, states = held_out_latents(pipeline)
     bound = variational_bound(
         lambda noisy_latents, timesteps, states: pipeline.unet(noisy_latents, timesteps, states).sample,
         latents, pipeline.scheduler, prediction_type=pipeline.scheduler.config.prediction_type,
-        variance="fitted", timesteps=sampling or 64, batch_size=64, conditioning={"states": states},
+        variance="fitted", timesteps=sampling or EVALUATIONS, batch_size=64, conditioning={"states": states},
     )  # fmt: skip
     content = {
         "images": bound.images.total.tolist(),
