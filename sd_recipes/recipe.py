@@ -627,10 +627,10 @@ class ValidationConfig(Section):
         "number of first rows (100).",
     )
     validation_rows: int = setting(
-        256, "free", "Look at no more held-out rows than this, and at as many training rows.", ge=1
+        256, "warned", "Look at no more held-out rows than this, and at as many training rows.", ge=1
     )
     validation_samples: int = setting(
-        256, "free", "Measure at least so many errors of each: few rows are looked at under several noises.", ge=1
+        256, "warned", "Measure at least so many errors of each: few rows are looked at under several noises.", ge=1
     )
     validation_pictures: int = setting(
         4, "free", "Without --validation_prompts, draw the captions of this many held-out rows.", ge=0
@@ -697,6 +697,10 @@ class ValidationConfig(Section):
     @model_validator(mode="after")
     def validation_agrees(self) -> "ValidationConfig":
         share, first = self.held_out_share, self.held_out_first
+        if found := re.fullmatch(r"([\d.]+) ?%", self.validation_split or ""):
+            raise ValueError(
+                f"--validation_split {self.validation_split} is a share in percent: write {float(found[1]) / 100:g}"
+            )
         if (share is not None and not 0 < share < 1) or first == 0:
             raise ValueError(
                 f"--validation_split {self.validation_split} leaves nothing on one side: give a share between 0 and 1, "

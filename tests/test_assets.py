@@ -113,7 +113,7 @@ def figures(lines: list[dict], name: str) -> list[float]:
 def test_a_short_quickstart_lowers_the_held_out_loss(tmp_path: Path) -> None:
     lines = quickstart(tmp_path / "run", "--max_train_steps", 25, "--validation_inference_steps", 4)
     losses = figures(lines, "validation_loss")
-    assert len(losses) == 3  # before, after the first epoch, at the end
+    assert len(losses) == 2  # before, and at the end
     assert losses[-1] < losses[0]
     with Image.open(tmp_path / "run" / "before_after.png") as sheet:
         assert sheet.width > 2 * 4 * 128
@@ -123,5 +123,6 @@ def test_a_short_quickstart_lowers_the_held_out_loss(tmp_path: Path) -> None:
 def test_the_whole_quickstart_learns_flags(tmp_path: Path) -> None:
     lines = quickstart(tmp_path / "run")
     losses, scores = figures(lines, "validation_loss"), figures(lines, "image_text_score")
-    assert losses[-1] < 0.9 * losses[0]
-    assert scores[-1] > scores[0] + 10
+    assert losses[-1] < 0.2 * losses[0]
+    assert min(losses) > 0.97 * losses[-1], "it ends at its best, but for rounding"
+    assert scores[-1] > scores[0] + 8

@@ -45,7 +45,7 @@ from sd_recipes.evaluation.sample_errors import write_table
 from sd_recipes.export.evaluation_page import Evaluated, figure_rows, write_evaluation_page
 from sd_recipes.export.run_page import write_run_page
 from sd_recipes.flags import build_recipe
-from sd_recipes.recipe import Recipe
+from sd_recipes.recipe import ModelConfig, Recipe
 from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.agreement import all_gather
@@ -61,6 +61,7 @@ from sd_recipes.writing import replace_file
 logger = logging.getLogger(__name__)
 
 TINY_FEATURES, TINY_SIDE = "sd-recipes/tiny-clip", 64
+PICTURE_SEED = 0
 STOPPED = "while pictures were drawn; nothing was written"
 # Of a run that is put together to be evaluated: a batch that fits any number of rows.
 ONE_BY_ONE: dict[str, Any] = {
@@ -73,6 +74,10 @@ OF_THE_BASE = {
     "train_from_scratch": False, "unet_config": None, "prediction_type": None, "rescale_betas_zero_snr": False,
     "non_ema_revision": None, "revision": None, "variant": None, "vae": None, "base": None,
 }  # fmt: skip
+
+
+# Of a run, what its weights need: the model that they are part of, and what it predicts.
+OF_A_MODEL = (*ModelConfig.model_fields, "prediction_type", "rescale_betas_zero_snr")
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def evaluate(config: Evaluation) -> None:
 
     Raises RecipeError, and Stopped.
     """
-    targets = [find_target(name) for name in config.targets]
+    targets = [find_target(name, config.weights) for name in config.targets]
     recipes = [recipe_of(target, targets, config) for target in targets]
     output_dir = output_dir_of(config, targets)
     hide_library_bars()
@@ -126,21 +131,32 @@ def evaluate(config: Evaluation) -> None:
 # ------------------------------------------------------------------------------------------ what is evaluated
 
 
-def find_target(name: str) -> Target:
-    """What a name stands for. Raises RecipeError for a folder that holds nothing to evaluate."""
+def find_target(name: str, weights: str) -> Target:
+    """What a name stands for; a run for its pipeline, or for its newest checkpoint if that is not as far, or for `raw`.
+
+    Raises RecipeError for a path where there is nothing to evaluate.
+    """
     path = Path(name).expanduser()
+    looks_like_path = not name or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if looks_like_path and not path.exists():
+        raise RecipeError(f"{name or 'an empty name'}: no such file or folder")
     if (path / MANIFEST).is_file():
         run = path.resolve().parent
         return Target(name, run.parent if run.name == BEST else run, path)
     if path.name == BEST and path.is_dir():
         kept = list_best(path.resolve().parent)
         if not kept:
-            raise RecipeError(f"{name} holds no weights: the run has kept no best ones so far")
+            raise RecipeError(f"{name} holds no weights: evaluate the run, or one of its checkpoints")
         return Target(name, path.resolve().parent, kept[-1])
     if path.is_dir() and holds_run(path):
-        if (path / "model_index.json").is_file():
-            return Target(name, path)
         checkpoints = list_checkpoints(path)
+        is_behind = bool(checkpoints) and (
+            weights == "raw" or checkpoints[-1].stat().st_mtime > (path / "model_index.json").stat().st_mtime
+            if (path / "model_index.json").is_file()
+            else True
+        )
+        if (path / "model_index.json").is_file() and not is_behind:
+            return Target(name, path)
         if not checkpoints:
             raise RecipeError(f"{name} is a run without a checkpoint or a pipeline so far: train on, and evaluate then")
         return Target(f"{name} ({checkpoints[-1].name})", path, checkpoints[-1])
@@ -153,13 +169,19 @@ def find_target(name: str) -> Target:
 
 
 def recipe_of(target: Target, targets: list[Target], config: Evaluation) -> Recipe:
-    """A recipe that puts a target together, with the data of its run, or of the first run. Raises RecipeError."""
-    changes = {**ONE_BY_ONE, "seed": 0, **config.given}
-    data_run = target.run or next((each.run for each in targets if each.run), None)
+    """A recipe that puts a target together, with the data and settings of the first run. Raises RecipeError.
+
+    So all meet the same rows, drawn by that run's seed.
+    """
+    changes = {**ONE_BY_ONE, **config.given}
+    first_run = next((each.run for each in targets if each.run), None)
     if target.weights is None:
         model = str(target.run) if target.run else target.name
         changes = {**OF_THE_BASE, **changes, "pretrained_model_name_or_path": model}
-    recipe = settings_of(data_run, changes) if data_run else {**NOT_TRAINED, **changes}
+    elif target.run and target.run != first_run:
+        own = settings_of(target.run, {})
+        changes = {**{name: own[name] for name in OF_A_MODEL if name in own}, **changes}
+    recipe = settings_of(first_run, changes) if first_run else {"seed": 0, **NOT_TRAINED, **changes}
     recipe |= {name: NOT_TRAINED[name] for name in ("dry_run", "validation_prompts", "validation_pictures")}
     if not recipe.get("validation_split"):
         raise RecipeError(
@@ -256,7 +278,9 @@ def draw(built: Run, prompts: list[str], at_once: int) -> list[Image.Image]:
     if numbers:
         with validator.encoder.on_device(), validator.evaluating(), accelerator.autocast():
             pipeline = drawing_pipeline(validator.family, validator.components, built.recipe.validation_sampler)
-            work = partial(draw_pictures, pipeline, prompts, built.recipe, validator.picture_size, numbers)
+            # The same noise for all, whatever their runs' seeds.
+            recipe = built.recipe.model_copy(update={"seed": PICTURE_SEED})
+            work = partial(draw_pictures, pipeline, prompts, recipe, validator.picture_size, numbers)
             own = dict(zip(numbers, AtOnce(at_once, "pictures").attempt(work) or [], strict=False))
     drawn = {number: picture for each in all_gather(own) for number, picture in each.items()}
     stop_request.check(STOPPED)

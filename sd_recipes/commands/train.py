@@ -356,10 +356,10 @@ def write_results(built: Run, best_step: int | None) -> list[str]:
         samples = list_samples(output_dir)
         if best_step is not None:
             samples = [path for path in samples if step_of_sample(path) <= best_step]
-        if samples:
+        if samples and recipe.validation_prompts:  # captions of the data are not for the Hub
             shutil.copy(samples[-1], output_dir / "samples.png")
         page = write_run_page(output_dir)
-        return [*write_report(output_dir), f"page            {page}", *how_to_draw(built)]
+        return [*write_report(output_dir, best_step), f"page            {page}", *how_to_draw(built)]
     except FAILURES as error:
         raise NotSaved(
             f"the pipeline cannot be written to {output_dir} ({one_line(error)}): make room, and "

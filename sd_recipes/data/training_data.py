@@ -73,7 +73,8 @@ def load_training_data(
         if recipe.divides_rows:
             held_out, watched = hold_out_of_streams(streams, recipe)
         elif held_out is not None:
-            watched = first_rows(streams[0].rows, min(len(held_out), recipe.validation_rows))
+            number = min(len(held_out), recipe.validation_rows)
+            watched = guarded(recipe.sources[0], partial(first_rows, streams[0].rows, number))
         examples: list[str] = []
         if recipe.check_data != "off" and rank == 0:
             for stream in streams:

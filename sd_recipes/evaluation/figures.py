@@ -87,8 +87,8 @@ class Best:
 
 
 def held_out_losses(lines: list[dict[str, Any]]) -> dict[int, float]:
-    """The held-out loss by step, of a run's metrics."""
-    return {line["step"]: line[LOSS] for line in lines if LOSS in line}
+    """The held-out loss by step, of a run's metrics; those that are finite."""
+    return {line["step"]: line[LOSS] for line in lines if LOSS in line and math.isfinite(line[LOSS])}
 
 
 def best_of(losses: Mapping[int, float]) -> Best | None:

@@ -36,6 +36,7 @@ AVERAGED, RAW = "averaged", "raw"  # the weights
 SCHEMA = pa.schema(
     {"set": pa.string(), "weights": pa.string(), "row": pa.int32(), "timestep": pa.int32(), "loss": pa.float64()}
 )
+EMPTY = pa.schema([SCHEMA.field(name) for name in ("row", "timestep", "loss")]).empty_table()
 METADATA = b"sd_recipes"
 
 Encode = Callable[[Batch], torch.Tensor]  # latents (B, C, h, w) of a batch on the device
@@ -86,8 +87,10 @@ class FixedSamples:
         if not self._kept:
             self._kept = list(self._encoded(encode, device, at_once, bar=bar))
         parts = [part for kept in self._kept for part in _split(*kept, at_once)]
+        if not parts:  # fewer samples than processes
+            return EMPTY
         found = []
-        for batch, latents in tqdm(parts, desc="Held-out loss", leave=False, disable=not bar):
+        for batch, latents in tqdm(parts, desc="Validation", leave=False, disable=not bar):
             stop_request.check(BROKEN_OFF)
             found.append(losses(latents.to(device), batch.to(device)))
         usable = torch.cat([batch.weights for batch, _ in parts]).bool().numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -277,7 +278,8 @@ class Validator:
             self.before = self._table_before(table)
         figures = figures_of(table, self.before, len(self.objective.schedule.snr))
         losses = self._losses_so_far(metrics)
-        losses[step] = figures[LOSS]
+        if math.isfinite(figures[LOSS]):
+            losses[step] = figures[LOSS]
         if best := best_of(losses):
             figures["best_step"] = best.step
         return figures

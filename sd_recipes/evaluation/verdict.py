@@ -11,6 +11,9 @@ Answer = Literal["yes", "no", "unknown"]
 Lines = Iterable[Mapping[str, Any]]
 Losses = dict[int, float]  # by step, in order of steps
 MARGIN = 0.001  # relative; a loss under fixed noise that differs by less is the same
+# A rise since the best that is less than this part of the loss, and of what the loss had fallen by, is no over-fitting:
+# training moves the loss up and down by as much.
+SMALL_OF_LOSS, SMALL_OF_GAIN = 0.01, 0.1
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,7 @@ def _measured_once(step: int, loss: float) -> str:
     if step == 0:
         return f"The held-out loss was {loss:#.4g} before training and has not been measured since."
     return (
-        f"The held-out loss was {loss:#.4g} at step {step}, its only measurement: there is nothing to compare it with. "
-        "--validate_before_training measures it before the first step too."
+        f"The held-out loss was {loss:#.4g} at step {step}, its only measurement: there is nothing to compare it with."
     )
 
 
@@ -133,6 +135,13 @@ def _learned(held_out: Losses, training_rows: Losses, first: int, best: int, las
         return "no", [*said, f"It was best at the last validation, step {last}{gap}."]
     if not _below(held_out[best], held_out[last]):
         return "no", [*said, f"It was best at step {best}, and as good at the last validation, step {last}{gap}."]
+    risen = held_out[last] - held_out[best]
+    if risen < SMALL_OF_LOSS * abs(held_out[best]) and risen < SMALL_OF_GAIN * (held_out[first] - held_out[best]):
+        higher = _change(held_out[best], held_out[last])
+        return "no", [
+            *said,
+            f"It was best at step {best}, and hardly worse at the last validation, step {last}{higher}{gap}.",
+        ]
     rise = f"the held-out loss rose to {held_out[last]:#.4g} by step {last}{_change(held_out[best], held_out[last])}"
     if _below(held_out[first], held_out[last]):
         rise += " and above where it began"

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sd_recipes.evaluation.figures import FIGURES
 from sd_recipes.evaluation.verdict import figures_by_step, judge
-from sd_recipes.runtime.trackers import list_samples, read_metrics
+from sd_recipes.runtime.trackers import list_samples, read_metrics, step_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -20,10 +20,11 @@ from matplotlib import pyplot as plt
 logger = logging.getLogger(__name__)
 
 
-def write_report(output_dir: Path) -> list[str]:
+def write_report(output_dir: Path, last_step: int | None = None) -> list[str]:
     """Write loss_curve.png, and before_after.png if step 0 was validated; returns the lines to print.
 
-    `output_dir` is a run's folder with its metrics.jsonl and samples/.
+    `output_dir` is a run's folder with its metrics.jsonl and samples/; of these, the last one up to `last_step` is
+    after training.
     """
     lines = read_metrics(output_dir / "metrics.jsonl")
     said = []
@@ -31,7 +32,7 @@ def write_report(output_dir: Path) -> list[str]:
     if "train_loss" in figures:
         draw_loss_curve(figures, output_dir / "loss_curve.png")
         said.append(f"loss curve      {output_dir / 'loss_curve.png'}")
-    samples = list_samples(output_dir)
+    samples = [path for path in list_samples(output_dir) if last_step is None or step_of(path) <= last_step]
     if samples and samples[0].name == "step-000000.png" and len(samples) > 1:
         try:
             before, after = read_picture(samples[0]), read_picture(samples[-1])

@@ -12,11 +12,12 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from sd_recipes.checkpoints.best import BestWeights
-from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resume_hint
+from sd_recipes.checkpoints.best import BestWeights, list_best
+from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resume_hint, step_of
 from sd_recipes.checkpoints.saver import BackgroundSaver, NotSaved
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.latent_store import LatentStore
+from sd_recipes.errors import one_line
 from sd_recipes.evaluation.figures import Best
 from sd_recipes.evaluation.watched_rows import write_hardest_rows
 from sd_recipes.export.run_page import write_run_page
@@ -25,7 +26,6 @@ from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import StopAgreement, all_gather, begin_sum, broadcast, wait_for_all
 from sd_recipes.runtime.fsdp import full_tensor
 from sd_recipes.runtime.memory import peak_memory_gb
-from sd_recipes.runtime.output_dir import NO_ROOM
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.training.build import UNCERTAINTY, Model, Run
 from sd_recipes.training.finite import TrainingDiverged, has_finite_weights, is_not_finite
@@ -52,6 +52,8 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
     best = validator.best_so_far(run.tracker.path)
     if validator.is_due_at_start(progress, run.tracker.path):
         best = validate(run, best_weights)
+    elif best and best.step == progress.global_step and recipe.keep_best and not is_kept(run, best):
+        best_weights.keep(best.loss)  # a kill came before they were written
     if any_rank_stopping(wait=True):
         raise stop_request.stopped(f"at step {progress.global_step}, before another step")
     meter = Meter(accelerator.device, progress, remedy(recipe, accelerator.num_processes))
@@ -114,7 +116,9 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
             if is_validated:
                 best = validate(run, best_weights)
                 meter.restart(progress)
-                if not is_done and stops_early(run, best):
+                if not is_done and not progress.skipped_in_a_row and stops_early(run, best):
+                    if not is_logged:
+                        log(run, meter, bar)
                     if not is_saved:
                         save(run, meter, saver)
                     break
@@ -276,6 +280,11 @@ def validate(run: Run, best_weights: BestWeights) -> Best | None:
     return best
 
 
+def is_kept(run: Run, best: Best) -> bool:
+    """Whether the best weights are in the run's folder; the same on all processes, which all have to call it."""
+    return broadcast(any(step_of(path) == best.step for path in list_best(run.output_dir)))
+
+
 def stops_early(run: Run, best: Best | None) -> bool:
     """Whether --early_stopping ends the run here: so many validations have not been better than the best."""
     patience = run.recipe.early_stopping
@@ -306,10 +315,11 @@ def show_page(run: Run) -> None:
             row_losses.save(run.output_dir, run.state.progress.global_step)
             write_hardest_rows(run.data.rows, row_losses.hardest(SHOWN), run.recipe, run.output_dir)
         write_run_page(run.output_dir)
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        logger.warning("The run's page cannot be written (%s): training continues.", error)
+    # Whatever it is: a page must not end a run. Its errors are of the disk, of odd files there, of Jinja and Pillow.
+    except Exception as error:
+        logger.warning(
+            "The run's page cannot be written (%s: %s): training continues.", type(error).__name__, one_line(error)
+        )
 
 
 def progress_bar(run: Run) -> tqdm:

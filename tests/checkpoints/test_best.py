@@ -85,6 +85,21 @@ def test_a_killed_run_keeps_the_best_that_its_checkpoint_knows(spoilt: dict[str,
     )
 
 
+def test_best_weights_that_a_kill_kept_from_being_written_are_made_up_for(spoilt: dict[str, Any]) -> None:
+    """Killed after the figure was logged and the checkpoint of the same step was written."""
+    folder = Path(spoilt["output_dir"])
+    train(spoilt, max_train_steps=3)
+    shutil.rmtree(folder / "best" / "step-3")
+    fit_from(build(spoilt, max_train_steps=3, resume_from_checkpoint="latest"))
+    assert [step_of(path) for path in list_best(folder)] == [3]
+
+
+def test_a_page_that_cannot_be_written_ends_no_run(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    (Path(settings["output_dir"]) / "report.html").mkdir(parents=True)
+    train(settings, validation_split="2", max_train_steps=2)
+    assert "The run's page cannot be written (IsADirectoryError" in caplog.text
+
+
 def test_until_a_checkpoint_has_come_the_best_before_it_stays(spoilt: dict[str, Any]) -> None:
     folder = Path(spoilt["output_dir"])
     seen: list[list[int]] = []

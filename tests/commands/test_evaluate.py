@@ -98,6 +98,27 @@ def test_figures_are_those_of_training(trained: Path, tmp_path: Path, capsys: py
     assert raw["figures"]["validation_loss"] == pytest.approx(by_step[3]["raw_validation_loss"], rel=1e-6)
 
 
+def test_rows_are_those_of_the_first_run_whatever_its_seed(trained: Path, tmp_path: Path) -> None:
+    """Of a run on some of the rows, drawn by its seed; a second run, validated on others, is measured on the same."""
+    forget_accelerator()
+    run(
+        Recipe(
+            pretrained_model_name_or_path=str(trained / "model"), train_data_dir=str(trained / "data"), resolution=32,
+            train_batch_size=4, max_train_steps=1, max_train_samples=8, device="cpu", seed=11, report_to="none",
+            validation_split="3", validation_samples=8, validation_pictures=0, output_dir=str(tmp_path / "some"),
+        )
+    )  # fmt: skip
+    evaluated(tmp_path / "some", trained / "run", "--num_pictures", 0, "--output_dir", tmp_path / "out")
+    some, other = results(tmp_path / "out")["targets"]
+    last = read_metrics(tmp_path / "some" / "metrics.jsonl")[-1]
+    for name in ("validation_loss", "train_subset_loss"):
+        assert some["figures"][name] == pytest.approx(last[name], rel=1e-6)
+    first, second = (read_table(tmp_path / "out" / f"errors-{number}.parquet") for number in (1, 2))
+    for name in ("set", "row", "timestep"):
+        assert first[name].equals(second[name])
+    assert other["figures"]["validation_loss"] != some["figures"]["validation_loss"]
+
+
 def test_a_pipeline_is_evaluated_on_data_that_flags_name(trained: Path, tmp_path: Path) -> None:
     flags = ["--train_data_dir", trained / "data", "--resolution", 32, "--validation_split", "0.3", "--device", "cpu"]
     flags += ["--validation_samples", 32, "--num_pictures", 0]
@@ -121,6 +142,8 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(trained: Path, tmp_path: P
     occupied.mkdir()
     (occupied / "mine.txt").write_text("mine")
     for words, message in [
+        ([tmp_path / "nowhere"], "no such file or folder"),
+        ([""], "an empty name: no such file or folder"),
         ([tmp_path / "empty"], "neither a run of this program, nor a checkpoint of one, nor a pipeline"),
         ([checkpoint], "cannot be used: unet_ema/diffusion_pytorch_model.safetensors has"),
         ([other], "nothing is held out"),

@@ -96,6 +96,10 @@ def test_repeated_rows_are_held_out_together(tmp_path: Path) -> None:
 
 
 def test_first_rows_are_held_out(folder: Path) -> None:
+    repeated = recipe(folder, validation_split=10)
+    parts = load_sources(repeated)
+    parts[0].rows = parts[0].rows.select(np.repeat(np.arange(NUM_PICTURES), 3))
+    assert len(hold_out(parts, repeated)) == 10, "pictures, not repeats of them"
     held_out, trained = divided(folder, 10)
     assert held_out == {f"disc number {number}" for number in range(10)}
     assert len(trained) == NUM_PICTURES - 10
@@ -136,6 +140,7 @@ def test_a_folder_of_other_rows(folder: Path, tmp_path: Path) -> None:
         ("1.0", "leaves nothing on one side"),
         ("1.5", "leaves nothing on one side"),
         ("-0.1", "leaves nothing on one side"),
+        ("5%", "is a share in percent: write 0.05"),
         ("1e-9", "holds out none of 60 rows"),
         ("60", "leaves no row to train on, of 60"),
     ],
@@ -174,6 +179,9 @@ def test_an_identity_is_that_of_the_content(folder: Path, tmp_path: Path) -> Non
     known = identity({"bytes": None, "path": str(folder / "0.png")})
     assert known == identity({"bytes": content, "path": None}) == identity({"bytes": content, "path": "any.png"})
     large = bytes(range(256)) * 512
+    middle = len(large) // 2
+    changed = large[:middle] + b"?" + large[middle + 1 :]
+    assert identity({"bytes": large, "path": None}) != identity({"bytes": changed, "path": None}), "also in the middle"
     assert identity({"bytes": large + b"a", "path": None}) != identity({"bytes": large + b"b", "path": None})
     assert identity({"bytes": b"a" + large, "path": None}) != identity({"bytes": b"b" + large, "path": None})
     nothing = identity(None)

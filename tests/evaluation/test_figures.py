@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from sd_recipes.evaluation.figures import best_of, figures_of
+from sd_recipes.evaluation.figures import best_of, figures_of, held_out_losses
 from sd_recipes.evaluation.sample_errors import SCHEMA
 
 
@@ -48,6 +50,13 @@ def test_what_was_not_measured_has_no_figures() -> None:
     assert {name for name in figures_of(early, alone, 1000) if "_loss_bin_" in name} == {
         "validation_loss_bin_0", "validation_loss_bin_1",
     }  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best() -> None:
+    lines = [{"step": step, "validation_loss": loss} for step, loss in ((4, math.nan), (8, 1.0), (12, 0.5))]
+    best = best_of(held_out_losses(lines))
+    assert best is not None
+    assert (best.step, best.since) == (12, 0)
 
 
 def test_the_best_is_the_first_of_the_lowest_after_training_began() -> None:

@@ -15,6 +15,7 @@ from training_runs import build
 
 from sd_recipes.commands.cache import fill_cache
 from sd_recipes.data.batches import Batch
+from sd_recipes.evaluation.sample_errors import of_set, sorted_table
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.trackers import read_metrics
 from sd_recipes.training.build import Run
@@ -98,6 +99,19 @@ def test_errors_depend_neither_on_the_batch_nor_on_the_cache(settings: dict[str,
     (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     of_cache = build(settings, **HELD_OUT, train_data_dir=None, dataset_name=str(folder))
     assert_alike(errors(of_cache), together, 1e-3)
+
+
+def test_a_process_may_have_no_sample(settings: dict[str, Any]) -> None:
+    run = build(settings, validation_split="1", validation_samples=1)
+    for samples in run.validator.samples.values():
+        samples.own = slice(1, None, 2)  # the second of two processes
+    with run.validator.evaluating():
+        found = [
+            each.errors(run.validator._latents, run.validator._losses, run.accelerator.device, 4, bar=False)
+            for each in run.validator.samples.values()
+        ]
+    assert [len(table) for table in found] == [0, 0]
+    assert sorted_table([of_set(table, "train", "raw") for table in found]).num_rows == 0
 
 
 def errors(run: Run) -> pa.Table:

@@ -43,7 +43,6 @@ def test_one_validation_is_compared_with_nothing() -> None:
     ]
     (said,) = verdict(validations({200: 0.3}))
     assert "at step 200, its only measurement" in said
-    assert "--validate_before_training" in said
     assert judged(validations({200: 0.3})).best_step is None
 
 
@@ -109,6 +108,16 @@ def test_a_thousandth_is_no_change() -> None:
     as_good = judged(validations({0: 0.3, 100: 0.2, 200: 0.2001}))
     assert as_good.overfitting == "no"
     assert "as good at the last validation" in as_good.sentences[1]
+
+
+def test_a_small_rise_is_told_and_no_over_fitting() -> None:
+    """Small against the loss, and against what was learned: a fine-tuned model's loss falls by a few percent only."""
+    small = judged(validations({0: 0.3, 100: 0.2, 200: 0.201}))
+    assert small.overfitting == "no"
+    assert "hardly worse at the last validation, step 200, 0.5 % higher" in small.sentences[1]
+    assert judged(validations({0: 0.3, 100: 0.2, 200: 0.203})).overfitting == "unknown", "without training rows"
+    of_gain = judged(validations({0: 0.204, 100: 0.2, 200: 0.201}, {0: 0.2, 100: 0.19, 200: 0.18}))
+    assert of_gain.overfitting == "yes", "a quarter of what was learned"
 
 
 def test_losses_below_0_have_no_relative_change() -> None:
