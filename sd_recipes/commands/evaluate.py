@@ -137,8 +137,8 @@ def find_target(name: str, weights: str) -> Target:
     Raises RecipeError for a path where there is nothing to evaluate.
     """
     path = Path(name).expanduser()
-    looks_like_path = not name or name.startswith(("/", ".", "~")) or name.count("/") > 1
-    if looks_like_path and not path.exists():
+    looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if not name or (looks_like_path and not path.exists()):
         raise RecipeError(f"{name or 'an empty name'}: no such file or folder")
     if (path / MANIFEST).is_file():
         run = path.resolve().parent
