@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml train_text_to_image.py
 
-.PHONY: help setup quickstart test test-slow test-faults lint format docs base clean
+.PHONY: help setup quickstart test test-slow test-faults lint format docs theory base clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)  ## teach the tiny model flags, on the CPU, in minutes
 	$(LAUNCH) --config quickstart
 	@echo
-	@echo "Look at   runs/quickstart/before_after.png and runs/quickstart/loss_curve.png"
+	@echo "Look at   runs/quickstart/report.html and runs/quickstart/before_after.png"
 	@echo "Next      your own pictures (a folder with a metadata.jsonl), on the CPU, starting from the same tiny model:"
 	@echo "            $(LAUNCH) \\"
 	@echo "              --pretrained_model_name_or_path sd-recipes/tiny-emoji --train_data_dir FOLDER --resolution 64 \\"
@@ -50,6 +50,9 @@ format: $(READY)
 
 docs: $(READY)  ## write the generated parts of the documentation
 	$(BIN)/python tools/write_docs.py
+
+theory: $(READY)  ## draw the figures of docs/theory.md; takes minutes
+	$(BIN)/python tools/draw_theory.py
 
 base: $(READY)  ## rebuild the embedded data set and the tiny base model from scratch (hours on two cores)
 	$(BIN)/python tools/build_emoji_dataset.py --output_dir sd_recipes/assets/emoji

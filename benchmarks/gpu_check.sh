@@ -36,7 +36,7 @@ in_time "GPU tests" && { "$PYTHON" -m pytest -q -W default tests/test_gpu.py || 
 
 "$PYTHON" benchmarks/make_model.py --shape "$SHAPE" --work_dir "$WORK" || exit 2
 
-train() {  # NAME FLAGS…: some steps of the real script; speed and peak memory
+train() {  # NAME FLAGS…: some steps of the real script; speed and peak memory; then the command in $THEN
     local name=$1; shift
     in_time "$name" || return 0
     if PEAK_FILE=$WORK/peak.json "$PYTHON" benchmarks/measured_run.py train_text_to_image.py \
@@ -52,6 +52,12 @@ peak = json.loads((work / "peak.json").read_text())
 assert math.isfinite(last["train_loss"])
 print(f"{name:<34} {last['images_per_second']:8.1f} images/s {peak / 2**30:8.2f} GiB   loss {last['train_loss']:.4f}")
 PY
+        if [ -n "${THEN:-}" ] && ! "$PYTHON" -m sd_recipes.commands.cli $THEN >"$WORK/log" 2>&1; then
+            printf '%-34s FAILED: %s\n' "$name, ${THEN%% *}" "$(tail -n 1 "$WORK/log")"
+            failed=1
+        elif [ -n "${THEN:-}" ]; then
+            grep -E "^(held-out loss|image-text|AuthPct)" "$WORK/log"
+        fi
     else
         printf '%-34s FAILED: %s\n' "$name" "$(tail -n 1 "$WORK/log")"
         failed=1
@@ -68,6 +74,10 @@ train "bf16, EMA"                   --mixed_precision bf16 --use_ema
 train "bf16, EMA offloaded"         --mixed_precision bf16 --use_ema --offload_ema
 train "bf16, channels_last never"   --mixed_precision bf16 --channels_last never
 train "bf16, compiled UNet"         --mixed_precision bf16 --compile_unet
+train "bf16, score prediction"      --mixed_precision bf16 --prediction_type score
+THEN="evaluate $WORK/out --num_pictures 4 --feature_model sd-recipes/tiny-clip --validation_inference_steps 4" \
+train "bf16, EMA, held-out rows"    --mixed_precision bf16 --use_ema --validation_split 0.25 --validation_steps 10 \
+    --validation_samples 32 --validation_pictures 2 --validation_inference_steps 4 --export best
 
 if [ -n "${PEER_SCRIPT:-}" ]; then
     echo "--- against diffusers' script, bf16, in turn"

@@ -559,6 +559,12 @@ class OptimConfig(Section):
     adam_epsilon: Number = setting(1e-8, "warned", "AdamW's epsilon.", gt=0)
     sgd_momentum: Number = setting(0.9, "warned", "SGD's momentum.", ge=0, lt=1)
     max_grad_norm: Number = setting(1.0, "warned", "Gradients are clipped to this norm.", gt=0)
+    max_skipped_steps: int = setting(
+        5,
+        "free",
+        "Stop when this many steps in a row had a gradient that is not finite, and were skipped; 0 or 1: at the first.",
+        ge=0,
+    )
     use_ema: bool = setting(False, "warned", "Keep an exponential moving average of the weights, and export it.")
     ema_length: Number = setting(
         DIFFUSERS_LENGTH,

@@ -18,3 +18,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text in the place of what is there."""
+    with replacing(path) as beside, beside.open("x", encoding="utf-8") as file:
+        file.write(text)

@@ -1,4 +1,4 @@
-"""train_text_to_image.py, with infinite gradients on process POISONED_RANK in step POISONED_STEP."""
+"""train_text_to_image.py, with infinite gradients on process POISONED_RANK in the steps POISONED_STEPS, such as 3,4."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if __name__ == "__main__":
     def build_poisoned(*arguments: Any) -> Run:
         run = build.build_run(*arguments)
         if os.environ["RANK"] == os.environ["POISONED_RANK"]:
-            poison(run, {int(os.environ["POISONED_STEP"])})
+            poison(run, {int(step) for step in os.environ["POISONED_STEPS"].split(",")})
         return run
 
     train.build_run = build_poisoned

@@ -24,6 +24,8 @@ FLOORS = [
         "training.objective",
         "training.optim",
         "training.profiles",
+        "training.quiet_loss",
+        "training.row_losses",
         "training.ema",
         "training.state",
         "training.timestep_errors",

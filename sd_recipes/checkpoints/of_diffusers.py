@@ -108,6 +108,7 @@ def load_from_diffusers(state: TrainState, path: Path, manifest: Manifest, recip
             "optimizer": {},
             "schedule_step": manifest.step,
             "scaler": None,
+            "quiet_loss": None,
             "averages": averages,
         }
         state.check_state_dict(tensors, values)

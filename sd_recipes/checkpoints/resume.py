@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -69,6 +69,25 @@ class StreamState(BaseModel):
     lanes: dict[str, LaneState]
 
 
+class QuietLossState(BaseModel):
+    """The quiet loss, as `QuietLoss.state_dict` gives it."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    objective: dict[str, Any]
+    losses: list[Annotated[float, Field(ge=0)]]
+    squares: list[Annotated[float, Field(ge=0)]]
+    counts: list[Annotated[float, Field(ge=0)]]
+    recent: list[Annotated[float, Field(gt=0)]]
+    sum: float = Field(ge=0)
+    num_steps: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def is_of_the_same_bins(self) -> QuietLossState:
+        if not len(self.losses) == len(self.squares) == len(self.counts):
+            raise ValueError("sums of losses, of their squares and of their numbers, in as many bins")
+        return self
+
+
 class StateFile(BaseModel):
     """state.json of a checkpoint: TrainState's values, and where the stream of each process stands."""
 
@@ -78,6 +97,7 @@ class StateFile(BaseModel):
     schedule_step: int = Field(ge=0)
     scaler: dict[str, Any] | None
     averages: dict[str, Annotated[int, Field(ge=0)]]
+    quiet_loss: QuietLossState | None = None  # of an earlier version, which had none
     streams: list[StreamState | None] = Field(min_length=1)
 
 

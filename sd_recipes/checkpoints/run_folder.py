@@ -19,20 +19,23 @@ from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import broadcast
 from sd_recipes.runtime.output_dir import check_output_dir, lock_output_dir, release
 from sd_recipes.runtime.starts import STARTS
-from sd_recipes.runtime.trackers import VALIDATION, list_samples, read_metrics
+from sd_recipes.runtime.trackers import EVALUATION, VALIDATION, list_samples, read_metrics
 
 logger = logging.getLogger(__name__)
 
 ABANDONED = ".abandoned"  # suffix of what belongs to another line of history than the resumed run
 # What a folder may hold before its first run: output that a shell wrote there, and what `sd-recipes cache` wrote.
 HARMLESS = re.compile(r"\..*|latents|bad_rows.*\.jsonl|lost\+found|.*\.(log|out|err)")
-CURVE = ("metrics.jsonl", "samples", VALIDATION, STARTS)  # what one line of history leaves of its steps
+# What one line of history leaves of its steps.
+CURVE = ("metrics.jsonl", "incidents.jsonl", "samples", VALIDATION, STARTS)
+EVALUATIONS = ("evaluation.*", "errors-*.parquet", "bits-*.parquet", "pictures-*.png")
 # What a run writes and a new one would mix with its own files; not the latent cache, nor the exported pipeline, which
 # is replaced when the new run is done.
 RUN_ARTIFACTS = (
-    "metrics.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png", "report.html", STARTS,
-    f"{VALIDATION}/step-*.parquet", f"{VALIDATION}/rows.parquet", f"{BEST}/step-*", f"{AVERAGES}/snapshot-*",
-    f"checkpoint-*{ABANDONED}*", *(f"{name}{ABANDONED}*" for name in CURVE),
+    "metrics.jsonl", "incidents.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png",
+    "report.html", STARTS, f"{VALIDATION}/step-*.parquet", f"{VALIDATION}/*rows.parquet", f"{BEST}/step-*",
+    f"{AVERAGES}/snapshot-*", f"checkpoint-*{ABANDONED}*", *(f"{name}{ABANDONED}*" for name in CURVE),
+    *(f"{EVALUATION}/{name}" for name in EVALUATIONS),
 )  # fmt: skip
 
 
@@ -92,7 +95,7 @@ def of_other_history(output_dir: Path, source: Path, manifest: Manifest) -> list
     """What in a folder did not lead up to `source`, the checkpoint that a run resumes from; newest first.
 
     If it is the folder's own, the later checkpoints and snapshots; if it is another folder's, all of them, and an
-    earlier curve and its pictures.
+    earlier curve with its incidents and its pictures.
     """
     checkpoints = list_checkpoints(output_dir)
     saved = [*list_best(output_dir), *list_snapshots(output_dir), *checkpoints]

@@ -33,10 +33,10 @@ from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.output_dir import check_output_dir
-from sd_recipes.runtime.trackers import replace_file
 from sd_recipes.training.build import Run, build_run
 from sd_recipes.training.profiles import Combination, Profile, combine, gamma_of
 from sd_recipes.training.state import SNAPSHOTS
+from sd_recipes.writing import replace_file
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -30,18 +29,21 @@ from sd_recipes.commands.evaluate_settings import Evaluation
 from sd_recipes.commands.of_run import NOT_TRAINED, settings_of
 from sd_recipes.data.held_out import choose
 from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.evaluation.bit_figures import bit_figures, error_table
 from sd_recipes.evaluation.features import FeatureModel
 from sd_recipes.evaluation.figures import figures_of
+from sd_recipes.evaluation.latent_bits import count_bits, process_of
 from sd_recipes.evaluation.metrics import ImageTextScore
 from sd_recipes.evaluation.picture_scores import (
     as_json,
     nearest_training_pictures,
-    real_pictures,
     score_features,
 )
 from sd_recipes.evaluation.pictures import draw_pictures, drawing_pipeline, picture_grid, save_whole
+from sd_recipes.evaluation.real_pictures import real_pictures
 from sd_recipes.evaluation.sample_errors import write_table
 from sd_recipes.export.evaluation_page import Evaluated, figure_rows, write_evaluation_page
+from sd_recipes.export.run_page import write_run_page
 from sd_recipes.flags import build_recipe
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted
@@ -51,13 +53,13 @@ from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.output_dir import NO_ROOM
 from sd_recipes.runtime.signals import stop_request
-from sd_recipes.runtime.trackers import replace_file
+from sd_recipes.runtime.trackers import EVALUATION, EVALUATION_RESULTS
 from sd_recipes.training.build import Run, build_run
 from sd_recipes.training.state import AVERAGE
+from sd_recipes.writing import replace_file
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "evaluation.json"
 TINY_FEATURES, TINY_SIDE = "sd-recipes/tiny-clip", 64
 STOPPED = "while pictures were drawn; nothing was written"
 # Of a run that is put together to be evaluated: a batch that fits any number of rows.
@@ -104,7 +106,7 @@ def evaluate(config: Evaluation) -> None:
         if scorer is None and accelerator.is_main_process and config.num_pictures:
             scorer = Scorer.of(built, config)
         with weights_of(target, built, config.weights):
-            found = measure(target, built, config, before=evaluated[0].errors if evaluated else None)
+            found = measure(target, built, config, evaluated[0] if evaluated else None)
         if scorer is not None and found.pictures:
             scorer.add_to(found)
         evaluated.append(found)
@@ -170,10 +172,10 @@ def recipe_of(target: Target, targets: list[Target], config: Evaluation) -> Reci
 def output_dir_of(config: Evaluation, targets: list[Target]) -> Path:
     """Where the results go. Raises RecipeError if that holds anything but earlier results."""
     run = next((target.run for target in targets if target.run), None)
-    output_dir = Path(config.output_dir) if config.output_dir else (run or Path()) / "evaluation"
+    output_dir = Path(config.output_dir) if config.output_dir else (run or Path()) / EVALUATION
     if output_dir.exists() and not output_dir.is_dir():
         raise RecipeError(f"--output_dir {output_dir} is not a folder: choose another")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / RESULTS).is_file():
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / EVALUATION_RESULTS).is_file():
         raise RecipeError(f"--output_dir {output_dir} holds something else: choose a new or an empty folder")
     return output_dir
 
@@ -206,16 +208,35 @@ def weights_of(target: Target, built: Run, which: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ measuring
 
 
-def measure(target: Target, built: Run, config: Evaluation, before: pa.Table | None) -> Evaluated:
-    """The errors of a target's weights, and the pictures that they draw. Every process has to call it."""
+def measure(target: Target, built: Run, config: Evaluation, first: Evaluated | None) -> Evaluated:
+    """The errors of a target's weights, their bits, and the pictures that they draw. Every process has to call it.
+
+    Compared with the `first` target, if there is one. Raises RecipeError and Stopped.
+    """
     validator = built.validator
+    if config.bound:
+        process_of(validator)  # before anything takes time
     errors = validator.errors()
     num_timesteps = len(validator.objective.schedule.snr)
     figures = {}
     if errors is not None:
+        before = first.errors if first and first.num_timesteps == num_timesteps else None
         figures = figures_of(errors, before if before is not None else errors, num_timesteps)
+    bits, bits_before = None, first.bits if first else None
+    if config.bound:
+        bits = count_bits(
+            validator,
+            rows=config.bound_rows,
+            timesteps=config.timesteps_of_bound,
+            variance=config.bound_variance,
+            before=bits_before,
+        )
     prompts = held_out_captions(built, config.num_pictures)
-    return Evaluated(target.name, errors, figures, prompts, draw(built, prompts, config.batch_size), num_timesteps)
+    pictures = draw(built, prompts, config.batch_size)
+    found = Evaluated(target.name, errors, figures, prompts, pictures, num_timesteps, target.run, bits=bits)
+    if bits is not None:
+        found.bit_figures = bit_figures(bits, bits_before)
+    return found
 
 
 def held_out_captions(built: Run, number: int) -> list[str]:
@@ -303,6 +324,10 @@ def write_results(evaluated: list[Evaluated], scorer: Scorer | None, output_dir:
     """evaluation.json, errors and grids of each target, and the page. Raises OSError."""
     output_dir.mkdir(parents=True, exist_ok=True)
     features = scorer.features.name if scorer and scorer.features else None
+
+    def is_above(run: Path | None) -> bool:
+        return run is not None and (run / EVALUATION).resolve() == output_dir.resolve()
+
     content = {
         "features": features,
         "targets": [
@@ -312,18 +337,24 @@ def write_results(evaluated: list[Evaluated], scorer: Scorer | None, output_dir:
                 "scores": as_json(each.scores),
                 "missing": each.missing,
                 "num_pictures": len(each.pictures),
+                "of_this_run": is_above(each.run),
+                **({"bound": each.bit_figures} if each.bit_figures else {}),
             }
             for each in evaluated
         ],
     }
     text = json.dumps(in_texts(redacted, content), indent=1, ensure_ascii=False) + "\n"
-    replace_file(output_dir / RESULTS, text)  # first, since it says whose folder this is
+    replace_file(output_dir / EVALUATION_RESULTS, text)  # first, since it says whose folder this is
     for number, each in enumerate(evaluated, 1):
+        about = {"target": redacted(each.name), "num_train_timesteps": each.num_timesteps}
         if each.errors is not None:
-            about = {"target": redacted(each.name), "num_train_timesteps": each.num_timesteps}
             write_table(each.errors, output_dir / f"errors-{number}.parquet", about)
+        if each.bits is not None:
+            write_table(error_table(each.bits), output_dir / f"bits-{number}.parquet", about)
         if each.pictures:
             grid = picture_grid(each.pictures, in_texts(redacted, each.prompts))
             save_whole(grid, output_dir / f"pictures-{number}.png")
     page = write_evaluation_page(evaluated, scorer.training_pictures if scorer else [], features, output_dir)
-    say(f"\nresults         {output_dir / RESULTS}\npage            {page}")
+    say(f"\nresults         {output_dir / EVALUATION_RESULTS}\npage            {page}")
+    if any(is_above(each.run) for each in evaluated):  # whose page shows its bits
+        say(f"page of the run {write_run_page(output_dir.parent)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, create_model
+from pydantic import Field, ValidationError, create_model, field_validator
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.flags import Command, build_parser, explain, parse_flags, read_files
@@ -56,16 +56,49 @@ class EvaluateConfig(Section):
     )
 
 
+class BoundConfig(Section):
+    """The variational bound: how many bits the model needs for the latents of pictures (docs/bound.md)."""
+
+    bound: bool = Field(False, description="Measure it on held-out and training rows, with captions and without.")
+    bound_rows: int = Field(32, ge=1, description="Look at so many rows of each set at most.")
+    bound_timesteps: str = Field(
+        "64",
+        description="Evaluate so many timesteps of each row, chosen by what they add; or `all`, for the exact sum.",
+    )
+    bound_variance: Literal["fitted", "fixed_large", "fixed_small"] = Field(
+        "fitted", description="Variance of the reverse process in the figures that are quoted; totals are given of all."
+    )
+
+    @field_validator("bound_timesteps")
+    @classmethod
+    def _a_number_or_all(cls, value: str) -> str:
+        if value != "all" and not (value.isdecimal() and int(value) > 0):
+            raise ValueError("give a number of timesteps, such as 64, or all")
+        return value
+
+    @property
+    def timesteps_of_bound(self) -> int | None:
+        """How many; None for all."""
+        return None if self.bound_timesteps == "all" else int(self.bound_timesteps)
+
+
 ValidationFlags = create_model(  # type: ignore[call-overload]
     "ValidationFlags",
     __base__=Section,
     __doc__="Validation: what is measured, as in training.",
     **{name: (Recipe.model_fields[name].annotation, Recipe.model_fields[name]) for name in OF_VALIDATION},
 )
-SECTIONS: tuple[type[Section], ...] = (EvaluateConfig, ValidationFlags, DataConfig, ImageConfig, CaptionConfig)
+SECTIONS: tuple[type[Section], ...] = (
+    EvaluateConfig,
+    BoundConfig,
+    ValidationFlags,
+    DataConfig,
+    ImageConfig,
+    CaptionConfig,
+)
 
 
-class Evaluation(EvaluateConfig):
+class Evaluation(EvaluateConfig, BoundConfig):
     """All settings of the command: its own flags, those of a recipe that were given, and what is evaluated."""
 
     targets: list[str]
@@ -82,7 +115,7 @@ def read_settings(argv: list[str]) -> Evaluation:
     settings = parse_flags(argv, parser)
     targets = settings.pop("targets")
     recipe, _ = read_files(dict(settings))
-    own = {name: value for name, value in settings.items() if name in EvaluateConfig.model_fields}
+    own = {name: value for name, value in settings.items() if name in Evaluation.model_fields}
     given = {name: value for name, value in settings.items() if name not in own}
     try:
         return Evaluation(**own, targets=targets, given={**recipe, **given})

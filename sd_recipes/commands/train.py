@@ -222,6 +222,8 @@ def begin_line(built: Run) -> None:
         remove_snapshots(built.output_dir)
     else:
         begin_history(built.output_dir, *built.checkpoint)
+        if built.state.quiet_loss.row_losses:
+            built.state.quiet_loss.row_losses.load(built.output_dir)
         keep_snapshot(*built.checkpoint, built.output_dir, built.recipe.ema_snapshots_limit)
     remove_best(built.output_dir, built.state.progress.global_step)
 

@@ -60,6 +60,7 @@ class Batch:
     crop_corner: torch.Tensor  # (B, 2) int64: of the crop in the scaled picture, mirrored where that is
     target_size: torch.Tensor  # (B, 2) int64: of the images
     weights: torch.Tensor  # (B,) float32: 0 for a row that cannot be used
+    names: tuple[str, ...]  # of the B rows, for people
     plan: MicroBatch
     bad: tuple[tuple[str, str], ...]  # (name, reason) of the rows that cannot be used
     records: list[Row]  # of the rows in `to_encode`: what the store keeps besides their moments
@@ -196,8 +197,10 @@ class BatchBuilder(torch.utils.data.Dataset):
         captions: list[str] = []
         weights = torch.full((len(drawn),), plan.weight)
         bad = []
+        names = []
         for place, (number, row) in enumerate(zip(plan.rows.tolist(), self._rows(plan), strict=True)):
             name = row_name(number, row.get(self.config.image_column), streamed=plan.examples is not None)
+            names.append(name)
             try:
                 caption = self._caption(row, drawn[place], name)
                 self._add_image(images, place, row, drawn[place])
@@ -234,6 +237,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             ),
             target_size=torch.tensor([plan.size] * len(drawn)),
             weights=weights,
+            names=tuple(names),
             plan=plan,
             bad=tuple(bad),
             records=images.records,

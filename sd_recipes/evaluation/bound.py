@@ -18,13 +18,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sd_recipes.evaluation.denoiser import Denoiser
+from sd_recipes.evaluation.denoiser import Denoiser, SquaredErrors
 from sd_recipes.evaluation.diffusion_process import VARIANCES, DiffusionProcess
-from sd_recipes.evaluation.timestep_sampling import TimestepSampling, knots, smooth
+from sd_recipes.evaluation.timestep_sampling import TimestepSampling
 
 PILOT_IMAGES = 16
-# One counter of the generator per purpose: a pilot's noise is not that of the estimate whose timesteps it chooses.
-ALL_TIMESTEPS, SAMPLED_TIMESTEPS, CHOICE, PILOT = range(1, 5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +49,7 @@ class Bound(Terms):
     standard_error: Terms  # of the means over images, as a sample of more images; NaN for a single one
     # (N,): of each image's own total, from the timesteps and the noise that were drawn; NaN with num_samples=1.
     images_standard_error: np.ndarray
+    squared_errors: np.ndarray  # (T,): m_t of t = 1 … T, the mean (x_0 - x̂_0)² that a variance is fitted to
     dimensions: int  # D of an image's latent
     sampling: TimestepSampling | None  # pass it on as `timesteps` to evaluate another network at the same ones
 
@@ -60,6 +59,14 @@ class Bound(Terms):
         return Terms(
             *(self.dimensions * each for each in (self.prior, self.denoising, self.reconstruction, self.total))
         )
+
+    @property
+    def rate_distortion(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rate and distortion at t = T … 1, (T,) each (Ho et al. 2020, section 4.3 and fig. 5).
+
+        The bits per dimension that it takes to send x_t, and the root mean squared error of the x̂_0 that x_t gives.
+        """
+        return self.prior + np.cumsum(np.append(0, self.denoising)), np.sqrt(self.squared_errors[::-1])
 
     def difference(self, other: Bound) -> tuple[float, float]:
         """How much higher this total is than another of the same images, and its standard error, in bits per dimension.
@@ -120,20 +127,30 @@ def variational_bound(
         seed=seed, batch_size=batch_size, conditioning=conditioning, image_numbers=image_numbers,
     )  # fmt: skip
     if isinstance(timesteps, int | np.integer):
-        timesteps = pilot(denoiser, variance, int(timesteps))
+        timesteps = choose_timesteps(denoiser.at_few_timesteps(PILOT_IMAGES), process, variance, int(timesteps))
     if timesteps is None:
-        squared_errors, fitted_to = at_all_timesteps(denoiser, num_samples)
-    elif isinstance(timesteps, TimestepSampling):
-        squared_errors, fitted_to = at_sampled_timesteps(denoiser, timesteps, num_samples)
-    else:
-        raise ValueError(
-            f"timesteps is a {type(timesteps).__name__}: give how many, None for all, or a bound's sampling"
-        )
+        return conclude(denoiser.at_all_timesteps(num_samples), process, variance)
+    if isinstance(timesteps, TimestepSampling):
+        return conclude(denoiser.at_sampled_timesteps(timesteps, num_samples), process, variance)
+    raise ValueError(f"timesteps is a {type(timesteps).__name__}: give how many, None for all, or a bound's sampling")
 
+
+def choose_timesteps(
+    pilot: SquaredErrors, process: DiffusionProcess, variance: str, evaluations: int
+) -> TimestepSampling:
+    """Sampling in proportion to slope · m_t, from a pilot's errors. Raises ValueError for none."""
+    squared_errors = pilot.mean(len(process))
+    _, slopes = process.terms(variance, squared_errors)
+    return TimestepSampling.uniform(len(process), evaluations).proportional_to(slopes * squared_errors)
+
+
+def conclude(errors: SquaredErrors, process: DiffusionProcess, variance: str) -> Bound:
+    """The bound that follows from errors at all timesteps or at drawn ones. Raises NoBound if no variance fits."""
+    fitted_to = errors.mean(len(process))
     constants, slopes = process.terms(variance, fitted_to)
-    prior = process.prior(denoiser.latents.cpu().double().square().flatten(1).mean(dim=1).numpy())
+    squared_errors = errors.by_timestep(len(process))
     transitions = constants + slopes * squared_errors.mean(axis=1)
-    terms = np.column_stack([prior, transitions[:, ::-1]]) / math.log(2)
+    terms = np.column_stack([process.prior(errors.mean_squares), transitions[:, ::-1]]) / math.log(2)
     images = np.column_stack([terms, terms.sum(axis=1)])
     samples = squared_errors @ slopes / math.log(2)  # (N, num_samples): what differs between an image's samples
     mean = Terms.of(images.mean(axis=0))
@@ -145,53 +162,10 @@ def variational_bound(
         images=Terms.of(images),
         standard_error=Terms.of(standard_errors(images, axis=0)),
         images_standard_error=standard_errors(samples, axis=1),
-        dimensions=latents[0].numel(),
-        sampling=timesteps,
+        squared_errors=fitted_to,
+        dimensions=errors.dimensions,
+        sampling=errors.sampling,
     )
-
-
-def pilot(denoiser: Denoiser, variance: str, evaluations: int) -> TimestepSampling:
-    """Sampling in proportion to slope · m_t, from a few timesteps of a few images. Raises ValueError for none."""
-    num_timesteps = len(denoiser.process)
-    uniform = TimestepSampling.uniform(num_timesteps, evaluations)
-    tried = knots(num_timesteps)
-    timesteps = np.broadcast_to(tried, (min(len(denoiser.latents), PILOT_IMAGES), 1, len(tried)))
-    squared_errors = smooth(timesteps, denoiser.squared_errors(timesteps, PILOT), num_timesteps)
-    _, slopes = denoiser.process.terms(variance, squared_errors)
-    return uniform.proportional_to(slopes * squared_errors)
-
-
-def at_all_timesteps(denoiser: Denoiser, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """m_t of each image and sample, (N, num_samples, T), and their mean, (T,), to fit a variance to."""
-    shape = (len(denoiser.latents), num_samples, len(denoiser.process))
-    squared_errors = denoiser.squared_errors(np.broadcast_to(np.arange(shape[-1]), shape), ALL_TIMESTEPS)
-    return squared_errors, squared_errors.mean(axis=(0, 1))
-
-
-def at_sampled_timesteps(
-    denoiser: Denoiser, sampling: TimestepSampling, num_samples: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Unbiased estimates of what `at_all_timesteps` gives, 0 where nothing was drawn; and a smooth mean, (T,).
-
-    Raises ValueError for a sampling of another number of timesteps.
-    """
-    shape = (len(denoiser.latents), num_samples, len(denoiser.process))
-    if len(sampling.probabilities) != shape[-1]:
-        raise ValueError(
-            f"timesteps were chosen among {len(sampling.probabilities)}, but the scheduler has {shape[-1]}: give a "
-            "number, and they are chosen anew"
-        )
-    timesteps = np.array(
-        [
-            [sampling.draw(denoiser.generator(image, sample, 0, CHOICE).random()) for sample in range(num_samples)]
-            for image in range(len(denoiser.latents))
-        ]
-    )
-    evaluated = denoiser.squared_errors(timesteps, SAMPLED_TIMESTEPS, antithetic=True)
-    squared_errors = np.zeros(shape)
-    images, samples = np.arange(shape[0])[:, None, None], np.arange(num_samples)[:, None]
-    np.add.at(squared_errors, (images, samples, timesteps), sampling.weights[timesteps] * evaluated)
-    return squared_errors, smooth(timesteps, evaluated, shape[-1])
 
 
 def standard_errors(values: np.ndarray, axis: int) -> np.ndarray:

@@ -35,10 +35,14 @@ from sd_recipes.model.predictions import OF_NOISE_ALONE, PREDICTIONS, error_of_l
 VARIANCES = ("fixed_large", "fixed_small", "fitted")
 
 
+class NoBound(ValueError):
+    """This network, these latents or this schedule have no bound; the message says why, and the way out."""
+
+
 class DiffusionProcess:
     """Tables of a scheduler, (T,) float64 for t = 1 … T in DDPM's counting: diffusers' timestep t - 1 is the index.
 
-    Raises ValueError if the scheduler is none of DDPM's kind.
+    Raises NoBound if the scheduler is none of DDPM's kind.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -56,12 +60,12 @@ class DiffusionProcess:
     def prediction(self, prediction_type: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(c, d, k), (T,) each: what a network predicts is c x_0 + d ε, and its error times k is that of x̂_0.
 
-        Raises ValueError for a prediction that the bound cannot be had of.
+        Raises NoBound for a prediction that the bound cannot be had of.
         """
         if prediction_type not in PREDICTIONS:
-            raise ValueError(f"prediction_type {prediction_type!r} is not known: give {', '.join(PREDICTIONS)}")
+            raise NoBound(f"prediction_type {prediction_type!r} is not known: give {', '.join(PREDICTIONS)}")
         if prediction_type in OF_NOISE_ALONE and self.alphas_cumprod[-1] == 0:
-            raise ValueError(
+            raise NoBound(
                 f"the schedule ends at zero SNR, where {prediction_type!r} says nothing of the latents: give a network "
                 "with prediction_type 'v_prediction' or 'sample', or a scheduler with rescale_betas_zero_snr=False"
             )
@@ -80,22 +84,20 @@ class DiffusionProcess:
     def variances(self, variance: str, squared_errors: np.ndarray) -> np.ndarray:
         """σ_t² of one of `VARIANCES`, (T,); a fitted one from errors m_t of x̂_0, (T,).
 
-        Raises ValueError if there is none, since m_1 is 0.
+        Raises NoBound if there is none, since m_1 is 0.
         """
         if variance == "fixed_large":
             return self.betas
         if variance == "fixed_small":
             return np.concatenate([self.posterior_variances[1:2], self.posterior_variances[1:]])
         if squared_errors[0] == 0:
-            raise ValueError(
-                "predict is exact at timestep 0, where no variance above 0 fits: give variance='fixed_large'"
-            )
+            raise NoBound("predict is exact at timestep 0, where no variance above 0 fits: give variance='fixed_large'")
         return self.posterior_variances + self.gains**2 * squared_errors
 
     def terms(self, variance: str, squared_errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Constants and slopes, (T,) each: L_{t-1} = constant + slope · m_t in nats per dimension (eq. 8).
 
-        `squared_errors`, (T,), is what a fitted variance is fitted to. Raises ValueError as `variances`.
+        `squared_errors`, (T,), is what a fitted variance is fitted to. Raises NoBound as `variances`.
         """
         variances = self.variances(variance, squared_errors)
         ratios = variances[1:] / self.posterior_variances[1:]
@@ -105,31 +107,29 @@ class DiffusionProcess:
 
 
 def alphas_cumprod_of(scheduler: Any) -> np.ndarray:
-    """ᾱ_t, (T,) float64. Raises ValueError if they are not those of a process that gets noisier at every step."""
+    """ᾱ_t, (T,) float64. Raises NoBound if they are not those of a process that gets noisier at every step."""
     values = getattr(scheduler, "alphas_cumprod", None)
     if values is None:
-        raise ValueError(
+        raise NoBound(
             f"{type(scheduler).__name__} has no alphas_cumprod, so it is none of DDPM's kind: "
             "give the DDPMScheduler that the network was trained with"
         )
     alphas_cumprod = torch.as_tensor(values).detach().cpu().double().numpy()
     if alphas_cumprod.ndim != 1 or len(alphas_cumprod) < 2:
-        raise ValueError(
-            f"alphas_cumprod has shape {alphas_cumprod.shape}: give a scheduler with two timesteps or more"
-        )
+        raise NoBound(f"alphas_cumprod has shape {alphas_cumprod.shape}: give a scheduler with two timesteps or more")
     trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", len(alphas_cumprod))
     if trained != len(alphas_cumprod):
-        raise ValueError(
+        raise NoBound(
             f"the scheduler has {len(alphas_cumprod)} alphas_cumprod but num_train_timesteps={trained}: make it anew "
             "with the length that the network was trained with"
         )
     # Written so that NaN fails too.
     falls = np.diff(alphas_cumprod, prepend=1.0) < 0
     if not falls.all():
-        raise ValueError(
+        raise NoBound(
             f"alphas_cumprod does not fall at timestep {int(np.argmin(falls))}, where no noise is added: "
             "give a schedule whose betas are above 0, in float32"
         )
     if alphas_cumprod[-1] < 0:
-        raise ValueError(f"alphas_cumprod ends at {alphas_cumprod[-1]:g}: give a schedule whose betas are at most 1")
+        raise NoBound(f"alphas_cumprod ends at {alphas_cumprod[-1]:g}: give a schedule whose betas are at most 1")
     return alphas_cumprod

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import datasets
 import numpy as np
-import torch
 
-from sd_recipes.data.bad_rows import BadRow
-from sd_recipes.data.images import fit_image, open_image
 from sd_recipes.evaluation.bootstrap import Score
 from sd_recipes.evaluation.feature_scores import (
     authpct,
@@ -21,7 +17,6 @@ from sd_recipes.evaluation.feature_scores import (
     precision_recall,
 )
 from sd_recipes.evaluation.neighbours import nearest
-from sd_recipes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -77,27 +72,6 @@ def nearest_training_pictures(drawn: np.ndarray, training: np.ndarray) -> Neighb
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.sqrt(distances[:, 0].clip(min=0) / radii[numbers])
     return Neighbours(numbers, np.nan_to_num(ratios, nan=0.0))
-
-
-def real_pictures(rows: datasets.Dataset, recipe: Recipe, size: tuple[int, int]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Number and pixels, uint8 (3, H, W), of the rows' pictures as the model sees them; of those that can be used.
-
-    Of rows that have moments instead of pictures there are none.
-    """
-    if recipe.image_column not in rows.column_names:
-        return
-    column = rows.select_columns([recipe.image_column])
-    for number in range(len(column)):
-        try:
-            image = open_image(
-                column[number][recipe.image_column],
-                at_least=size[::-1],
-                max_megapixels=recipe.max_image_megapixels,
-            )
-        except BadRow:
-            continue
-        pixels = fit_image(image, size, interpolation=recipe.image_interpolation_mode, crop_u=(0.5, 0.5), flip=False)
-        yield number, torch.from_numpy(pixels)
 
 
 def as_json(scores: Mapping[str, Score]) -> dict[str, dict[str, float]]:

@@ -3,31 +3,30 @@
 A row is measured at a few timesteps only, and the loss differs far more between timesteps than between rows. So a
 sample is compared with its like: what the other samples of its set have, on average, at its timestep t. That is a line
 fitted around t to the logarithms of their losses, weighted by exp(-((t - t') / h)² / 2), the sample itself left out.
-All figures are ratios, averaged over a row's samples by their geometric mean: 1 is like the others.
+All figures are ratios, averaged over a row's samples: 1 is like the others.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from sd_recipes.errors import one_line
+from sd_recipes.evaluation.sample_errors import AVERAGED, HELD_OUT, METADATA, RAW, TRAIN, read_table
+from sd_recipes.runtime.trackers import list_tables
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-NAME = re.compile(r"step-[0-9]{6,18}\.parquet")  # as a validation names its table
-HELD_OUT, TRAIN = "held_out", "train"
 BANDWIDTH = 0.05  # h, as a part of all timesteps
 NEIGHBOURS = 4  # with few samples, h is wide enough for about so many on either side
 MIN_ROWS = 5  # fewer have no like
@@ -65,9 +64,8 @@ def read_validations(output_dir: Path, at_most: int) -> list[dict[str, RowLosses
     They are those of the weights that are exported: the averaged ones, where there is an average. A file that is torn,
     or no such table, is left out with a warning.
     """
-    paths = [path for path in (output_dir / "validation").glob("step-*.parquet") if NAME.fullmatch(path.name)]
     found = []
-    for path in evenly_spaced(sorted(paths, key=lambda path: int(path.stem.removeprefix("step-"))), at_most):
+    for path in evenly_spaced(list_tables(output_dir), at_most):
         try:
             found.append(read_losses(path))
         except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
@@ -77,22 +75,22 @@ def read_validations(output_dir: Path, at_most: int) -> list[dict[str, RowLosses
 
 def read_losses(path: Path) -> dict[str, RowLosses]:
     """The losses of one validation by set. Raises OSError, ValueError, LookupError, TypeError or pa.ArrowException."""
-    table = pq.read_table(path, columns=["set", "weights", "row", "timestep", "loss"])
-    said = json.loads((table.schema.metadata or {})[b"sd_recipes"])
-    step, num_train_timesteps = int(said["step"]), int(said["num_train_timesteps"])
-    weights = table.column("weights")
-    exported = "averaged" if pc.any(pc.equal(weights, "averaged")).as_py() else "raw"
-    table = table.filter(pc.and_(pc.equal(weights, exported), pc.is_finite(table.column("loss"))))
+    table = read_table(path)
+    about = json.loads((table.schema.metadata or {})[METADATA])
+    step, num_train_timesteps = int(about["step"]), int(about["num_train_timesteps"])
+    weights = table["weights"]
+    exported = AVERAGED if pc.any(pc.equal(weights, AVERAGED)).as_py() else RAW
+    table = table.filter(pc.and_(pc.equal(weights, exported), pc.is_finite(table["loss"])))
     found = {}
     for name in (HELD_OUT, TRAIN):
-        row, timestep, loss = (
-            table.filter(pc.equal(table.column("set"), name)).column(column).to_numpy()
-            for column in ("row", "timestep", "loss")
-        )
+        of_set = table.filter(pc.equal(table["set"], name))
+        # Numbers that are multiplied: int32 would overflow.
+        row, timestep = (of_set[column].to_numpy().astype(np.int64) for column in ("row", "timestep"))
         if len(row):
             if timestep.min() < 0 or timestep.max() >= num_train_timesteps:
                 raise ValueError(f"its timesteps are not all in 0 … {num_train_timesteps - 1}")
-            found[name] = RowLosses(step, num_train_timesteps, row, timestep, np.log(np.maximum(loss, TINY)))
+            log_loss = np.log(np.maximum(of_set["loss"].to_numpy(), TINY))
+            found[name] = RowLosses(step, num_train_timesteps, row, timestep, log_loss)
     return found
 
 
@@ -103,16 +101,23 @@ def evenly_spaced(items: Sequence[Item], number: int) -> list[Item]:
     return [items[round(n * (len(items) - 1) / (number - 1))] for n in range(number)]
 
 
-def hardest(end: RowLosses, number: int) -> list[RankedRow]:
-    """The rows with the highest loss, relative to their like: wrong captions, odd or crowded pictures.
+def hardest(validations: Sequence[RowLosses], number: int) -> list[RankedRow]:
+    """The rows with the highest loss, relative to their like and above it: wrong captions, odd or crowded pictures.
 
-    ratio = exp(mean over the row's samples of [log loss - f(t)]), where f(t) is the like's log loss at the sample's t;
-    `own` is the geometric mean of the row's losses.
+    ratio = mean over the row's samples of loss / exp(f(t)), where f(t) is the like's log loss at the sample's t; over
+    its samples at all of `validations`. With the last one alone these are the rows that are hardest at the end. In a
+    training row a wrong caption is learned by heart in time, and stands out over all validations only.
+    `own` is the mean of the row's losses.
     """
-    if end.num_rows < MIN_ROWS:
+    validations = [each for each in validations if each.num_rows >= MIN_ROWS]
+    if not validations:
         return []
-    beyond = end.log_loss - _like(end, end.log_loss)
-    return _ranked(end.row, beyond, end.log_loss)[::-1][:number]
+    row = np.concatenate([each.row for each in validations])
+    loss = np.exp(np.concatenate([each.log_loss for each in validations]))
+    like = np.exp(np.concatenate([_like(each, each.log_loss) for each in validations]))
+    rows, ratios, owns = _mean_by_row(row, loss / like, loss)
+    ranked = [RankedRow(*each) for each in zip(rows, ratios, owns, strict=True) if each[1] > 1]
+    return sorted(ranked, key=lambda each: -each.ratio)[:number]
 
 
 def learned_first(validations: Sequence[RowLosses], number: int) -> tuple[int, list[RankedRow]] | None:
@@ -121,7 +126,7 @@ def learned_first(validations: Sequence[RowLosses], number: int) -> tuple[int, l
     `validations` are of one set, in order of steps. With d = log(loss at a validation / loss at the first) of a sample,
     half was learned at the first validation whose mean d is at most half of the lowest mean d. There,
     ratio = exp(mean over the row's samples of [d - g(t)]), where g(t) is the like's d at t, and `own` is exp(mean d):
-    what was left of the row's loss. None if the mean d never fell below 0.
+    what was left of the row's loss. Only rows that fell below their like. None if the mean d never fell below 0.
     """
     if not validations or validations[0].num_rows < MIN_ROWS:
         return None
@@ -130,7 +135,7 @@ def learned_first(validations: Sequence[RowLosses], number: int) -> tuple[int, l
     if lowest >= 0:
         return None
     half = next(fall for fall in falls if fall.log_loss.mean() <= lowest / 2)
-    return half.step, _ranked(half.row, half.log_loss - _like(half, half.log_loss), half.log_loss)[:number]
+    return half.step, _fallen(half)[:number]
 
 
 def memorised(
@@ -150,8 +155,8 @@ def memorised(
     against_held_out = None
     if held_out and (like := _fall(*held_out)).num_rows >= MIN_ROWS:
         against_held_out = fall.log_loss - _like(like, like.log_loss, fall.timestep)
-    ranked = _ranked(fall.row, fall.log_loss - _like(fall, fall.log_loss), fall.log_loss, against_held_out)
-    return [row for row in ranked if row.ratio < 1 and (row.to_held_out is None or row.to_held_out < 1)][:number]
+    ranked = _fallen(fall, against_held_out)
+    return [row for row in ranked if row.to_held_out is None or row.to_held_out < 1][:number]
 
 
 def _fall(start: RowLosses, end: RowLosses) -> RowLosses:
@@ -189,16 +194,16 @@ def _like(samples: RowLosses, values: np.ndarray, at: np.ndarray | None = None) 
     return (spread * total - slope * sloped) / (spread * weight - slope**2)
 
 
-def _ranked(
-    row: np.ndarray, beyond: np.ndarray, own: np.ndarray, beyond_held_out: np.ndarray | None = None
-) -> list[RankedRow]:
-    """The rows by the mean of their samples' `beyond`, lowest first; all arrays (N,) are logarithms."""
+def _fallen(fall: RowLosses, beyond_held_out: np.ndarray | None = None) -> list[RankedRow]:
+    """The rows whose `fall` was below their like's, the farthest first; `beyond_held_out` is (N,), a logarithm."""
+    beyond = fall.log_loss - _like(fall, fall.log_loss)
+    others = [] if beyond_held_out is None else [beyond_held_out]
+    rows, *means = _mean_by_row(fall.row, beyond, fall.log_loss, *others)
+    ranked = [RankedRow(row, *map(math.exp, each)) for row, *each in zip(rows, *means, strict=True)]
+    return sorted((row for row in ranked if row.ratio < 1), key=lambda row: row.ratio)
+
+
+def _mean_by_row(row: np.ndarray, *values: np.ndarray) -> list[list[Any]]:
+    """The rows' numbers, and of each of `values`, (N,), the mean over the row's samples."""
     rows, place, counts = np.unique(row, return_inverse=True, return_counts=True)
-
-    def ratio(values: np.ndarray) -> list[float]:
-        ratios: list[float] = np.exp(np.bincount(place, weights=values) / counts).tolist()
-        return ratios
-
-    to_held_out = [None] * len(rows) if beyond_held_out is None else ratio(beyond_held_out)
-    ranked = [RankedRow(*each) for each in zip(rows.tolist(), ratio(beyond), ratio(own), to_held_out, strict=True)]
-    return sorted(ranked, key=lambda each: each.ratio)
+    return [rows.tolist(), *((np.bincount(place, weights=each) / counts).tolist() for each in values)]

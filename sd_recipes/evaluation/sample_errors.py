@@ -62,6 +62,25 @@ class FixedSamples:
         assert self.builder.rows is not None
         return len(self.builder.rows)
 
+    @property
+    def num_passes(self) -> int:
+        return math.ceil(self.num_samples / self.num_rows)
+
+    def plan(self, positions: np.ndarray) -> MicroBatch:
+        """The samples at these positions, (B,). The first `num_rows` of all are of each row once, in order."""
+        return MicroBatch(
+            rows=positions % self.num_rows,
+            positions=positions,
+            strata=stratify(self.num_rows, self.num_passes).reshape(-1)[positions],
+            global_batch_size=self.num_rows * self.num_passes,
+            weight=1.0,
+            is_last=True,
+            samples_seen=0,
+            ends_epoch=False,
+            epoch=0,
+            size=self.size,
+        )
+
     def errors(self, encode: Encode, losses: Losses, device: torch.device, at_once: int, *, bar: bool) -> pa.Table:
         """Row, timestep and loss of each of these samples, `at_once` of them at a time. Raises Stopped."""
         if not self._kept:
@@ -84,25 +103,10 @@ class FixedSamples:
     def _encoded(
         self, encode: Encode, device: torch.device, at_once: int, *, bar: bool
     ) -> Iterator[tuple[Batch, torch.Tensor]]:
-        num_passes = math.ceil(self.num_samples / self.num_rows)
-        num_samples = self.num_rows * num_passes
-        strata = stratify(self.num_rows, num_passes).reshape(-1)
-        own = np.arange(num_samples)[self.own]
+        own = np.arange(self.num_rows * self.num_passes)[self.own]
         for start in tqdm(range(0, len(own), at_once), desc="Rows of the validation", leave=False, disable=not bar):
             stop_request.check(BROKEN_OFF)
-            chosen = own[start : start + at_once]
-            plan = MicroBatch(
-                rows=chosen % self.num_rows,
-                positions=chosen,
-                strata=strata[chosen],
-                global_batch_size=num_samples,
-                weight=1.0,
-                is_last=True,
-                samples_seen=0,
-                ends_epoch=False,
-                epoch=0,
-                size=self.size,
-            )
+            plan = self.plan(own[start : start + at_once])
             batch = self.builder[plan]
             self.bad |= dict(batch.bad)
             for place, pixels in zip(batch.to_encode.tolist(), batch.pixels, strict=True):

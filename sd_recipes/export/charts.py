@@ -1,4 +1,4 @@
-"""Curves and heat maps as geometry, which templates/run/chart.html draws as SVG: sharp, small, and quick to make."""
+"""Curves and heat maps as geometry, which templates/run/charts.html draws as SVG: sharp, small, and quick to make."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_POINTS = 240  # of a curve; more would not be seen
 MAX_DOTS = 60
 MAX_COLUMNS = 40  # of a heat map
 MIN_COLOUR_LIMIT = 1.02  # less than 2 % is pale
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 14, 24  # pixels around the plot, for the ticks' labels
+LEFT, RIGHT, TOP, BOTTOM = 50, 20, 14, 24  # pixels around the plot, for the ticks' labels
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def heat_map(bins: Sequence[Mapping[int, float]], limit: float, width: int, heig
     steps = evenly_spaced(sorted(set().union(*bins)), MAX_COLUMNS)
     if not steps:
         return None
-    left, bottom = 6, height - BOTTOM
+    left, bottom = 14, height - BOTTOM
     column, row = (width - 2 * left) / len(steps), bottom / len(bins)
     cells = []
     for number, ratios in enumerate(bins):
@@ -148,6 +148,8 @@ def heat_map(bins: Sequence[Mapping[int, float]], limit: float, width: int, heig
                 x, y = round(left + place * column, 2), round(bottom - (number + 1) * row, 2)
                 style = "below" if ratio < 1 else "above"
                 cells.append((x, y, round(column, 2), round(row, 2), style, opacity, words))
+    if not cells:
+        return None
     shown = evenly_spaced(range(len(steps)), 5)
     return HeatMap(width, height, cells, [(round(left + (n + 0.5) * column, 1), _number(steps[n])) for n in shown])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ import pyarrow as pa
 from PIL import Image
 
 from sd_recipes.evaluation.bootstrap import Score
-from sd_recipes.evaluation.figures import NUM_BINS
+from sd_recipes.evaluation.figures import NAMES, NUM_BINS
+from sd_recipes.evaluation.latent_bits import LatentBits
 from sd_recipes.evaluation.picture_scores import SCORES, Neighbours
+from sd_recipes.export.bit_pages import bits_content, summary_rows
 from sd_recipes.export.pages import picture_uri, render_page
 from sd_recipes.redaction import in_texts, redacted
-from sd_recipes.runtime.trackers import replace_file
+from sd_recipes.writing import replace_file
 
 PAGE = "evaluation.html"
 SHOWN_PICTURES, SHOWN_COPIES, SIDE = 24, 8, 128
@@ -38,9 +40,12 @@ class Evaluated:
     prompts: list[str]
     pictures: list[Image.Image]
     num_timesteps: int
+    run: Path | None  # whose weights they are
     scores: dict[str, Score] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # scores that there are not, and why
     neighbours: Neighbours | None = None
+    bits: LatentBits | None = None
+    bit_figures: dict[str, Any] | None = None  # what the bits say
 
 
 def figure_rows(evaluated: Sequence[Evaluated]) -> list[list[str]]:
@@ -52,11 +57,16 @@ def figure_rows(evaluated: Sequence[Evaluated]) -> list[list[str]]:
     for name, title in SCORES.items():
         if any(name in each.scores for each in evaluated):
             rows.append([title, *(_with_interval(each.scores.get(name)) for each in evaluated)])
-    return rows
+    return rows + summary_rows([each.bit_figures for each in evaluated])
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _of_bin(figures: Mapping[str, float], number: int) -> str:
+    """The losses in a bin of the timesteps, of held-out and of training rows."""
+    return " / ".join(_number(figures.get(f"{name}_loss_bin_{number}")) for name in NAMES.values())
 
 
 def _with_interval(score: Score | None) -> str:
@@ -69,20 +79,16 @@ def write_evaluation_page(
     """Write evaluation.html, one file; returns its path. Raises OSError."""
     head, *rows = figure_rows(evaluated)
     bins = [
-        [f"{number / NUM_BINS:.0%} to {(number + 1) / NUM_BINS:.0%}"]
-        + [
-            _number(each.figures.get(f"{which}_loss_bin_{number}"))
-            for each in evaluated
-            for which in ("validation", "train_subset")
-        ]
+        [f"{10 * number} – {10 * number + 10} %", *(_of_bin(each.figures, number) for each in evaluated)]
         for number in range(NUM_BINS)
     ]
     missing = {f"{SCORES[name]}: {why}" for each in evaluated for name, why in each.missing.items()}
     content = {
         "table_head": ["figure", *head[1:]],
         "rows": rows,
-        "bin_head": ["timesteps", *(f"#{each.name}{of}" for each in evaluated for of in ("", ", training rows"))],
+        "bin_head": ["timesteps", *head[1:]],
         "bins": bins,
+        "bits": [bits_content(each.name, each.bit_figures) for each in evaluated if each.bit_figures],
         "features": features,
         "missing": sorted(missing),
         "targets": [_target(each, training_pictures) for each in evaluated],

@@ -12,7 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from sd_recipes.assets import ASSETS
 from sd_recipes.errors import RecipeError, RunError, one_line
-from sd_recipes.evaluation.verdict import judge
+from sd_recipes.evaluation.verdict import figures_by_step, judge
 from sd_recipes.flags import recipe_text
 from sd_recipes.model.family import Family
 from sd_recipes.recipe import Recipe
@@ -121,7 +121,7 @@ def write_model_card(
         pipeline_tag="text-to-image",
     )
     prompts = in_texts(redacted, recipe.validation_prompts or ["a photo"])
-    judgement = judge(read_metrics(output_dir / "metrics.jsonl"))
+    judgement = judge(figures_by_step(read_metrics(output_dir / "metrics.jsonl")))
     learned = " ".join(judgement.sentences) + "\n" if judgement.best_step else ""
     if best_step is not None:
         learned += f"\nThese are the weights of step {best_step}.\n"

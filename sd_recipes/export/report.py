@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sd_recipes.evaluation.figures import FIGURES
-from sd_recipes.evaluation.verdict import judge, series, verdict
+from sd_recipes.evaluation.verdict import figures_by_step, judge
 from sd_recipes.runtime.trackers import list_samples, read_metrics
 
 matplotlib.use("Agg")
@@ -27,8 +27,9 @@ def write_report(output_dir: Path) -> list[str]:
     """
     lines = read_metrics(output_dir / "metrics.jsonl")
     said = []
-    if series(lines, "train_loss"):
-        draw_loss_curve(lines, output_dir / "loss_curve.png")
+    figures = figures_by_step(lines)
+    if "train_loss" in figures:
+        draw_loss_curve(figures, output_dir / "loss_curve.png")
         said.append(f"loss curve      {output_dir / 'loss_curve.png'}")
     samples = list_samples(output_dir)
     if samples and samples[0].name == "step-000000.png" and len(samples) > 1:
@@ -48,15 +49,16 @@ def write_report(output_dir: Path) -> list[str]:
             changes.append(f"{label} {values[0]:.4g}")
     if changes:
         said.append("figures         " + ", ".join(changes))
-    for place, sentence in enumerate(verdict(lines)):
+    judgement = judge(figures)
+    for place, sentence in enumerate(judgement.sentences if judgement.best_step else []):
         said.append(f"{'' if place else 'verdict':<16}{sentence}")
     return said
 
 
-def draw_loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
+def draw_loss_curve(figures: Mapping[str, dict[int, float]], path: Path) -> None:
     """Training loss by step with its running mean; held-out loss and that of training rows, the gap, the best step."""
     training, held_out, training_rows = (
-        series(lines, name) for name in ("train_loss", "validation_loss", "train_subset_loss")
+        figures.get(name, {}) for name in ("train_loss", "validation_loss", "train_subset_loss")
     )
     steps, losses = list(training), list(training.values())
     # Centered, over a twentieth of the run: an average over the past alone would lag behind where the loss falls fast.
@@ -72,7 +74,7 @@ def draw_loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
     if both := sorted(held_out.keys() & training_rows.keys()):
         above, below = ([side[step] for step in both] for side in (held_out, training_rows))
         axes.fill_between(both, above, below, color="tab:orange", alpha=0.15, linewidth=0, label="gap")
-    best = judge(lines).best_step
+    best = judge(figures).best_step
     if best is not None:
         axes.axvline(best, color="black", linestyle="--", linewidth=1, label=f"best: step {best}")
     axes.set(xlabel="optimizer step", ylabel="loss")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from sd_recipes.evaluation.figures import NUM_BINS
 from sd_recipes.evaluation.row_rankings import evenly_spaced
 from sd_recipes.export.charts import MAX_POINTS, Curve, colour_limit, heat_map, line_chart
 from sd_recipes.export.pages import UNREADABLE, picture_uri
@@ -16,7 +16,6 @@ from sd_recipes.runtime.trackers import list_samples, step_of
 
 GRIDS, GRID_SIDE = 12, 1000  # pictures over time: so many, and so many pixels a side, at most
 SIZES = ((860, 310), (340, 210))  # (width, height) of charts, in pixels
-NUM_BINS = 10  # of the timesteps
 SMALL_CHARTS = {
     "learning rate": ("lr", 1.0),
     "gradient norm before clipping": ("grad_norm", 1.0),
@@ -27,20 +26,8 @@ SMALL_CHARTS = {
 }
 
 
-def figures_by_step(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """The finite values of each figure by step, in order of steps; the last one that was logged for a step counts."""
-    found: dict[str, dict[int, float]] = {}
-    for line in sorted(lines, key=lambda line: line["step"]):
-        step = line["step"]
-        for name, value in line.items():
-            if math.isfinite(value):
-                found.setdefault(name, {})[step] = value
-    return found
-
-
 def curves(figures: Mapping[str, dict[int, float]], last_step: int, best_step: int | None) -> dict[str, Any]:
     """The curves of losses and of everything else, and the heat maps."""
-
     held_out, training_rows, raw, training, quiet = (
         Curve(label, style, figures.get(name, {}), has_dots=style in ("held-out", "training-rows"))
         for label, style, name in (
@@ -53,16 +40,11 @@ def curves(figures: Mapping[str, dict[int, float]], last_step: int, best_step: i
     )
     mark = (best_step, f"best: step {best_step}") if best_step is not None else None
     shade = (held_out.values, training_rows.values)
-    small = {
-        name: line_chart(
-            [Curve(name, "one", {step: scale * value for step, value in figures[key].items()})],
-            *SIZES[1],
-            last_step,
-            logarithmic=key == "grad_norm",
-        )
-        for name, (key, scale) in SMALL_CHARTS.items()
-        if key in figures
-    }
+    small = []
+    for name, (key, scale) in SMALL_CHARTS.items():
+        curve = Curve(name, "one", {step: scale * value for step, value in figures.get(key, {}).items()})
+        if chart := line_chart([curve], *SIZES[1], last_step, logarithmic=key == "grad_norm"):
+            small.append((name, chart))
     bins = {
         words: [figures.get(f"{prefix}_excess_bin_{number}", {}) for number in range(NUM_BINS)]
         for words, prefix in (("held-out rows", "validation"), ("training rows", "train_subset"))
@@ -79,7 +61,7 @@ def curves(figures: Mapping[str, dict[int, float]], last_step: int, best_step: i
         "training": [
             chart for width, height in SIZES if (chart := line_chart([training, quiet], width, height, last_step))
         ],
-        "small_charts": list(small.items()),
+        "small_charts": small,
         "heat_maps": [(words, drawing) for words, drawing in maps.items() if drawing],
         "colour_limit": limit,
         "has": {"training_rows": training_rows.values, "raw": raw.values, "quiet": quiet.values},

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,18 @@ from markupsafe import Markup
 from sd_recipes.checkpoints.format import list_checkpoints
 from sd_recipes.checkpoints.format import step_of as checkpoint_step
 from sd_recipes.errors import RecipeError
-from sd_recipes.evaluation.verdict import Judgement, judge, percent
+from sd_recipes.evaluation.verdict import MARGIN, Judgement, figures_by_step, judge, percent
+from sd_recipes.export.bit_pages import bits_of_run
 from sd_recipes.export.pages import ENVIRONMENT, render_page
-from sd_recipes.export.run_figures import curves, figures_by_step, grids
+from sd_recipes.export.run_figures import curves, grids
 from sd_recipes.export.run_rows import rankings
 from sd_recipes.flags import MAX_RECIPE_BYTES, read_recipe_file
-from sd_recipes.reading import StrangeFile, open_regular, read_text
+from sd_recipes.reading import read_text
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.starts import read_starts
-from sd_recipes.runtime.trackers import MAX_LINE_BYTES, read_metrics, replace_file
+from sd_recipes.runtime.trackers import read_incidents, read_metrics
+from sd_recipes.writing import replace_file
 
 PAGE = "report.html"
 INCIDENTS = 20  # shown
@@ -39,7 +39,7 @@ def write_run_page(output_dir: Path) -> Path:
     """
     lines = read_metrics(output_dir / "metrics.jsonl")
     figures = figures_by_step(lines)
-    judgement = judge(lines)
+    judgement = judge(figures)
     last_step = max((line["step"] for line in lines), default=0)
     settings = _settings(output_dir / "recipe.yaml")
     script = Markup(ENVIRONMENT.get_template("run/slider.js").render())
@@ -52,6 +52,7 @@ def write_run_page(output_dir: Path) -> Path:
         **_verdict(judgement),
         **curves(figures, last_step, judgement.best_step),
         **grids(output_dir),
+        bits=bits_of_run(output_dir),
         rankings=rankings(output_dir),
         **_incidents(output_dir / "incidents.jsonl"),
         **_history(output_dir),
@@ -79,28 +80,33 @@ def _progress(lines: Sequence[Mapping[str, Any]], last_step: int, settings: Mapp
 def _verdict(judgement: Judgement) -> dict[str, Any]:
     """The answers to the three questions, each with a detail and a colour, and the verdict in sentences."""
     learning, overfitting, best = judgement.learning, judgement.overfitting, judgement.best_step
+    fell = f"{percent(judgement.to_best)} lower" if judgement.to_best else "lower"
+    since_best = judgement.since_best or 0.0
+    worse = percent(since_best) if since_best > MARGIN else None
     details = {
-        "yes": f"held-out loss {percent(judgement.to_best)} lower" if judgement.to_best else "held-out loss is lower",
+        "yes": f"held-out loss {fell}",
         "no": "held-out loss was never below its first",
         "unknown": "needs two held-out losses",
     }
     tiles = [_tile("Is it learning?", learning, details[learning], "good", "poor")]
     details = {
         "yes": f"since step {best}" if learning == "yes" else "from the start",
-        "no": "held-out loss is at its best" if learning == "yes" else "training rows got no better without them",
+        "no": "held-out loss is at its best",
         "unknown": "needs the losses of held-out and of training rows",
     }
-    if learning == "yes" and judgement.since_best and overfitting == "no":
-        details["no"] = f"held-out loss is {percent(judgement.since_best)} off its best, and training rows lost too"
+    if learning == "no":
+        details["no"] = "held-out loss does not rise while that of training rows falls"
+    elif worse:
+        details["no"] = f"held-out loss is {worse} off its best, and training rows lost too"
     tiles.append(_tile("Is it over-fitting?", overfitting, details[overfitting], "warning", "good"))
     if best is None:
         detail = "needs a held-out loss after step 0"
     elif learning == "no":
         detail = "and no better than at first"
-    elif judgement.since_best:
-        detail = f"the last validation is {percent(judgement.since_best)} worse"
-    else:
+    elif best == judgement.last_step:
         detail = "the last validation"
+    else:
+        detail = f"the last validation is {f'{worse} worse' if worse else 'as good'}"
     answer = "Unknown" if best is None else f"Step {best:,}"
     tiles.append({"question": "When was it best?", "answer": answer, "detail": detail, "style": "unknown"})
     style = "poor" if learning == "no" else "warning" if overfitting == "yes" else tiles[0]["style"]
@@ -121,11 +127,12 @@ def _history(output_dir: Path) -> dict[str, Any]:
     if not starts:
         started = "What it was started on was not recorded."
     else:
-        started = "Started once, and never resumed."
+        begun = f"Begun from a checkpoint of step {starts[0].step:,}" if starts[0].step else "Started once"
+        started = f"{begun}, and never resumed."
         if resumed := [f"{start.step:,}" for start in starts[1:]]:
             often = "once" if len(resumed) == 1 else f"{len(resumed)} times"
             steps = ", ".join(resumed[-12:])
-            started = f"Started once and resumed {often}, from step {steps}{' at last' if len(resumed) > 12 else ''}."
+            started = f"{begun} and resumed {often}, from step {steps}{' at last' if len(resumed) > 12 else ''}."
     rows = [
         (
             start.time.removesuffix("+00:00").replace("T", " "),
@@ -148,16 +155,16 @@ def _history(output_dir: Path) -> dict[str, Any]:
 
 def _incidents(path: Path) -> dict[str, Any]:
     """The last incidents as (step, what, rows)."""
-    found = []
-    try:
-        with open_regular(path) as file:
-            for content in iter(lambda: file.readline(MAX_LINE_BYTES), b""):
-                with suppress(ValueError, RecursionError, LookupError, TypeError):  # a torn line
-                    line = json.loads(content)
-                    found.append((int(line["step"]), str(line["kind"]), ", ".join(map(str, line.get("rows", [])))))
-    except (OSError, StrangeFile):
-        pass
-    return {"incidents": found[-INCIDENTS:], "num_incidents": len(found)}
+    lines = read_incidents(path)
+    found = [(line["step"], line["kind"], ", ".join(map(_row, line["rows"]))) for line in lines[-INCIDENTS:]]
+    return {"incidents": found, "num_incidents": len(lines)}
+
+
+def _row(row: Any) -> str:
+    """A row of an incident: its name or, of a spike, that and its loss over what is usual."""
+    if isinstance(row, dict) and isinstance(row.get("ratio"), (int, float)):
+        return f"{row.get('row')} ({row['ratio']:.3g} times)"
+    return str(row)
 
 
 def _settings(path: Path) -> dict[str, Any] | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -15,22 +17,27 @@ from PIL import Image
 
 from sd_recipes.errors import one_line
 from sd_recipes.evaluation.row_rankings import (
-    HELD_OUT,
-    TRAIN,
+    RankedRow,
     RowLosses,
     hardest,
     learned_first,
     memorised,
     read_validations,
 )
+from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN
 from sd_recipes.evaluation.verdict import changed
+from sd_recipes.evaluation.watched_rows import HARDEST_ROWS, ROWS
 from sd_recipes.export.pages import UNREADABLE, picture_uri
+from sd_recipes.reading import open_regular
+from sd_recipes.runtime.trackers import VALIDATION
+from sd_recipes.training.row_losses import PRIOR, TRAINING_ROWS
 
 logger = logging.getLogger(__name__)
 
 SHOWN, THUMBNAIL = 10, 96  # rows of a ranking; pixels a side
 TABLES = 40  # validations whose tables are read: enough to see which rows were learned first
 CAPTION = 200  # characters of a caption
+IN_FOLDER = re.compile(r"\([^()]*[/\\]")  # what a row's name says before the file's own name
 NAMES = {HELD_OUT: "held-out rows", TRAIN: "training rows"}
 
 
@@ -62,16 +69,50 @@ def rankings(output_dir: Path) -> list[Ranking]:
     losses = {name: each for name in NAMES if (each := [found[name] for found in validations if name in found])}
     found = [ranking for ranking in (*_hardest(losses), *_learned_first(losses), *_memorised(losses)) if ranking.rows]
     if found:
-        _describe(found, output_dir / "validation" / "rows.parquet")
-    return found
+        _describe(found, output_dir / VALIDATION / ROWS)
+    hard = [ranking for ranking in _hard_to_learn(output_dir / VALIDATION) if ranking.rows]
+    if hard:
+        _describe(hard, output_dir / VALIDATION / HARDEST_ROWS)
+    return [*hard, *found]
+
+
+def _hard_to_learn(folder: Path) -> Iterator[Ranking]:
+    """Of all training rows, by their losses in training."""
+    path = folder / TRAINING_ROWS
+    if not path.is_file():
+        return
+    try:
+        table = pq.read_table(path)
+        rows, samples = table["row"].to_numpy(), table["samples"].to_numpy()
+        ratios = np.exp(table["log_ratio"].to_numpy() / (samples + PRIOR))
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+        logger.warning("%s is not a table of losses (%s): the page does without.", path, one_line(error, 100))
+        return
+    hardest_first = [place for place in np.argsort(-ratios, kind="stable")[:SHOWN].tolist() if ratios[place] > 1]
+    shown = [
+        ShownRow(int(rows[place]), f"{ratios[place]:.2f} × its like", f"{samples[place]:,} samples")
+        for place in hardest_first
+    ]
+    words = (
+        "Of all rows that are trained on, by their losses in training: each over what was usual at its timestep then, "
+        "over the whole run. Look for wrong captions, and for odd or crowded pictures."
+    )
+    yield Ranking("Hardest to learn", words, TRAIN, shown)
 
 
 def _hardest(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
     for name, validations in losses.items():
-        end = validations[-1]
-        rows = [ShownRow(each.row, f"{each.ratio:.2f} × its like") for each in hardest(end, SHOWN)]
-        words = f"Those with the highest loss at step {end.step}. Look for wrong captions, and odd or crowded pictures."
-        yield Ranking(f"Hardest {NAMES[name]}", words, name, rows)
+        words = f"Those with the highest loss at step {validations[-1].step}."
+        words += " Look for wrong captions, and for odd or crowded pictures."
+        yield Ranking(f"Hardest {NAMES[name]} at the end", words, name, _by_ratio(hardest(validations[-1:], SHOWN)))
+    if TRAIN in losses:
+        words = "A wrong caption that is learned by heart no longer stands out at the end; on average it does."
+        rows = _by_ratio(hardest(losses[TRAIN], SHOWN))
+        yield Ranking("Hardest training rows on average over all validations", words, TRAIN, rows)
+
+
+def _by_ratio(ranked: Iterable[RankedRow]) -> list[ShownRow]:
+    return [ShownRow(each.row, f"{each.ratio:.2f} × its like") for each in ranked]
 
 
 def _learned_first(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
@@ -112,7 +153,8 @@ def _memorised(losses: dict[str, list[RowLosses]]) -> Iterator[Ranking]:
 def _describe(found: list[Ranking], path: Path) -> None:
     """Fill in names, captions and thumbnails from rows.parquet, as far as it can be read."""
     try:
-        table = pq.read_table(path, columns=["set", "row", "name", "caption", "thumbnail"])
+        with open_regular(path) as file:
+            table = pq.ParquetFile(file).read(columns=["set", "row", "name", "caption", "thumbnail"])
         wanted = pa.array(
             sorted({row.row for ranking in found for row in ranking.rows}), table.schema.field("row").type
         )
@@ -124,7 +166,8 @@ def _describe(found: list[Ranking], path: Path) -> None:
     for ranking in found:
         for row in ranking.rows:
             if each := known.get((ranking.of_set, row.row)):
-                row.name, row.caption = each["name"] or "", _shortened(each["caption"] or "")
+                row.name = IN_FOLDER.sub("(", each["name"] or "")  # the page may be shown to others
+                row.caption = _shortened(each["caption"] or "")
                 row.thumbnail = _thumbnail(each["thumbnail"])
 
 

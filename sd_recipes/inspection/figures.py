@@ -6,6 +6,7 @@ import base64
 import io
 import itertools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -149,13 +150,14 @@ def draw_green_blue(pixels: PixelDistribution) -> str:
         return _uri(figure)
 
 
-def draw_colour_space(pixels: PixelDistribution) -> str:
+def draw_colour_space(pixels: PixelDistribution, views: Sequence[tuple[int, int]] = ((18, -60), (18, 30))) -> str:
     """Cells of the RGB cube in their own colours, with the 3-D Gaussian's surface at 1 and 2 deviations.
 
-    Up to DOTS cells are drawn at random, a cell being likelier the more pixels it has.
+    Up to DOTS cells are drawn at random, a cell being likelier the more pixels it has. `views` are elevations and
+    azimuths in degrees, side by side.
     """
     with matplotlib.rc_context(STYLE):
-        figure = _figure(9, 4.6)
+        figure = _figure(4.5 * len(views), 4.6)
         bins = len(pixels.joint)
         filled = np.argwhere(pixels.joint)
         shares = pixels.joint[tuple(filled.T)] / pixels.joint.sum()
@@ -167,8 +169,8 @@ def draw_colour_space(pixels: PixelDistribution) -> str:
         ball = np.stack([np.cos(u) * np.sin(v), np.sin(u) * np.sin(v), np.cos(v)], axis=-1)
         surface = (ball * np.sqrt(variances.clip(0))) @ directions.T
         reach = (min(0.0, (mean + 2 * surface).min()), max(1.0, (mean + 2 * surface).max()))
-        for number, (elevation, azimuth) in enumerate(((18, -60), (18, 30)), start=1):
-            axes = figure.add_subplot(1, 2, number, projection="3d")
+        for number, (elevation, azimuth) in enumerate(views, start=1):
+            axes = figure.add_subplot(1, len(views), number, projection="3d")
             axes.computed_zorder = False  # draws the surfaces over the dots, which would hide them
             axes.scatter(*places.T, s=7, c=places.clip(0, 1), alpha=0.6, linewidths=0, depthshade=False, zorder=1)
             for deviations, alpha in ((1, 0.9), (2, 0.45)):

@@ -33,9 +33,22 @@ def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, posterior_noise: t
 
     Rombach et al. 2021, appendix G: latents are scaled to about unit variance.
     """
-    mean, logvar = moments.chunk(2, dim=1)
-    latents = mean + torch.exp(0.5 * logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)) * posterior_noise
+    mean, _ = moments.chunk(2, dim=1)
+    latents = mean + torch.exp(0.5 * posterior_logvar(moments)) * posterior_noise
     return latents * vae.config.scaling_factor
+
+
+def posterior_logvar(moments: torch.Tensor) -> torch.Tensor:
+    """Moments (B, 2C, h, w) to the log-variance that latents are drawn with, before they are scaled, (B, C, h, w)."""
+    _, logvar = moments.chunk(2, dim=1)
+    return logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Scaled latents (B, C, h, w) to gray levels 0 … 255, not rounded, (B, 3, H, W) float32."""
+    pixel_values = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
+    return (pixel_values.float().clamp(-1, 1) + 1) * 127.5
 
 
 class LatentEncoder:

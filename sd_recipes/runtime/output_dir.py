@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.reading import read_text
-from sd_recipes.runtime.trackers import replace_file
+from sd_recipes.writing import replace_file
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 
 from sd_recipes import __version__
 from sd_recipes.reading import StrangeFile, open_regular
-from sd_recipes.runtime.trackers import MAX_LINE_BYTES, replace_file
+from sd_recipes.runtime.history import MAX_LINE_BYTES
+from sd_recipes.writing import replace_file
 
 STARTS = "starts.jsonl"
 

@@ -1,10 +1,10 @@
-"""Where figures go: to the trackers through accelerate, and to metrics.jsonl in the run's folder."""
+"""Where figures go: to the trackers through accelerate, and to metrics.jsonl in the run's folder; and incidents."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +16,15 @@ from PIL import Image
 
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.flags import recipe_text
-from sd_recipes.reading import StrangeFile, open_regular
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted
-from sd_recipes.writing import replacing
+from sd_recipes.runtime.history import HistoryFile, read_lines
+from sd_recipes.writing import replace_file
 
 logger = logging.getLogger(__name__)
 
-MAX_LINE_BYTES = 2**16  # of metrics.jsonl; real ones are below 1 KiB
 VALIDATION = "validation"  # the folder of the tables of errors
+EVALUATION, EVALUATION_RESULTS = "evaluation", "evaluation.json"  # what `sd-recipes evaluate` leaves
 SAMPLE = re.compile(r"step-[0-9]{6,18}\.png")  # as a validation names its pictures
 TABLE = re.compile(r"step-[0-9]{6,18}\.parquet")
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
@@ -40,16 +40,18 @@ def check_tracker(report_to: str) -> None:
 class Tracker:
     """Logs to `--report_to` and to metrics.jsonl: one line per step, {"step": …, name: value, …}.
 
+    Incidents go to incidents.jsonl, {"step": …, "kind": …, "rows": […], …}, which is there once there has been one.
+
     Each on its own: one that fails, on a full disk or without its server, is reported once and not tried again. The
-    others and the run continue. Only metrics.jsonl is tried again, since the disk may have room by then.
+    others and the run continue. Only the two files are tried again, since the disk may have room by then.
     """
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
         self.accelerator = accelerator
         self.recipe = recipe
         self.path = Path(recipe.output_dir) / "metrics.jsonl"
-        self.failed = False
-        self.line_is_torn = False  # it may be, if the disk became full in the middle of it
+        self.metrics = HistoryFile(self.path, _are_figures)
+        self.incidents = HistoryFile(self.path.with_name("incidents.jsonl"), _is_incident)
 
     def start_at(self, step: int) -> None:
         """Save the resolved recipe, open the trackers, and drop what an earlier run logged and drew after `step`."""
@@ -77,21 +79,19 @@ class Tracker:
             for found in [*list_samples(self.path.parent), *list_tables(self.path.parent)]:
                 if step == 0 or step_of(found) > step:
                     found.unlink()
-            kept = [line for line in read_metrics(self.path, tell=True) if line["step"] <= step] if step else []
-            replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self.metrics.start_at(step)
+            if os.path.lexists(self.incidents.path):
+                self.incidents.start_at(step)
 
     def log(self, values: dict[str, Any], step: int) -> None:
         self._each(lambda tracker: tracker.log(values, step=step))
         if self.accelerator.is_main_process:
-            begun, self.line_is_torn = "\n" if self.line_is_torn else "", True
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(f"{begun}{json.dumps({'step': step, **values})}\n")
-                self.line_is_torn = False
-            except OSError as error:  # a disk may have room again
-                if not self.failed:
-                    self.failed = True
-                    logger.warning("%s cannot be written (%s): training continues without it.", self.path, error)
+            self.metrics.append({"step": step, **values})
+
+    def record(self, kind: str, step: int, **details: Any) -> None:
+        """Write an incident of a step into incidents.jsonl."""
+        if self.accelerator.is_main_process:
+            self.incidents.append(in_texts(redacted, {"step": step, "kind": kind, **details}))
 
     def flush(self) -> None:
         """Write out what the trackers buffer, so that a kill does not lose it."""
@@ -127,50 +127,22 @@ class Tracker:
         self._each(log_images)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text so that a kill leaves the old or the new one."""
-    with replacing(path) as beside, beside.open("x", encoding="utf-8") as file:
-        file.write(text)
-
-
 def read_metrics(path: Path, *, tell: bool = False) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, oldest first; none if there is no such file.
-
-    A run that was killed, or had no room, may have left a torn line anywhere: what is not a line of figures is dropped,
-    with a warning if `tell` is set. Raises RecipeError if it is not a regular file.
-    """
-    lines: list[dict[str, Any]] = []
-    dropped: list[int] = []
-    try:
-        with open_regular(path) as file:
-            for number, content in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
-                line = _figures(content)
-                if line is not None:
-                    lines.append(line)
-                elif content.strip():
-                    dropped.append(number)
-    except FileNotFoundError:
-        return []
-    except StrangeFile as error:
-        raise RecipeError(f"{path} {error}: remove it, or choose another --output_dir") from None
-    if dropped and tell:
-        logger.warning("%s: dropped %d torn or malformed lines: %s", path, len(dropped), _numbers(dropped))
-    return lines
+    """The lines of a metrics.jsonl, oldest first, as `read_lines` reads them. Raises RecipeError."""
+    return read_lines(path, _are_figures, tell=tell)
 
 
-def _numbers(lines: list[int]) -> str:
-    return ", ".join(map(str, lines[:5])) + (" and more" if len(lines) > 5 else "")
+def _are_figures(line: dict[str, Any]) -> bool:
+    return all(isinstance(value, (int, float)) for value in line.values())
 
 
-def _figures(content: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl, or None if it is not one."""
-    try:
-        line = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
-        return None
-    return line if all(isinstance(value, (int, float)) for value in line.values()) else None
+def read_incidents(path: Path, *, tell: bool = False) -> list[dict[str, Any]]:
+    """The lines of an incidents.jsonl, oldest first, as `read_lines` reads them. Raises RecipeError."""
+    return read_lines(path, _is_incident, tell=tell)
+
+
+def _is_incident(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("kind"), str) and isinstance(line.get("rows"), list)
 
 
 def list_samples(output_dir: Path) -> list[Path]:

@@ -52,8 +52,11 @@ from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import Tracker
 from sd_recipes.training.ema import AveragedWeights
+from sd_recipes.training.guard import Guard
 from sd_recipes.training.objective import DenoisingLoss, NoiseSchedule
 from sd_recipes.training.optim import build_optimizer, build_schedule
+from sd_recipes.training.quiet_loss import QuietLoss
+from sd_recipes.training.row_losses import RowLosses
 from sd_recipes.training.state import SNAPSHOTS, TrainedPart, TrainState
 from sd_recipes.training.timestep_errors import TimestepErrors
 from sd_recipes.training.uncertainty import CONFIG, LEARNING_RATE, Uncertainty
@@ -79,15 +82,18 @@ class Model:
     encoder: LatentEncoder
     encode_text: Callable[[torch.Tensor], TextStates]  # of input_ids in the host's memory
     objective: DenoisingLoss
+    quiet_loss: QuietLoss
     timestep_errors: TimestepErrors | None  # by which timesteps are drawn, instead of those that a batch has
 
     def losses(self, latents: torch.Tensor, conditioning: Conditioning, batch: Batch) -> torch.Tensor:
         """(B,) loss of each image of a batch on the device, whose latents are (B, C, h, w)."""
-        errors, noises = self.timestep_errors, (batch.noise, batch.input_noise)
+        errors = self.timestep_errors
+        timesteps = batch.timesteps if errors is None else errors.timesteps(batch.timestep_u)
+        noises = batch.noise, batch.input_noise
+        losses = self.objective.undivided(self.unet, latents, conditioning, timesteps, *noises)
+        self.quiet_loss.add(batch, timesteps, losses.detach())
         if errors is None:
-            return self.objective(self.unet, latents, conditioning, batch.timesteps, *noises)
-        timesteps = errors.timesteps(batch.timestep_u)
-        losses = self.objective(self.unet, latents, conditioning, timesteps, *noises)
+            return self.objective.divided(losses, timesteps)
         errors.add(timesteps, losses.detach(), batch.weights)
         return errors.weights(timesteps) * losses
 
@@ -105,6 +111,7 @@ class Run:
     state: TrainState
     validator: Validator
     tracker: Tracker
+    guard: Guard
     num_steps: int  # of the whole run
     checkpoint: Checkpoint | None  # that it resumes from
 
@@ -149,8 +156,17 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
         check_one_provenance(data.provenances, provenance)
     if accelerator.is_main_process and accelerator.mixed_precision != "no":
         keep_as_loaded(family, components)  # for the export
-    model, state = build_model(recipe, family, components, accelerator, batch_size=batch_size, num_steps=num_steps)
+    model, state = build_model(
+        recipe,
+        family,
+        components,
+        accelerator,
+        batch_size=batch_size,
+        num_steps=num_steps,
+        num_rows=data.num_rows,
+    )
     store = open_store(recipe, provenance, accelerator)
+    tracker = Tracker(accelerator, recipe)
     builder_settings: dict[str, Any] = {
         "tokenize": partial(family.tokenize, tokenizer),
         "latent_shape": latent_shape_of(components.vae),
@@ -179,7 +195,8 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
         model=model,
         state=state,
         validator=build_validator(recipe, model, data, builder_settings, accelerator),
-        tracker=Tracker(accelerator, recipe),
+        tracker=tracker,
+        guard=Guard(state, tracker, recipe.max_skipped_steps),
         num_steps=num_steps,
         checkpoint=checkpoint,
     )
@@ -225,6 +242,7 @@ def build_model(
     *,
     batch_size: int,
     num_steps: int,
+    num_rows: int | None,
 ) -> tuple[Model, TrainState]:
     """Put the models where the run needs them; returns them, and what is trained of them."""
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
@@ -234,9 +252,9 @@ def build_model(
     encoder = build_encoder(recipe, components.vae, accelerator)
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
     parts = trained_parts(recipe, family, components, batch_size)
-    timestep_errors = None
-    if recipe.timesteps_by_error:
-        timestep_errors = TimestepErrors(components.scheduler.config.num_train_timesteps, recipe, device)
+    num_train_timesteps = components.scheduler.config.num_train_timesteps
+    quiet_loss = QuietLoss(num_train_timesteps, recipe, None if num_rows is None else RowLosses(num_rows))
+    timestep_errors = TimestepErrors(num_train_timesteps, recipe, device) if recipe.timesteps_by_error else None
     optimizer = build_optimizer(list(parts.values()), recipe, fused=accelerator.mixed_precision != "fp16")
     schedule = build_schedule(optimizer, recipe, num_steps)
     check_wrapped_classes(accelerator, components.unet)
@@ -263,9 +281,11 @@ def build_model(
         objective=DenoisingLoss(
             components.scheduler, recipe, device, parts[UNCERTAINTY].prepared if UNCERTAINTY in parts else None
         ),
+        quiet_loss=quiet_loss,
         timestep_errors=timestep_errors,
     )
-    return model, TrainState(parts, optimizer, schedule, accelerator.scaler, timestep_errors=timestep_errors)
+    state = TrainState(parts, optimizer, schedule, accelerator.scaler, quiet_loss, timestep_errors=timestep_errors)
+    return model, state
 
 
 def trained_parts(recipe: Recipe, family: Family, components: Components, batch_size: int) -> dict[str, TrainedPart]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -23,6 +24,17 @@ def are_finite(accelerator: Accelerator, tensors: Iterable[torch.Tensor]) -> boo
     parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     are = torch.stack([part.isfinite().all().to(accelerator.device) for part in parts])
     return accelerator.reduce((~are).sum(), "sum").item() == 0
+
+
+def is_not_finite(grad_norm: float, loss: torch.Tensor, accelerator: Accelerator) -> bool:
+    """Whether a step's numbers, of usable rows, are not finite: its gradient's norm, the same on all processes.
+
+    fp16's loss scaler finds its scale by infinite gradients, and skips those steps itself. They are an incident where
+    no scale helps: if the loss, each process's share, is not finite, or the scale has fallen below 1.
+    """
+    if math.isfinite(grad_norm):
+        return False
+    return accelerator.scaler is None or accelerator.scaler.get_scale() < 1 or not are_finite(accelerator, [loss])
 
 
 def has_finite_weights(state: TrainState, accelerator: Accelerator) -> bool:

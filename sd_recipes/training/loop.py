@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 from sd_recipes.checkpoints.best import BestWeights
 from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resume_hint
 from sd_recipes.checkpoints.saver import BackgroundSaver, NotSaved
-from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.latent_store import LatentStore
 from sd_recipes.evaluation.figures import Best
+from sd_recipes.evaluation.watched_rows import write_hardest_rows
 from sd_recipes.export.run_page import write_run_page
+from sd_recipes.export.run_rows import SHOWN
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import StopAgreement, all_gather, begin_sum, broadcast, wait_for_all
 from sd_recipes.runtime.fsdp import full_tensor
@@ -27,7 +28,7 @@ from sd_recipes.runtime.memory import peak_memory_gb
 from sd_recipes.runtime.output_dir import NO_ROOM
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.training.build import UNCERTAINTY, Model, Run
-from sd_recipes.training.finite import TrainingDiverged, has_finite_weights
+from sd_recipes.training.finite import TrainingDiverged, has_finite_weights, is_not_finite
 from sd_recipes.training.meter import Meter
 from sd_recipes.training.state import TrainState
 
@@ -37,10 +38,10 @@ logger = logging.getLogger(__name__)
 def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
     """Train from where the state stands to the last step (Ho et al. 2020, algorithm 1), or to the one to stop early.
 
-    Raises TrainingDiverged if loss, gradient or weights become NaN or infinite; Stopped, with everything saved, if any
-    process was asked to end; NotSaved if saving failed then.
+    Raises TrainingDiverged if loss or weights become NaN or infinite, or too many gradients in a row; Stopped, with
+    everything saved, if any process was asked to end; NotSaved if saving failed then.
     """
-    recipe, accelerator, state, validator = run.recipe, run.accelerator, run.state, run.validator
+    recipe, accelerator, state, validator, guard = run.recipe, run.accelerator, run.state, run.validator, run.guard
     progress = state.progress
     any_rank_stopping = StopAgreement(accelerator.num_processes)
     if progress.global_step >= run.num_steps:
@@ -55,6 +56,7 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
         raise stop_request.stopped(f"at step {progress.global_step}, before another step")
     meter = Meter(accelerator.device, progress, remedy(recipe, accelerator.num_processes))
     steps_left = 0 if stops_early(run, best) else run.num_steps - progress.global_step
+    is_postponed = False  # a checkpoint
     with (
         divergence_explained(run),
         saver,
@@ -69,7 +71,6 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
             for batch in micro_batches:
                 run.data.bad_rows.add(batch.bad, progress.samples_seen)
             loss, usable = backward(micro_batches, run.model, run.store, accelerator)
-            meter.add(loss, usable)
 
             # Update: weights, schedule, averages
             meter.grad_norm = update(state, accelerator, recipe.max_grad_norm, usable)
@@ -78,6 +79,17 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
             bar.update(1)
             is_done = progress.global_step == run.num_steps
 
+            # Note what it came to
+            if usable and is_not_finite(meter.grad_norm, loss, accelerator):
+                guard.skipped(meter.grad_norm, ends_run=is_done)
+                meter.add_none()
+            elif usable:
+                guard.counted()
+                meter.add(loss, usable)
+            else:
+                state.quiet_loss.forget()
+                meter.add_none()
+
             # Log
             is_logged = progress.global_step % recipe.logging_steps == 0 or progress.global_step == 1 or is_done
             if is_logged:
@@ -85,12 +97,17 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
 
             # Save, then validate: what can fail comes after what must not be lost
             is_validated = is_done or validator.is_due(progress, plan)
-            is_saved = saver.is_due(is_logged=is_logged)
+            # Not among steps that are skipped: the weights may be why, and a checkpoint should be from before that.
+            is_due = saver.is_due(is_logged=is_logged) or is_postponed
+            is_postponed = is_due and progress.skipped_in_a_row > 0 and not is_done
+            is_saved = is_due and not is_postponed
             progress.awaits_validation = is_validated
             if is_saved:
                 save(run, meter, saver)
             else:
                 saver.allocate_buffers()
+                if state.quiet_loss.is_full:
+                    guard.look()
             if run.store and plan.ends_epoch:
                 run.store.end_epoch(plan.epoch)
                 run.model.encoder.rest()
@@ -155,8 +172,8 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
     weight decay alone must not move the weights: nothing is done, and the norm is NaN.
 
     A step that the loss scaler skipped, or that had no usable row, advances neither schedule nor averages. The host
-    waits here for the norm, which is the same on all processes; without a scaler it has to be finite, so that the
-    weights stay finite. Raises TrainingDiverged.
+    waits here for the norm, which is the same on all processes; without a scaler nothing is done if it is not finite,
+    so that the weights stay finite.
     """
     if usable == 0:
         state.optimizer.zero_grad()
@@ -167,9 +184,10 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
                 parameter.grad.div_(usable)
     grad_norm = full_tensor(accelerator.clip_grad_norm_(list(state.parameters.values()), max_grad_norm)).item()
     if accelerator.scaler is None and not math.isfinite(grad_norm):
-        raise TrainingDiverged(
-            f"the gradient's norm is {grad_norm} at step {state.progress.global_step + 1}, which is not applied"
-        )
+        state.optimizer.zero_grad()
+        if state.timestep_errors:
+            state.timestep_errors.forget()
+        return grad_norm
     state.optimizer.step()
     state.optimizer.zero_grad()
     if state.timestep_errors:
@@ -183,30 +201,34 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
 def log(run: Run, meter: Meter, bar: tqdm) -> None:
     """Log the figures since the last log. Only here and for a checkpoint does the host wait for the device's losses."""
     progress = run.state.progress
-    loss, bad_rows = sum_up(meter, run.state, run.accelerator, run.data.bad_rows)
+    loss, bad_rows = sum_up(run, meter)
     figures = {**meter.close(loss, progress), "lr": float(run.state.schedule.get_last_lr()[0])}
+    if (quiet_loss := run.state.quiet_loss.close()) is not None:
+        figures["quiet_loss"] = quiet_loss
     if run.data.num_rows:
         figures["epoch"] = progress.samples_seen / run.data.num_rows
     figures["memory_gb"] = peak_memory_gb(run.accelerator.device)
     if bad_rows:
         figures["bad_rows"] = bad_rows
     run.tracker.log(figures, progress.global_step)
-    loss_in_words = f"loss {figures['train_loss']:.4f}" if "train_loss" in figures else "no usable row"
+    loss_in_words = f"loss {figures['train_loss']:.4f}" if "train_loss" in figures else "no loss"
     bar.set_postfix_str(f"{loss_in_words}, lr {figures['lr']:.2e}, {figures['images_per_second']:.1f} images/s")
 
 
-def sum_up(meter: Meter, state: TrainState, accelerator: Accelerator, bad_rows: BadRows) -> tuple[float, int]:
-    """Sum of the losses since the last log and number of bad rows so far, over all processes.
+def sum_up(run: Run, meter: Meter) -> tuple[float, int]:
+    """Sum of the losses since the last log and number of bad rows so far, over all processes; looks for incidents.
 
     Raises TrainingDiverged, so that no checkpoint holds NaN, and TooManyBadRows.
     """
+    accelerator, progress, bad_rows = run.accelerator, run.state.progress, run.data.bad_rows
+    run.guard.look()
     sums = torch.stack([meter.loss, torch.full_like(meter.loss, len(bad_rows))])
     loss, bad = accelerator.reduce(sums, "sum").tolist()
     if not math.isfinite(loss):
-        raise TrainingDiverged(f"the loss is {loss} by step {state.progress.global_step}")
+        raise TrainingDiverged(f"the loss is {loss} by step {progress.global_step}")
     if bad and accelerator.num_processes > 1:  # several may have met the same row, in another epoch
         bad = len({name for names in all_gather(list(bad_rows.reasons)) for name in names})
-    bad_rows.check(int(bad), state.progress.samples_seen)
+    bad_rows.check(int(bad), progress.samples_seen)
     return loss, int(bad)
 
 
@@ -217,7 +239,7 @@ def save(run: Run, meter: Meter, saver: BackgroundSaver) -> None:
     """
     progress = run.state.progress
     was_logged = meter.steps_from == progress.global_step  # and summed up there, when the host waited
-    progress.loss_sum = 0.0 if was_logged else sum_up(meter, run.state, run.accelerator, run.data.bad_rows)[0]
+    progress.loss_sum = 0.0 if was_logged else sum_up(run, meter)[0]
     progress.logged_step, progress.steps_without_rows = meter.steps_from, meter.steps_without_rows
     if not has_finite_weights(run.state, run.accelerator):
         raise TrainingDiverged(f"the weights are not finite by step {progress.global_step}")
@@ -275,10 +297,14 @@ def show_uncertainty(run: Run) -> None:
 
 
 def show_page(run: Run) -> None:
-    """Let the first process renew the run's page."""
+    """Let the first process renew the run's page, after what it shows of the rows that were hard to learn."""
     if not run.accelerator.is_main_process:
         return
+    row_losses = run.state.quiet_loss.row_losses
     try:
+        if row_losses is not None and run.data.rows is not None:
+            row_losses.save(run.output_dir, run.state.progress.global_step)
+            write_hardest_rows(run.data.rows, row_losses.hardest(SHOWN), run.recipe, run.output_dir)
         write_run_page(run.output_dir)
     except OSError as error:
         if error.errno not in NO_ROOM:
@@ -303,6 +329,8 @@ def divergence_explained(run: Run) -> Iterator[None]:
     except TrainingDiverged as error:
         wait_for_all()  # until the first process has written what it was writing
         advice = "lower --learning_rate"
+        if run.state.progress.skipped_in_a_row:
+            advice += f", or see to the rows in {run.tracker.incidents.path}"
         if run.accelerator.mixed_precision == "fp16":
             advice += ", or use --mixed_precision bf16 or no"
         there_is = f"{run.recipe.output_dir} has no checkpoint"

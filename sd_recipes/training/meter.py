@@ -52,15 +52,16 @@ class Meter:
 
     def add(self, loss: torch.Tensor, usable: float) -> None:
         """Add a step's loss, summed over the `usable` part of the global batch and divided by its whole size."""
-        if usable:
-            self.loss += loss.detach() / usable
-        else:
-            self.steps_without_rows += 1
+        self.loss += loss.detach() / usable
+
+    def add_none(self) -> None:
+        """Add a step that has no loss: none of its rows was usable, or what came of them was not finite."""
+        self.steps_without_rows += 1
 
     def close(self, loss: float, progress: Progress) -> dict[str, float]:
         """Mean of the steps' losses, whose sum over all processes is `loss`; speed, share of waiting, gradient norm.
 
-        Steps without a usable row have no loss; nor do the figures if there were only such steps.
+        Some steps have no loss; nor do the figures if there were only such steps.
         """
         elapsed = time.perf_counter() - self.started
         figures = {}
@@ -70,7 +71,7 @@ class Meter:
             "images_per_second": (progress.samples_seen - self.samples_from) / elapsed,
             "data_wait": self.waited / elapsed,
         }
-        # It is not at a step that the loss scaler skipped, or that had no usable row; JSON has no infinity.
+        # It is not at a step that was skipped, or that had no usable row; JSON has no infinity.
         if math.isfinite(self.grad_norm):
             figures["grad_norm"] = self.grad_norm
         self._waited_in_all += self.waited

@@ -139,7 +139,19 @@ class DenoisingLoss:
         noise: Tensor,
         input_noise: Tensor | None = None,
     ) -> Tensor:
-        """(B,) loss of each image, float32.
+        """(B,) loss of each image, float32: that of `undivided`, divided by a learned uncertainty."""
+        return self.divided(self.undivided(unet, latents, conditioning, timesteps, noise, input_noise), timesteps)
+
+    def undivided(
+        self,
+        unet: Any,
+        latents: Tensor,
+        conditioning: Conditioning,
+        timesteps: Tensor,
+        noise: Tensor,
+        input_noise: Tensor | None = None,
+    ) -> Tensor:
+        """(B,) loss of each image before a learned uncertainty divides it, float32.
 
         `input_noise` differs from `noise` under input perturbation (Ning et al. 2023, algorithm 1): the UNet sees the
         perturbed noise and has to predict the other.
@@ -150,7 +162,10 @@ class DenoisingLoss:
             noisy_latents, target = self.rectify(unet, noisy_latents, target, conditioning, timesteps)
         prediction = unet(noisy_latents, timesteps, **conditioning, return_dict=False)[0]
         error = at(self.error_scale, timesteps) * (prediction.float() - target.float())
-        losses = self.weights[timesteps] * self.loss(error, at(self.huber_c, timesteps)).mean(dim=(1, 2, 3))
+        return self.weights[timesteps] * self.loss(error, at(self.huber_c, timesteps)).mean(dim=(1, 2, 3))
+
+    def divided(self, losses: Tensor, timesteps: Tensor) -> Tensor:
+        """(B,) losses at timesteps, divided by the learned uncertainty, if there is one."""
         if self.uncertainty is None:
             return losses
         u = self.uncertainty(timesteps)

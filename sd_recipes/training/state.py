@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from sd_recipes.runtime.fsdp import gather, shard_like
 from sd_recipes.training.ema import AveragedWeights
+from sd_recipes.training.quiet_loss import QuietLoss
 from sd_recipes.training.timestep_errors import TimestepErrors
 
 OPTIMIZER = "optimizer.safetensors"
@@ -41,7 +42,9 @@ class Progress:
     samples_seen: int = 0
     loss_sum: Annotated[float, Field(allow_inf_nan=False)] = 0.0  # of the steps that have not been logged yet
     logged_step: Annotated[int, Field(ge=0)] = 0
-    steps_without_rows: Annotated[int, Field(ge=0)] = 0  # of those not logged yet: no row could be used, so no loss
+    # Of those not logged yet: no row could be used, or what came of them was not finite; so they have no loss.
+    steps_without_rows: Annotated[int, Field(ge=0)] = 0
+    skipped_in_a_row: Annotated[int, Field(ge=0)] = 0  # the last steps, for a gradient that was not finite
     awaits_validation: bool = False  # of this step, which comes after its checkpoint
     stream_state: dict[str, Any] | None = None  # where this process's stream stands, if there is one
 
@@ -106,6 +109,7 @@ class TrainState:
     optimizer: Any  # accelerate's wrapper
     schedule: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler | None
+    quiet_loss: QuietLoss
     progress: Progress = field(default_factory=Progress)
     timestep_errors: TimestepErrors | None = None  # with --timesteps_by_error
 
@@ -186,6 +190,7 @@ class TrainState:
             "optimizer": {name: value for name, value in optimizer.items() if not isinstance(value, torch.Tensor)},
             "schedule_step": self.schedule.last_epoch,
             "scaler": self.scaler.state_dict() if self.scaler else None,
+            "quiet_loss": self.quiet_loss.state_dict(),
             "averages": {
                 part.name: average.num_updates for part in self.parts.values() for average in part.averages.values()
             },
@@ -233,6 +238,8 @@ class TrainState:
             self.timestep_errors.load_state_dict(tensors[TIMESTEP_ERRORS])
         if self.scaler and values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
+        if values["quiet_loss"]:  # a checkpoint of an earlier version, or of another script, has none
+            self.quiet_loss.load_state_dict(values["quiet_loss"])
         self.progress = Progress(**values["progress"])
 
     def _optimizer_state(self) -> dict[str, Any]:

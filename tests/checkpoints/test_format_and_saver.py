@@ -443,7 +443,7 @@ def test_a_folder_that_becomes_read_only_in_the_middle_of_a_run(
     with pytest.raises(NotSaved, match=r"make room, and the same command starts over, for there is no checkpoint"):
         run(Recipe(**settings))
     assert "checkpoint-4 cannot be written ([Errno 13]" in caplog.text
-    assert caplog.text.count("The validation's pictures cannot be written") == 2
+    assert caplog.text.count("What a validation leaves cannot be written") == 2
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 4
 

@@ -61,11 +61,10 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
 
 
 def figures(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
+    """metrics.jsonl without what depends on the clock and on the process."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in ("images_per_second", "data_wait")} for line in lines
-    ]
+    left_out = ("images_per_second", "data_wait", "memory_gb")
+    return [{key: value for key, value in line.items() if key not in left_out} for line in lines]
 
 
 # ---------------------------------------------------------------------------------- the same command

@@ -30,7 +30,8 @@ def test_defect_27_torn_lines_of_the_metrics_do_not_block_a_resume(
     train(settings, resume_from_checkpoint="latest")
     assert caplog.text.count(f"{path}: dropped 8 torn or malformed lines: 2, 3, 4, 5, 6 and more") == 1
     assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2, 3, 4]
-    assert write_report(tmp_path / "run") == [f"loss curve      {tmp_path / 'run' / 'loss_curve.png'}"]
+    (curve,) = write_report(tmp_path / "run")
+    assert curve == f"loss curve      {tmp_path / 'run' / 'loss_curve.png'}"
 
 
 def test_defect_27_the_line_after_a_torn_one_is_not_lost(

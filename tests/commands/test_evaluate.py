@@ -139,7 +139,7 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(trained: Path, tmp_path: P
 def test_copies_of_the_training_pictures_are_found(trained: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Where the drawn pictures are training pictures, none is authentic, and each is shown beside its original."""
     from sd_recipes.commands import evaluate as command
-    from sd_recipes.evaluation.picture_scores import real_pictures
+    from sd_recipes.evaluation.real_pictures import real_pictures
 
     built: list[Any] = []
     draw = command.draw

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from training_runs import build
 
+from sd_recipes.commands.cache import fill_cache
 from sd_recipes.data.batches import Batch
+from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.trackers import read_metrics
 from sd_recipes.training.build import Run
 
@@ -80,3 +83,30 @@ def test_defect_19_a_bad_held_out_row_is_named_once_and_leaves_no_timesteps_out(
     assert told[0].startswith("1 of 8 held-out rows cannot be used and are left out of the held-out loss: row ")
     assert met.pop(0) == []
     assert np.bincount(np.concatenate(list(met.values())) // 125).tolist() == [7] * 8
+
+
+def test_errors_depend_neither_on_the_batch_nor_on_the_cache(settings: dict[str, Any], tmp_path: Path) -> None:
+    run = build(settings, **HELD_OUT)
+    together = errors(run)
+    assert len(together) == 2 * 64, "of held-out and of training rows"
+    run.validator.samples_at_once.number = 3
+    assert_alike(errors(run), together, 1e-6)
+    assert_alike(errors(build(settings, **HELD_OUT | {"train_batch_size": 1})), together, 1e-6)
+
+    cached = {**settings, "cache_latents": "disk", "center_crop": True, "latent_cache_dir": str(tmp_path / "cache")}
+    fill_cache(Recipe(**cached))
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    of_cache = build(settings, **HELD_OUT, train_data_dir=None, dataset_name=str(folder))
+    assert_alike(errors(of_cache), together, 1e-3)
+
+
+def errors(run: Run) -> pa.Table:
+    found = run.validator.errors()
+    assert found is not None
+    return found
+
+
+def assert_alike(one: pa.Table, other: pa.Table, rel: float) -> None:
+    for name in ("set", "row", "timestep"):
+        assert one[name].equals(other[name])
+    assert one["loss"].to_pylist() == pytest.approx(other["loss"].to_pylist(), rel=rel)

@@ -68,7 +68,7 @@ def test_a_console_without_letters_shows_help_and_mistakes(command: list[str]) -
 def test_a_notebook_is_not_started_again_but_told(settings: dict[str, Any]) -> None:
     code = "import sys, train_text_to_image as t; print('once'); t.main(sys.argv[1:])"
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, flags_of(settings | {"train_data_dir": "nowhere", "output_dir": "o"}))],
+        [sys.executable, "-c", code, *map(str, flags_of(settings | {"train_data_dir": "nowhere"}))],
         env=environment(**NO_UTF8), cwd=ROOT, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.stdout.count("once") == 1

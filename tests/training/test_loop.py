@@ -32,10 +32,11 @@ def are_all_finite(path: Path) -> bool:
 
 def test_defect_1_an_infinite_gradient_reaches_no_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
     """Though the loss is finite, and is logged at that very step."""
-    run = build_poisoned(settings, {3}, checkpointing_steps=1, use_ema=True)
+    run = build_poisoned(settings, {3}, checkpointing_steps=1, use_ema=True, max_skipped_steps=0)
     with pytest.raises(TrainingDiverged) as error:
         fit_from(run)
-    assert "the gradient's norm is nan at step 3, which is not applied: lower --learning_rate; " in str(error.value)
+    told = "the gradient's norm is nan at step 3, which is not applied: lower --learning_rate, or see to the rows in "
+    assert str(error.value).startswith(f"{told}{tmp_path / 'run' / 'incidents.jsonl'}; ")
     assert str(error.value).endswith("; the same command then resumes from checkpoint-2")
     found = find_checkpoint(tmp_path / "run", "latest")
     assert found is not None
@@ -44,7 +45,7 @@ def test_defect_1_an_infinite_gradient_reaches_no_checkpoint(settings: dict[str,
 
 
 def test_defect_1_nor_the_weights(settings: dict[str, Any]) -> None:
-    run = build_poisoned(settings, {2}, checkpointing_steps=100, logging_steps=100)
+    run = build_poisoned(settings, {2}, checkpointing_steps=100, logging_steps=100, max_skipped_steps=0)
     with pytest.raises(TrainingDiverged, match=r"has no checkpoint$"):
         fit_from(run)
     assert all(value.isfinite().all() for value in run.model.components.unet.parameters())
@@ -98,15 +99,15 @@ def test_defect_1_a_model_that_holds_nan_is_named(settings: dict[str, Any], part
 
 def assert_ended_on_both(settings: dict[str, Any], out: Path, **variables: str) -> None:
     """A run of two processes, of which the second has an infinite gradient at step 3."""
-    flags = flags_of(settings | {"output_dir": out, "checkpointing_steps": 2})
-    process = start(torchrun(2), *flags, script="tests/poisoned.py", POISONED_RANK="1", POISONED_STEP="3", **variables)
+    flags = flags_of(settings | {"output_dir": out, "checkpointing_steps": 2, "max_skipped_steps": 0})
+    process = start(torchrun(2), *flags, script="tests/poisoned.py", POISONED_RANK="1", POISONED_STEPS="3", **variables)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     told = {line for line in output.splitlines() if line.startswith("error: ")}
     assert len(told) == 1, output
     assert re.fullmatch(
-        r"error: the gradient's norm is (inf|nan) at step 3, which is not applied: lower --learning_rate; the same "
-        "command then resumes from checkpoint-2",
+        r"error: the gradient's norm is (inf|nan) at step 3, which is not applied: lower --learning_rate, or see to "
+        rf"the rows in {re.escape(str(out))}/incidents\.jsonl; the same command then resumes from checkpoint-2",
         told.pop(),
     )
     assert [path.name for path in list_checkpoints(out)] == ["checkpoint-2"]
