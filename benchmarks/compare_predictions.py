@@ -34,7 +34,7 @@ from sd_recipes.evaluation.diffusion_process import DiffusionProcess  # noqa: E4
 from sd_recipes.evaluation.figures import NUM_BINS  # noqa: E402
 from sd_recipes.evaluation.picture_scores import SCORES  # noqa: E402
 from sd_recipes.evaluation.timestep_sampling import TimestepSampling  # noqa: E402
-from sd_recipes.runtime.trackers import replace_file  # noqa: E402
+from sd_recipes.writing import replace_file  # noqa: E402
 
 TYPES = {"epsilon": "ε", "v_prediction": "v", "sample": "x₀", "score": "score"}
 LOSSES = {"epsilon": "loss of ε, and of the score", "v_prediction": "loss of v", "sample": "loss of x₀"}
@@ -136,7 +136,7 @@ def held_out_latents(pipeline: Any) -> tuple[Any, Any]:
     import torch
 
     from sd_recipes.data.rows import load_rows
-    from sd_recipes.evaluation.picture_scores import real_pictures
+    from sd_recipes.evaluation.real_pictures import real_pictures
     from sd_recipes.recipe import Recipe
 
     recipe = Recipe(
