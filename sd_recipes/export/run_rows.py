@@ -30,7 +30,7 @@ from sd_recipes.evaluation.watched_rows import HARDEST_ROWS, ROWS
 from sd_recipes.export.pages import UNREADABLE, picture_uri
 from sd_recipes.reading import open_regular
 from sd_recipes.runtime.trackers import VALIDATION
-from sd_recipes.training.row_losses import PRIOR, TRAINING_ROWS
+from sd_recipes.training.row_losses import TRAINING_ROWS, ratios_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def _hard_to_learn(folder: Path) -> Iterator[Ranking]:
     try:
         table = pq.read_table(path)
         rows, samples = table["row"].to_numpy(), table["samples"].to_numpy()
-        ratios = np.exp(table["log_ratio"].to_numpy() / (samples + PRIOR))
+        ratios = ratios_of(table["log_ratio"].to_numpy(), samples)
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         logger.warning("%s is not a table of losses (%s): the page does without.", path, one_line(error, 100))
         return

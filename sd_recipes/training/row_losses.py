@@ -23,6 +23,16 @@ METADATA = b"sd_recipes"
 PRIOR = 3  # samples like all others, with which every row begins: a row that was met once says little
 
 
+def ratios_of(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(N,) how hard rows are, from their sums of log ratios and their numbers of samples; 1 is like the others.
+
+    The geometric mean of a row's ratios over that of all samples, and of `PRIOR` ones. That of all is not 1: the
+    running mean lags behind losses that fall, and is an arithmetic one.
+    """
+    of_all = sums.sum() / max(counts.sum(), 1)
+    return np.exp((sums - counts * of_all) / (counts + PRIOR))
+
+
 class RowLosses:
     """For every row the sum of log(loss / running mean loss at its timestep), and of how many samples.
 
@@ -42,8 +52,8 @@ class RowLosses:
 
     @property
     def ratios(self) -> np.ndarray:
-        """(num_rows,): the geometric mean of a row's ratios and of `PRIOR` ones; 1 is like the others."""
-        return (self.sums / (self.counts + PRIOR)).exp().numpy()
+        """(num_rows,), as `ratios_of`."""
+        return ratios_of(self.sums.numpy(), self.counts.numpy())
 
     def hardest(self, number: int) -> list[int]:
         """The rows with the highest ratios, above 1, at most so many."""

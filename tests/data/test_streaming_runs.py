@@ -77,7 +77,7 @@ def breaks_now_and_then() -> Callable[[Request], Failure | None]:
     ("failures", "warned"),
     [
         pytest.param(lambda: outage(503, seconds=40, after=14), True, id="40 seconds of 503", marks=pytest.mark.slow),
-        pytest.param(breaks_now_and_then, False, id="dropped and cut short"),
+        pytest.param(breaks_now_and_then, False, id="dropped and cut short", marks=pytest.mark.slow),
         pytest.param(lambda: outage(502, seconds=120, after=14), True, id="two minutes of 502", marks=pytest.mark.slow),
     ],
 )

@@ -19,9 +19,6 @@ from sd_recipes.flags import load_recipe
 from sd_recipes.recipe import SAMPLERS_BY_NAME
 from sd_recipes.training.build import Run
 
-# diffusers 0.42 with NumPy 2
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
-
 PROMPTS = ["a disc", "a red disc", "disc number 3"]
 DRAWN = {"validation_prompts": PROMPTS, "validation_inference_steps": 3, "validation_steps": 4}
 

@@ -18,9 +18,6 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.model.samplers import check_it_draws, drawing_sampler
 from sd_recipes.recipe import OTHER_SAMPLER_NAMES, SAMPLERS_BY_NAME, sampler_class_name
 
-# diffusers 0.42 with NumPy 2
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
-
 SCHEDULE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # Where Stable Diffusion's own configuration of PNDM is silent, classes have defaults of their own.
 BARE = {"_class_name": "PNDMScheduler", **SCHEDULE, "skip_prk_steps": True, "steps_offset": 1}

@@ -27,7 +27,6 @@ from sd_recipes.export.pipeline import export_pipeline
 CLIPS = {DDIMScheduler: {"clip_sample": False}, DDPMScheduler: {"clip_sample": False}}  # where there is a clip
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers 0.42 with NumPy 2
 @pytest.mark.parametrize(
     "sampler", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, PNDMScheduler]
 )

@@ -356,6 +356,7 @@ def test_defect_13_devices_wait_minutes_for_each_other_and_the_host_hours(
     assert streamed == default + timedelta(minutes=30)
 
 
+@pytest.mark.slow
 def test_defect_13_what_one_process_does_alone_may_take_longer_than_devices_wait(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

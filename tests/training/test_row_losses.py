@@ -18,7 +18,8 @@ from sd_recipes.training.row_losses import PRIOR, TRAINING_ROWS, RowLosses
 def test_ratios_are_geometric_means_that_few_samples_pull_to_one() -> None:
     losses = RowLosses(4)
     losses.add(torch.tensor([0, 0, 1, 3]), torch.tensor([2.0, 8.0, 0.5, float("nan")], dtype=torch.float64))
-    expected = np.exp(np.array([np.log(16) / (2 + PRIOR), np.log(0.5) / (1 + PRIOR), 0, 0]))
+    of_all = np.log(8) / 3
+    expected = np.exp([(np.log(16) - 2 * of_all) / (2 + PRIOR), (np.log(0.5) - of_all) / (1 + PRIOR), 0, 0])
     assert losses.ratios == pytest.approx(expected)
     assert losses.counts.tolist() == [2, 1, 0, 0], "what is not finite does not count"
     assert losses.hardest(3) == [0], "those above their like only"
