@@ -149,17 +149,13 @@ def find_target(name: str, weights: str) -> Target:
             raise RecipeError(f"{name} holds no weights: evaluate the run, or one of its checkpoints")
         return Target(name, path.resolve().parent, kept[-1])
     if path.is_dir() and holds_run(path):
-        checkpoints = list_checkpoints(path)
-        is_behind = bool(checkpoints) and (
-            weights == "raw" or checkpoints[-1].stat().st_mtime > (path / "model_index.json").stat().st_mtime
-            if (path / "model_index.json").is_file()
-            else True
-        )
-        if (path / "model_index.json").is_file() and not is_behind:
-            return Target(name, path)
-        if not checkpoints:
+        pipeline, newest = path / "model_index.json", next(reversed(list_checkpoints(path)), None)
+        if newest is None and not pipeline.is_file():
             raise RecipeError(f"{name} is a run without a checkpoint or a pipeline so far: train on, and evaluate then")
-        return Target(f"{name} ({checkpoints[-1].name})", path, checkpoints[-1])
+        has_moved_on = newest is not None and pipeline.is_file() and newest.stat().st_mtime > pipeline.stat().st_mtime
+        if newest is None or (pipeline.is_file() and weights != "raw" and not has_moved_on):
+            return Target(name, path)
+        return Target(f"{name} ({newest.name})", path, newest)
     if path.is_dir() and not (path / "model_index.json").is_file() and name not in assets.ASSETS:
         raise RecipeError(
             f"{name} is neither a run of this program, nor a checkpoint of one, nor a pipeline: give the --output_dir "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from tiny_models import build_image_folder, build_tiny_pipeline
 
-from sd_recipes.commands.evaluate import evaluate
+from sd_recipes.commands.evaluate import Target, evaluate, find_target
 from sd_recipes.commands.evaluate_settings import read_settings
 from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
@@ -179,3 +180,14 @@ def test_copies_of_the_training_pictures_are_found(trained: Path, tmp_path: Path
     assert found["scores"]["authpct"]["value"] == 0
     assert (tmp_path / "out" / "evaluation.html").read_text().count('class="copy"') == 6
     assert isinstance(built[0].model.components.unet, torch.nn.Module)
+
+
+def test_a_run_is_its_pipeline_unless_it_has_gone_on(trained: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(trained / "run", tmp_path / "run")
+    pipeline = (run_dir / "model_index.json").stat().st_mtime
+    newest = run_dir / "checkpoint-6"
+    os.utime(newest, (pipeline - 1, pipeline - 1))
+    assert find_target(str(run_dir), "evaluated") == Target(str(run_dir), run_dir)
+    assert find_target(str(run_dir), "raw").weights == newest, "a pipeline has no raw weights"
+    os.utime(newest, (pipeline + 1, pipeline + 1))
+    assert find_target(str(run_dir), "evaluated") == Target(f"{run_dir} (checkpoint-6)", run_dir, newest)
