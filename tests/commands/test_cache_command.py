@@ -72,6 +72,7 @@ def test_two_processes_fill_it_together(tiny_pipeline: Path, image_folder: Path,
     assert cached_captions(tmp_path / "out") == sorted(f"disc number {number}" for number in range(8))
 
 
+@pytest.mark.slow
 def test_it_is_pushed_to_the_hub_and_trained_on_from_there(
     tiny_pipeline: Path, image_folder: Path, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_a_damaged_local_shard_is_no_outage(settings: dict[str, Any], tmp_path: 
     assert "shard 0 at row" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_bad_rows_of_two_processes_are_counted_once(settings: dict[str, Any], tmp_path: Path) -> None:
     """Over epochs both meet all of them; every one is told by the process that met it."""
     folder = build_image_folder(tmp_path / "pictures")

@@ -99,6 +99,7 @@ def test_a_stream_with_failures_trains_to_the_same_weights(
     assert_same(tmp_path / "local", tmp_path / "streamed")
 
 
+@pytest.mark.slow
 def test_a_file_at_a_web_address_is_streamed_through_its_failures(
     flags: list[object], image_folder: Path, tmp_path: Path
 ) -> None:
