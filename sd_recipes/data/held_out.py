@@ -12,7 +12,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -94,12 +94,7 @@ def is_held_out(identity: bytes, share: float) -> bool:
 
 def identities(rows: datasets.Dataset, image_column: str) -> list[bytes]:
     """The identity of every row."""
-    with ThreadPoolExecutor() as readers, _bar(len(rows), "Telling rows apart") as bar:
-        found = []
-        for part in readers.map(lambda images: list(map(identity, images.to_pylist())), _images(rows, image_column)):
-            found += part
-            bar.update(len(part))
-    return found
+    return _of_images(rows, image_column, lambda images: list(map(identity, images.to_pylist())), "Telling rows apart")
 
 
 def sizes(rows: datasets.Dataset, image_column: str) -> list[int]:
@@ -112,9 +107,17 @@ def sizes(rows: datasets.Dataset, image_column: str) -> list[int]:
         paths = pc.struct_field(images, "path").to_pylist()
         return [_file_size(path) if length is None else length for length, path in zip(lengths, paths, strict=True)]
 
-    with ThreadPoolExecutor() as readers, _bar(len(rows), "Comparing with held-out rows") as bar:
-        found = []
-        for part in readers.map(of, _images(rows, image_column)):
+    return _of_images(rows, image_column, of, "Comparing with held-out rows")
+
+
+def _of_images(
+    rows: datasets.Dataset, image_column: str, function: Callable[[pa.Array], list[Any]], what: str
+) -> list[Any]:
+    """What `function` gives for the images of each chunk of rows, one after the other; `what` names the bar."""
+    bar = tqdm(total=len(rows), desc=what, unit="row", leave=False, disable=len(rows) < 2000)
+    found: list[Any] = []
+    with ThreadPoolExecutor() as readers, bar:
+        for part in readers.map(function, _images(rows, image_column)):
             found += part
             bar.update(len(part))
     return found
@@ -133,10 +136,6 @@ def _file_size(path: str | None) -> int:
         return os.stat(path or "").st_size
     except OSError:
         return -1
-
-
-def _bar(number: int, what: str) -> tqdm:
-    return tqdm(total=number, desc=what, unit="row", leave=False, disable=number < 2000)
 
 
 # ------------------------------------------------------------------------------------------ dividing rows

@@ -25,10 +25,11 @@ def figures_of(table: pa.Table, before: pa.Table, num_train_timesteps: int) -> d
     validation_loss, train_subset_loss    mean squared error of the held-out rows, and of as many training rows
     validation_gap                        the former less the latter
     …_loss_bin_0 … _9                     the same in ten equal bins of the timesteps, from the least noise on
-    …_excess_bin_0 … _9                   that over its value `before`, a table of step 0: below 1 is learned
+    …_excess_bin_0 … _9                   that over its value `before`: below 1 is learned since then
     raw_…                                 likewise of the weights that are not averaged, where there is an average
 
-    A set without usable rows has no figures; a bin without samples neither.
+    `before` is the table of a run's first validation, of step 0 if there is one; in an evaluation that of the first
+    model. A set without usable rows has no figures; a bin without samples neither.
     """
     labels = set(table["weights"].to_pylist())
     figures: dict[str, float] = {}

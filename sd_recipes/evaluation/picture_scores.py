@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,8 +16,6 @@ from sd_recipes.evaluation.feature_scores import (
     precision_recall,
 )
 from sd_recipes.evaluation.neighbours import nearest
-
-logger = logging.getLogger(__name__)
 
 # Names in evaluation.json, and what people call them.
 SCORES = {
