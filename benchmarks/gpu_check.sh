@@ -12,7 +12,7 @@ BUDGET=${BUDGET:-480}
 SHAPE=${SHAPE:-sd15}
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
-export PYTHONPATH=$PWD HF_HUB_OFFLINE=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 failed=0
 
 "$PYTHON" - <<'PY' || exit 2
@@ -50,7 +50,10 @@ name, work = sys.argv[1], pathlib.Path(sys.argv[2])
 last = [json.loads(line) for line in (work / "out/metrics.jsonl").read_text().splitlines() if "train_loss" in line][-1]
 peak = json.loads((work / "peak.json").read_text())
 assert math.isfinite(last["train_loss"])
-print(f"{name:<34} {last['images_per_second']:8.1f} images/s {peak / 2**30:8.2f} GiB   loss {last['train_loss']:.4f}")
+print(
+    f"{name:<34} {last['images_per_second']:8.1f} images/s {last['memory_gb'] / 1.073741824:8.2f} GiB allocated "
+    f"{peak / 2**30:8.2f} reserved   loss {last['train_loss']:.4f}"
+)
 PY
         if [ -n "${THEN:-}" ] && ! "$PYTHON" -m sd_recipes.commands.cli $THEN >"$WORK/log" 2>&1; then
             printf '%-34s FAILED: %s\n' "$name, ${THEN%% *}" "$(tail -n 1 "$WORK/log")"
