@@ -45,7 +45,8 @@ from sd_recipes.evaluation.sample_errors import write_table
 from sd_recipes.export.evaluation_page import Evaluated, figure_rows, write_evaluation_page
 from sd_recipes.export.run_page import write_run_page
 from sd_recipes.flags import build_recipe
-from sd_recipes.recipe import ModelConfig, Recipe
+from sd_recipes.model.lora import LORA_FILE
+from sd_recipes.recipe import LoraConfig, ModelConfig, Recipe, TextEncoderConfig
 from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.agreement import all_gather
@@ -69,15 +70,18 @@ ONE_BY_ONE: dict[str, Any] = {
     "optimizer": "adamw", "use_8bit_adam": False, "learned_uncertainty": False, "timesteps_by_error": False,
     "lr_scheduler": "constant",
 }  # fmt: skip
+NO_LORA = {name: field.default for name, field in LoraConfig.model_fields.items()}
 # Of the model that a run began with, which a pipeline has instead.
 OF_THE_BASE = {
     "train_from_scratch": False, "unet_config": None, "prediction_type": None, "rescale_betas_zero_snr": False,
     "non_ema_revision": None, "revision": None, "variant": None, "vae": None, "base": None,
+    **NO_LORA, **{name: field.default for name, field in TextEncoderConfig.model_fields.items()},
 }  # fmt: skip
-
-
 # Of a run, what its weights need: the model that they are part of, and what it predicts.
-OF_A_MODEL = (*ModelConfig.model_fields, "prediction_type", "rescale_betas_zero_snr")
+OF_A_MODEL = (
+    *ModelConfig.model_fields, *LoraConfig.model_fields, *TextEncoderConfig.model_fields, "prediction_type",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,9 @@ def evaluate(config: Evaluation) -> None:
 
 
 def find_target(name: str, weights: str) -> Target:
-    """What a name stands for; a run for its pipeline, or for its newest checkpoint if that is not as far, or for `raw`.
+    """What a name stands for; a run for its pipeline or LoRA, or for its newest checkpoint if they are not as far.
 
-    Raises RecipeError for a path where there is nothing to evaluate.
+    For that one also if the weights are `raw`. Raises RecipeError for a path where there is nothing to evaluate.
     """
     path = Path(name).expanduser()
     looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
@@ -149,11 +153,11 @@ def find_target(name: str, weights: str) -> Target:
             raise RecipeError(f"{name} holds no weights: evaluate the run, or one of its checkpoints")
         return Target(name, path.resolve().parent, kept[-1])
     if path.is_dir() and holds_run(path):
-        pipeline, newest = path / "model_index.json", next(reversed(list_checkpoints(path)), None)
-        if newest is None and not pipeline.is_file():
+        product, newest = product_of(path), next(reversed(list_checkpoints(path)), None)
+        if newest is None and not product.is_file():
             raise RecipeError(f"{name} is a run without a checkpoint or a pipeline so far: train on, and evaluate then")
-        has_moved_on = newest is not None and pipeline.is_file() and newest.stat().st_mtime > pipeline.stat().st_mtime
-        if newest is None or (pipeline.is_file() and weights != "raw" and not has_moved_on):
+        has_moved_on = newest is not None and product.is_file() and newest.stat().st_mtime > product.stat().st_mtime
+        if newest is None or (product.is_file() and weights != "raw" and not has_moved_on):
             return Target(name, path)
         return Target(f"{name} ({newest.name})", path, newest)
     if path.is_dir() and not (path / "model_index.json").is_file() and name not in assets.ASSETS:
@@ -164,6 +168,13 @@ def find_target(name: str, weights: str) -> Target:
     return Target(name, None)
 
 
+def product_of(run: Path) -> Path:
+    """The file by which a run's pipeline or LoRA is loaded. Raises RecipeError."""
+    settings = settings_of(run, {})
+    is_lora = settings.get("lora_rank") or settings.get("lora_weights")
+    return run / (LORA_FILE if is_lora else "model_index.json")
+
+
 def recipe_of(target: Target, targets: list[Target], config: Evaluation) -> Recipe:
     """A recipe that puts a target together, with the data and settings of the first run. Raises RecipeError.
 
@@ -171,11 +182,15 @@ def recipe_of(target: Target, targets: list[Target], config: Evaluation) -> Reci
     """
     changes = {**ONE_BY_ONE, **config.given}
     first_run = next((each.run for each in targets if each.run), None)
-    if target.weights is None:
+    lora = product_of(target.run) if target.run and target.weights is None else None
+    is_lora = lora is not None and lora.name == LORA_FILE
+    if target.weights is None and not is_lora:
         model = str(target.run) if target.run else target.name
         changes = {**OF_THE_BASE, **changes, "pretrained_model_name_or_path": model}
-    elif target.run and target.run != first_run:
+    elif target.run and (target.run != first_run or is_lora):
         own = settings_of(target.run, {})
+        if is_lora:  # which says by itself what it is
+            own |= {**NO_LORA, "lora_weights": str(lora), "lora_text_encoder": own["lora_text_encoder"]}
         changes = {**{name: own[name] for name in OF_A_MODEL if name in own}, **changes}
     recipe = settings_of(first_run, changes) if first_run else {"seed": 0, **NOT_TRAINED, **changes}
     recipe |= {name: NOT_TRAINED[name] for name in ("dry_run", "validation_prompts", "validation_pictures")}

@@ -1,4 +1,4 @@
-"""Write components to the folder of a pipeline."""
+"""Write what was trained: a pipeline, or a LoRA."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from sd_recipes.export.lora import export_lora
 from sd_recipes.model.components import Components
 from sd_recipes.model.family import Family
+from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import shown
+
+
+def export_trained(family: Family, components: Components, recipe: Recipe, output_dir: Path) -> None:
+    """Write what a run by that recipe leaves: the file of a LoRA, or else a whole pipeline. Raises as they do."""
+    if recipe.trains_lora:
+        export_lora(family, components, recipe, output_dir)
+    else:
+        export_pipeline(family, components, output_dir)
 
 
 def export_pipeline(family: Family, components: Components, output_dir: Path) -> None:

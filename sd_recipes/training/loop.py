@@ -28,6 +28,7 @@ from sd_recipes.runtime.fsdp import full_tensor
 from sd_recipes.runtime.memory import peak_memory_gb
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.training.build import UNCERTAINTY, Model, Run
+from sd_recipes.training.dropout import seed_dropout
 from sd_recipes.training.finite import TrainingDiverged, has_finite_weights, is_not_finite
 from sd_recipes.training.meter import Meter
 from sd_recipes.training.state import TrainState
@@ -145,6 +146,8 @@ def backward(
     num_usable = begin_sum(sum(int(batch.weights.count_nonzero()) for batch in micro_batches))
     total = torch.zeros((), device=accelerator.device)
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    if model.dropout_seed is not None:
+        seed_dropout(model.dropout_seed, micro_batches[0].plan.samples_seen, accelerator.process_index)
     for batch in micro_batches:
         states = model.encode_text(batch.input_ids)
         batch = batch.to(accelerator.device)
