@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,8 @@ def export_lora(family: Family, components: Components, recipe: Recipe, output_d
     for model in ("unet", *family.text_models):
         module = getattr(components, model)
         if lora_layers(module):
-            # CLIP's layers by the name that all versions of diffusers, and other tools, know.
-            prefix = model if model == "unet" else f"{model}.text_model"
             tensors |= {
-                f"{prefix}.{name}": tensor.float().cpu().contiguous() for name, tensor in lora_tensors(module).items()
+                name: tensor.float().cpu().contiguous() for name, tensor in _named(model, lora_tensors(module)).items()
             }
             config |= {f"{model}.{name}": value for name, value in lora_config(module).items()}
     metadata = {
@@ -49,3 +49,21 @@ def export_lora(family: Family, components: Components, recipe: Recipe, output_d
     with replacing(path) as beside:
         save_file(tensors, beside, metadata)
     return path
+
+
+def _named(model: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under the names that diffusers reads: peft's, with the model in front.
+
+    CLIP's layers are named as all versions of diffusers, and other tools, know them, and DoRA's lengths as
+    transformers (5.23) does. If none of its attention is changed, diffusers (0.42) understands only its own earlier
+    names of the two matrices.
+    """
+    if model == "unet":
+        return {f"{model}.{name}": tensor for name, tensor in tensors.items()}
+    others = {".lora_magnitude_vector": ".lora_magnitude_vector.weight"}
+    if not any("self_attn" in name for name in tensors):
+        others |= {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lora_linear_layer.up."}
+    return {
+        reduce(lambda text, names: text.replace(*names), others.items(), f"{model}.text_model.{name}"): tensor
+        for name, tensor in tensors.items()
+    }

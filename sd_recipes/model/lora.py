@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import StateDictType
 from peft import LoraConfig as PeftConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -40,7 +42,7 @@ BLOCKS = {"unet": ("down_blocks.", "mid_block.", "up_blocks."), "text_encoder": 
 # Names of tensors by earlier versions of diffusers to peft's.
 TO_PEFT: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
     "unet": convert_unet_state_dict_to_peft,
-    "text_encoder": lambda state: convert_state_dict_to_peft(convert_state_dict_to_diffusers(state)),
+    "text_encoder": partial(convert_state_dict_to_peft, original_type=StateDictType.DIFFUSERS_OLD),
 }
 # The settings of peft's configuration that say what a LoRA is.
 OF_A_CONFIG = ("target_modules", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_dora", "use_rslora")
@@ -232,7 +234,8 @@ def _read(recipe: Recipe, place: str) -> dict[str, tuple[dict[str, torch.Tensor]
                 "the model that is trained"
             )
         (new,) = TO_PEFT[model]({name: tensor})
-        new = new.removeprefix("text_model.")  # by which earlier versions of transformers named CLIP's layers
+        # By which earlier versions of transformers named CLIP's layers, and later ones DoRA's lengths.
+        new = new.removeprefix("text_model.").replace("_vector.weight", "_vector")
         changes.setdefault(model, {})[new] = tensor
         alpha = (alphas or {}).get(f"{old.partition('.lora.')[0]}.alpha")
         if alpha is not None:

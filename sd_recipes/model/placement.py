@@ -11,6 +11,7 @@ import torch
 
 from sd_recipes.model.components import Components
 from sd_recipes.model.family import Family
+from sd_recipes.model.lora import lora_layers
 from sd_recipes.recipe import MemoryConfig
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ def move_models(
         model.to(device)
     if not contiguous_unet:
         apply_memory_format(unet, config, device, dtype)
+        for layer in lora_layers(unet).values():  # whose changes DoRA takes for matrices, by `view`
+            layer.lora_A.to(memory_format=torch.contiguous_format)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         for text_model in trained_text_models(family, components):
