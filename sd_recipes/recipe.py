@@ -818,14 +818,14 @@ class Recipe(
                 raise ValueError(
                     f"{_as_flag(name, value)} is not read without --lora_rank: add --lora_rank 8, or drop it"
                 )
-        if self.lora_weights:
+        if self.lora_weights is not None:
             for name in ("lora_targets", "lora_use_dora"):
                 if value := getattr(self, name):
                     raise ValueError(
                         f"{_as_flag(name, value)} contradicts --lora_weights, which says so by itself: drop it"
                     )
         if self.trains_lora and self.train_from_scratch:
-            flag = "--lora_weights" if self.lora_weights else "--lora_rank"
+            flag = "--lora_rank" if self.lora_weights is None else "--lora_weights"
             raise ValueError(
                 f"{flag} changes a trained UNet, and --train_from_scratch has none: drop --train_from_scratch, or "
                 f"train the UNet whole, without {flag}"

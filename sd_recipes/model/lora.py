@@ -58,7 +58,7 @@ def add_lora(recipe: Recipe, components: Components) -> None:
     modules: dict[str, torch.nn.Module] = {name: getattr(components, name) for name in names}
     for module in modules.values():
         module.requires_grad_(False)
-    if recipe.lora_weights:
+    if recipe.lora_weights is not None:
         _load(recipe, modules)
     else:
         _add_new(recipe, modules)
@@ -126,9 +126,10 @@ def choose_layers(targets: Iterable[str], layers: Mapping[str, Iterable[str]]) -
         found = {model: _matching(target, model, names) for model, names in layers.items()}
         if not any(found.values()):
             parts = {part for names in layers.values() for name in names for part in _parts(name)}
+            near = nearest(target, {"attention", "all", *parts}) or f" (there are {_some(parts)})"
             raise RecipeError(
-                f"--lora_targets {target} is in the name of no layer of the {_in_words(layers)}"
-                f"{nearest(target, parts) or f' (there are {_some(parts)})'}: use attention, all, or names of layers"
+                f"--lora_targets {target} is in the name of no layer of the {_in_words(layers)}{near}: use attention, "
+                "all, or names of layers"
             )
         for model, names in found.items():
             chosen[model] |= names
@@ -203,7 +204,7 @@ def _load(recipe: Recipe, modules: Mapping[str, torch.nn.Module]) -> None:
             )
             own = lora_tensors(module)
             if different := sorted(own.keys() ^ tensors.keys()):
-                raise ValueError(f"its metadata do not describe {different[0]}")
+                raise ValueError(f"{different[0]} is missing, or not what its metadata say")
             for name, tensor in own.items():  # without a copy: they are the parameters' own memory
                 tensor.copy_(tensors[name])
         # peft checks neither metadata nor shapes, and raises what its layers meet.
@@ -215,7 +216,7 @@ def _read(recipe: Recipe, place: str) -> dict[str, tuple[dict[str, torch.Tensor]
     """The changes in a file by model: tensors by peft's names, and peft's configuration. Raises RecipeError."""
     weights = _open(recipe, place)
     try:
-        header = json.loads(weights.metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        header = dict(json.loads(weights.metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")))
         tensors = {name: weights.read(name).float() for name in weights.shapes}
         state, alphas = StableDiffusionPipeline.lora_state_dict(tensors)
     # Whatever diffusers' converters meet in names that they do not know.
@@ -224,6 +225,8 @@ def _read(recipe: Recipe, place: str) -> dict[str, tuple[dict[str, torch.Tensor]
             f"{place} is not a LoRA of Stable Diffusion in diffusers' or kohya's keys ({one_line(error, 120)}): choose "
             "another, or convert it first"
         ) from error
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise RecipeError(f"{place} holds numbers that are not finite, in {broken[0]}: choose another copy")
     changes: dict[str, dict[str, torch.Tensor]] = {}
     of_layer: dict[str, dict[str, float]] = {}
     for old, tensor in state.items():
@@ -251,7 +254,7 @@ def _open(recipe: Recipe, place: str) -> Weights:
     if path.is_dir():
         path = path / LORA_FILE
     if not path.exists():
-        raise RecipeError(f"{place}: there is no {path}: give a .safetensors file, or a folder with that name in it")
+        raise RecipeError(f"{place}: there is no {path}: give a LoRA's .safetensors file, or the folder of {LORA_FILE}")
     try:
         weights = open_weights(path, place, allow_pickle=recipe.allow_pickle_weights)
     except PickledWeights as error:

@@ -46,8 +46,9 @@ def move_models(
         model.to(device)
     if not contiguous_unet:
         apply_memory_format(unet, config, device, dtype)
-        for layer in lora_layers(unet).values():  # whose changes DoRA takes for matrices, by `view`
-            layer.lora_A.to(memory_format=torch.contiguous_format)
+        for layer in lora_layers(unet).values():
+            for parameter in layer.lora_A.parameters():  # of a convolution: DoRA views it as a matrix
+                parameter.data = parameter.data.contiguous()
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         for text_model in trained_text_models(family, components):
