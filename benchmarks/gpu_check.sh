@@ -78,6 +78,11 @@ train "bf16, EMA offloaded"         --mixed_precision bf16 --use_ema --offload_e
 train "bf16, channels_last never"   --mixed_precision bf16 --channels_last never
 train "bf16, compiled UNet"         --mixed_precision bf16 --compile_unet
 train "bf16, score prediction"      --mixed_precision bf16 --prediction_type score
+train "bf16, text encoder too"      --mixed_precision bf16 --train_text_encoder --text_encoder_learning_rate 1e-6
+train "bf16, LoRA of rank 8"        --mixed_precision bf16 --lora_rank 8 --learning_rate 1e-4
+train "fp16, LoRA, text encoder"    --mixed_precision fp16 --lora_rank 8 --lora_text_encoder --learning_rate 1e-4 \
+    --gradient_checkpointing
+train "bf16, DoRA of all layers"    --mixed_precision bf16 --lora_rank 4 --lora_targets all --lora_use_dora
 THEN="evaluate $WORK/out --num_pictures 4 --feature_model sd-recipes/tiny-clip --validation_inference_steps 4" \
 train "bf16, EMA, held-out rows"    --mixed_precision bf16 --use_ema --validation_split 0.25 --validation_steps 10 \
     --validation_samples 32 --validation_pictures 2 --validation_inference_steps 4 --export best
