@@ -137,7 +137,7 @@ def heading(section: type[Section]) -> tuple[str, str]:
 class RunConfig(Section):
     """Run and output: the recipe, the output folder, seed, precision and device."""
 
-    config: str | None = setting(None, "free", "A YAML recipe: a path, or the name of a shipped one (quickstart).")
+    config: str | None = setting(None, "free", "A YAML recipe: a path, or the name of a shipped one (quickstart, quickstart_lora).")
     dry_run: bool = setting(False, "free", "Print the resolved recipe and a summary of the run, then exit.")
     output_dir: str = setting(
         "sd-model-finetuned",

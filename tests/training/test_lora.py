@@ -15,7 +15,6 @@ from launching import finish, flags_of, start, torchrun
 from outside import draw, draw_as_validation, exported, loss_of_pictures
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_fsdp import fsdp  # noqa: F401 - a fixture
 from training_runs import Run, assert_equal, build, forget_accelerator, losses, train
 
 from sd_recipes.assets import CONFIGURATIONS
@@ -227,7 +226,7 @@ def test_numbers_that_are_not_finite_are_the_files_fault(settings: dict[str, Any
     save_file(
         {f"{PEFT}.lora_A.weight": torch.full((4, 64), torch.nan), f"{PEFT}.lora_B.weight": torch.ones(64, 4)}, path
     )
-    with pytest.raises(RecipeError, match="holds numbers that are not finite, in unet.down_blocks"):
+    with pytest.raises(RecipeError, match="holds numbers that are not finite, in unet"):
         build(settings, lora_weights=str(path))
 
 
@@ -243,17 +242,13 @@ def test_a_given_rank_that_is_not_the_files_is_refused(settings: dict[str, Any],
 @pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"lora_rank": 4, "lora_alpha": 1}, {}])
 def test_another_lora_does_not_go_on_from_a_checkpoint(settings: dict[str, Any], changes: dict[str, Any]) -> None:
     train(settings, lora_rank=4, max_train_steps=1)
-    with pytest.raises(RecipeError, match="differs from that of|is of one that trains unet_lora"):
+    with pytest.raises(RecipeError, match=r"differs from that of|is of one that trains unet_lora"):
         train(settings, resume_from_checkpoint="latest", **changes)
 
 
-def test_it_is_not_sharded(
-    settings: dict[str, Any],
-    fsdp: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
-) -> None:
-    for name, value in fsdp.items():
-        monkeypatch.setenv(name, value)
+def test_it_is_not_sharded(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     forget_accelerator()
     with pytest.raises(RecipeError, match=r"a LoRA is megabytes: train it with accelerate_configs/multi_gpu.yaml"):
         start_accelerator(Recipe(**settings, lora_rank=4))
