@@ -428,10 +428,13 @@ def batch_in_words(run: Run) -> str:
     """A global batch as what it consists of."""
     recipe, global_batch_size, num_processes = run.recipe, run.data.global_batch_size, run.accelerator.num_processes
     size, accumulated = recipe.train_batch_size, recipe.gradient_accumulation_steps
+    at_once = f", {recipe.images_at_once} at once" if recipe.images_at_once < size else ""
     if size * accumulated * num_processes != global_batch_size:  # the run began on another number
         accumulated = micro_batches_of_step(recipe, global_batch_size, num_processes)
-        return f"{global_batch_size}, kept, on {num_processes} processes: at most {size} x {accumulated} on each"
-    return f"{global_batch_size} = {size} per device x {accumulated} accumulated x {num_processes} processes"
+        return (
+            f"{global_batch_size}, kept, on {num_processes} processes: at most {size} x {accumulated} on each{at_once}"
+        )
+    return f"{global_batch_size} = {size} per device x {accumulated} accumulated x {num_processes} processes{at_once}"
 
 
 def micro_batches_of_step(recipe: Recipe, global_batch_size: int, num_processes: int) -> int:

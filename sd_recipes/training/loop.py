@@ -72,7 +72,8 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
             # Gradients of the whole step, however it is split into micro-batches
             for batch in micro_batches:
                 run.data.bad_rows.add(batch.bad, progress.samples_seen)
-            loss, usable = backward(micro_batches, run.model, run.store, accelerator)
+            parts = [part for batch in micro_batches for part in batch.in_parts_of(recipe.images_at_once)]
+            loss, usable = backward(parts, run.model, run.store, accelerator)
 
             # Update: weights, schedule, averages
             meter.grad_norm = update(state, accelerator, recipe.max_grad_norm, usable)
