@@ -18,10 +18,12 @@ def export_pipeline(
 ) -> None:
     """Write a folder that the family's pipeline class loads with `from_pretrained`, in safetensors, all in one type.
 
-    Since diffusers loads its parts in float32 and transformers in the type they were saved in. The components keep that
-    type, if it is not their own.
+    Since diffusers loads its parts in float32 and transformers in the type they were saved in. The components are
+    in that type afterwards.
     """
-    pipeline = family.build_pipeline(replace(components, **components.as_loaded)).to(dtype)
+    pipeline = family.build_pipeline(replace(components, **components.as_loaded))
+    if dtype != torch.float32:
+        pipeline.to(dtype)
     pipeline.save_pretrained(output_dir, safe_serialization=True)
     for pattern in ("model_index.json", *(f"{name}/*.json" for name in family.folders)):
         for path in output_dir.glob(pattern):

@@ -46,17 +46,24 @@ def model_spec(
 
 
 def cast(tensors: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
-    """In `dtype`, but for whole numbers. Raises RecipeError for values that fp16 cannot hold."""
-    wanted = DTYPES[dtype]
-    values = {}
-    for name, value in tqdm(tensors.items(), desc=f"To {dtype}", unit="tensor", leave=False):
-        values[name] = value.to(wanted).contiguous() if value.is_floating_point() else value.contiguous()
-        if wanted == torch.float16 and value.is_floating_point() and not values[name].isfinite().all():
-            largest = float(value.abs().max())
+    """In `dtype`, but for whole numbers. Raises RecipeError as `check_range`."""
+    check_range(tensors, dtype)
+    return {
+        name: (value.to(DTYPES[dtype]) if value.is_floating_point() else value).contiguous()
+        for name, value in tqdm(tensors.items(), desc=f"To {dtype}", unit="tensor", leave=False)
+    }
+
+
+def check_range(tensors: Mapping[str, torch.Tensor], dtype: str) -> None:
+    """Raises RecipeError for values that the type cannot hold, which would draw nothing but black."""
+    if dtype != "fp16":
+        return
+    highest = torch.finfo(torch.float16).max
+    for name, value in tensors.items():
+        if value.is_floating_point() and value.numel() and (largest := float(value.abs().max())) > highest:
             raise RecipeError(
-                f"--dtype fp16 holds values up to 65504, and {name} has {largest:.3g}: use --dtype bf16 or fp32"
+                f"--dtype fp16 holds values up to {highest:.0f}, and {name} has {largest:.3g}: use --dtype bf16 or fp32"
             )
-    return values
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:

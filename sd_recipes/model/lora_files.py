@@ -245,7 +245,9 @@ def diffusers_tensors(lora: Lora) -> dict[str, torch.Tensor]:
             if layer.magnitude is not None:
                 is_convolution = layer.down.ndim > 2
                 shape = (1, -1, *[1] * (layer.down.ndim - 2)) if is_convolution else (-1,)
-                tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
+                # As transformers (5.23) and peft (0.21) look for it.
+                ending = ".weight" if part == "text_encoder" else ""
+                tensors[f"{name}.lora_magnitude_vector{ending}"] = layer.magnitude.reshape(shape)
     return tensors
 
 
