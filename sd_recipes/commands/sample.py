@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sd_recipes.commands.of_run import LoadedModel, find_target, load_model, open_lora, settings_of
+from sd_recipes.commands.of_run import EXPORTED, LoadedModel, find_target, load_model, open_lora, settings_of
 from sd_recipes.commands.sample_settings import SIZE, Sampling, read_prompts
 from sd_recipes.data.held_out import choose
 from sd_recipes.data.training_data import load_training_data
@@ -51,6 +51,8 @@ def sample(config: Sampling) -> None:
     output_dir = Path(config.output_dir).expanduser()
     check_is_free(output_dir, config)
     device = device_of(config)
+    for name in config.models:  # before the first one is drawn with
+        find_target(name, config.weights or "evaluated", EXPORTED)
     hide_library_bars()
     prompts = [prompt for prompt in prompts_of(config) for _ in range(config.num_images)]
     columns: list[list[Image.Image]] = []

@@ -105,9 +105,7 @@ def read_settings(argv: list[str]) -> Sampling:
 
 def _check(config: Sampling) -> None:
     if (config.pretrained_model_name_or_path is None) == (config.compare is None):
-        raise RecipeError(
-            "name what to draw with: one model with --pretrained_model_name_or_path, or some with --compare"
-        )
+        raise RecipeError("name what to draw with: --pretrained_model_name_or_path MODEL, or --compare A B ...")
     given = [name for name in ("prompts", "prompt_file", "captions") if getattr(config, name) is not None]
     if len(given) != 1:
         names = " and ".join(f"--{name}" for name in given)
@@ -127,9 +125,7 @@ def read_prompts(name: str) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({one_line(error, 100)})"
-        raise RecipeError(
-            f"--prompt_file {name}: {reason}: name a text file in UTF-8, with a prompt on each line"
-        ) from None
+        raise RecipeError(f"--prompt_file {name}: {reason}: name a UTF-8 text with a prompt on each line") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise RecipeError(f"--prompt_file {name} is empty: write a prompt on each line")
