@@ -23,14 +23,23 @@ from sd_recipes.checkpoints.format import remove
 from sd_recipes.checkpoints.run_folder import holds_run
 from sd_recipes.checkpoints.saver import FAILURES
 from sd_recipes.commands.export_settings import Export
-from sd_recipes.commands.of_run import LORA_FILE, MODEL_PARTS, LoadedModel, load_base, load_model, open_lora
+from sd_recipes.commands.of_run import MODEL_PARTS, LoadedModel, load_base, load_model, open_lora
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.export.lora_file import export_lora
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.export.safetensors_file import DTYPES, check_range
 from sd_recipes.export.single_file import architecture_of, check_can_be_one_file, export_single_file
 from sd_recipes.model.lora_extraction import extract_lora
-from sd_recipes.model.lora_files import Lora, generation_of_lora, is_lora, layer_shapes, merge_lora, rank_of, read_lora
+from sd_recipes.model.lora_files import (
+    LORA_FILE,
+    Lora,
+    generation_of_lora,
+    is_lora,
+    layer_shapes,
+    merge_lora,
+    rank_of,
+    read_lora,
+)
 from sd_recipes.model.weight_files import UnfittingWeights, UnreadableWeights, open_weights
 from sd_recipes.redaction import shown
 from sd_recipes.runtime.console import hide_library_bars, say

@@ -20,7 +20,7 @@ from sd_recipes.model.components import Components, load_scheduler
 from sd_recipes.model.families import family_of
 from sd_recipes.model.family import Family
 from sd_recipes.model.loading import fill
-from sd_recipes.model.lora_files import ADAPTER_METADATA, LORA_PARTS, Lora, is_lora, layer_shapes, read_lora
+from sd_recipes.model.lora_files import ADAPTER_METADATA, LORA_FILE, LORA_PARTS, Lora, is_lora, layer_shapes, read_lora
 from sd_recipes.model.sources import MODEL
 from sd_recipes.model.weight_files import UnfittingWeights, UnreadableWeights, Weights, open_weights
 from sd_recipes.recipe import DIFFUSERS_LENGTH, ModelConfig, Recipe
@@ -34,12 +34,12 @@ NOT_TRAINED: dict[str, Any] = {
     "report_to": "none", "validation_prompts": None, "validation_clip_model": None, "validation_pictures": 0,
     "early_stopping": None, "export": "end",
 }  # fmt: skip
-LORA_FILE = "pytorch_lora_weights.safetensors"  # what a LoRA's folder has, as diffusers calls it
 # Where a checkpoint has a part's weights of each kind: suffixes of folders, the first that is there counts.
 KINDS_IN_CHECKPOINT: dict[str | None, tuple[str, ...]] = {
     None: (AVERAGE, ""), "raw": ("",), "averaged": (AVERAGE,), "best": ("",),
     **{suffix.removeprefix("_"): (suffix,) for suffix in SNAPSHOTS},
 }  # fmt: skip
+LORA = "_lora"  # suffix of the folder of a part's LoRA
 EXPORTED = ("model_index.json", LORA_FILE)  # what a run has in its folder when it is done
 MODEL_PARTS = ("unet", "vae", "text_encoder")  # those of a pipeline that have weights
 
@@ -201,14 +201,13 @@ def _load_weights(target: Target, weights: str | None, flags: Mapping[str, Any])
 def _part_folders(target: Target, path: Path, manifest: Manifest, weights: str | None) -> dict[str, Path]:
     """The folder of each part's weights of that kind. Raises RecipeError if there are none."""
     names = {PurePosixPath(file).parent.name for file in manifest.files if file.endswith(".safetensors")}
-    kinds = KINDS_IN_CHECKPOINT[weights]
     folders = {}
     for part in MODEL_PARTS:
-        found = next((f"{part}{kind}" for kind in kinds if f"{part}{kind}" in names), None)
-        if found:
+        wanted = [part + of + kind for kind in KINDS_IN_CHECKPOINT[weights] for of in ("", LORA)]
+        if found := next((folder for folder in wanted if folder in names), None):
             folders[part] = path / found
     if not folders:
-        there = [kind for kind, suffixes in KINDS_IN_CHECKPOINT.items() if f"unet{suffixes[0]}" in names and kind]
+        there = [kind for kind, (suffix, *_) in KINDS_IN_CHECKPOINT.items() if kind and f"unet{suffix}" in names]
         raise RecipeError(
             f"{target.name} has no {weights or 'raw'} weights: give --weights {' or '.join(there)}, which it has"
         )

@@ -292,14 +292,14 @@ def test_a_lora_file_goes_from_one_kind_of_keys_to_the_other_and_back(trained: P
 def test_a_weight_halves_a_lora(trained: Path, tmp_path: Path) -> None:
     file, model = tmp_path / "lora.safetensors", trained / "model"
     exported(trained / "run", "--to", "lora", "--rank", 128, "--dtype", "fp32", "--output", file)
-    exported(model, "--lora", f"{file}:0.5", "--to", "single_file", "--output", tmp_path / "half.safetensors", "--dtype",
-             "fp32")  # fmt: skip
-    half = from_single_file(tmp_path / "half.safetensors", model).unet.state_dict()
+    out = tmp_path / "half.safetensors"
+    exported(model, "--lora", f"{file}:0.5", "--to", "single_file", "--dtype", "fp32", "--output", out)
+    half = from_single_file(out, model).unet.state_dict()
     before, after = part_of(model, "unet"), part_of(trained / "run", "unet")
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     assert not torch.equal(before[name], after[name])
     torch.testing.assert_close(half[name], (before[name] + after[name]) / 2, rtol=0, atol=2e-6)
-    assert metadata_of(tmp_path / "half.safetensors")["modelspec.merged_from"] == "model, lora:0.5"
+    assert metadata_of(out)["modelspec.merged_from"] == "model, lora:0.5"
 
 
 # ------------------------------------------------------------------------------------------- bad input

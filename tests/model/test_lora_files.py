@@ -67,9 +67,12 @@ def written_by_peft(folder: Path, model: Path, **options: Any) -> tuple[Path, np
         layers[name] = get_peft_model_state_dict(module)
         layers[f"{name}_config"] = config.to_dict()
     StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=layers["unet"], text_encoder_lora_layers=layers["text_encoder"],
-        unet_lora_adapter_metadata=layers["unet_config"], text_encoder_lora_adapter_metadata=layers["text_encoder_config"],
-    )  # fmt: skip
+        folder,
+        unet_lora_layers=layers["unet"],
+        text_encoder_lora_layers=layers["text_encoder"],
+        unet_lora_adapter_metadata=layers["unet_config"],
+        text_encoder_lora_adapter_metadata=layers["text_encoder_config"],
+    )
     return folder / "pytorch_lora_weights.safetensors", picture(pipeline)
 
 
@@ -147,7 +150,8 @@ def test_every_name_that_files_have_for_a_layer(tiny_pipeline: Path) -> None:
          f"lora_unet_{place.replace('.', '_')}_to_out_0.lora_up.weight"),
         ("lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q.lora_down.weight",
          "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q.lora_up.weight"),
-        (f"text_encoder.text_model.{text}.to_q_lora.down.weight", f"text_encoder.text_model.{text}.to_q_lora.up.weight"),
+        (f"text_encoder.text_model.{text}.to_q_lora.down.weight",
+         f"text_encoder.text_model.{text}.to_q_lora.up.weight"),
         (f"text_encoder.{text}.q_proj.lora_linear_layer.down.weight",
          f"text_encoder.{text}.q_proj.lora_linear_layer.up.weight"),
         ("lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight",
