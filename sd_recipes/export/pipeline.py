@@ -16,6 +16,7 @@ def export_pipeline(family: Family, components: Components, output_dir: Path) ->
 
     In one type, since diffusers loads its parts in float32 and transformers in the type they were saved in.
     """
+    components.unet.float()  # in place, for the run is over: its weights may be in bfloat16
     pipeline = family.build_pipeline(replace(components, **components.as_loaded))
     pipeline.save_pretrained(output_dir, safe_serialization=True)
     for pattern in ("model_index.json", *(f"{name}/*.json" for name in family.folders)):

@@ -142,7 +142,8 @@ def backward(
     global batch's size, the gradient is the mean over its samples, even for an epoch's last batch, whose
     micro-batches are fewer and uneven.
     """
-    num_usable = begin_sum(sum(int(batch.weights.count_nonzero()) for batch in micro_batches))
+    own_usable = sum(int(batch.weights.count_nonzero()) for batch in micro_batches)
+    num_usable = begin_sum(own_usable)
     total = torch.zeros((), device=accelerator.device)
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
     for batch in micro_batches:
@@ -155,7 +156,10 @@ def backward(
         with nullcontext() if batch.plan.is_last or accelerator.is_fsdp2 else no_sync(model.trained, accelerator):
             losses = model.losses(latents, conditioning, batch)
             loss = (batch.weights * losses).sum() / batch.plan.global_batch_size
-            accelerator.backward(loss * scale)
+            if not model.steps_in_backward:
+                accelerator.backward(loss * scale)
+            elif own_usable:  # all rows of the step; their gradient has to be the mean, since it is used at once
+                accelerator.backward(loss * (batch.plan.global_batch_size / own_usable))
         total += loss.detach()
     return total, num_usable() / micro_batches[-1].plan.global_batch_size
 
@@ -177,22 +181,27 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
 
     A step that the loss scaler skipped, or that had no usable row, advances neither schedule nor averages. The host
     waits here for the norm, which is the same on all processes; without a scaler nothing is done if it is not finite,
-    so that the weights stay finite.
+    so that the weights stay finite. With --fused_backward_pass the backward pass has stepped already.
     """
     if usable == 0:
         state.optimizer.zero_grad()
         return math.nan
-    if usable < 1:
+    if usable < 1 and not state.fused_backward:
         for parameter in state.parameters.values():
             if parameter.grad is not None:
                 parameter.grad.div_(usable)
-    grad_norm = full_tensor(accelerator.clip_grad_norm_(list(state.parameters.values()), max_grad_norm)).item()
+    if state.fused_backward:
+        norm = state.fused_backward.grad_norm()
+    else:
+        norm = accelerator.clip_grad_norm_(list(state.parameters.values()), max_grad_norm or math.inf)
+    grad_norm = full_tensor(norm).item()
     if accelerator.scaler is None and not math.isfinite(grad_norm):
         state.optimizer.zero_grad()
         if state.timestep_errors:
             state.timestep_errors.forget()
         return grad_norm
-    state.optimizer.step()
+    if not state.fused_backward:
+        state.optimizer.step()
     state.optimizer.zero_grad()
     if state.timestep_errors:
         state.timestep_errors.step(accelerator.reduce)
