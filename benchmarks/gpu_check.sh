@@ -72,9 +72,16 @@ echo "--- $SHAPE shape, 512 pixels, batch 8, 20 steps each"
 train "bf16"                        --mixed_precision bf16
 train "fp16 with loss scaling"      --mixed_precision fp16
 train "bf16, AdamW8bit"             --mixed_precision bf16 --use_8bit_adam
+train "bf16, paged AdamW8bit"       --mixed_precision bf16 --optimizer paged_adamw8bit
+train "bf16 weights"                --mixed_precision bf16 --weights_dtype bf16
+train "bf16, fused backward"        --mixed_precision bf16 --fused_backward_pass --max_grad_norm 0
+train "bf16, all of these"          --mixed_precision bf16 --weights_dtype bf16 --use_8bit_adam --fused_backward_pass \
+    --max_grad_norm 0 --use_ema --offload_ema --gradient_checkpointing --vae_slicing
 train "bf16, gradient checkpointing" --mixed_precision bf16 --gradient_checkpointing
+train "bf16, checkpointing down.0 up.3" --mixed_precision bf16 --gradient_checkpointing_blocks down.0 up.3
 train "bf16, EMA"                   --mixed_precision bf16 --use_ema
 train "bf16, EMA offloaded"         --mixed_precision bf16 --use_ema --offload_ema
+train "bf16 weights, EMA offloaded" --mixed_precision bf16 --weights_dtype bf16 --use_ema --offload_ema
 train "bf16, channels_last never"   --mixed_precision bf16 --channels_last never
 train "bf16, compiled UNet"         --mixed_precision bf16 --compile_unet
 train "bf16, score prediction"      --mixed_precision bf16 --prediction_type score

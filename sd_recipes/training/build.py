@@ -237,6 +237,10 @@ def build_encoder(recipe: Recipe, vae: AutoencoderKL, accelerator: Accelerator) 
         vae.enable_slicing()
     if recipe.vae_tiling:
         vae.enable_tiling()
+        logger.warning(
+            "--vae_tiling: images of more than %d pixels a side are encoded and decoded in tiles, and differ a little "
+            "from whole ones; smaller ones are not.", vae.tile_sample_min_size,
+        )  # fmt: skip
     encoder = LatentEncoder(vae, accelerator.device, dtype)
     apply_memory_format(vae, recipe, accelerator.device, dtype)
     return encoder

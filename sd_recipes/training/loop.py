@@ -25,7 +25,7 @@ from sd_recipes.export.run_rows import SHOWN
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import StopAgreement, all_gather, begin_sum, broadcast, wait_for_all
 from sd_recipes.runtime.fsdp import full_tensor
-from sd_recipes.runtime.memory import peak_memory_gb
+from sd_recipes.runtime.memory import another_phase, fragmented_gb, peak_memory_gb
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.training.build import UNCERTAINTY, Model, Run
 from sd_recipes.training.finite import TrainingDiverged, has_finite_weights, is_not_finite
@@ -221,6 +221,9 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     if run.data.num_rows:
         figures["epoch"] = progress.samples_seen / run.data.num_rows
     figures["memory_gb"] = peak_memory_gb(run.accelerator.device)
+    if (held := fragmented_gb(run.accelerator.device)) is not None:
+        figures["memory_held_gb"] = held
+        meter.warn_of_fragmentation(held, figures["memory_gb"])
     if bad_rows:
         figures["bad_rows"] = bad_rows
     run.tracker.log(figures, progress.global_step)
@@ -281,7 +284,8 @@ def validate(run: Run, best_weights: BestWeights) -> Best | None:
 
     Every process has to call it.
     """
-    best = run.validator(run.state, run.tracker)
+    with another_phase():
+        best = run.validator(run.state, run.tracker)
     if best and best.step == run.state.progress.global_step and run.recipe.keep_best:
         best_weights.keep(best.loss)
     show_uncertainty(run)

@@ -29,7 +29,9 @@ def build_optimizer(
     `seed` and of the number of the step that is being made. Raises RecipeError if bitsandbytes is needed and not
     installed.
     """
-    groups: list[dict[str, Any]] = [{"params": list(part.parameters.values()), "lr": part.learning_rate} for part in parts]
+    groups: list[dict[str, Any]] = [
+        {"params": list(part.parameters.values()), "lr": part.learning_rate} for part in parts
+    ]
     kind, settings = optimizer_class(config, groups[0]["params"][0].device, fused)
     if any(each.dtype == torch.bfloat16 for group in groups for each in group["params"]):
         rounding = {"seed": seed, "step_number": staticmethod(step_number)}
