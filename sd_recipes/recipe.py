@@ -555,7 +555,11 @@ class OptimConfig(Section):
     gradient_accumulation_steps: int = setting(1, "compared", "Micro-batches per optimizer step.", ge=1)
     num_train_epochs: int = setting(100, "compared", "Passes over the data.", ge=1)
     max_train_steps: int | None = setting(None, "compared", "Optimizer steps; overrides --num_train_epochs.", ge=1)
-    optimizer: Literal["adamw", "adamw8bit", "sgd", "adafactor"] = setting("adamw", "refused", "Optimizer.")
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd", "adafactor"] = setting(
+        "adamw",
+        "refused",
+        "Optimizer; the paged one's state moves to the host's memory where the GPU has no room.",
+    )
     use_8bit_adam: bool = setting(False, "free", "Same as --optimizer adamw8bit (bitsandbytes).")
     learning_rate: Number = setting(1e-4, "warned", "Learning rate after the warm-up.", ge=0)
     scale_lr: bool = setting(False, "warned", "Multiply the learning rate by the global batch size.")
@@ -568,7 +572,7 @@ class OptimConfig(Section):
     adam_weight_decay: Number = setting(1e-2, "warned", "Weight decay, for every optimizer.", ge=0)
     adam_epsilon: Number = setting(1e-8, "warned", "AdamW's epsilon.", gt=0)
     sgd_momentum: Number = setting(0.9, "warned", "SGD's momentum.", ge=0, lt=1)
-    max_grad_norm: Number = setting(1.0, "warned", "Gradients are clipped to this norm.", gt=0)
+    max_grad_norm: Number = setting(1.0, "warned", "Gradients are clipped to this norm; 0: not at all.", ge=0)
     max_skipped_steps: int = setting(
         5,
         "free",
@@ -591,14 +595,43 @@ class OptimConfig(Section):
         "warned",
         "Keep two averages at every checkpoint, of which `sd-recipes average` makes those of any length.",
     )
-    offload_ema: bool = setting(False, "free", "Keep the average in host memory.")
+    offload_ema: bool = setting(
+        False, "free", "Keep the average in host memory; it visits the GPU in pieces, beside the next step."
+    )
     foreach_ema: bool = setting(False, "free", "Accepted; the average is always updated with foreach operations.")
+
+    @property
+    def is_8bit(self) -> bool:
+        """Whether bitsandbytes' optimizers are used."""
+        return self.optimizer in ("adamw8bit", "paged_adamw8bit")
 
 
 class MemoryConfig(Section):
     """Memory and speed: what trades one for the other."""
 
     gradient_checkpointing: bool = setting(False, "warned", "Recompute activations: less memory, slower.")
+    gradient_checkpointing_blocks: list[str] | None = setting(
+        None,
+        "warned",
+        "Recompute only those of some of the UNet's blocks: down, mid, up, or one of them, such as down.0 and up.3, "
+        "whose activations are the largest.",
+        min_length=1,
+    )
+    weights_dtype: Literal["float32", "bf16"] = setting(
+        "float32",
+        "warned",
+        "Type of the trained UNet's weights and gradients; bf16 is rounded stochastically, and needs --mixed_precision "
+        "bf16.",
+    )
+    fused_backward_pass: bool = setting(
+        False,
+        "warned",
+        "Step each parameter inside the backward pass, which frees its gradient; needs --max_grad_norm 0.",
+    )
+    vae_slicing: bool = setting(False, "warned", "Let the VAE encode images one by one.")
+    vae_tiling: bool = setting(
+        False, "warned", "Let the VAE encode and decode large images in overlapping tiles, whose seams are blended."
+    )
     enable_xformers_memory_efficient_attention: bool = setting(
         False, "warned", "Use xFormers' attention; where it is not installed, PyTorch's own, with a warning."
     )
@@ -793,7 +826,7 @@ class Recipe(
             )
         if self.train_from_scratch and self.non_ema_revision:
             raise ValueError("--train_from_scratch loads no UNet, so --non_ema_revision contradicts it: drop one")
-        if self.use_8bit_adam and self.optimizer != "adamw8bit":
+        if self.use_8bit_adam and not self.is_8bit:
             raise ValueError(f"--use_8bit_adam contradicts --optimizer {self.optimizer}: drop one of them")
         if self.ema_length != DIFFUSERS_LENGTH and self.ema_decay != OptimConfig.model_fields["ema_decay"].default:
             raise ValueError(
@@ -815,8 +848,18 @@ class Recipe(
         trackers = {"tensorboard", "wandb", "comet_ml", "all", "none"}
         if self.report_to not in trackers:
             raise ValueError(f"--report_to {redacted(self.report_to)!r} is not one of: {', '.join(sorted(trackers))}")
-        if self.optimizer == "adamw8bit" and self.channels_last == "always":
+        if self.is_8bit and self.channels_last == "always":
             raise ValueError("--channels_last always contradicts AdamW8bit, which makes weights contiguous: use auto")
+        if self.fused_backward_pass and self.max_grad_norm:
+            raise ValueError(
+                "--fused_backward_pass steps before the norm of all gradients is known, so that nothing can be clipped "
+                "to it: add --max_grad_norm 0, or drop --fused_backward_pass"
+            )
+        if self.fused_backward_pass and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "--fused_backward_pass frees each gradient at once, which --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps} adds up: use a larger --train_batch_size, or drop one"
+            )
         return self
 
 

@@ -21,6 +21,7 @@ def export_pipeline(
     Since diffusers loads its parts in float32 and transformers in the type they were saved in. The components are
     in that type afterwards.
     """
+    components.unet.float()  # in place, for the run is over: its weights may be in bfloat16
     pipeline = family.build_pipeline(replace(components, **components.as_loaded))
     if dtype != torch.float32:
         pipeline.to(dtype)

@@ -69,7 +69,8 @@ class Recovery:
         before = random_states(device)
         while True:
             parts = [part for batch in batches for part in batch.in_parts_of(self.size)]
-            if self.run.accelerator.is_fsdp2:  # the others wait for this one within the passes
+            # The others wait for this one within the passes, or those have changed weights.
+            if self.run.accelerator.is_fsdp2 or self.run.state.fused_backward:
                 return backward(parts)
             self.exchange.begin()
             gradient, words = attempt(partial(backward, parts))

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from sd_recipes.runtime.fsdp import gather, shard_like
 from sd_recipes.training.ema import AveragedWeights
+from sd_recipes.training.fused_backward import FusedBackward
 from sd_recipes.training.quiet_loss import QuietLoss
 from sd_recipes.training.timestep_errors import TimestepErrors
 
@@ -114,6 +115,7 @@ class TrainState:
     quiet_loss: QuietLoss
     progress: Progress = field(default_factory=Progress)
     timestep_errors: TimestepErrors | None = None  # with --timesteps_by_error
+    fused_backward: FusedBackward | None = None  # with --fused_backward_pass
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -159,7 +161,7 @@ class TrainState:
                         undo.callback(setattr, components, part.name, getattr(components, part.name))
                         setattr(components, part.name, part.rebuild(whole))
                 elif part.average and wanted and averaged:
-                    undo.enter_context(part.average.applied())
+                    undo.enter_context(part.average.applied(part.module))
             yield
 
     @contextmanager
