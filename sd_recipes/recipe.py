@@ -34,6 +34,15 @@ def _text_from_number(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
+def _number_or_auto(value: Any) -> Any:
+    """The command line gives numbers as text here. Raises ValueError for what is neither."""
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if value not in (None, "auto") and (type(value) is not int or value < 1):
+        raise ValueError("give a number from 1, or auto")
+    return value
+
+
 def _check_no_password(text: str) -> str:
     if has_login(text):
         raise ValueError(
@@ -51,6 +60,7 @@ def _check_no_password(text: str) -> str:
 DIFFUSERS_LENGTH, WIDEST_LENGTH = 0.09, 12**-0.5
 
 Number = Annotated[float, BeforeValidator(_number_from_text)]
+NumberOrAuto = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, BeforeValidator(_number_or_auto)]
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 # What it means for a resumed run that a setting differs from the checkpoint's. `refused`: the state would not fit.
@@ -629,6 +639,12 @@ class MemoryConfig(Section):
         "auto", "warned", "Memory format of UNet and VAE; auto: channels last, except for float32 on a GPU."
     )
     compile_unet: bool = setting(False, "warned", "Compile the UNet with torch.compile.")
+    micro_batch: NumberOrAuto = setting(
+        None,
+        "free",
+        "How many images a device takes at once: larger batches are divided, with the same result up to rounding. If "
+        "not given, --train_batch_size. Halved when memory runs out; `auto` tries more again later.",
+    )
 
 
 class CheckpointConfig(Section):
@@ -773,6 +789,12 @@ class Recipe(
 
     model_config = ConfigDict(frozen=True)
 
+    @property
+    def images_at_once(self) -> int:
+        """How many images a device takes at once, as long as there is memory for them."""
+        given = self.micro_batch if isinstance(self.micro_batch, int) else self.train_batch_size
+        return min(given, self.train_batch_size)
+
     @model_validator(mode="before")
     @classmethod
     def name_the_optimizer(cls, settings: Any) -> Any:
@@ -848,6 +870,11 @@ def odd_settings(recipe: Recipe) -> list[str]:
         odd.append(
             "--dream_training rectifies along the error of a prediction from the perturbed noise of "
             "--input_perturbation, so that both change the UNet's input: usually only one of them is set."
+        )
+    if isinstance(recipe.micro_batch, int) and recipe.micro_batch > recipe.train_batch_size:
+        odd.append(
+            f"--micro_batch {recipe.micro_batch} does nothing, for a batch has --train_batch_size "
+            f"{recipe.train_batch_size} images."
         )
     if recipe.offload_ema and not (recipe.use_ema or recipe.ema_snapshots):
         odd.append("--offload_ema does nothing without --use_ema or --ema_snapshots.")

@@ -47,6 +47,7 @@ from sd_recipes.redaction import redacted
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import wait_for_all
 from sd_recipes.runtime.fsdp import check_wrapped_classes
+from sd_recipes.runtime.gradients import GradientExchange
 from sd_recipes.runtime.launcher import DYNAMO, configuration
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.signals import stop_request
@@ -78,8 +79,8 @@ class Model:
 
     family: Family
     components: Components
-    trained: list[torch.nn.Module]  # of every part, as accelerate wraps it
-    unet: torch.nn.Module  # as a training step calls it: wrapped, or sharded, where there are several processes
+    unet: torch.nn.Module  # as a training step calls it: autocast, or sharded
+    exchange: GradientExchange  # of all that is trained
     encoder: LatentEncoder
     encode_text: Callable[[torch.Tensor], TextStates]  # of input_ids in the host's memory
     objective: DenoisingLoss
@@ -283,7 +284,11 @@ def build_model(
     if accelerator.is_fsdp2 and len(parts) > 1:  # of several modules accelerate (1.15) shards the last one only
         raise RecipeError(f"FSDP shards one model, and this run trains {', '.join(parts)}: train without FSDP")
     wait_for_all()  # one may have taken far longer than another to read its data or its model
-    *prepared, wrapped = accelerator.prepare(*(part.module for part in parts.values()), optimizer)
+    if accelerator.is_fsdp2:
+        *prepared, wrapped = accelerator.prepare(*(part.module for part in parts.values()), optimizer)
+    else:  # without DDP: gradients are summed by the model's `exchange`
+        prepared = [accelerator.prepare_model(part.module, evaluation_mode=True) for part in parts.values()]
+        wrapped = accelerator.prepare_optimizer(optimizer)
     for part, module in zip(parts.values(), prepared, strict=True):
         part.prepared = module
         if recipe.use_ema:
@@ -297,8 +302,11 @@ def build_model(
     model = Model(
         family=family,
         components=components,
-        trained=[part.prepared for part in parts.values()],
         unet=parts["unet"].prepared,
+        exchange=GradientExchange(
+            [parameter for part in parts.values() for parameter in part.parameters.values()],
+            is_needed=accelerator.num_processes > 1 and not accelerator.is_fsdp2,
+        ),
         encoder=encoder,
         encode_text=CachedText(encode_text) if recipe.cache_text else encode_text,
         objective=DenoisingLoss(
@@ -460,10 +468,13 @@ def batch_in_words(run: Run) -> str:
     """A global batch as what it consists of."""
     recipe, global_batch_size, num_processes = run.recipe, run.data.global_batch_size, run.accelerator.num_processes
     size, accumulated = recipe.train_batch_size, recipe.gradient_accumulation_steps
+    at_once = f", {recipe.images_at_once} at once" if recipe.images_at_once < size else ""
     if size * accumulated * num_processes != global_batch_size:  # the run began on another number
         accumulated = micro_batches_of_step(recipe, global_batch_size, num_processes)
-        return f"{global_batch_size}, kept, on {num_processes} processes: at most {size} x {accumulated} on each"
-    return f"{global_batch_size} = {size} per device x {accumulated} accumulated x {num_processes} processes"
+        return (
+            f"{global_batch_size}, kept, on {num_processes} processes: at most {size} x {accumulated} on each{at_once}"
+        )
+    return f"{global_batch_size} = {size} per device x {accumulated} accumulated x {num_processes} processes{at_once}"
 
 
 def micro_batches_of_step(recipe: Recipe, global_batch_size: int, num_processes: int) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from sd_recipes.recipe import DIFFUSERS_LENGTH, OptimConfig
 from sd_recipes.runtime.fsdp import shard_like
+from sd_recipes.runtime.out_of_memory import once_more, unchanged
 from sd_recipes.training.host_average import HostTensors
 from sd_recipes.training.profiles import decay_at, diffusers_decay_at, gamma_of
 
@@ -40,7 +41,19 @@ class AveragedWeights:
             self.tensors = [_copy(each.detach()) for each in self.parameters]
 
     def step(self) -> None:
-        """One update, after an optimizer step. In host memory it is queued, and runs beside the next step."""
+        """One update, after an optimizer step; tried once more if memory runs out before anything has changed.
+
+        In host memory it is queued, and runs beside the next step.
+        """
+        number, is_unchanged = self.num_updates, unchanged(lambda: self.tensors)
+
+        def is_undone() -> bool:
+            self.num_updates = number
+            return is_unchanged()
+
+        once_more("an average of the weights", self._step, is_undone)
+
+    def _step(self) -> None:
         self.num_updates += 1
         update = partial(move_towards, weight=1 - self.decay_at(self.num_updates))
         if self.on_host:
