@@ -198,9 +198,8 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
     is_undone = Undone(state.optimizer)  # noted while the device still computes
     is_unclipped = unchanged(lambda: [each.grad for each in parameters if each.grad is not None])
     clip = partial(accelerator.clip_grad_norm_, parameters, max_grad_norm or math.inf)
-    if state.fused_backward:
-        clip = state.fused_backward.grad_norm
-    grad_norm = full_tensor(again("clipping", clip, is_unclipped)).item()
+    norm = state.fused_backward.grad_norm() if state.fused_backward else again("clipping", clip, is_unclipped)
+    grad_norm = full_tensor(norm).item()
     if accelerator.scaler is None and not math.isfinite(grad_norm):
         state.optimizer.zero_grad()
         if state.timestep_errors:
