@@ -202,11 +202,8 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
     again = done_once if accelerator.is_fsdp2 else once_more  # FSDP's processes wait for each other within these
     is_undone = Undone(state.optimizer)  # noted while the device still computes
     is_unclipped = unchanged(lambda: [each.grad for each in parameters if each.grad is not None])
-    if state.fused_backward:
-        norm = state.fused_backward.grad_norm()
-    else:
-        clip = partial(accelerator.clip_grad_norm_, parameters, max_grad_norm or math.inf)
-        norm = again("clipping", clip, is_unclipped)
+    clip = partial(accelerator.clip_grad_norm_, parameters, max_grad_norm or math.inf)
+    norm = state.fused_backward.grad_norm() if state.fused_backward else again("clipping", clip, is_unclipped)
     grad_norm = full_tensor(norm).item()
     if accelerator.scaler is None and not math.isfinite(grad_norm):
         state.optimizer.zero_grad()

@@ -68,6 +68,10 @@ class Recovery:
         device = self.run.accelerator.device
         before = random_states(device)
         while True:
+            if self.run.state.fused_backward:  # weights move within the pass, which cannot be divided or done again
+                whole = backward(list(batches))
+                self._is_enough(is_ample=True)
+                return whole
             parts = [part for batch in batches for part in batch.in_parts_of(self.size)]
             # The others wait for this one within the passes, or those have changed weights.
             if self.run.accelerator.is_fsdp2 or self.run.state.fused_backward:
