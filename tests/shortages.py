@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from training_runs import build, fit_from
 
-from sd_recipes.errors import RunError
+from sd_recipes.runtime.console import mistakes_in_one_line, set_up_console
 from sd_recipes.training.build import Run
 
 BY_NUMBER = ("text", "encoding", "forward", "backward", "last backward")  # there, fewer images at once fit
@@ -68,12 +68,11 @@ def shorten(run: Run, place: str, fits: int = 0, step: int = 1) -> None:
 
 
 if __name__ == "__main__":
+    set_up_console()
     for each in json.loads(sys.argv[-1]):
-        run = build(each["settings"])
-        short = each.get("short")
-        if short and short.pop("rank") == int(os.environ["RANK"]):
-            shorten(run, **short)
-        try:
+        with mistakes_in_one_line():
+            run = build(each["settings"])
+            short = each.get("short")
+            if short and short.pop("rank") == int(os.environ["RANK"]):
+                shorten(run, **short)
             fit_from(run)
-        except RunError as error:
-            print(f"ended: {error}", flush=True)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
+from conftest import ROOT
+from launching import flags_of
 from safetensors.torch import load_file
 from shortages import BY_NUMBER, ONCE, shorten
+from test_script import environment
 from training_runs import assert_equal, average, build, fit_from, losses, train, weights
 
 from sd_recipes.checkpoints.format import list_checkpoints
@@ -282,3 +287,43 @@ def test_an_allocator_that_has_to_make_room_in_two_steps_running_is_short_of_mem
     assert [line.get("micro_batch") for line in figures(run)] == [None, None, None, None, 2, 2]
     told = "No memory for 4 images at once (the device's allocator had to make room in two steps running): 2 at once "
     assert told + "from step 6 on" in caplog.text
+
+
+LIMITED = """
+import resource, runpy, sys
+limit, *sys.argv = sys.argv[1:]
+if int(limit):
+    resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    status = open("/proc/self/status").read()
+    print("took", 1024 * int(status.split("VmPeak:")[1].split()[0]))
+"""
+
+
+@pytest.mark.slow
+def test_the_script_gets_by_with_the_memory_that_there_is(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Really, on the host: the address space is limited to little more than one image at once takes."""
+    settings |= {"resolution": 512, "train_batch_size": 4, "max_train_steps": 2, "check_data": "off"}
+    settings.pop("max_train_samples")
+
+    def run(name: str, limit: int = 0, **changes: Any) -> tuple[int, str]:
+        flags = flags_of(settings | {"output_dir": tmp_path / name, **changes})
+        command = [sys.executable, "-c", LIMITED, limit, ROOT / "train_text_to_image.py", "--device", "cpu", *flags]
+        done = subprocess.run(
+            [str(part) for part in command],
+            env=environment(MALLOC_ARENA_MAX="1"), cwd=ROOT, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.split("took ")[1].split()[0]), done.stderr
+
+    few, _ = run("one", micro_batch=1)
+    many, _ = run("four")
+    _, told = run("limited", limit=few + (many - few) // 8)
+    assert "No memory for 4 images at once (" in told
+    expected, found = (
+        [json.loads(line)["train_loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "limited")
+    )
+    assert found == pytest.approx(expected, rel=1e-4)
