@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from launching import finish, start, torchrun
 from shortages import BY_NUMBER, ONCE
 from test_distributed import losses, saved
-from test_fsdp import fsdp  # noqa: F401 - a fixture
 from tiny_models import build_image_folder
 from training_runs import assert_equal, train
 
@@ -90,18 +88,6 @@ def test_two_processes_end_alike_where_not_even_one_image_fits_on_one(settings: 
     assert "the same command then resumes from checkpoint-2" in told
     assert "Traceback" not in told.partition("ChildFailedError")[0].partition("elastic")[0]
     assert [path.name for path in list_checkpoints(Path(settings["output_dir"]))] == ["checkpoint-2"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["forward", "last backward", "optimizer"])
-def test_a_divided_run_ends_with_advice(settings: dict[str, Any], fsdp: dict[str, str], place: str) -> None:
-    """Its processes wait for each other within the passes: no step is done again, and nobody hangs."""
-    settings |= {"learned_uncertainty": False, "checkpointing_steps": 1}
-    told = what_ended(start_two(settings, {"short": {"place": place, "fits": 1, "step": 3, "rank": 1}}, **fsdp))
-    assert re.search(
-        r"error: no memory for the step after step 2, which cannot be done again \(CUDA out .*: use ", told
-    )
-    assert "then resumes from checkpoint-2" in told
 
 
 def test_buckets_are_of_one_type_and_of_limited_size(monkeypatch: pytest.MonkeyPatch) -> None:
