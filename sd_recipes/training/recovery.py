@@ -73,6 +73,7 @@ class Recovery:
         self._grow()
         device = self.run.accelerator.device
         before = random_states(device)
+        gradient: Gradient | None
         while True:
             parts = [part for batch in batches for part in batch.in_parts_of(self.size)]
             if self.run.accelerator.is_fsdp2:  # the others wait for this one within the passes
