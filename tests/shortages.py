@@ -64,7 +64,7 @@ def shorten(run: Run, place: str, fits: int = 0, step: int = 1) -> None:
     else:
         assert place == "average"
         average = run.state.parts["unet"].average
-        average.model.get_decay = once(average.model.get_decay)  # after it has counted the update
+        average._step = once(average._step)
 
 
 if __name__ == "__main__":

@@ -213,8 +213,8 @@ def test_weights_that_are_half_updated_end_the_run_at_its_last_checkpoint(settin
     if what == "optimizer":
         run.state.optimizer.optimizer.register_step_post_hook(fail)
     else:
-        step = average(run).model.step
-        average(run).model.step = lambda parameters: (step(parameters), fail())
+        step = average(run)._step
+        average(run)._step = lambda: (step(), fail())
     with pytest.raises(OutOfMemory, match=r"the step after step 2, which cannot be done again .*from checkpoint-2$"):
         fit_from(run)
 
