@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from training_runs import assert_leaves_as_it_came, average, build, fit_from, train
+from training_runs import assert_leaves_as_it_came, average, build, fit_from, losses, train
 
 from sd_recipes.export.pipeline import export_pipeline, export_trained
 from sd_recipes.recipe import OptimConfig
@@ -268,3 +270,31 @@ def draw(pipeline: StableDiffusionPipeline) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipeline("disc", num_inference_steps=3, height=32, width=32, output_type="np", generator=generator).images
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_with_fewer_images_at_once(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Really: torch may take little more than two images take, and a batch has eight."""
+    settings |= {"resolution": 512, "train_batch_size": 8, "max_train_steps": 4, "logging_steps": 1}
+
+    def empty() -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    empty()
+    roomy = train(settings, micro_batch=2, output_dir=str(tmp_path / "roomy"))
+    expected = losses(roomy)
+    taken = torch.cuda.max_memory_reserved()
+    del roomy
+    empty()
+    torch.cuda.set_per_process_memory_fraction(1.3 * taken / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        run = train(settings)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert run.state.progress.micro_batch in (2, 4)
+    assert all(map(math.isfinite, losses(run)))
+    assert losses(run) == pytest.approx(expected, rel=1e-2)
+    assert "out_of_memory" in (run.output_dir / "incidents.jsonl").read_text()
