@@ -255,7 +255,8 @@ def build_model(
     num_train_timesteps = components.scheduler.config.num_train_timesteps
     quiet_loss = QuietLoss(num_train_timesteps, recipe, None if num_rows is None else RowLosses(num_rows))
     timestep_errors = TimestepErrors(num_train_timesteps, recipe, device) if recipe.timesteps_by_error else None
-    optimizer = build_optimizer(list(parts.values()), recipe, fused=accelerator.mixed_precision != "fp16")
+    is_fused = accelerator.mixed_precision != "fp16" and device.type != "meta"
+    optimizer = build_optimizer(list(parts.values()), recipe, fused=is_fused)
     schedule = build_schedule(optimizer, recipe, num_steps)
     check_wrapped_classes(accelerator, components.unet)
     if accelerator.is_fsdp2 and len(parts) > 1:  # of several modules accelerate (1.15) shards the last one only
