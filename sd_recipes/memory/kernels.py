@@ -55,7 +55,7 @@ class Kernels(TorchFunctionMode):
     def autocast(self, dtype: torch.dtype) -> Iterator[None]:
         """Autocast to `dtype` within this context; to float32 there is none."""
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            outer, self.kept = self.kept, self.kept or []
+            outer, self.kept = self.kept, [] if self.kept is None else self.kept
             try:
                 yield
             finally:

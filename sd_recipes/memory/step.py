@@ -149,10 +149,12 @@ class TracedStep:
             self.model.encoder.rest()
 
     def _first_step(self) -> None:
-        """An update alone: only then do optimizer states exist."""
+        """An update alone: only after it do optimizer states exist."""
         for parameter in self.state.parameters.values():
             parameter.grad = torch.empty_like(parameter)
-        update(self.state, cast(Accelerator, self.outline), self.recipe.max_grad_norm)
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad()
+        self.state.update_averages()
         self.tracer.name(OPTIMIZER, [each for each in tree_leaves(dict(self.state.optimizer.state)) if is_tensor(each)])
         for part in self.state.parts.values():
             for average in part.averages.values():
