@@ -96,6 +96,7 @@ def fill_cache(recipe: Recipe) -> Path:
         for (batch,) in steps:
             data.bad_rows.add(batch.bad, 0)
             batch.to(accelerator.device).all_moments(encoder.encode, store)
+            store.keep()
             if store.failure:
                 raise RecipeError(cannot_fill(store))
             bar.update(min(len(batch.weights) * accelerator.num_processes, len(data.rows) - bar.n))

@@ -47,6 +47,7 @@ from sd_recipes.redaction import redacted
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import wait_for_all
 from sd_recipes.runtime.fsdp import check_wrapped_classes
+from sd_recipes.runtime.gradients import GradientExchange
 from sd_recipes.runtime.launcher import DYNAMO, configuration
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.signals import stop_request
@@ -77,8 +78,8 @@ class Model:
 
     family: Family
     components: Components
-    trained: list[torch.nn.Module]  # of every part, as accelerate wraps it
-    unet: torch.nn.Module  # as a training step calls it: wrapped, or sharded, where there are several processes
+    unet: torch.nn.Module  # as a training step calls it: autocast, or sharded
+    exchange: GradientExchange  # of all that is trained
     encoder: LatentEncoder
     encode_text: Callable[[torch.Tensor], TextStates]  # of input_ids in the host's memory
     objective: DenoisingLoss
@@ -262,7 +263,11 @@ def build_model(
     if accelerator.is_fsdp2 and len(parts) > 1:  # of several modules accelerate (1.15) shards the last one only
         raise RecipeError(f"FSDP shards one model, and this run trains {', '.join(parts)}: train without FSDP")
     wait_for_all()  # one may have taken far longer than another to read its data or its model
-    *prepared, optimizer = accelerator.prepare(*(part.module for part in parts.values()), optimizer)
+    if accelerator.is_fsdp2:
+        *prepared, optimizer = accelerator.prepare(*(part.module for part in parts.values()), optimizer)
+    else:  # without DDP: gradients are summed by the model's `exchange`
+        prepared = [accelerator.prepare_model(part.module, evaluation_mode=True) for part in parts.values()]
+        optimizer = accelerator.prepare_optimizer(optimizer)
     for part, module in zip(parts.values(), prepared, strict=True):
         part.prepared = module
         if recipe.use_ema:
@@ -275,8 +280,11 @@ def build_model(
     model = Model(
         family=family,
         components=components,
-        trained=[part.prepared for part in parts.values()],
         unet=parts["unet"].prepared,
+        exchange=GradientExchange(
+            [parameter for part in parts.values() for parameter in part.parameters.values()],
+            is_needed=accelerator.num_processes > 1 and not accelerator.is_fsdp2,
+        ),
         encoder=encoder,
         encode_text=CachedText(encode_text) if recipe.cache_text else encode_text,
         objective=DenoisingLoss(

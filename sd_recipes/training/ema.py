@@ -10,6 +10,7 @@ from diffusers.training_utils import EMAModel
 
 from sd_recipes.recipe import DIFFUSERS_LENGTH, OptimConfig
 from sd_recipes.runtime.fsdp import shard_like
+from sd_recipes.runtime.out_of_memory import once_more, unchanged
 from sd_recipes.training.profiles import decay_at, gamma_of
 
 
@@ -50,7 +51,16 @@ class AveragedWeights:
         return self.model.optimization_step
 
     def step(self) -> None:
-        """One update, after an optimizer step."""
+        """One update, after an optimizer step; tried once more if memory runs out before anything has changed."""
+        number, is_unchanged = self.num_updates, unchanged(lambda: self.model.shadow_params)
+
+        def is_undone() -> bool:
+            self.model.optimization_step = number
+            return is_unchanged()
+
+        once_more("an average of the weights", self._step, is_undone)
+
+    def _step(self) -> None:
         if self.offload:
             self.model.to(self.device, non_blocking=True)
         self.model.step(self.parameters)

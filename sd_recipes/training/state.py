@@ -46,6 +46,8 @@ class Progress:
     steps_without_rows: Annotated[int, Field(ge=0)] = 0
     skipped_in_a_row: Annotated[int, Field(ge=0)] = 0  # the last steps, for a gradient that was not finite
     awaits_validation: bool = False  # of this step, which comes after its checkpoint
+    # Images that a device takes at once since memory ran out with more; None if it has not.
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
     stream_state: dict[str, Any] | None = None  # where this process's stream stands, if there is one
 
 
@@ -68,7 +70,7 @@ class TrainedPart:
     export: Callable[[Mapping[str, torch.Tensor], Path], None] | None = None
     average: AveragedWeights | None = None
     snapshots: dict[str, AveragedWeights] = field(default_factory=dict)  # with --ema_snapshots, by suffix
-    prepared: torch.nn.Module = field(init=False)  # as accelerate wraps it, for training steps to call
+    prepared: torch.nn.Module = field(init=False)  # as accelerate prepares it, for training steps to call
 
     def __post_init__(self) -> None:
         self.prepared = self.module
