@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from sd_recipes.memory.kernels import Kernels
 from sd_recipes.memory.tracer import META, Moment, Tracer
 from sd_recipes.model.components import latent_shape_of, load_scheduler
 from sd_recipes.model.families import family_of
-from sd_recipes.model.latents import decode_latents
+from sd_recipes.model.latents import decode_latents, encode_pixels, to_pixel_values
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.training.build import build_model
@@ -52,16 +53,18 @@ class Outline:
         self.gradient_accumulation_steps = recipe.gradient_accumulation_steps
         self.tracer, self.kernels = tracer, kernels
 
-    def prepare(self, *objects: Any) -> list[Any]:
-        for each in objects:
-            if isinstance(each, torch.nn.Module):
-                each.forward = self._forward(each.forward)
-        return list(objects)
+    def prepare_model(self, module: torch.nn.Module, **_: Any) -> torch.nn.Module:
+        module.forward = self._forward(module.forward)
+        return module
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        return optimizer
 
     def _forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def autocast(*args: Any, **kwargs: Any) -> Any:
-            self.tracer.begin("forward")
+            if torch.is_grad_enabled():
+                self.tracer.begin("forward")
             with self.autocast():
                 return forward(*args, **kwargs)
 
@@ -69,9 +72,6 @@ class Outline:
 
     def autocast(self) -> AbstractContextManager[None]:
         return self.kernels.autocast(DTYPES[self.mixed_precision])
-
-    def no_sync(self, module: torch.nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         self.tracer.begin("backward")
@@ -92,25 +92,29 @@ class Outline:
 class TracedStep:
     """A recipe's model and state on the meta device, and the moments of its steps there.
 
-    `device` is the kind that the run is for, cuda or cpu. With `latents_are_kept` every row's moments come from the
-    store, and the VAE rests. Raises RecipeError for a model that cannot be built.
+    `device` is the kind that the run is for, cuda or cpu. Without `passes` only the update is traced, which takes a
+    fraction of the time. Raises RecipeError for a model that cannot be built.
     """
 
-    def __init__(self, recipe: Recipe, device: str, *, latents_are_kept: bool = False) -> None:
+    def __init__(self, recipe: Recipe, device: str, *, passes: bool = True) -> None:
         self.recipe, self.device = recipe, device
         self.tracer = Tracer(META, BLOCK[device])
         self.kernels = Kernels(self.tracer, device)
         self.outline = Outline(recipe, self.tracer, self.kernels)
-        self.latents_are_kept = latents_are_kept
         self.family = family_of(recipe)
         self.components = self.family.load(recipe, load_scheduler(recipe), None, weights=False)
         with self.tracer, self.kernels:
             self._build()
             self._first_step()
+            self.resident = Counter(self.tracer.by_kind)  # bytes by kind, between two steps
             self.tracer.moments.clear()
-            self._step()
-            if recipe.draws_pictures or recipe.validation_split:
-                self._validation()
+            if passes:
+                self._step()
+                if recipe.draws_pictures or recipe.validation_split:
+                    self._validation()
+            else:
+                self._fill_gradients()
+                update(self.state, cast(Accelerator, self.outline), recipe.max_grad_norm)
 
     @property
     def moments(self) -> dict[str, Moment]:
@@ -145,13 +149,10 @@ class TracedStep:
         state.optimizer.register_step_pre_hook(lambda *_: tracer.begin("optimizer", muted=is_fused))
         state.optimizer.register_step_post_hook(lambda *_: tracer.begin("optimizer"))
         state.update_averages = tracer.in_phase("average", WORKSPACE, state.update_averages)
-        if self.latents_are_kept:
-            self.model.encoder.rest()
 
     def _first_step(self) -> None:
         """An update alone: only after it do optimizer states exist."""
-        for parameter in self.state.parameters.values():
-            parameter.grad = torch.empty_like(parameter)
+        self._fill_gradients()
         self.state.optimizer.step()
         self.state.optimizer.zero_grad()
         self.state.update_averages()
@@ -160,26 +161,29 @@ class TracedStep:
             for average in part.averages.values():
                 self.tracer.name(AVERAGE, average.named_tensors().values())
 
-    def _step(self) -> None:
-        """A step of one micro-batch, or of two, where gradients of the first wait for the second."""
-        recipe = self.recipe
-        images = recipe.train_batch_size * recipe.gradient_accumulation_steps
-        sizes = [recipe.images_at_once] * min(2, math.ceil(images / recipe.images_at_once))
-        batches = [self._batch(size, is_last=number == len(sizes) - 1) for number, size in enumerate(sizes)]
-        backward(batches, self.model, None, cast(Accelerator, self.outline))
-        update(self.state, cast(Accelerator, self.outline), recipe.max_grad_norm)
+    def _fill_gradients(self) -> None:
+        for parameter in self.state.parameters.values():
+            parameter.grad = torch.empty_like(parameter)
+        self.tracer.name(GRADIENTS, [each.grad for each in self.state.parameters.values() if each.grad is not None])
 
-    def _batch(self, size: int, *, is_last: bool) -> Batch:
+    def _step(self) -> None:
+        """A step's last micro-batch: the gradients of those before it, if there are any, wait for it."""
+        recipe, outline = self.recipe, cast(Accelerator, self.outline)
+        if recipe.images_at_once < recipe.train_batch_size * recipe.gradient_accumulation_steps:
+            self._fill_gradients()
+        backward([self.batch(recipe.images_at_once, is_last=True)], self.model, None, outline)
+        update(self.state, outline, recipe.max_grad_norm)
+
+    def batch(self, size: int, *, is_last: bool) -> Batch:
         """A micro-batch of `size` rows, in the host's memory, with nothing in it."""
         side = square_side(self.recipe)
         channels, height, width = latent_shape_of(self.components.vae)((side, side))
         numbers = np.arange(size)
-        encoded = 0 if self.latents_are_kept else size
         noise = torch.empty(size, channels, height, width)
         return Batch(
-            pixels=torch.empty(encoded, 3, side, side, dtype=torch.uint8),
-            to_encode=torch.arange(encoded),
-            moments=torch.empty(size, 2 * channels, height, width) if self.latents_are_kept else None,
+            pixels=torch.empty(size, 3, side, side, dtype=torch.uint8),
+            to_encode=torch.arange(size),
+            moments=None,
             flip=torch.zeros(size, dtype=torch.bool),
             input_ids=torch.zeros(size, self._num_tokens(), dtype=torch.int64),
             timesteps=torch.zeros(size, dtype=torch.int64),
@@ -216,22 +220,24 @@ class TracedStep:
     @torch.no_grad()
     def _validation(self) -> None:
         """As in `Validator`: errors of a batch of samples, and pictures with guidance, decoded one by one."""
-        recipe, unet = self.recipe, self.components.unet
+        recipe, outline = self.recipe, self.outline
+        self.components.unet.eval()
         self.tracer.begin("validation")
-        with self.tracer.of_kind(ENCODED), self.state.evaluated(self.components), self.outline.autocast():
+        with self.tracer.of_kind("activations: validation"), self.state.evaluated(self.components):
+            self.model.encoder.vae.to(META)
             if recipe.validation_split:
-                self._predict(recipe.images_at_once)
+                batch = self.batch(recipe.images_at_once, is_last=True)
+                encode_pixels(self.components.vae, to_pixel_values(batch.pixels.to(META), self.model.encoder.dtype))
+                with outline.autocast():
+                    self._predict(batch)
             if recipe.draws_pictures:
-                self.model.encoder.vae.to(META)
                 prompts = len(recipe.validation_prompts or []) or recipe.validation_pictures
-                with self.outline.autocast():
-                    latents = self._predict(2 * min(recipe.train_batch_size, prompts))
-                    decode_latents(self.components.vae, latents[:1])
-        unet.train()
+                with outline.autocast():
+                    batch = self.batch(2 * min(recipe.train_batch_size, prompts), is_last=True)
+                    decode_latents(self.components.vae, self._predict(batch)[:1])
 
-    def _predict(self, size: int) -> torch.Tensor:
-        """What the UNet predicts of `size` images."""
-        batch = self._batch(size, is_last=True)
+    def _predict(self, batch: Batch) -> torch.Tensor:
+        """What the UNet predicts of a batch."""
         conditioning = self.family.conditioning(self.family.encode_text(self.components, batch.input_ids), batch)
         predicted: torch.Tensor = self.components.unet(
             batch.noise.to(META), batch.timesteps.to(META), **conditioning, return_dict=False
