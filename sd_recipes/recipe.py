@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from sd_recipes.errors import nearest
 from sd_recipes.redaction import LEFT_OUT, has_login, in_texts, redacted
+from sd_recipes.sizes import bytes_of
 
 
 def _number_from_text(value: Any) -> Any:
@@ -688,12 +689,25 @@ class MemoryConfig(Section):
         "auto", "warned", "Memory format of UNet and VAE; auto: channels last, except for float32 on a GPU."
     )
     compile_unet: bool = setting(False, "warned", "Compile the UNet with torch.compile.")
+    memory: str | None = setting(
+        None,
+        "free",
+        "The memory that the run may take, such as 12GB: micro-batch, precision, checkpointing, 8-bit AdamW and the "
+        "average's place are chosen so that it fits, and the batch that is optimized stays (docs/memory.md).",
+    )
     micro_batch: NumberOrAuto = setting(
         None,
         "free",
         "How many images a device takes at once: larger batches are divided, with the same result up to rounding. If "
         "not given, --train_batch_size. Halved when memory runs out; `auto` tries more again later.",
     )
+
+    @field_validator("memory")
+    @classmethod
+    def memory_is_a_size(cls, memory: str | None) -> str | None:
+        if memory is not None:
+            bytes_of(memory)
+        return memory
 
 
 class CheckpointConfig(Section):

@@ -285,7 +285,7 @@ def build_model(
     optimizer = build_optimizer(
         list(parts.values()),
         recipe,
-        fused=None if accelerator.mixed_precision == "fp16" else True,
+        fused=None if accelerator.mixed_precision == "fp16" or device.type == "meta" else True,
         seed=recipe.seed,
         step_number=lambda: state.progress.global_step,
     )
