@@ -12,6 +12,7 @@ from sd_recipes import __version__
 from sd_recipes.flags import SCRIPT, Command, load_recipe
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import redacted
+from sd_recipes.runtime.allocator import set_up_allocator
 from sd_recipes.runtime.console import has_utf8, mistakes_in_one_line, print_anything, set_up_console, speak_utf8
 from sd_recipes.runtime.hub_access import check_hub_access
 from sd_recipes.runtime.signals import stop_request
@@ -62,6 +63,12 @@ def main() -> None:
         "evaluate", add_help=False, help="measure what runs and pipelines have learned; `sd-recipes evaluate --help`"
     )
     commands.add_parser(
+        "export", add_help=False, help="write a run or a model as other programs read it; `sd-recipes export --help`"
+    )
+    commands.add_parser(
+        "sample", add_help=False, help="draw pictures with runs, models and LoRAs; `sd-recipes sample --help`"
+    )
+    commands.add_parser(
         "convert",
         add_help=False,
         help="turn .ckpt and .bin files into safetensors; `sd-recipes convert --help`",
@@ -88,6 +95,7 @@ def started(argv: list[str] | None, command: Command) -> Iterator[Recipe]:
     if argv is None:
         speak_utf8()
     print_anything()
+    set_up_allocator()
     with mistakes_in_one_line():
         set_up_console()  # first, since loading a recipe may warn
         recipe = load_recipe(argv, command)
@@ -127,6 +135,7 @@ def inspect(argv: list[str]) -> None:
 
 def average(argv: list[str]) -> None:
     """Make averages of a run's weights after training, with the folder and flags in `argv`."""
+    set_up_allocator()
     with mistakes_in_one_line():
         from sd_recipes.commands.average_settings import read_settings
 
@@ -140,6 +149,7 @@ def average(argv: list[str]) -> None:
 
 def evaluate(argv: list[str]) -> None:
     """Measure what runs, checkpoints and pipelines have learned, with the names and flags in `argv`."""
+    set_up_allocator()
     with mistakes_in_one_line():
         set_up_console()  # first, since reading the settings may warn
         from sd_recipes.commands.evaluate_settings import read_settings
@@ -149,6 +159,30 @@ def evaluate(argv: list[str]) -> None:
             from sd_recipes.commands.evaluate import evaluate
 
             evaluate(config)
+
+
+def export(argv: list[str]) -> None:
+    """Write a run or a model in the form that another program reads, with the name and flags in `argv`."""
+    with mistakes_in_one_line():
+        set_up_console()
+        from sd_recipes.commands.export_settings import read_settings
+
+        config = read_settings(argv)
+        from sd_recipes.commands.export import export
+
+        export(config)
+
+
+def sample(argv: list[str]) -> None:
+    """Draw pictures, with the flags in `argv`."""
+    with mistakes_in_one_line():
+        set_up_console()
+        from sd_recipes.commands.sample_settings import read_settings
+
+        config = read_settings(argv)
+        from sd_recipes.commands.sample import sample
+
+        sample(config)
 
 
 def convert(argv: list[str]) -> None:
@@ -173,6 +207,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "inspect": inspect,
     "average": average,
     "evaluate": evaluate,
+    "export": export,
+    "sample": sample,
     "convert": convert,
     "env": env,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
@@ -101,6 +102,11 @@ def _hub_id(name: str | None) -> str | None:
     return name
 
 
+def sample_command(model: str, prompt: str) -> str:
+    """The command that draws a prompt with a model, whatever it predicts."""
+    return f"sd-recipes sample --pretrained_model_name_or_path {shlex.quote(model)} --prompts {shlex.quote(prompt)}"
+
+
 def _loading(recipe: Recipe, pipeline_class: str, repo_id: str, base: str) -> str:
     """The lines of Python that load what was pushed; a LoRA into its base."""
     if not recipe.trains_lora:
@@ -163,5 +169,9 @@ from diffusers import {imported}
 {_loading(recipe, pipeline_class, repo_id, base or made_from)}
 {FROM_SCORES if predicts_score else ""}pipeline({json.dumps(prompts[0])}).images[0].save("image.png")
 ```
+
+Or with sd-recipes, which also compares models and adds LoRAs:
+
+    {sample_command(repo_id, prompts[0])}
 """
     ModelCard(redacted(content)).save(output_dir / "README.md")

@@ -6,6 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from sd_recipes.export.lora import export_lora
 from sd_recipes.model.components import Components
 from sd_recipes.model.family import Family
@@ -21,12 +23,20 @@ def export_trained(family: Family, components: Components, recipe: Recipe, outpu
         export_pipeline(family, components, output_dir)
 
 
-def export_pipeline(family: Family, components: Components, output_dir: Path) -> None:
-    """Write a folder that the family's pipeline class loads with `from_pretrained`, in safetensors, all in float32.
+def export_pipeline(
+    family: Family, components: Components, output_dir: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a folder that the family's pipeline class loads with `from_pretrained`, in safetensors, all in one type.
 
-    In one type, since diffusers loads its parts in float32 and transformers in the type they were saved in.
+    Since diffusers loads its parts in float32 and transformers in the type they were saved in. The components are
+    in that type afterwards.
     """
+    for name in ("unet", *family.text_models):
+        if name not in components.as_loaded:
+            getattr(components, name).float()  # in place, for the run is over: its weights may be in bfloat16
     pipeline = family.build_pipeline(replace(components, **components.as_loaded))
+    if dtype != torch.float32:
+        pipeline.to(dtype)
     pipeline.save_pretrained(output_dir, safe_serialization=True)
     for pattern in ("model_index.json", *(f"{name}/*.json" for name in family.folders)):
         for path in output_dir.glob(pattern):

@@ -33,8 +33,18 @@ class Family(ABC):
         """Captions to input_ids (B, L), in a loader's worker. Raises CaptionError."""
 
     @abstractmethod
-    def load(self, config: ModelConfig, scheduler: DDPMScheduler, tokenizer: CLIPTokenizer) -> Components:
-        """All parts in float32, all but the UNet frozen, checked to fit together. Raises RecipeError."""
+    def load(
+        self,
+        config: ModelConfig,
+        scheduler: DDPMScheduler,
+        tokenizer: CLIPTokenizer | None,
+        *,
+        weights: bool = True,
+    ) -> Components:
+        """All parts in float32, all but the UNet frozen, checked to fit together. Raises RecipeError.
+
+        Without `weights` they are on the meta device, of their configurations alone, and may lack the tokenizer.
+        """
 
     @abstractmethod
     def encode_text(self, components: Components, input_ids: torch.Tensor) -> TextStates:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import Components
 from sd_recipes.model.family import Family
 from sd_recipes.model.lora import lora_layers
@@ -42,14 +44,20 @@ def move_models(
     """
     unet = components.unet
     for model in (unet, *(getattr(components, name) for name in family.text_models)):
-        round_frozen(model, dtype)
+        for parameter in model.parameters():
+            if config.weights_dtype == "bf16" and parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+            elif not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
         model.to(device)
     if not contiguous_unet:
         apply_memory_format(unet, config, device, dtype)
         for layer in lora_layers(unet).values():
             for parameter in layer.lora_A.parameters():  # of a convolution: DoRA views it as a matrix
                 parameter.data = parameter.data.contiguous()
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing_blocks:
+        checkpoint_blocks(unet, config.gradient_checkpointing_blocks)
+    elif config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         for text_model in trained_text_models(family, components):
             # What a frozen layer gives to one with a LoRA needs no gradient, which the other kind takes for an end.
@@ -63,17 +71,27 @@ def move_models(
         unet.compile()
 
 
-def round_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Round the parameters that are not trained to `dtype`; those that are stay in float32."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-
-
 def trained_text_models(family: Family, components: Components) -> list[Any]:
     """Those of the text models that are trained, whole or by a LoRA."""
     models = [getattr(components, name) for name in family.text_models]
     return [model for model in models if any(parameter.requires_grad for parameter in model.parameters())]
+
+
+def checkpoint_blocks(unet: Any, names: Sequence[str]) -> None:
+    """Let only some of the UNet's blocks recompute their activations. Raises RecipeError for one that there is not."""
+    blocks = {f"down.{number}": block for number, block in enumerate(unet.down_blocks)}
+    blocks |= {"mid": unet.mid_block} | {f"up.{number}": block for number, block in enumerate(unet.up_blocks)}
+    for name in names:
+        if name not in {*blocks, *(block.partition(".")[0] for block in blocks)}:
+            raise RecipeError(
+                f"--gradient_checkpointing_blocks {name}: the UNet has no such block: give some of down, up, "
+                f"{', '.join(blocks)}"
+            )
+    unet.enable_gradient_checkpointing()
+    for name, block in blocks.items():
+        for module in block.modules() if {name, name.partition(".")[0]}.isdisjoint(names) else ():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
 
 
 def apply_memory_format(model: Any, config: MemoryConfig, device: torch.device, dtype: torch.dtype) -> None:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 @dataclass
 class StableDiffusionComponents(Components):
     text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    tokenizer: CLIPTokenizer | None  # None in an outline without weights
 
 
 class StableDiffusion(Family):
@@ -52,12 +52,19 @@ class StableDiffusion(Family):
         return tokenize(tokenizer, captions, config)
 
     def load(
-        self, config: ModelConfig, scheduler: DDPMScheduler, tokenizer: CLIPTokenizer
+        self,
+        config: ModelConfig,
+        scheduler: DDPMScheduler,
+        tokenizer: CLIPTokenizer | None,
+        *,
+        weights: bool = True,
     ) -> StableDiffusionComponents:
-        text_encoder = load_part(config, "text_encoder", lambda settings: CLIPTextModel(_text_config(settings)))
+        text_encoder = load_part(
+            config, "text_encoder", lambda settings: CLIPTextModel(_text_config(settings)), weights=weights
+        )
         components = StableDiffusionComponents(
-            vae=load_vae(config),
-            unet=load_unet(config),
+            vae=load_vae(config, weights=weights),
+            unet=load_unet(config, weights=weights),
             scheduler=scheduler,
             sampler=load_sampler(config, scheduler),
             text_encoder=text_encoder.requires_grad_(False).eval(),
@@ -130,7 +137,7 @@ def _check_fit(components: StableDiffusionComponents, config: ModelConfig) -> No
                 f"{place}: {name} asks for a condition besides the caption, and there is none: "
                 + ("drop it" if config.train_from_scratch else "choose a model without it")
             )
-    if len(components.tokenizer) > text_encoder.vocab_size:
+    if components.tokenizer is not None and len(components.tokenizer) > text_encoder.vocab_size:
         raise RecipeError(
             f"the tokenizer has {len(components.tokenizer)} tokens, and the text encoder knows "
             f"{text_encoder.vocab_size}: use the two of one model"

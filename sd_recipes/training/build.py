@@ -49,12 +49,14 @@ from sd_recipes.redaction import redacted
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import wait_for_all
 from sd_recipes.runtime.fsdp import check_wrapped_classes
+from sd_recipes.runtime.gradients import GradientExchange
 from sd_recipes.runtime.launcher import DYNAMO, configuration
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import Tracker
 from sd_recipes.training.dropout import has_dropout
-from sd_recipes.training.ema import AveragedWeights
+from sd_recipes.training.ema import AveragedWeights, release_before_steps
+from sd_recipes.training.fused_backward import FusedBackward, check_fused_backward
 from sd_recipes.training.guard import Guard
 from sd_recipes.training.objective import DenoisingLoss, NoiseSchedule
 from sd_recipes.training.optim import build_optimizer, build_schedule
@@ -82,14 +84,15 @@ class Model:
 
     family: Family
     components: Components
-    trained: list[torch.nn.Module]  # of every part, as accelerate wraps it
-    unet: torch.nn.Module  # as a training step calls it: wrapped, or sharded, where there are several processes
+    unet: torch.nn.Module  # as a training step calls it: autocast, or sharded
+    exchange: GradientExchange  # of all that is trained
     encoder: LatentEncoder
     encode_text: Callable[[torch.Tensor], TextStates]  # of input_ids in the host's memory
     dropout_seed: int | None  # if something of it draws dropout
     objective: DenoisingLoss
     quiet_loss: QuietLoss
     timestep_errors: TimestepErrors | None  # by which timesteps are drawn, instead of those that a batch has
+    steps_in_backward: bool  # with --fused_backward_pass
 
     def losses(self, latents: torch.Tensor, conditioning: Conditioning, batch: Batch) -> torch.Tensor:
         """(B,) loss of each image of a batch on the device, whose latents are (B, C, h, w)."""
@@ -163,7 +166,9 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     check_pictures(recipe, components.sampler)
     provenance = None
     if data.provenances or recipe.cache_latents != "off":  # of the weights as they were loaded
-        provenance = provenance_of(recipe, components.vae, DTYPES[accelerator.mixed_precision])
+        provenance = provenance_of(
+            recipe, components.vae, DTYPES[accelerator.mixed_precision], tiling=recipe.vae_tiling
+        )
         check_one_provenance(data.provenances, provenance)
     if accelerator.is_main_process and accelerator.mixed_precision != "no" and not recipe.trains_lora:
         keep_as_loaded(family, components, trains_text=recipe.train_text_encoder)  # for the export
@@ -240,6 +245,14 @@ def steps_of_run(recipe: Recipe, order: Order | None, manifest: Manifest | None)
 
 def build_encoder(recipe: Recipe, vae: AutoencoderKL, accelerator: Accelerator) -> LatentEncoder:
     dtype = DTYPES[accelerator.mixed_precision]
+    if recipe.vae_slicing:
+        vae.enable_slicing()
+    if recipe.vae_tiling:
+        vae.enable_tiling()
+        logger.warning(
+            "--vae_tiling: images of more than %d pixels a side are encoded and decoded in tiles, and differ a little "
+            "from whole ones; smaller ones are not.", vae.tile_sample_min_size,
+        )  # fmt: skip
     encoder = LatentEncoder(vae, accelerator.device, dtype)
     apply_memory_format(vae, recipe, accelerator.device, dtype)
     return encoder
@@ -259,20 +272,34 @@ def build_model(
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
     # bitsandbytes makes parameters contiguous at their first step, after its state has taken on their layout, and FSDP
     # shards only contiguous ones.
-    contiguous = recipe.optimizer == "adamw8bit" or accelerator.is_fsdp2
+    contiguous = recipe.is_8bit or accelerator.is_fsdp2
     encoder = build_encoder(recipe, components.vae, accelerator)
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
     parts = trained_parts(recipe, family, components, batch_size)
     num_train_timesteps = components.scheduler.config.num_train_timesteps
     quiet_loss = QuietLoss(num_train_timesteps, recipe, None if num_rows is None else RowLosses(num_rows))
     timestep_errors = TimestepErrors(num_train_timesteps, recipe, device) if recipe.timesteps_by_error else None
-    optimizer = build_optimizer(list(parts.values()), recipe, fused=accelerator.mixed_precision != "fp16")
+    if recipe.fused_backward_pass:
+        check_fused_backward(accelerator, micro_batches_of_step(recipe, batch_size, accelerator.num_processes))
+    assert recipe.seed is not None, "the recipe is resolved"
+    optimizer = build_optimizer(
+        list(parts.values()),
+        recipe,
+        fused=None if accelerator.mixed_precision == "fp16" or device.type == "meta" else True,
+        seed=recipe.seed,
+        step_number=lambda: state.progress.global_step,
+    )
+    fused_backward = FusedBackward(optimizer) if recipe.fused_backward_pass else None
     schedule = build_schedule(optimizer, recipe, num_steps)
     check_wrapped_classes(accelerator, components.unet)
     if accelerator.is_fsdp2 and len(parts) > 1:  # of several modules accelerate (1.15) shards the last one only
         raise RecipeError(f"FSDP shards one model, and this run trains {', '.join(parts)}: train without FSDP")
     wait_for_all()  # one may have taken far longer than another to read its data or its model
-    *prepared, optimizer = accelerator.prepare(*(part.module for part in parts.values()), optimizer)
+    if accelerator.is_fsdp2:
+        *prepared, wrapped = accelerator.prepare(*(part.module for part in parts.values()), optimizer)
+    else:  # without DDP: gradients are summed by the model's `exchange`
+        prepared = [accelerator.prepare_model(part.module, evaluation_mode=True) for part in parts.values()]
+        wrapped = accelerator.prepare_optimizer(optimizer)
     for part, module in zip(parts.values(), prepared, strict=True):
         part.prepared = module
         if recipe.use_ema:
@@ -281,13 +308,25 @@ def build_model(
             part.snapshots = {
                 suffix: AveragedWeights(part.parameters, recipe, length) for suffix, length in SNAPSHOTS.items()
             }
-    state = TrainState(parts, optimizer, schedule, accelerator.scaler, quiet_loss, timestep_errors=timestep_errors)
+    release_before_steps(optimizer, [average for part in parts.values() for average in part.averages.values()])
+    state = TrainState(
+        parts,
+        wrapped,
+        schedule,
+        accelerator.scaler,
+        quiet_loss,
+        timestep_errors=timestep_errors,
+        fused_backward=fused_backward,
+    )
     encode_text = text_encoding(recipe, family, components, state)
     model = Model(
         family=family,
         components=components,
-        trained=[part.prepared for part in parts.values()],
         unet=part_of(parts, "unet").prepared,
+        exchange=GradientExchange(
+            [parameter for part in parts.values() for parameter in part.parameters.values()],
+            is_needed=accelerator.num_processes > 1 and not accelerator.is_fsdp2,
+        ),
         encoder=encoder,
         encode_text=CachedText(encode_text) if recipe.cache_text else encode_text,
         dropout_seed=recipe.seed if has_dropout(part.module for part in parts.values()) else None,
@@ -296,6 +335,7 @@ def build_model(
         ),
         quiet_loss=quiet_loss,
         timestep_errors=timestep_errors,
+        steps_in_backward=recipe.fused_backward_pass,
     )
     return model, state
 
@@ -369,11 +409,11 @@ def uncertainty_part(scheduler: DDPMScheduler, device: torch.device) -> TrainedP
 
 
 def rebuild_unet(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """A frozen UNet from whole tensors, which it uses without copying them."""
+    """A frozen UNet in float32 from whole tensors, which it uses without copying them if they are."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config))
     unet.load_state_dict(dict(tensors), assign=True)
-    return unet.requires_grad_(False).eval()
+    return unet.float().requires_grad_(False).eval()
 
 
 def build_validator(
@@ -485,10 +525,13 @@ def batch_in_words(run: Run) -> str:
     """A global batch as what it consists of."""
     recipe, global_batch_size, num_processes = run.recipe, run.data.global_batch_size, run.accelerator.num_processes
     size, accumulated = recipe.train_batch_size, recipe.gradient_accumulation_steps
+    at_once = f", {recipe.images_at_once} at once" if recipe.images_at_once < size else ""
     if size * accumulated * num_processes != global_batch_size:  # the run began on another number
         accumulated = micro_batches_of_step(recipe, global_batch_size, num_processes)
-        return f"{global_batch_size}, kept, on {num_processes} processes: at most {size} x {accumulated} on each"
-    return f"{global_batch_size} = {size} per device x {accumulated} accumulated x {num_processes} processes"
+        return (
+            f"{global_batch_size}, kept, on {num_processes} processes: at most {size} x {accumulated} on each{at_once}"
+        )
+    return f"{global_batch_size} = {size} per device x {accumulated} accumulated x {num_processes} processes{at_once}"
 
 
 def micro_batches_of_step(recipe: Recipe, global_batch_size: int, num_processes: int) -> int:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from sd_recipes.runtime.fsdp import gather, shard_like
 from sd_recipes.training.ema import AveragedWeights
+from sd_recipes.training.fused_backward import FusedBackward
 from sd_recipes.training.quiet_loss import QuietLoss
 from sd_recipes.training.timestep_errors import TimestepErrors
 
@@ -46,6 +47,8 @@ class Progress:
     steps_without_rows: Annotated[int, Field(ge=0)] = 0
     skipped_in_a_row: Annotated[int, Field(ge=0)] = 0  # the last steps, for a gradient that was not finite
     awaits_validation: bool = False  # of this step, which comes after its checkpoint
+    # Images that a device takes at once since memory ran out with more; None if it has not.
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
     stream_state: dict[str, Any] | None = None  # where this process's stream stands, if there is one
 
 
@@ -68,7 +71,7 @@ class TrainedPart:
     export: Callable[[Mapping[str, torch.Tensor], Path], None] | None = None
     average: AveragedWeights | None = None
     snapshots: dict[str, AveragedWeights] = field(default_factory=dict)  # with --ema_snapshots, by suffix
-    prepared: torch.nn.Module = field(init=False)  # as accelerate wraps it, for training steps to call
+    prepared: torch.nn.Module = field(init=False)  # as accelerate prepares it, for training steps to call
 
     def __post_init__(self) -> None:
         self.prepared = self.module
@@ -135,6 +138,7 @@ class TrainState:
     quiet_loss: QuietLoss
     progress: Progress = field(default_factory=Progress)
     timestep_errors: TimestepErrors | None = None  # with --timesteps_by_error
+    fused_backward: FusedBackward | None = None  # with --fused_backward_pass
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -180,7 +184,7 @@ class TrainState:
                         undo.callback(setattr, components, part.name, getattr(components, part.name))
                         setattr(components, part.name, part.rebuild(whole))
                 elif part.average and wanted and averaged:
-                    undo.enter_context(part.average.applied())
+                    undo.enter_context(part.average.applied(part.module))
             yield
 
     @contextmanager

@@ -297,9 +297,9 @@ def test_the_best_weights_are_exported_evaluated_and_published(
         forget_accelerator()
         evaluate(Evaluation(targets=[str(tiny_pipeline), target], num_pictures=0, output_dir=str(results),
                             given={"device": "cpu"}))  # fmt: skip
-        base, lora = json.loads((results / "evaluation.json").read_text())["evaluated"]
-        assert lora["validation_loss"] == pytest.approx(best, rel=1e-6)
-        assert base["validation_loss"] > best
+        base, lora = json.loads((results / "evaluation.json").read_text())["targets"]
+        assert lora["figures"]["validation_loss"] == pytest.approx(best, rel=1e-6)
+        assert base["figures"]["validation_loss"] > best
 
     pushed: list[Any] = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_commit", lambda self, repo, files, **_: pushed.extend(files))
