@@ -82,6 +82,9 @@ THEN="evaluate $WORK/out --num_pictures 4 --feature_model sd-recipes/tiny-clip -
 train "bf16, EMA, held-out rows"    --mixed_precision bf16 --use_ema --validation_split 0.25 --validation_steps 10 \
     --validation_samples 32 --validation_pictures 2 --validation_inference_steps 4 --export best
 
+echo "--- memory, planned against measured"
+in_time "plan" && { "$PYTHON" benchmarks/plan_accuracy.py --device cuda || failed=1; }
+
 if [ -n "${PEER_SCRIPT:-}" ]; then
     echo "--- against diffusers' script, bf16, in turn"
     in_time "diffusers, $SHAPE" && { "$PYTHON" benchmarks/vs_diffusers.py --peer_script "$PEER_SCRIPT" --shape "$SHAPE" \
