@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from training_runs import assert_leaves_as_it_came, average, build, fit_from, train
+from training_runs import assert_leaves_as_it_came, average, build, fit_from, losses, train
 
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.runtime.trackers import read_metrics
@@ -115,3 +117,31 @@ def test_a_skipped_step_of_the_loss_scaler_advances_neither_schedule_nor_average
     fit_from(run)
     assert run.state.schedule.last_epoch < 3
     assert average(run).num_updates == run.state.schedule.last_epoch
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_with_fewer_images_at_once(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Really: torch may take little more than two images take, and a batch has eight."""
+    settings |= {"resolution": 512, "train_batch_size": 8, "max_train_steps": 4, "logging_steps": 1}
+
+    def empty() -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    empty()
+    roomy = train(settings, micro_batch=2, output_dir=str(tmp_path / "roomy"))
+    expected = losses(roomy)
+    taken = torch.cuda.max_memory_reserved()
+    del roomy
+    empty()
+    torch.cuda.set_per_process_memory_fraction(1.3 * taken / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        run = train(settings)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert run.state.progress.micro_batch in (2, 4)
+    assert all(map(math.isfinite, losses(run)))
+    assert losses(run) == pytest.approx(expected, rel=1e-2)
+    assert "out_of_memory" in (run.output_dir / "incidents.jsonl").read_text()

@@ -67,6 +67,12 @@ def main() -> None:
         "evaluate", add_help=False, help="measure what runs and pipelines have learned; `sd-recipes evaluate --help`"
     )
     commands.add_parser(
+        "export", add_help=False, help="write a run or a model as other programs read it; `sd-recipes export --help`"
+    )
+    commands.add_parser(
+        "sample", add_help=False, help="draw pictures with runs, models and LoRAs; `sd-recipes sample --help`"
+    )
+    commands.add_parser(
         "convert",
         add_help=False,
         help="turn .ckpt and .bin files into safetensors; `sd-recipes convert --help`",
@@ -169,6 +175,30 @@ def evaluate(argv: list[str]) -> None:
             evaluate(config)
 
 
+def export(argv: list[str]) -> None:
+    """Write a run or a model in the form that another program reads, with the name and flags in `argv`."""
+    with mistakes_in_one_line():
+        set_up_console()
+        from sd_recipes.commands.export_settings import read_settings
+
+        config = read_settings(argv)
+        from sd_recipes.commands.export import export
+
+        export(config)
+
+
+def sample(argv: list[str]) -> None:
+    """Draw pictures, with the flags in `argv`."""
+    with mistakes_in_one_line():
+        set_up_console()
+        from sd_recipes.commands.sample_settings import read_settings
+
+        config = read_settings(argv)
+        from sd_recipes.commands.sample import sample
+
+        sample(config)
+
+
 def convert(argv: list[str]) -> None:
     """Turn pickled weights into safetensors."""
     with mistakes_in_one_line():
@@ -192,6 +222,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plan": plan,
     "average": average,
     "evaluate": evaluate,
+    "export": export,
+    "sample": sample,
     "convert": convert,
     "env": env,
 }

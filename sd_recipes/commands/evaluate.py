@@ -21,12 +21,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sd_recipes import assets
-from sd_recipes.checkpoints.best import BEST, list_best
-from sd_recipes.checkpoints.format import MANIFEST, DamagedCheckpoint, list_checkpoints, verify_checkpoint
-from sd_recipes.checkpoints.run_folder import holds_run
+from sd_recipes.checkpoints.format import DamagedCheckpoint, verify_checkpoint
 from sd_recipes.commands.evaluate_settings import Evaluation
-from sd_recipes.commands.of_run import NOT_TRAINED, settings_of
+from sd_recipes.commands.of_run import NOT_TRAINED, Target, find_target, settings_of
 from sd_recipes.data.held_out import choose
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.evaluation.bit_figures import bit_figures, error_table
@@ -80,21 +77,14 @@ OF_THE_BASE = {
 OF_A_MODEL = (*ModelConfig.model_fields, "prediction_type", "rescale_betas_zero_snr")
 
 
-@dataclass(frozen=True)
-class Target:
-    """What is evaluated: a model, or weights of a run, which has the rest."""
-
-    name: str
-    run: Path | None
-    weights: Path | None = None  # a checkpoint, or one of the best weights; None for a model
-
-
 def evaluate(config: Evaluation) -> None:
     """Evaluate what `config` names; print a table, and write evaluation.json, tables of errors, pictures and a page.
 
     Raises RecipeError, and Stopped.
     """
     targets = [find_target(name, config.weights) for name in config.targets]
+    for target in targets:
+        check_is_model(target)
     recipes = [recipe_of(target, targets, config) for target in targets]
     output_dir = output_dir_of(config, targets)
     hide_library_bars()
@@ -131,37 +121,14 @@ def evaluate(config: Evaluation) -> None:
 # ------------------------------------------------------------------------------------------ what is evaluated
 
 
-def find_target(name: str, weights: str) -> Target:
-    """What a name stands for; a run for its pipeline, or for its newest checkpoint if that is not as far, or for `raw`.
-
-    Raises RecipeError for a path where there is nothing to evaluate.
-    """
-    path = Path(name).expanduser()
-    looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    if not name or (looks_like_path and not path.exists()):
-        raise RecipeError(f"{name or 'an empty name'}: no such file or folder")
-    if (path / MANIFEST).is_file():
-        run = path.resolve().parent
-        return Target(name, run.parent if run.name == BEST else run, path)
-    if path.name == BEST and path.is_dir():
-        kept = list_best(path.resolve().parent)
-        if not kept:
-            raise RecipeError(f"{name} holds no weights: evaluate the run, or one of its checkpoints")
-        return Target(name, path.resolve().parent, kept[-1])
-    if path.is_dir() and holds_run(path):
-        pipeline, newest = path / "model_index.json", next(reversed(list_checkpoints(path)), None)
-        if newest is None and not pipeline.is_file():
-            raise RecipeError(f"{name} is a run without a checkpoint or a pipeline so far: train on, and evaluate then")
-        has_moved_on = newest is not None and pipeline.is_file() and newest.stat().st_mtime > pipeline.stat().st_mtime
-        if newest is None or (pipeline.is_file() and weights != "raw" and not has_moved_on):
-            return Target(name, path)
-        return Target(f"{name} ({newest.name})", path, newest)
-    if path.is_dir() and not (path / "model_index.json").is_file() and name not in assets.ASSETS:
+def check_is_model(target: Target) -> None:
+    """Raises RecipeError for a folder that is no model."""
+    path = Path(target.name).expanduser()
+    if target.run is None and path.is_dir() and not (path / "model_index.json").is_file():
         raise RecipeError(
-            f"{name} is neither a run of this program, nor a checkpoint of one, nor a pipeline: give the --output_dir "
-            "of a run, a checkpoint-N in it, or a folder with a model_index.json"
+            f"{target.name} is neither a run of this program, nor a checkpoint of one, nor a pipeline: give the "
+            "--output_dir of a run, a checkpoint-N in it, or a folder with a model_index.json"
         )
-    return Target(name, None)
 
 
 def recipe_of(target: Target, targets: list[Target], config: Evaluation) -> Recipe:

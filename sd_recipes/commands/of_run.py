@@ -1,14 +1,31 @@
-"""A run's recipe, for commands that look at what it has learned without training."""
+"""Runs, checkpoints and models by their names, for commands that look at what was learned without training."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sd_recipes.errors import RecipeError
-from sd_recipes.flags import is_resolved_recipe, read_recipe_file
-from sd_recipes.recipe import DIFFUSERS_LENGTH
+from safetensors import SafetensorError
+
+from sd_recipes.checkpoints.best import BEST, list_best
+from sd_recipes.checkpoints.format import MANIFEST, DamagedCheckpoint, Manifest, list_checkpoints, verify_checkpoint
+from sd_recipes.checkpoints.run_folder import holds_run
+from sd_recipes.checkpoints.snapshots import AVERAGES
+from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.flags import build_recipe, is_resolved_recipe, read_recipe_file
+from sd_recipes.model.components import Components, load_scheduler
+from sd_recipes.model.families import family_of
+from sd_recipes.model.family import Family
+from sd_recipes.model.loading import fill
+from sd_recipes.model.lora_files import ADAPTER_METADATA, LORA_FILE, LORA_PARTS, Lora, is_lora, layer_shapes, read_lora
+from sd_recipes.model.sources import MODEL
+from sd_recipes.model.weight_files import UnfittingWeights, UnreadableWeights, Weights, open_weights
+from sd_recipes.recipe import DIFFUSERS_LENGTH, ModelConfig, Recipe
+from sd_recipes.training.build import convert
+from sd_recipes.training.state import AVERAGE, CONFIG, SNAPSHOTS
 
 # What is left out of a run that is not trained, only evaluated.
 NOT_TRAINED: dict[str, Any] = {
@@ -17,6 +34,14 @@ NOT_TRAINED: dict[str, Any] = {
     "report_to": "none", "validation_prompts": None, "validation_clip_model": None, "validation_pictures": 0,
     "early_stopping": None, "export": "end",
 }  # fmt: skip
+# Where a checkpoint has a part's weights of each kind: suffixes of folders, the first that is there counts.
+KINDS_IN_CHECKPOINT: dict[str | None, tuple[str, ...]] = {
+    None: (AVERAGE, ""), "raw": ("",), "averaged": (AVERAGE,), "best": ("",),
+    **{suffix.removeprefix("_"): (suffix,) for suffix in SNAPSHOTS},
+}  # fmt: skip
+LORA = "_lora"  # suffix of the folder of a part's LoRA
+EXPORTED = ("model_index.json", LORA_FILE)  # what a run has in its folder when it is done
+MODEL_PARTS = ("unet", "vae", "text_encoder")  # those of a pipeline that have weights
 
 
 def settings_of(run_dir: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,3 +50,189 @@ def settings_of(run_dir: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     if not is_resolved_recipe(path):
         raise RecipeError(f"{path} is not as the run wrote it: start the run once more, which writes it")
     return {**read_recipe_file(str(path)), **NOT_TRAINED, "output_dir": str(run_dir), **changes}
+
+
+# ------------------------------------------------------------------------------------------ what a name stands for
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a name stands for: a model, or weights of a run, which has the rest."""
+
+    name: str
+    run: Path | None
+    weights: Path | None = None  # a checkpoint, the best weights or averages; None for a model
+
+
+def find_target(name: str, weights: str, exported: tuple[str, ...] = ("model_index.json",)) -> Target:
+    """What a name stands for; a run for its pipeline, or for its newest checkpoint if that is not as far.
+
+    `weights` is `evaluated`, or says which are wanted: a run has them in its newest checkpoint, and the `best` in a
+    folder of their own. `exported` are files of which a run has one in its folder when it is done. Raises RecipeError
+    for a path where there is nothing, and for a run that has saved nothing of that kind.
+    """
+    path = Path(name).expanduser()
+    looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if not name or (looks_like_path and not path.exists()):
+        raise RecipeError(f"{name or 'an empty name'}: no such file or folder")
+    if (path / MANIFEST).is_file():
+        run = path.resolve().parent
+        return Target(name, run.parent if run.name in (BEST, AVERAGES) else run, path)
+    if path.name == BEST and path.is_dir():
+        return Target(name, path.resolve().parent, _best(path.resolve().parent, name))
+    if not path.is_dir() or not holds_run(path):
+        return Target(name, None)
+    if weights == "best":
+        return Target(f"{name} (best)", path, _best(path, name))
+    done = next((path / file for file in exported if (path / file).is_file()), None)
+    newest = next(reversed(list_checkpoints(path)), None)
+    if newest is None and done is None:
+        raise RecipeError(f"{name} is a run without a checkpoint or a pipeline so far: train on, and come back then")
+    has_moved_on = newest is not None and done is not None and newest.stat().st_mtime > done.stat().st_mtime
+    if newest is None or (done is not None and weights == "evaluated" and not has_moved_on):
+        return Target(name, path)
+    return Target(f"{name} ({newest.name})", path, newest)
+
+
+def _best(run: Path, name: str) -> Path:
+    kept = list_best(run)
+    if not kept:
+        raise RecipeError(f"{name} holds no weights that a run has kept as its best: name a checkpoint, or the run")
+    return kept[-1]
+
+
+# ------------------------------------------------------------------------------------------ loading without training
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in float32 on the CPU, and what is known of it."""
+
+    family: Family
+    components: Components
+    recipe: Recipe | None = None  # of the run that it is of
+    lora: Lora | None = None  # which a run trained instead of the model itself; it is not merged into the components
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side that its run trained at, or that its UNet is meant for."""
+        if self.recipe is not None:
+            return self.recipe.resolution
+        return self.components.unet.config.sample_size * self.components.vae_scale_factor
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a LoRA may change."""
+        return {part: getattr(self.components, part) for part in LORA_PARTS}
+
+
+def load_model(name: str, weights: str | None, flags: Mapping[str, Any], flag: str = MODEL) -> LoadedModel:
+    """The model that `name` stands for: a run, a checkpoint, a pipeline, a single file or a Hub id.
+
+    `weights` chooses among a run's (None: those that are evaluated), and `flags` are settings of ModelConfig, which
+    count more than the run's own. Its data are not needed. Raises RecipeError, which names the model by `flag`.
+    """
+    try:
+        return _load(find_target(name, weights or "evaluated", EXPORTED), weights, flags)
+    except RecipeError as error:
+        raise RecipeError(str(error).replace(f"{MODEL} ", f"{flag} ".lstrip())) from error
+
+
+def _load(target: Target, weights: str | None, flags: Mapping[str, Any]) -> LoadedModel:
+    if target.weights is not None:
+        return _load_weights(target, weights, flags)
+    if weights is not None:
+        holds = "is a run that has kept no checkpoint" if target.run else "is a model, with one kind of weights"
+        raise RecipeError(f"--weights {weights}: {target.name} {holds}: drop --weights")
+    if target.run and not (target.run / EXPORTED[0]).is_file():
+        base = load_base(target.run, flags, {})
+        return replace(base, lora=open_lora(target.run / LORA_FILE, "", base))
+    config = ModelConfig(**{**flags, "pretrained_model_name_or_path": str(target.run or target.name)})
+    family = family_of(config)
+    components = family.load(config, load_scheduler(config), family.load_tokenizer(config))
+    return LoadedModel(family, components, build_recipe(settings_of(target.run, {})) if target.run else None)
+
+
+def load_base(run: Path, flags: Mapping[str, Any], changes: Mapping[str, Any]) -> LoadedModel:
+    """The model that a run began with, predicting what the run trains it to. Raises RecipeError."""
+    recipe = build_recipe(settings_of(run, {**flags, **changes}))
+    try:
+        family = family_of(recipe)
+        components = family.load(recipe, load_scheduler(recipe), family.load_tokenizer(recipe))
+    except RecipeError as error:
+        raise RecipeError(
+            f"{error} ({run / 'recipe.yaml'} says so; its relative paths begin where the run was started)"
+        ) from error
+    convert(recipe, components, is_new=False)
+    return LoadedModel(family, components, recipe)
+
+
+def _load_weights(target: Target, weights: str | None, flags: Mapping[str, Any]) -> LoadedModel:
+    """A run's base with what a checkpoint, the best weights or averages hold of it. Raises RecipeError."""
+    path = target.weights
+    assert path is not None
+    assert target.run is not None
+    try:
+        folders = _part_folders(target, path, verify_checkpoint(path), weights)
+    except (DamagedCheckpoint, OSError) as error:
+        raise RecipeError(f"{target.name} cannot be used ({one_line(error)}): name another checkpoint") from error
+    if weights is not None and (weights == "best") != (path.parent.name == BEST):
+        way_out = f"name {target.run}" if weights == "best" else "drop --weights"
+        raise RecipeError(f"--weights {weights}: {target.name} holds weights of another kind: {way_out}")
+    of_scratch = settings_of(target.run, {}).get("train_from_scratch") and "unet" in folders
+    changes = {"unet_config": str(folders["unet"] / CONFIG)} if of_scratch else {}
+    base = load_base(target.run, flags, changes)
+    lora: dict[str, Any] = {}
+    for part, folder in folders.items():
+        file = next(folder.glob("*.safetensors"))
+        try:
+            found = open_weights(file, f"{folder.name}/{file.name}", allow_pickle=False)
+            if is_lora(found.shapes):
+                lora |= read_lora(
+                    _as_lora_file(found, part, folder), layer_shapes(base.parts), base.components.unet.config
+                )
+            else:
+                fill(getattr(base.components, part), found, part)
+        except (UnreadableWeights, SafetensorError, OSError) as error:
+            raise RecipeError(f"{target.name} does not fit its run's model ({one_line(error)})") from error
+    return LoadedModel(base.family, base.components, base.recipe, lora or None)
+
+
+def _part_folders(target: Target, path: Path, manifest: Manifest, weights: str | None) -> dict[str, Path]:
+    """The folder of each part's weights of that kind. Raises RecipeError if there are none."""
+    names = {PurePosixPath(file).parent.name for file in manifest.files if file.endswith(".safetensors")}
+    folders = {}
+    for part in MODEL_PARTS:
+        wanted = [part + of + kind for kind in KINDS_IN_CHECKPOINT[weights] for of in ("", LORA)]
+        if found := next((folder for folder in wanted if folder in names), None):
+            folders[part] = path / found
+    if not folders:
+        there = [kind for kind, (suffix, *_) in KINDS_IN_CHECKPOINT.items() if kind and f"unet{suffix}" in names]
+        raise RecipeError(
+            f"{target.name} has no {weights or 'raw'} weights: give --weights {' or '.join(there)}, which it has"
+        )
+    return folders
+
+
+def _as_lora_file(weights: Weights, part: str, folder: Path) -> Weights:
+    """A LoRA's tensors in a checkpoint, by peft's names with its settings beside them, as a file of it has them."""
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    metadata = {ADAPTER_METADATA: json.dumps({f"{part}.{name}": value for name, value in settings.items()})}
+    renamed = weights.renamed({f"{part}.{name}": name for name in weights.shapes})
+    return Weights(renamed.place, renamed.shapes, renamed.read, metadata)
+
+
+def open_lora(name: str | Path, flag: str, model: LoadedModel) -> Lora:
+    """The LoRA in a file, or in a folder of one, for that model; messages name it by `flag`. Raises RecipeError."""
+    path = Path(name).expanduser()
+    place = f"{flag} {name}".lstrip()
+    if not path.exists():
+        raise RecipeError(f"{place}: no such file")
+    file = path / LORA_FILE if path.is_dir() else path
+    try:
+        weights = open_weights(file, file.name, allow_pickle=False)
+        return read_lora(weights, layer_shapes(model.parts), model.components.unet.config)
+    except UnfittingWeights as error:
+        raise RecipeError(f"{place} {error}: name the model that it was trained on, or another LoRA") from error
+    except UnreadableWeights as error:
+        raise RecipeError(f"{place} {error}") from error

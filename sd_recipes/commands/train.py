@@ -28,7 +28,7 @@ from sd_recipes.checkpoints.saver import FAILURES, BackgroundSaver, NotSaved
 from sd_recipes.checkpoints.snapshots import keep_snapshot, remove_snapshots
 from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.evaluation.figures import best_of, held_out_losses
-from sd_recipes.export.hub import create_repository, publish
+from sd_recipes.export.hub import create_repository, publish, sample_command
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.export.report import write_report
 from sd_recipes.export.run_page import write_run_page
@@ -336,12 +336,13 @@ def best_weights(built: Run) -> tuple[int, dict[str, dict[str, torch.Tensor]]] |
 
 
 def how_to_draw(built: Run) -> list[str]:
-    """A line about a pipeline that diffusers loads and does not sample from."""
+    """Lines about a pipeline that diffusers loads and does not sample from."""
     if built.model.objective.prediction_type != "score":
         return []
     return [
-        "to draw         diffusers refuses to sample from scores: pipeline.scheduler = "
-        f"{drawing_sampler.__module__}.{drawing_sampler.__name__}(pipeline.scheduler)"
+        f"to draw         {sample_command(str(built.output_dir), 'a photo')}",
+        "                diffusers by itself refuses to sample from scores: pipeline.scheduler = "
+        f"{drawing_sampler.__module__}.{drawing_sampler.__name__}(pipeline.scheduler)",
     ]
 
 

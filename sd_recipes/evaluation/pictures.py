@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 import matplotlib
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from sd_recipes.model.components import Components
 from sd_recipes.model.family import Family
-from sd_recipes.model.samplers import drawing_sampler
+from sd_recipes.model.samplers import VALIDATION_FLAGS, drawing_sampler
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.writing import replacing
@@ -23,14 +23,16 @@ from sd_recipes.writing import replacing
 BROKEN_OFF = "in the middle of a validation, which is abandoned"
 
 
-def drawing_pipeline(family: Family, components: Components, sampler: str | None = None) -> DiffusionPipeline:
+def drawing_pipeline(
+    family: Family, components: Components, sampler: str | None = None, flags: tuple[str, str] = VALIDATION_FLAGS
+) -> DiffusionPipeline:
     """A pipeline that draws, whatever the UNet predicts, with its own sampler or the one of that name.
 
     Raises RecipeError as `drawing_sampler`. What is exported is `Family.build_pipeline`'s, whose scheduler says what
     was trained.
     """
     pipeline = family.build_pipeline(components)
-    pipeline.scheduler = drawing_sampler(components.sampler, sampler)
+    pipeline.scheduler = drawing_sampler(components.sampler, sampler, flags)
     return pipeline
 
 
@@ -55,10 +57,15 @@ def draw_pictures(
                 width=width,
                 num_inference_steps=recipe.validation_inference_steps,
                 guidance_scale=recipe.validation_guidance_scale,
-                generator=[torch.Generator("cpu").manual_seed((recipe.seed + number) % 2**63) for number in some],
+                generator=[generator_of(recipe.seed, number) for number in some],
                 callback_on_step_end=check_for_stop,
             ).images
     return pictures
+
+
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """What the noise of a picture is drawn by, wherever and with whatever else it is drawn."""
+    return torch.Generator("cpu").manual_seed((seed + number) % 2**63)
 
 
 @contextmanager
@@ -74,10 +81,13 @@ def decoded_one_by_one(vae: AutoencoderKL) -> Iterator[None]:
         vae.disable_slicing()
 
 
-def save_whole(picture: Image.Image, path: Path) -> None:
-    """Save a picture so that a kill or a full disk leaves all of it or nothing."""
+def save_whole(picture: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Save a picture, with texts under their keywords, so that a kill or a full disk leaves all of it or nothing."""
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, text in (texts or {}).items():
+        chunks.add_text(keyword, text)  # international text, where Latin-1 lacks a character
     with replacing(path) as beside:
-        picture.save(beside, "PNG")
+        picture.save(beside, "PNG", pnginfo=chunks)
 
 
 def check_for_stop(
@@ -95,8 +105,7 @@ def picture_grid(
     columns = columns or min(len(pictures), max(4, math.ceil(math.sqrt(len(pictures)))))
     width = cell or max(128, pictures[0].width)
     font_size = max(11, width // 12)
-    # matplotlib's own font has characters that Pillow's lacks.
-    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", font_size)
+    font = _font(font_size)
     line = font_size + 3
     height = width * pictures[0].height // pictures[0].width + 2 * line + 6
     rows = math.ceil(len(pictures) / columns)
@@ -109,6 +118,28 @@ def picture_grid(
         for row, text in enumerate(_wrap(caption, font, width)[:2]):
             pen.text((left, top + scaled.height + row * line), text, fill="black", font=font)
     return grid
+
+
+def comparison_grid(columns: list[list[Image.Image]], names: list[str], captions: list[str]) -> Image.Image:
+    """Pictures of the same captions in rows, each column under its name."""
+    pictures = [picture for row in zip(*columns, strict=True) for picture in row]
+    below = picture_grid(pictures, [caption for caption in captions for _ in columns], columns=len(columns))
+    width = below.width // len(columns)
+    size = max(12, width // 12)
+    font, line = _font(size), size + 3
+    grid = Image.new("RGB", (below.width, below.height + 3 * line), "white")
+    grid.paste(below, (0, 3 * line))
+    pen = ImageDraw.Draw(grid)
+    for number, name in enumerate(names):
+        # A path's end says most.
+        for row, text in enumerate(_wrap(name.replace("/", "/ "), font, width)[-2:]):
+            pen.text((number * width + 3, 3 + row * line), text.replace("/ ", "/"), fill="black", font=font)
+    return grid
+
+
+def _font(size: float) -> ImageFont.FreeTypeFont:
+    """matplotlib's own, which has characters that Pillow's lacks."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

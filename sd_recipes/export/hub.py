@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
@@ -101,6 +102,11 @@ def _hub_id(name: str | None) -> str | None:
     return name
 
 
+def sample_command(model: str, prompt: str) -> str:
+    """The command that draws a prompt with a model, whatever it predicts."""
+    return f"sd-recipes sample --pretrained_model_name_or_path {shlex.quote(model)} --prompts {shlex.quote(prompt)}"
+
+
 def write_model_card(
     output_dir: Path,
     repo_id: str,
@@ -145,5 +151,9 @@ from diffusers import {imported}
 pipeline = {pipeline_class}.from_pretrained({json.dumps(repo_id)})
 {FROM_SCORES if predicts_score else ""}pipeline({json.dumps(prompts[0])}).images[0].save("image.png")
 ```
+
+Or with sd-recipes, which also compares models and adds LoRAs:
+
+    {sample_command(repo_id, prompts[0])}
 """
     ModelCard(redacted(content)).save(output_dir / "README.md")

@@ -6,17 +6,24 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from sd_recipes.model.components import Components
 from sd_recipes.model.family import Family
 from sd_recipes.redaction import shown
 
 
-def export_pipeline(family: Family, components: Components, output_dir: Path) -> None:
-    """Write a folder that the family's pipeline class loads with `from_pretrained`, in safetensors, all in float32.
+def export_pipeline(
+    family: Family, components: Components, output_dir: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a folder that the family's pipeline class loads with `from_pretrained`, in safetensors, all in one type.
 
-    In one type, since diffusers loads its parts in float32 and transformers in the type they were saved in.
+    Since diffusers loads its parts in float32 and transformers in the type they were saved in. The components are
+    in that type afterwards.
     """
     pipeline = family.build_pipeline(replace(components, **components.as_loaded))
+    if dtype != torch.float32:
+        pipeline.to(dtype)
     pipeline.save_pretrained(output_dir, safe_serialization=True)
     for pattern in ("model_index.json", *(f"{name}/*.json" for name in family.folders)):
         for path in output_dir.glob(pattern):

@@ -1,7 +1,8 @@
 """The names that tensors have in Stable Diffusion's own layout, as single files do, by diffusers' and transformers'.
 
 Rombach et al.'s code numbers the UNet's blocks from one end to the other, and the VAE's from the image inward. A later
-version of either library may name its modules otherwise, but not these files.
+version of either library may name its modules otherwise, but not these files. `take_part` reads this layout, and
+`original_tensors` writes it.
 """
 
 from __future__ import annotations
@@ -144,3 +145,55 @@ def _open_clip(weights: Weights, names: Iterable[str]) -> Weights:
 
     shapes = {name: (shape[0] // 3, *shape[1:]) if name in thirds else shape for name, shape in renamed.shapes.items()}
     return Weights(weights.place, shapes, read, weights.metadata)
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+NUM_OPEN_CLIP_LAYERS = 24  # of which Stable Diffusion 2 uses all but the last
+
+
+def original_tensors(
+    part: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], generation: int
+) -> dict[str, torch.Tensor]:
+    """The tensors of a part by the names, and in the shapes, that a file of Stable Diffusion 1 or 2 has them in."""
+    if part == "unet":
+        return {f"{PREFIXES[part][0]}{unet_name(name, config)}": value for name, value in tensors.items()}
+    if part == "vae":
+        return {f"{PREFIXES[part][0]}{vae_name(name, config)}": _as_vae(name, value) for name, value in tensors.items()}
+    return _original_clip(tensors) if generation == 1 else _original_open_clip(tensors)
+
+
+def _as_vae(name: str, value: torch.Tensor) -> torch.Tensor:
+    """The attention's matrices are convolutions of one pixel there."""
+    return value[:, :, None, None] if "attentions" in name and value.ndim == 2 else value
+
+
+def _original_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' names of that time, and the positions that it counted on."""
+    prefix = f"{PREFIXES['text_encoder'][0]}text_model."
+    original = {prefix + name.removeprefix("text_model."): value for name, value in tensors.items()}
+    positions = torch.arange(len(original[f"{prefix}embeddings.position_embedding.weight"]))[None]
+    return {**original, f"{prefix}embeddings.position_ids": positions}
+
+
+def _original_open_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With the last layer and the projection, which Stable Diffusion 2 does not use and strict programs look for.
+
+    The layer is of zeros, and so changes nothing; the projection is the identity.
+    """
+    prefix, original = PREFIXES["text_encoder"][1], {}
+    thirds: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        old = open_clip_name(name.removeprefix("text_model."))
+        if match := IN_PROJ.fullmatch(old):
+            thirds.setdefault(f"{match[1]}in_proj_{match[3]}", {})[match[2]] = value
+        else:
+            original[old] = value
+    original |= {name: torch.cat([third[each] for each in "qkv"]) for name, third in thirds.items()}
+    last, unused = (f"transformer.resblocks.{NUM_OPEN_CLIP_LAYERS - number}." for number in (2, 1))
+    if not any(name.startswith(unused) for name in original):
+        copied = {name: value for name, value in original.items() if name.startswith(last)}
+        original |= {name.replace(last, unused): torch.zeros_like(value) for name, value in copied.items()}
+    width = original["ln_final.weight"].shape[0]
+    original |= {"text_projection": torch.eye(width), "logit_scale": torch.zeros(())}
+    return {prefix + name: value for name, value in original.items()}

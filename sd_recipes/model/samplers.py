@@ -27,7 +27,13 @@ def of_class(sampler_class: type[SchedulerMixin], config: Mapping[str, Any], **c
     return sampler_class.from_config(config, **silent, **changes)
 
 
-def drawing_sampler(sampler: SchedulerMixin, name: str | None = None) -> SchedulerMixin:
+# How messages call the sampler and the number of its steps.
+VALIDATION_FLAGS = ("--validation_sampler", "--validation_inference_steps")
+
+
+def drawing_sampler(
+    sampler: SchedulerMixin, name: str | None = None, flags: tuple[str, str] = VALIDATION_FLAGS
+) -> SchedulerMixin:
     """A new sampler to draw with: of the class of `sampler`, a pipeline's own, or of the one that `name` stands for.
 
     Of scores diffusers cannot sample; this sampler turns them into ε, and its configuration says epsilon. So a pipeline
@@ -41,7 +47,7 @@ def drawing_sampler(sampler: SchedulerMixin, name: str | None = None) -> Schedul
             each for each, class_name in SAMPLERS_BY_NAME.items() if knows_zero_snr(getattr(diffusers, class_name))
         ]
         raise RecipeError(
-            f"--validation_sampler {name}: {sampler_class.__name__} cannot begin with pure noise, as this model's "
+            f"{flags[0]} {name}: {sampler_class.__name__} cannot begin with pure noise, as this model's "
             f"schedule does (rescale_betas_zero_snr): give one of {', '.join(known)}, or drop it"
         )
     predicts_score = config.prediction_type == "score"
@@ -77,7 +83,9 @@ def take_scores(sampler: Any) -> None:
     sampler.step = step_of_score
 
 
-def check_it_draws(sampler: SchedulerMixin, num_steps: int, name: str | None) -> None:
+def check_it_draws(
+    sampler: SchedulerMixin, num_steps: int, name: str | None, flags: tuple[str, str] = VALIDATION_FLAGS
+) -> None:
     """Take all steps on a single value, as a trial. Raises RecipeError if one fails, or if its result is not finite."""
     takes_generator = "generator" in inspect.signature(sampler.step).parameters
     options = {"generator": torch.Generator()} if takes_generator else {}
@@ -91,9 +99,8 @@ def check_it_draws(sampler: SchedulerMixin, num_steps: int, name: str | None) ->
     except Exception as error:  # diffusers raises whatever it raises
         problem = one_line(error)
     if problem:
-        given = f"--validation_sampler {name}" if name else "the model's scheduler"
+        given = f"{flags[0]} {name}" if name else "the model's scheduler"
         raise RecipeError(
             f"{given}: {type(sampler).__name__} cannot draw from predictions of {sampler.config.prediction_type} in "
-            f"{num_steps} steps ({problem}): give another --validation_sampler, such as euler, or fewer "
-            "--validation_inference_steps"
+            f"{num_steps} steps ({problem}): give another {flags[0]}, such as euler, or fewer {flags[1]}"
         )

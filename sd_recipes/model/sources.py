@@ -485,12 +485,13 @@ class SingleFile(Source):
             is_base = int(self.opened.read("global_step")) == GLOBAL_STEP_OF_BASE
             hints["prediction_type"] = "epsilon" if is_base else "v_prediction"
         if "ztsnr" in shapes:
+            hints |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
             # Epsilon says nothing of the picture where there is no signal (Lin et al. 2024, section 3.4).
-            hints |= {
-                "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"
-            }  # fmt: skip
+            if hints.get("prediction_type") != "sample":
+                hints["prediction_type"] = "v_prediction"
         return hints
 
 
-PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
+PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon",
+                    "sample": "sample"}  # fmt: skip
 GLOBAL_STEP_OF_BASE = 875000  # Stable Diffusion 2-base, which predicts epsilon; the others of its kind predict v

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from training_runs import build, forget_accelerator
 
+from sd_recipes.commands.sample import sample
+from sd_recipes.commands.sample_settings import read_settings
 from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.pictures import drawing_pipeline
@@ -61,7 +64,13 @@ def test_what_is_exported_is_refused_by_diffusers_and_drawn_as_the_last_lines_sa
     pipeline = loaded(folder)
     with pytest.raises(ValueError, match="prediction_type given as score must be one of"):
         draw(pipeline)
-    said = re.search(r"to draw .*: pipeline\.scheduler = (\S+)\.(\w+)\(pipeline\.scheduler\)", capsys.readouterr().out)
+    told = capsys.readouterr().out
+    command = re.search(r"to draw +sd-recipes sample (.*)", told)
+    assert command is not None
+    drawn = folder / "drawn"
+    sample(read_settings([*shlex.split(command[1]), "--steps", "2", "--device", "cpu", "--output_dir", str(drawn)]))
+    assert (drawn / "00000-0.png").is_file()
+    said = re.search(r"diffusers .*: pipeline\.scheduler = (\S+)\.(\w+)\(pipeline\.scheduler\)", told)
     assert said is not None
     assert said.groups() == (drawing_sampler.__module__, drawing_sampler.__name__)
     pipeline.scheduler = drawing_sampler(pipeline.scheduler)

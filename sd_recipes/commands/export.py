@@ -1,0 +1,226 @@
+"""`sd-recipes export`: a run, a checkpoint or a model in the form that another program reads.
+
+    sd-recipes export runs/boats --to single_file --output boats.safetensors
+
+The data that a run was trained on are not needed; the model that it began with is, for the parts that were not trained.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sd_recipes import assets
+from sd_recipes.checkpoints.format import remove
+from sd_recipes.checkpoints.run_folder import holds_run
+from sd_recipes.checkpoints.saver import FAILURES
+from sd_recipes.commands.export_settings import Export
+from sd_recipes.commands.of_run import MODEL_PARTS, LoadedModel, load_base, load_model, open_lora
+from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.export.lora_file import export_lora
+from sd_recipes.export.pipeline import export_pipeline
+from sd_recipes.export.safetensors_file import DTYPES, check_range
+from sd_recipes.export.single_file import architecture_of, check_can_be_one_file, export_single_file
+from sd_recipes.model.lora_extraction import extract_lora
+from sd_recipes.model.lora_files import (
+    LORA_FILE,
+    Lora,
+    generation_of_lora,
+    is_lora,
+    layer_shapes,
+    merge_lora,
+    rank_of,
+    read_lora,
+)
+from sd_recipes.model.weight_files import UnfittingWeights, UnreadableWeights, open_weights
+from sd_recipes.redaction import shown
+from sd_recipes.runtime.console import hide_library_bars, say
+
+logger = logging.getLogger(__name__)
+
+
+def export(config: Export) -> None:
+    """Write what `config` names. Raises RecipeError; the output is there whole, or as it was."""
+    output = Path(config.output).expanduser()
+    check_is_free(output, config)
+    hide_library_bars()
+    try:
+        if config.is_lora:
+            write_lora(config, output)
+        else:
+            write_model(config, output)
+    except FAILURES as error:
+        raise RecipeError(
+            f"--output {output} cannot be written ({one_line(error)}): make room, or choose another"
+        ) from error
+
+
+def check_is_free(output: Path, config: Export) -> None:
+    """Raises RecipeError if something is there that may not be written over."""
+    if not output.exists():
+        return
+    if not config.overwrite:
+        raise RecipeError(f"--output {output} is there already: choose another name, or add --overwrite")
+    if config.to == "pipeline" and output.is_dir() and any(output.iterdir()) and not _is_pipeline(output):
+        raise RecipeError(f"--output {output} holds something else than a pipeline: choose another name")
+    if output.is_dir() != (config.to == "pipeline"):
+        raise RecipeError(f"--output {output} is {'a folder' if output.is_dir() else 'a file'}: choose another name")
+
+
+def _is_pipeline(folder: Path) -> bool:
+    """Whether a folder is a pipeline and nothing else: a run's would be lost with it."""
+    return (folder / "model_index.json").is_file() and not (folder / "recipe.yaml").exists()
+
+
+# -------------------------------------------------------------------------------------------------- models
+
+
+def write_model(config: Export, output: Path) -> None:
+    """A pipeline or a single file, with the LoRAs merged. Raises RecipeError, OSError and SafetensorError."""
+    model = load_model(config.source, config.weights, config.model, flag="")
+    if config.to == "single_file":
+        check_can_be_one_file(model.components)
+    merged = merge_all(model, config.loras)
+    if config.to == "pipeline":
+        for part in MODEL_PARTS:
+            check_range(getattr(model.components, part).state_dict(prefix=f"{part}."), config.dtype or "fp32")
+        with folder_beside(output) as folder:
+            export_pipeline(model.family, model.components, folder, DTYPES[config.dtype or "fp32"])
+        say(f"pipeline        {output}")
+        return
+    digest = export_single_file(
+        model.components,
+        output,
+        dtype=config.dtype or "fp16",
+        title=config.title or output.stem,
+        resolution=model.resolution,
+        more={"modelspec.merged_from": ", ".join([shown(config.source), *merged])} if merged else {},
+    )
+    say(f"single file     {output}\nsha256 (tensors) {digest}")
+
+
+def merge_all(model: LoadedModel, loras: list[tuple[str, float]]) -> list[str]:
+    """Merge a LoRA run's own changes, and those of files, into the model; returns the files' names.
+
+    Raises RecipeError.
+    """
+    opened = [(open_lora(file, "--lora", model), weight) for file, weight in loras]  # before anything is changed
+    if model.lora is not None:
+        opened.insert(0, (model.lora, 1.0))
+    for lora, weight in opened:
+        merge_lora(model.parts, lora, weight)
+    return [f"{Path(file).stem}:{weight:g}" for file, weight in loras]
+
+
+@contextmanager
+def folder_beside(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write, which then takes its place."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside, old = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.removed")
+    for left in (beside, old):  # by a kill
+        remove(left)
+    try:
+        yield beside
+        if output.exists():
+            output.rename(old)
+        beside.rename(output)
+        remove(old)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+# -------------------------------------------------------------------------------------------------- LoRAs
+
+
+def write_lora(config: Export, output: Path) -> None:
+    """A LoRA of a run, of a file, or extracted. Raises RecipeError, OSError and SafetensorError."""
+    file = lora_file(config.source)
+    predicts = None
+    if file is not None:
+        lora, architecture = of_file(file, config)
+    else:
+        model = load_model(config.source, config.weights, config.model, flag="")
+        architecture = architecture_of(model.components)
+        predicts = model.components.scheduler.config.prediction_type
+        lora = of_model(model, config)
+    digest = export_lora(
+        lora,
+        output,
+        kohya=config.to == "kohya_lora",
+        dtype=config.dtype or "fp16",
+        title=config.title or output.stem,
+        architecture=architecture,
+        prediction_type=predicts,
+    )
+    say(f"LoRA            {output}\nrank            {rank_of(lora)}\nsha256 (tensors) {digest}")
+
+
+def of_file(file: Path, config: Export) -> tuple[Lora, str]:
+    """The LoRA in a file, and the architecture of its model: --base, or Stable Diffusion 1 or 2 of full size."""
+    if config.rank is not None:
+        raise RecipeError(f"--rank {config.rank}: {file} is a LoRA already, which is written as it is: drop --rank")
+    if base := config.model.get("base"):
+        flags = {name: value for name, value in config.model.items() if name != "base"}
+        model = load_model(base, None, flags, flag="--base")
+        return open_lora(file, "", model), architecture_of(model.components)
+    weights = open_weights(file, str(file), allow_pickle=False)
+    generation = generation_of_lora(weights.shapes)
+    folder = assets.CONFIGURATIONS[generation]
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+    try:
+        lora = read_lora(weights, layer_shapes({"unet": unet, "text_encoder": text_encoder}), unet.config)
+    except UnfittingWeights as error:
+        raise RecipeError(f"{file} {error}: name the model that it was trained on with --base") from error
+    except UnreadableWeights as error:
+        raise RecipeError(f"{file} {error}") from error
+    return lora, f"stable-diffusion-{'v1' if generation == 1 else 'v2-768-v'}"
+
+
+def of_model(model: LoadedModel, config: Export) -> Lora:
+    """The LoRA that a run has trained, or one extracted from what it has trained. Raises RecipeError."""
+    if model.lora is not None and config.rank is None:
+        return model.lora
+    if config.rank is None:
+        raise RecipeError(
+            f"{config.source} was trained whole, and is no LoRA: add --rank 16 to extract one, or use --to single_file"
+        )
+    if model.lora is not None or config.lora:
+        merge_all(model, config.loras)
+    if config.tuned_from is not None:
+        base = load_model(config.tuned_from, None, config.model, flag="--tuned_from")
+    elif model.recipe is None or model.recipe.train_from_scratch:
+        raise RecipeError(
+            f"--rank {config.rank} extracts what fine-tuning has changed: name the model that {config.source} was made "
+            "from with --tuned_from"
+        )
+    else:
+        base = load_base(Path(model.recipe.output_dir), config.model, {})
+    found = extract_lora(model.parts, base.parts, config.rank)
+    say(f"explained       {found.explained:.1%} of the squared change of all weights")
+    vaes = (each.components.vae.state_dict().values() for each in (model, base))
+    if not all(map(torch.equal, *vaes)):
+        logger.warning("The VAE differs too, which a LoRA does not change: draw with the VAE of %s.", config.source)
+    return found.lora
+
+
+def lora_file(source: str) -> Path | None:
+    """The file, if that is what a name stands for: of a LoRA, or of the folder of one that is no run."""
+    path = Path(source).expanduser()
+    if path.is_dir() and (path / LORA_FILE).is_file() and not holds_run(path):
+        return path / LORA_FILE
+    if not path.is_file():
+        return None
+    try:
+        return path if is_lora(open_weights(path, path.name, allow_pickle=False).shapes) else None
+    except UnreadableWeights:  # which is told when it is loaded as a model
+        return None

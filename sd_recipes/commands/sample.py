@@ -1,0 +1,224 @@
+"""`sd-recipes sample`: pictures of prompts, drawn with what a run or another program has made.
+
+    sd-recipes sample --pretrained_model_name_or_path runs/boats --prompts "a red boat"
+
+The noise of a picture follows from the seed and the picture's number, whatever it is drawn with, where, or how many at
+a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from sd_recipes.commands.of_run import EXPORTED, LoadedModel, find_target, load_model, open_lora, settings_of
+from sd_recipes.commands.sample_settings import SIZE, Sampling, read_prompts
+from sd_recipes.data.held_out import choose
+from sd_recipes.data.training_data import load_training_data
+from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.evaluation.pictures import (
+    comparison_grid,
+    decoded_one_by_one,
+    drawing_pipeline,
+    generator_of,
+    picture_grid,
+    save_whole,
+)
+from sd_recipes.evaluation.sample_errors import HELD_OUT
+from sd_recipes.evaluation.watched_rows import WatchedRows
+from sd_recipes.export.parameters import KEYWORD, SAMPLERS, parameters_text
+from sd_recipes.export.safetensors_file import DTYPES, hash_of_tensors
+from sd_recipes.flags import build_recipe
+from sd_recipes.model.families import family_of
+from sd_recipes.model.lora_files import merge_lora
+from sd_recipes.model.samplers import check_it_draws
+from sd_recipes.model.sources import MODEL
+from sd_recipes.redaction import in_texts, redacted, shown
+from sd_recipes.runtime.console import hide_library_bars, say
+from sd_recipes.runtime.out_of_memory import is_out_of_memory
+
+FLAGS = ("--sampler", "--steps")
+HASH_DIGITS, LORA_HASH_DIGITS = 10, 12  # of a SHA-256, as A1111 shows them
+
+
+def sample(config: Sampling) -> None:
+    """Draw what `config` says; write the pictures and a grid of them. Raises RecipeError."""
+    output_dir = Path(config.output_dir).expanduser()
+    check_is_free(output_dir, config)
+    device = device_of(config)
+    for name in config.models:  # before the first one is drawn with
+        find_target(name, config.weights or "evaluated", EXPORTED)
+    hide_library_bars()
+    prompts = [prompt for prompt in prompts_of(config) for _ in range(config.num_images)]
+    columns: list[list[Image.Image]] = []
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for number, name in enumerate(config.models, 1):
+            folder = output_dir / f"model-{number}" if config.compare else output_dir
+            columns.append(draw_with(name, config, prompts, device, folder))
+        captions = in_texts(redacted, prompts)
+        if config.compare:
+            grid = comparison_grid(columns, in_texts(redacted, config.models), captions)
+        else:
+            grid = picture_grid(columns[0], captions)
+        save_whole(grid, output_dir / "grid.png")
+    except OSError as error:
+        raise RecipeError(
+            f"--output_dir {output_dir} cannot be written ({one_line(error)}): make room, or choose another"
+        ) from error
+    say(f"pictures        {output_dir}\ngrid            {output_dir / 'grid.png'}")
+
+
+def check_is_free(output_dir: Path, config: Sampling) -> None:
+    """Raises RecipeError for a file in the folder's place, and for pictures that would be written over."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise RecipeError(f"--output_dir {output_dir} is not a folder: choose another")
+    if (output_dir / "grid.png").exists() and not config.overwrite:
+        raise RecipeError(f"--output_dir {output_dir} has pictures already: choose another, or add --overwrite")
+
+
+def device_of(config: Sampling) -> torch.device:
+    """Raises RecipeError for a device that is not there, or a type that it cannot draw in."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda: torch sees no GPU: drop the flag to draw on the CPU")
+    name = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if config.dtype == "fp16" and name == "cpu":
+        raise RecipeError("--dtype fp16 needs a GPU: use bf16 or fp32 on the CPU")
+    return torch.device(name)
+
+
+# -------------------------------------------------------------------------------------------------- prompts
+
+
+def prompts_of(config: Sampling) -> list[str]:
+    """Raises RecipeError if there are none."""
+    if config.captions is not None:
+        return captions_of(config)
+    prompts = config.prompts if config.prompts is not None else read_prompts(config.prompt_file or "")
+    if not all(prompt.strip() for prompt in prompts):
+        raise RecipeError("--prompts holds an empty prompt: drop it, or write what to draw")
+    return prompts
+
+
+def captions_of(config: Sampling) -> list[str]:
+    """Captions of the rows that the first run among the models holds out or trains on. Raises RecipeError."""
+    run = next((target.run for name in config.models if (target := find_target(name, "evaluated")).run), None)
+    if run is None:
+        raise RecipeError(f"--captions {config.captions}: {config.models[0]} is no run, which has data: give --prompts")
+    recipe = build_recipe(settings_of(run, {}))
+    if not recipe.validation_split and config.captions == "held_out":
+        raise RecipeError(f"--captions held_out: {run} holds no rows out: use --captions training")
+    tokenizer = family_of(recipe).load_tokenizer(recipe)
+    data = load_training_data(recipe, tokenizer, seed=recipe.seed or 0, global_batch_size=1, rank=0)
+    rows = data.held_out if config.captions == "held_out" else data.watched
+    if config.captions == "training" and data.rows is not None:
+        rows = choose(data.rows, config.num_captions)
+    if rows is None:
+        raise RecipeError(f"--captions training: {run} streams its rows and holds none out: give --prompts")
+    captions = WatchedRows({HELD_OUT: rows}, recipe).captions(config.num_captions)
+    if not captions:
+        raise RecipeError(f"--captions {config.captions}: these rows of {run} have no captions: give --prompts")
+    return captions
+
+
+# -------------------------------------------------------------------------------------------------- drawing
+
+
+def draw_with(name: str, config: Sampling, prompts: list[str], device: torch.device, folder: Path) -> list[Image.Image]:
+    """The pictures of all prompts by one model, which are saved as they are drawn. Raises RecipeError and OSError."""
+    model = load_model(name, config.weights, config.model, "--compare" if config.compare else MODEL)
+    about = {"Model hash": model_hash(name, model), "Model": Path(shown(name)).stem}
+    words = merge_loras(model, config, about)
+    pipeline = drawing_pipeline(model.family, model.components, config.sampler, FLAGS)
+    check_it_draws(pipeline.scheduler, config.steps, config.sampler, FLAGS)
+    size = size_of(model, config)
+    pipeline.to(device, DTYPES[config.dtype or ("fp16" if device.type == "cuda" else "fp32")])
+    pipeline.set_progress_bar_config(desc=f"Drawing with {Path(shown(name)).name}", leave=False)
+    folder.mkdir(exist_ok=True)
+    pictures = []
+    for number, picture in enumerate(draw(pipeline, prompts, config, size)):
+        width, height = picture.size
+        values = {
+            "Steps": config.steps,
+            "Sampler": SAMPLERS.get(type(pipeline.scheduler).__name__, type(pipeline.scheduler).__name__),
+            "CFG scale": config.guidance_scale,
+            "Seed": config.seed + number,
+            "Size": f"{width}x{height}",
+            **about,
+        }
+        text = parameters_text(prompts[number] + words, config.negative_prompt, values)
+        save_whole(picture, folder / f"{number:05}-{config.seed + number}.png", {KEYWORD: redacted(text)})
+        pictures.append(picture)
+    return pictures
+
+
+def draw(pipeline: Any, prompts: list[str], config: Sampling, size: tuple[int, int]) -> Iterator[Image.Image]:
+    """A picture of `size` (height, width) for each prompt, `--batch_size` of them at a time. Raises RecipeError."""
+    height, width = size
+    with decoded_one_by_one(pipeline.vae):
+        for start in range(0, len(prompts), config.batch_size):
+            numbers = range(start, min(start + config.batch_size, len(prompts)))
+            try:
+                yield from pipeline(
+                    [prompts[number] for number in numbers],
+                    negative_prompt=[config.negative_prompt or ""] * len(numbers),
+                    height=height,
+                    width=width,
+                    num_inference_steps=config.steps,
+                    guidance_scale=config.guidance_scale,
+                    generator=[generator_of(config.seed, number) for number in numbers],
+                ).images
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise RecipeError(
+                    f"no memory for {len(numbers)} pictures of {width}x{height} at once ({one_line(error, 100)}): "
+                    "lower --batch_size, or the size"
+                ) from error
+
+
+def size_of(model: LoadedModel, config: Sampling) -> tuple[int, int]:
+    """(height, width) of the pictures. Raises RecipeError for sides that are no multiples of what the model needs."""
+    usual = config.resolution or model.resolution
+    size = config.height or usual, config.width or usual
+    factor = max(8, model.components.vae_scale_factor)
+    for side in size:
+        if side % factor:
+            nearest = side - side % factor
+            raise RecipeError(f"--resolution {side}: {SIZE.format(nearest or factor, nearest + factor)}")
+    return size
+
+
+def merge_loras(model: LoadedModel, config: Sampling, about: dict[str, str]) -> str:
+    """Merge the LoRAs into the model, and note their hashes; returns the words that A1111 has for them in a prompt."""
+    if model.lora is not None:
+        merge_lora(model.parts, model.lora)
+    opened = [(open_lora(file, "--lora", model), weight) for file, weight in config.loras]
+    words, hashes = "", []
+    for (lora, weight), (file, _) in zip(opened, config.loras, strict=True):
+        merge_lora(model.parts, lora, weight)
+        name, path = Path(file).stem, Path(file).expanduser()
+        words += f" <lora:{name}:{weight:g}>"
+        if path.is_file():
+            hashes.append(f"{name}: {hash_of_tensors(path)[:LORA_HASH_DIGITS]}")
+    if hashes:
+        about["Lora hashes"] = ", ".join(hashes)
+    return words
+
+
+def model_hash(name: str, model: LoadedModel) -> str:
+    """Of a single file, as A1111 has it; otherwise of the UNet's tensors in float32."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:HASH_DIGITS]
+    digest = hashlib.sha256()
+    for key, value in sorted(model.components.unet.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:HASH_DIGITS]

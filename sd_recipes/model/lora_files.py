@@ -1,0 +1,283 @@
+"""LoRA files: low-rank changes to a model's layers, under diffusers' names or kohya's, read, merged and written.
+
+    diffusers   unet.MODULE.lora_A.weight, unet.MODULE.lora_B.weight, and earlier names of the same
+    kohya       lora_unet_MODULE.lora_down.weight, .lora_up.weight, .alpha; the module's dots are underscores
+
+Whoever wrote a file, its modules are found by their names without dots, among those of the model that it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sd_recipes.model.original_layout import unet_name
+from sd_recipes.model.weight_files import Shape, UnfittingWeights, UnreadableWeights, Weights
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # in a folder of a LoRA, as diffusers calls it
+LORA_PARTS = ("unet", "text_encoder")
+PREFIXES = {
+    "unet": ("unet.", "lora_unet_"),
+    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
+}
+OTHER_FAMILIES = ("text_encoder_2.", "lora_te2_", "lora_te3_", "transformer.", "lora_transformer_", "diffusion_model.")
+# What a tensor is, by the end of its name.
+ENDINGS = {
+    "down": re.compile(r"(\.lora_A(\.\w+)?|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight"),
+    "up": re.compile(r"(\.lora_B(\.\w+)?|\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)\.weight"),
+    "alpha": re.compile(r"\.alpha"),
+    "magnitude": re.compile(r"(\.lora_magnitude_vector(\.\w+)?(\.weight)?|\.dora_scale)"),
+}
+# Layers that diffusers' first LoRA files name otherwise.
+EARLIER_NAMES = {".processor": "", "self_attn.to_q": "self_attn.q_proj", "self_attn.to_k": "self_attn.k_proj",
+                 "self_attn.to_v": "self_attn.v_proj", "self_attn.to_out": "self_attn.out_proj"}  # fmt: skip
+ADAPTER_METADATA = "lora_adapter_metadata"  # key of diffusers' metadata, peft's settings by part
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """The change of one layer's weight W (out, in, …) to W + α / rank · up down.
+
+    With a magnitude m (DoRA; Liu et al. 2024, equation 5), to m times that over the norm of each of its rows.
+    """
+
+    down: torch.Tensor  # (rank, in, …), … being a convolution's kernel
+    up: torch.Tensor  # (out, rank, …), … being ones
+    alpha: float
+    magnitude: torch.Tensor | None = None  # (out,)
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    def merged(self, weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+        """The changed weight, float32, of the same shape; of `strength` 0.5, half the way to it."""
+        changed = self.up.float().flatten(1) @ self.down.float().flatten(1) * (self.alpha / self.rank)
+        changed = weight.float() + changed.reshape(weight.shape)
+        if self.magnitude is not None:
+            factor = self.magnitude.float() / changed.flatten(1).norm(dim=1)
+            changed = changed * factor.reshape(-1, *[1] * (weight.ndim - 1))
+        return changed if strength == 1 else torch.lerp(weight.float(), changed, strength)
+
+    def with_alpha(self, alpha: float) -> LoraLayer:
+        """The same change, written with another α."""
+        return self if alpha == self.alpha else replace(self, up=self.up.float() * (self.alpha / alpha), alpha=alpha)
+
+
+Lora = Mapping[str, Mapping[str, LoraLayer]]  # by part and module
+LayerShapes = Mapping[str, Mapping[str, Shape]]  # of the weights of a model's layers, by part and module
+
+
+def layer_shapes(parts: Mapping[str, torch.nn.Module]) -> LayerShapes:
+    """Of the layers that a LoRA may change: those with a weight of two dimensions or more."""
+    return {
+        part: {
+            name.removesuffix(".weight"): tuple(value.shape)
+            for name, value in module.state_dict().items()
+            if name.endswith(".weight") and value.ndim >= 2
+        }
+        for part, module in parts.items()
+    }
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether a file with tensors of these names holds a LoRA."""
+    return any(_split(name) for name in names)
+
+
+def generation_of_lora(shapes: Mapping[str, Shape]) -> int:
+    """Of Stable Diffusion, by the width of the text states that the UNet's changes read; 1 if they read none."""
+    widths = {shape[1] for name, shape in shapes.items() if re.search(r"attn2.to.k.*(down|lora_A)", name) and shape[1:]}
+    return 2 if 1024 in widths else 1
+
+
+def _split(name: str) -> tuple[str, str] | None:
+    """The module, with its part's prefix, and what the tensor is of it; None if it is of no LoRA."""
+    for kind, ending in ENDINGS.items():
+        found = re.search(rf"{ending.pattern}$", name)
+        if found and (kind != "alpha" or name.startswith("lora_")):
+            module = name[: found.start()]
+            for old, new in EARLIER_NAMES.items():
+                module = module.replace(old, new)
+            return module, kind
+    return None
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+def read_lora(weights: Weights, shapes: LayerShapes, unet_config: Mapping[str, Any]) -> Lora:
+    """The LoRA in a file, for a model whose layers have these shapes.
+
+    Raises UnfittingWeights for a LoRA of another model, and UnreadableWeights for a file that holds none, or another
+    kind of change.
+    """
+    found: dict[tuple[str, str], dict[str, str]] = {}  # part and module: kind: the tensor's name
+    tables = {part: _modules_by_name(part, shapes[part], unet_config) for part in shapes}
+    unknown = []
+    for name in weights.shapes:
+        split = _split(name.removeprefix("base_model.model."))
+        if split is None:
+            raise UnreadableWeights(f"holds {name}, which is no part of a LoRA: only LoRA and DoRA are read")
+        part, plain = _part_of(split[0])
+        if module := tables.get(part, {}).get(plain):
+            found.setdefault((part, module), {})[split[1]] = name
+        else:
+            unknown.append(name)
+    if unknown:
+        raise UnfittingWeights(
+            f"is a LoRA of another model: {len(unknown)} of its {len(weights.shapes)} tensors are of layers that this "
+            f"one lacks (such as {unknown[0]})"
+        )
+    if not found:
+        raise UnreadableWeights("holds no LoRA")
+    lora: dict[str, dict[str, LoraLayer]] = {}
+    settings = _settings(weights)
+    for (part, module), names in found.items():
+        _check_shapes(weights, names, module, shapes[part][module])
+        layer = _read_layer(weights, names, shapes[part][module])
+        if "alpha" not in names:
+            layer = replace(layer, alpha=_alpha_of(module, layer.rank, settings.get(part, {})))
+        lora.setdefault(part, {})[module] = layer
+    return lora
+
+
+def _part_of(module: str) -> tuple[str, str]:
+    """The part that a file's module is of, and its name without prefix and dots."""
+    if not module.startswith(OTHER_FAMILIES):
+        for part, prefixes in PREFIXES.items():
+            for prefix in prefixes:
+                if module.startswith(prefix):
+                    return part, module.removeprefix(prefix).replace(".", "_")
+    return "", module
+
+
+def _modules_by_name(part: str, modules: Iterable[str], unet_config: Mapping[str, Any]) -> dict[str, str]:
+    """A part's modules by every name, without dots, that files have them under."""
+    table: dict[str, str] = {}
+    for module in modules:
+        names = {module, module.removesuffix(".0")}  # `to_out.0` is `to_out` in diffusers' first files
+        names |= {unet_name(module, unet_config)} if part == "unet" else {f"text_model.{module}"}
+        table |= {name.replace(".", "_"): module for name in names}
+    return table | {module.replace(".", "_"): module for module in modules}
+
+
+def _check_shapes(weights: Weights, names: Mapping[str, str], module: str, shape: Shape) -> None:
+    if missing := {"down", "up"} - names.keys():
+        raise UnreadableWeights(f"is not whole: {module} has no {missing.pop()} matrix")
+    down, up = weights.shapes[names["down"]], weights.shapes[names["up"]]
+    if min(len(down), len(up)) < 2 or (up[0], math.prod(down[1:])) != (shape[0], math.prod(shape[1:])):
+        change = f"{up[0]} x {math.prod(down[1:])}" if up else "nothing"
+        raise UnfittingWeights(
+            f"is a LoRA of another model: it changes {module} by {change} values, and this one has "
+            f"{shape[0]} x {math.prod(shape[1:])} there"
+        )
+    if up[1] != down[0]:
+        raise UnreadableWeights(f"is damaged: {module} has a rank of {down[0]} and of {up[1]}")
+    if "magnitude" in names and math.prod(weights.shapes[names["magnitude"]]) != shape[0]:
+        raise UnreadableWeights(f"has magnitudes of inputs at {module}: only those of outputs are read")
+
+
+def _read_layer(weights: Weights, names: Mapping[str, str], shape: Shape) -> LoraLayer:
+    """In float32, shaped like the layer's own weight, whatever the file made of it."""
+    tensors = {kind: weights.read(name).float() for kind, name in names.items()}
+    rank = len(tensors["down"])
+    return LoraLayer(
+        down=tensors["down"].reshape(rank, *shape[1:]),
+        up=tensors["up"].reshape(shape[0], rank, *[1] * (len(shape) - 2)),
+        alpha=float(tensors["alpha"]) if "alpha" in tensors else float(rank),
+        magnitude=tensors["magnitude"].flatten() if "magnitude" in tensors else None,
+    )
+
+
+def _settings(weights: Weights) -> dict[str, dict[str, Any]]:
+    """peft's settings of each part, from the metadata that diffusers writes. Raises UnreadableWeights."""
+    try:
+        stated = json.loads(weights.metadata.get(ADAPTER_METADATA, "{}"))
+        return {
+            part: {
+                name.removeprefix(f"{part}."): value for name, value in stated.items() if name.startswith(f"{part}.")
+            }
+            for part in LORA_PARTS
+        }
+    except (ValueError, AttributeError) as error:
+        raise UnreadableWeights(f"has metadata ({ADAPTER_METADATA}) that is no JSON of settings") from error
+
+
+def _alpha_of(module: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """A module's α by peft's settings; its rank if they say nothing."""
+    patterns = settings.get("alpha_pattern") or {}
+    alpha = next((each for name, each in patterns.items() if re.fullmatch(rf"(.*\.)?({name})", module)), None)
+    alpha = alpha if alpha is not None else settings.get("lora_alpha", rank)
+    return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
+
+
+# --------------------------------------------------------------------------------------------------- merging
+
+
+@torch.no_grad()
+def merge_lora(parts: Mapping[str, torch.nn.Module], lora: Lora, strength: float = 1.0) -> None:
+    """Change the weights of a model's parts, in place."""
+    for part, layers in lora.items():
+        parameters = dict(parts[part].named_parameters())
+        for module, layer in layers.items():
+            weight = parameters[f"{module}.weight"]
+            weight.copy_(layer.merged(weight, strength))
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def diffusers_tensors(lora: Lora) -> dict[str, torch.Tensor]:
+    """By the names that `load_lora_weights` of any version reads; α is each layer's rank, which needs no metadata."""
+    tensors = {}
+    for part, layers in lora.items():
+        for module, layer in layers.items():
+            name = f"{part}.{'text_model.' if part == 'text_encoder' else ''}{module}"
+            tensors[f"{name}.lora_A.weight"] = layer.down
+            tensors[f"{name}.lora_B.weight"] = layer.with_alpha(layer.rank).up
+            if layer.magnitude is not None:
+                is_convolution = layer.down.ndim > 2
+                shape = (1, -1, *[1] * (layer.down.ndim - 2)) if is_convolution else (-1,)
+                # As transformers (5.23) and peft (0.21) look for it.
+                ending = ".weight" if part == "text_encoder" else ""
+                tensors[f"{name}.lora_magnitude_vector{ending}"] = layer.magnitude.reshape(shape)
+    return tensors
+
+
+def kohya_tensors(lora: Lora) -> dict[str, torch.Tensor]:
+    """By the names that kohya's scripts, A1111 and ComfyUI read.
+
+    diffusers' `convert_state_dict_to_kohya` writes the same for a UNet whose α is its rank; of other α, of DoRA and of
+    a text encoder that is not SDXL's it writes something else. All layers have one α: where they differ, diffusers
+    reads them wrongly (0.42).
+    """
+    alpha = alpha_of(lora)
+    tensors = {}
+    for part, layers in lora.items():
+        prefix = "lora_unet_" if part == "unet" else "lora_te_text_model_"
+        for module, layer in layers.items():
+            name = prefix + module.replace(".", "_")
+            tensors[f"{name}.lora_down.weight"] = layer.down
+            tensors[f"{name}.lora_up.weight"] = layer.with_alpha(alpha).up
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+            if layer.magnitude is not None:
+                tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (layer.down.ndim - 1))
+    return tensors
+
+
+def alpha_of(lora: Lora) -> float:
+    """The α of most layers."""
+    return Counter(layer.alpha for layers in lora.values() for layer in layers.values()).most_common(1)[0][0]
+
+
+def rank_of(lora: Lora) -> int:
+    """The largest rank."""
+    return max(layer.rank for layers in lora.values() for layer in layers.values())
