@@ -77,6 +77,17 @@ PY
     rm -rf "$WORK/out"
 }
 
+run_command() {  # NAME COMMAND FLAGS…: a command of sd-recipes, and how long it took
+    local name=$1 began=$SECONDS; shift
+    in_time "$name" || return 0
+    if "$PYTHON" -m sd_recipes.commands.cli "$@" >"$WORK/log" 2>&1; then
+        printf '%-34s %8s s\n' "$name" "$((SECONDS - began))"
+    else
+        printf '%-34s FAILED: %s\n' "$name" "$(tail -n 1 "$WORK/log")"
+        failed=1
+    fi
+}
+
 echo "--- the training loop: $SHAPE shape, 512 pixels, batch 8, 20 steps each"
 in_time "speed and memory" && { "$PYTHON" benchmarks/gpu_rows.py --shape "$SHAPE" --work_dir "$WORK" --budget 200 \
     2>"$WORK/log" || { failed=1; tail -n 5 "$WORK/log"; }; }
@@ -93,6 +104,12 @@ train "bf16, EMA, held-out rows"    --mixed_precision bf16 --use_ema --validatio
 
 echo "--- memory, planned against measured"
 in_time "plan" && { "$PYTHON" benchmarks/plan_accuracy.py --device cuda || failed=1; }
+
+echo "--- $SHAPE shape, exported and drawn with"
+run_command "export, single file in fp16" export "$WORK/$SHAPE/model" --to single_file --output "$WORK/one.safetensors"
+run_command "sample from it in bf16" sample --pretrained_model_name_or_path "$WORK/one.safetensors" \
+    --base "$WORK/$SHAPE/model" --device cuda --dtype bf16 --steps 10 --resolution 512 --prompts "a boat" "two boats" \
+    --output_dir "$WORK/drawn"
 
 if [ -n "${PEER_SCRIPT:-}" ]; then
     echo "--- against diffusers' script, bf16, in turn"

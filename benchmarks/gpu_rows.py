@@ -34,9 +34,23 @@ ROWS = {
     "bf16": "--mixed_precision bf16",
     "fp16, scaled loss": "--mixed_precision fp16",
     "bf16, 8-bit AdamW": "--mixed_precision bf16 --use_8bit_adam",
+    "bf16, paged 8-bit AdamW": "--mixed_precision bf16 --optimizer paged_adamw8bit",
+    "bf16 weights": "--mixed_precision bf16 --weights_dtype bf16",
+    "bf16, fused backward": "--mixed_precision bf16 --fused_backward_pass --max_grad_norm 0",
     "bf16, checkpointing": "--mixed_precision bf16 --gradient_checkpointing",
+    "bf16, checkpointing down.0 up.3": "--mixed_precision bf16 --gradient_checkpointing_blocks down.0 up.3",
     "bf16, average": "--mixed_precision bf16 --use_ema",
     "bf16, average on the host": "--mixed_precision bf16 --use_ema --offload_ema",
+    "bf16 weights, average on the host": "--mixed_precision bf16 --weights_dtype bf16 --use_ema --offload_ema",
+    "bf16, the least": (
+        "--mixed_precision bf16 --weights_dtype bf16 --use_8bit_adam --fused_backward_pass --max_grad_norm 0 --use_ema "
+        "--offload_ema --gradient_checkpointing --vae_slicing"
+    ),
+    "bf16, text encoder too": "--mixed_precision bf16 --train_text_encoder --text_encoder_learning_rate 1e-6",
+    "bf16, LoRA of rank 8": "--mixed_precision bf16 --lora_rank 8 --learning_rate 1e-4",
+    "fp16, LoRA, text encoder": "--mixed_precision fp16 --lora_rank 8 --lora_text_encoder --learning_rate 1e-4 "
+    "--gradient_checkpointing",
+    "bf16, DoRA of all layers": "--mixed_precision bf16 --lora_rank 4 --lora_targets all --lora_use_dora",
     "bf16, channels_last never": "--mixed_precision bf16 --channels_last never",
     "bf16, score prediction": "--mixed_precision bf16 --prediction_type score",
     "bf16, moments kept, batch 32": "--mixed_precision bf16 --train_batch_size 32 --cache_latents memory --center_crop",

@@ -22,6 +22,7 @@ from sd_recipes.runtime.signals import outlive_signals
 
 USED = {
     "_shutdown_workers": "torch",
+    "_foreach_lerp_": "torch",
     "_generate_tables": "datasets",
     "_cast_table": "datasets",
     "_generate_examples": "datasets",
@@ -79,6 +80,12 @@ def test_a_loaders_workers_are_ended() -> None:
     (worker,) = set(multiprocessing.active_children()) - before
     end_workers(iterator)
     assert not worker.is_alive()
+
+
+def test_torch_moves_many_tensors_towards_others_at_once() -> None:
+    tensors, others = [torch.zeros(2), torch.ones(3)], [torch.ones(2), torch.zeros(3)]
+    torch._foreach_lerp_(tensors, others, 0.25)
+    assert [each.tolist() for each in tensors] == [[0.25] * 2, [0.75] * 3], f"not in torch {torch.__version__}"
 
 
 def test_datasets_reads_parquet_by_the_function_that_is_overridden() -> None:

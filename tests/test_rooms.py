@@ -21,8 +21,13 @@ FLOORS = [
     ["data"],
     ["model"],
     [
+        "training.bf16_weights",
+        "training.eight_bit",
+        "training.fused_backward",
+        "training.host_average",
         "training.objective",
         "training.optim",
+        "training.param_groups",
         "training.profiles",
         "training.quiet_loss",
         "training.row_losses",

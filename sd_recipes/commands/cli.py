@@ -12,6 +12,7 @@ from sd_recipes import __version__
 from sd_recipes.flags import SCRIPT, Command, load_recipe
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import redacted
+from sd_recipes.runtime.allocator import set_up_allocator
 from sd_recipes.runtime.console import has_utf8, mistakes_in_one_line, print_anything, set_up_console, speak_utf8
 from sd_recipes.runtime.hub_access import check_hub_access
 from sd_recipes.runtime.signals import stop_request
@@ -99,6 +100,7 @@ def started(argv: list[str] | None, command: Command) -> Iterator[Recipe]:
     if argv is None:
         speak_utf8()
     print_anything()
+    set_up_allocator()
     with mistakes_in_one_line():
         set_up_console()  # first, since loading a recipe may warn
         recipe = load_recipe(argv, command)
@@ -151,6 +153,7 @@ def plan(argv: list[str]) -> None:
 
 def average(argv: list[str]) -> None:
     """Make averages of a run's weights after training, with the folder and flags in `argv`."""
+    set_up_allocator()
     with mistakes_in_one_line():
         from sd_recipes.commands.average_settings import read_settings
 
@@ -164,6 +167,7 @@ def average(argv: list[str]) -> None:
 
 def evaluate(argv: list[str]) -> None:
     """Measure what runs, checkpoints and pipelines have learned, with the names and flags in `argv`."""
+    set_up_allocator()
     with mistakes_in_one_line():
         set_up_console()  # first, since reading the settings may warn
         from sd_recipes.commands.evaluate_settings import read_settings

@@ -65,7 +65,9 @@ def model_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def provenance_of(config: DataSettings, vae: torch.nn.Module, vae_dtype: torch.dtype) -> dict[str, Any]:
+def provenance_of(
+    config: DataSettings, vae: torch.nn.Module, vae_dtype: torch.dtype, *, tiling: bool = False
+) -> dict[str, Any]:
     """Everything that a cached row depends on besides its image.
 
     The VAE is passed as it was loaded, before it is cast to `vae_dtype`, so that it has one identity in all precisions.
@@ -83,6 +85,7 @@ def provenance_of(config: DataSettings, vae: torch.nn.Module, vae_dtype: torch.d
         "interpolation": config.image_interpolation_mode,
         "flips": config.random_flip,
         "dtype": config.latent_cache_dtype,
+        **({"tiling": True} if tiling else {}),
     }
 
 

@@ -21,7 +21,7 @@ class Family(ABC):
     """One kind of pipeline: how it is loaded, how captions become arguments of its UNet, how it is exported."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    text_models: ClassVar[tuple[str, ...]]  # attributes of the components: frozen, and moved with them
+    text_models: ClassVar[tuple[str, ...]]  # attributes of the components: frozen unless trained, moved with them
     folders: ClassVar[tuple[str, ...]]  # of the exported pipeline
 
     @abstractmethod
@@ -48,7 +48,10 @@ class Family(ABC):
 
     @abstractmethod
     def encode_text(self, components: Components, input_ids: torch.Tensor) -> TextStates:
-        """(B, L) int64, on any device, to text states on the text models' device; a row's depend only on its ids."""
+        """(B, L) int64, on any device, to text states on the text models' device; a row's depend only on its ids.
+
+        With a graph, where a text model is trained and gradients are on.
+        """
 
     @abstractmethod
     def conditioning(self, states: TextStates, batch: Batch) -> Conditioning:

@@ -27,10 +27,11 @@ from sd_recipes.export.run_rows import SHOWN
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import StopAgreement, all_gather, begin_sum, broadcast, wait_for_all
 from sd_recipes.runtime.fsdp import full_tensor
-from sd_recipes.runtime.memory import peak_memory_gb
+from sd_recipes.runtime.memory import another_phase, fragmented_gb, peak_memory_gb
 from sd_recipes.runtime.out_of_memory import done_once, once_more, unchanged
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.training.build import UNCERTAINTY, Model, Run
+from sd_recipes.training.dropout import seed_dropout
 from sd_recipes.training.finite import TrainingDiverged, has_finite_weights, is_not_finite
 from sd_recipes.training.meter import Meter
 from sd_recipes.training.recovery import Recovery, Undone, out_of_memory, shortage_explained
@@ -79,6 +80,8 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
             # Gradients of the whole step, however it is split into micro-batches
             for batch in micro_batches:
                 run.data.bad_rows.add(batch.bad, progress.samples_seen)
+            if progress.global_step == recipe.text_encoder_steps:  # from here on it is frozen
+                run.model.exchange.settle_anew()
             gradient = recovery.gradient(
                 micro_batches, lambda parts: backward(parts, run.model, run.store, accelerator)
             )
@@ -155,9 +158,12 @@ def backward(
     the global batch's size, the gradient is the mean over its samples, even for an epoch's last batch, whose
     micro-batches are fewer and uneven.
     """
-    num_usable = begin_sum(sum(int(batch.weights.count_nonzero()) for batch in micro_batches))
+    own_usable = sum(int(batch.weights.count_nonzero()) for batch in micro_batches)
+    num_usable = begin_sum(own_usable)
     total = torch.zeros((), device=accelerator.device)
     scale = accelerator.gradient_accumulation_steps * (accelerator.num_processes if accelerator.is_fsdp2 else 1)
+    if model.dropout_seed is not None:
+        seed_dropout(model.dropout_seed, micro_batches[0].plan.samples_seen, accelerator.process_index)
     for batch in micro_batches:
         states = model.encode_text(batch.input_ids)
         batch = batch.to(accelerator.device)
@@ -166,7 +172,10 @@ def backward(
         accelerator.sync_gradients = model.exchange.is_last = batch.plan.is_last
         losses = model.losses(latents, conditioning, batch)
         loss = (batch.weights * losses).sum() / batch.plan.global_batch_size
-        accelerator.backward(loss * scale)
+        if not model.steps_in_backward:
+            accelerator.backward(loss * scale)
+        elif own_usable:  # all rows of the step; their gradient has to be the mean, since it is used at once
+            accelerator.backward(loss * (batch.plan.global_batch_size / own_usable))
         total += loss.detach()
     return total, num_usable()[0] / micro_batches[-1].plan.global_batch_size
 
@@ -180,12 +189,12 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
     A step that the loss scaler skipped, or that had no usable row, advances neither schedule nor averages. Where memory
     runs out before something is changed, that is done once more; otherwise the error is raised. The host
     waits here for the norm, which is the same on all processes; without a scaler nothing is done if it is not finite,
-    so that the weights stay finite.
+    so that the weights stay finite. With --fused_backward_pass the backward pass has stepped already.
     """
     if usable == 0:
         state.optimizer.zero_grad()
         return math.nan
-    if usable < 1:
+    if usable < 1 and not state.fused_backward:
         for parameter in state.parameters.values():
             if parameter.grad is not None:
                 parameter.grad.div_(usable)
@@ -193,14 +202,16 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
     again = done_once if accelerator.is_fsdp2 else once_more  # FSDP's processes wait for each other within these
     is_undone = Undone(state.optimizer)  # noted while the device still computes
     is_unclipped = unchanged(lambda: [each.grad for each in parameters if each.grad is not None])
-    clip = partial(accelerator.clip_grad_norm_, parameters, max_grad_norm)
-    grad_norm = full_tensor(again("clipping", clip, is_unclipped)).item()
+    clip = partial(accelerator.clip_grad_norm_, parameters, max_grad_norm or math.inf)
+    norm = state.fused_backward.grad_norm() if state.fused_backward else again("clipping", clip, is_unclipped)
+    grad_norm = full_tensor(norm).item()
     if accelerator.scaler is None and not math.isfinite(grad_norm):
         state.optimizer.zero_grad()
         if state.timestep_errors:
             state.timestep_errors.forget()
         return grad_norm
-    again("the optimizer", state.optimizer.step, is_undone)
+    if not state.fused_backward:
+        again("the optimizer", state.optimizer.step, is_undone)
     state.optimizer.zero_grad()
     if state.timestep_errors:
         state.timestep_errors.step(accelerator.reduce)
@@ -222,6 +233,9 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     figures["memory_gb"] = peak_memory_gb(run.accelerator.device)
     if progress.micro_batch is not None:
         figures["micro_batch"] = progress.micro_batch
+    if (held := fragmented_gb(run.accelerator.device)) is not None:
+        figures["memory_held_gb"] = held
+        meter.warn_of_fragmentation(held, figures["memory_gb"])
     if bad_rows:
         figures["bad_rows"] = bad_rows
     run.tracker.log(figures, progress.global_step)
@@ -294,7 +308,8 @@ def validate(run: Run, best_weights: BestWeights) -> Best | None:
 
     Every process has to call it.
     """
-    best = run.validator(run.state, run.tracker)
+    with another_phase():
+        best = run.validator(run.state, run.tracker)
     if best and best.step == run.state.progress.global_step and run.recipe.keep_best:
         best_weights.keep(best.loss)
     show_uncertainty(run)

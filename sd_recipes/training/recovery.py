@@ -75,6 +75,10 @@ class Recovery:
         before = random_states(device)
         gradient: Gradient | None
         while True:
+            if self.run.state.fused_backward:  # weights move within the pass, which cannot be divided or done again
+                whole = backward(list(batches))
+                self._is_enough(is_ample=True)
+                return whole
             parts = [part for batch in batches for part in batch.in_parts_of(self.size)]
             if self.run.accelerator.is_fsdp2:  # the others wait for this one within the passes
                 gradient = backward(parts)
