@@ -75,5 +75,5 @@ def on_host(recipe: Recipe, step: TracedStep, device: str) -> dict[str, int]:
 
 def nbytes_of_batch(step: TracedStep) -> int:
     """Of a batch of --train_batch_size rows."""
-    batch = step.batch(step.recipe.train_batch_size, is_last=True)
+    batch = step.batch(step.recipe.train_batch_size)
     return sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor))

@@ -13,6 +13,7 @@ from sd_recipes.recipe import Recipe
 
 RESIDENT = (WEIGHTS, OPTIMIZER, AVERAGE, FROZEN)  # between two steps
 SHARDED = (WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE)  # by FSDP
+OF_PASSES = ("encoding", "forward", "backward")
 OF_UPDATE = ("clipping", "optimizer", "average")  # phases that know neither batch nor activations
 # Settings that the passes of a step do not depend on, but for memory that is there in all of its phases.
 STATE = {"optimizer", "use_8bit_adam", "use_ema", "offload_ema", "ema_snapshots"}
@@ -80,9 +81,8 @@ class Planner:
         With `latents_are_kept` moments come from a full store, and the VAE rests. If `about` is enough, numbers of
         images between one and the batch are not traced: what they take is on a straight line between these.
         """
-        traced = self._traced_passes(recipe)
+        traced, moments = self._passes_about(recipe) if about else self._passes_of(recipe)
         update = self._traced_update(recipe)
-        moments = self._passes_between(recipe) if about else traced.moments
         if latents_are_kept:
             moments = _without_vae(moments, traced)
         moved = Counter({kind: update.resident[kind] - traced.resident[kind] for kind in (OPTIMIZER, AVERAGE)})
@@ -97,19 +97,24 @@ class Planner:
         overhead = on_device(recipe, passing, num_processes=num_processes) if self.device == "cuda" else host
         return MemoryPlan(recipe, self.device, num_processes, moments, overhead, host, self.capacity)
 
-    def _passes_between(self, recipe: Recipe) -> dict[str, Moment]:
+    def _passes_of(self, recipe: Recipe) -> tuple[TracedStep, Mapping[str, Moment]]:
+        step = self._traced_passes(recipe)
+        return step, step.moments
+
+    def _passes_about(self, recipe: Recipe) -> tuple[TracedStep, Mapping[str, Moment]]:
         number, most = recipe.images_at_once, recipe.train_batch_size
         if not 1 < number < most:
-            return self._traced_passes(recipe).moments
+            return self._passes_of(recipe)
         one, all_at_once = (self._traced_passes(recipe.model_copy(update={"micro_batch": each})) for each in (1, None))
-        gradients = one.moments["clipping"].by_kind[GRADIENTS]  # which wait for the last micro-batch
         share = (number - 1) / (most - 1)
-        return {
-            name: _between(moment, _moved(other, Counter({GRADIENTS: gradients - other.by_kind[GRADIENTS]})), share)
-            for name, moment, other in (
-                (name, moment, all_at_once.moments[name]) for name, moment in one.moments.items()
-            )
-        }
+        moments = {}
+        for name, moment in one.moments.items():
+            other = all_at_once.moments[name]
+            if name in OF_PASSES:  # the gradients of other micro-batches wait for the last one
+                waiting = moment.by_kind[GRADIENTS] if name != "backward" else moments["forward"].by_kind[GRADIENTS]
+                other = _moved(other, Counter({GRADIENTS: waiting - other.by_kind[GRADIENTS]}))
+            moments[name] = _between(moment, other, share)
+        return one, moments
 
     def _traced_passes(self, recipe: Recipe) -> TracedStep:
         key = recipe.model_dump_json(exclude=STATE)

@@ -24,8 +24,9 @@ from sd_recipes.data.order import MicroBatch
 from sd_recipes.data.sizes import square_side
 from sd_recipes.memory.kernels import Kernels
 from sd_recipes.memory.tracer import META, Moment, Tracer
-from sd_recipes.model.components import latent_shape_of, load_scheduler
+from sd_recipes.model.components import Components, latent_shape_of, load_scheduler
 from sd_recipes.model.families import family_of
+from sd_recipes.model.family import Family
 from sd_recipes.model.latents import decode_latents, encode_pixels, to_pixel_values
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import DTYPES
@@ -170,51 +171,11 @@ class TracedStep:
         recipe, outline = self.recipe, cast(Accelerator, self.outline)
         if recipe.images_at_once < recipe.train_batch_size * recipe.gradient_accumulation_steps:
             self._fill_gradients()
-        backward([self.batch(recipe.images_at_once, is_last=True)], self.model, None, outline)
+        backward([self.batch(recipe.images_at_once)], self.model, None, outline)
         update(self.state, outline, recipe.max_grad_norm)
 
-    def batch(self, size: int, *, is_last: bool) -> Batch:
-        """A micro-batch of `size` rows, in the host's memory, with nothing in it."""
-        side = square_side(self.recipe)
-        channels, height, width = latent_shape_of(self.components.vae)((side, side))
-        numbers = np.arange(size)
-        noise = torch.empty(size, channels, height, width)
-        return Batch(
-            pixels=torch.empty(size, 3, side, side, dtype=torch.uint8),
-            to_encode=torch.arange(size),
-            moments=None,
-            flip=torch.zeros(size, dtype=torch.bool),
-            input_ids=torch.zeros(size, self._num_tokens(), dtype=torch.int64),
-            timesteps=torch.zeros(size, dtype=torch.int64),
-            timestep_u=torch.zeros(size, dtype=torch.float64),
-            noise=noise,
-            input_noise=noise if self.recipe.input_perturbation else None,
-            posterior_noise=noise,
-            original_size=torch.zeros(size, 2, dtype=torch.int64),
-            crop_corner=torch.zeros(size, 2, dtype=torch.int64),
-            target_size=torch.zeros(size, 2, dtype=torch.int64),
-            weights=torch.ones(size),
-            names=("",) * size,
-            plan=MicroBatch(
-                rows=numbers,
-                positions=numbers,
-                strata=numbers,
-                global_batch_size=size,
-                weight=1.0,
-                is_last=is_last,
-                samples_seen=0,
-                ends_epoch=False,
-                epoch=0,
-                size=(side, side),
-            ),
-            bad=(),
-            records=[],
-        )
-
-    def _num_tokens(self) -> int:
-        text_model = getattr(self.components, self.family.text_models[0])
-        chunks = self.recipe.caption_chunks if self.recipe.long_captions == "chunk" else 1
-        return int(text_model.config.max_position_embeddings) * chunks
+    def batch(self, size: int) -> Batch:
+        return blank_batch(self.recipe, self.family, self.components, size)
 
     @torch.no_grad()
     def _validation(self) -> None:
@@ -225,14 +186,14 @@ class TracedStep:
         with self.tracer.of_kind("activations: validation"), self.state.evaluated(self.components):
             self.model.encoder.vae.to(META)
             if recipe.validation_split:
-                batch = self.batch(recipe.images_at_once, is_last=True)
+                batch = self.batch(recipe.images_at_once)
                 encode_pixels(self.components.vae, to_pixel_values(batch.pixels.to(META), self.model.encoder.dtype))
                 with outline.autocast():
                     self._predict(batch)
             if recipe.draws_pictures:
                 prompts = len(recipe.validation_prompts or []) or recipe.validation_pictures
                 with outline.autocast():
-                    batch = self.batch(2 * min(recipe.train_batch_size, prompts), is_last=True)
+                    batch = self.batch(2 * min(recipe.train_batch_size, prompts))
                     decode_latents(self.components.vae, self._predict(batch)[:1])
 
     def _predict(self, batch: Batch) -> torch.Tensor:
@@ -242,6 +203,48 @@ class TracedStep:
             batch.noise.to(META), batch.timesteps.to(META), **conditioning, return_dict=False
         )[0]
         return predicted
+
+
+def blank_batch(recipe: Recipe, family: Family, components: Components, size: int) -> Batch:
+    """A step's only micro-batch, of `size` rows, in the host's memory: of the run's shapes, and all zeros."""
+    side = square_side(recipe)
+    channels, height, width = latent_shape_of(components.vae)((side, side))
+    text_model = getattr(components, family.text_models[0])
+    chunks = recipe.caption_chunks if recipe.long_captions == "chunk" else 1
+    num_tokens = text_model.config.max_position_embeddings * chunks
+    numbers = np.arange(size)
+    noise = torch.zeros(size, channels, height, width)
+    return Batch(
+        pixels=torch.zeros(size, 3, side, side, dtype=torch.uint8),
+        to_encode=torch.arange(size),
+        moments=None,
+        flip=torch.zeros(size, dtype=torch.bool),
+        input_ids=torch.zeros(size, num_tokens, dtype=torch.int64),
+        timesteps=torch.zeros(size, dtype=torch.int64),
+        timestep_u=torch.zeros(size, dtype=torch.float64),
+        noise=noise,
+        input_noise=noise if recipe.input_perturbation else None,
+        posterior_noise=noise,
+        original_size=torch.zeros(size, 2, dtype=torch.int64),
+        crop_corner=torch.zeros(size, 2, dtype=torch.int64),
+        target_size=torch.zeros(size, 2, dtype=torch.int64),
+        weights=torch.ones(size),
+        names=("",) * size,
+        plan=MicroBatch(
+            rows=numbers,
+            positions=numbers,
+            strata=numbers,
+            global_batch_size=size,
+            weight=1.0,
+            is_last=True,
+            samples_seen=0,
+            ends_epoch=False,
+            epoch=0,
+            size=(side, side),
+        ),
+        bad=(),
+        records=[],
+    )
 
 
 # By their classes, what activations belong to.
