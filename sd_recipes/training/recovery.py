@@ -22,7 +22,7 @@ from sd_recipes.errors import RunError, one_line
 from sd_recipes.model.conditioning import CachedText
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import all_gather, begin_sum
-from sd_recipes.runtime.out_of_memory import attempt, is_out_of_memory
+from sd_recipes.runtime.out_of_memory import attempt, is_out_of_memory, times_changed
 from sd_recipes.training.build import Run
 
 logger = logging.getLogger(__name__)
@@ -188,9 +188,9 @@ class Undone:
 
 def versions_of(optimizer: Any) -> tuple[list[int], dict[torch.Tensor, list[Any]]]:
     """How often each weight was changed, and each tensor of its state; other values of the state as they are."""
-    weights = [each._version for group in optimizer.param_groups for each in group["params"]]
+    weights = [times_changed(each) for group in optimizer.param_groups for each in group["params"]]
     states = {
-        parameter: [each._version if isinstance(each, torch.Tensor) else each for each in state.values()]
+        parameter: [times_changed(each) if isinstance(each, torch.Tensor) else each for each in state.values()]
         for parameter, state in optimizer.state.items()
     }
     return weights, states
