@@ -20,10 +20,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sd_recipes import assets
 from sd_recipes.checkpoints.format import remove
-from sd_recipes.checkpoints.run_folder import holds_run
 from sd_recipes.checkpoints.saver import FAILURES
 from sd_recipes.commands.export_settings import Export
-from sd_recipes.commands.of_run import LoadedModel, load_base, load_model, open_lora
+from sd_recipes.commands.of_run import LoadedModel, load_base, load_model, lora_file, open_lora
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.export.lora_file import export_lora
 from sd_recipes.export.pipeline import export_pipeline
@@ -31,10 +30,8 @@ from sd_recipes.export.safetensors_file import DTYPES
 from sd_recipes.export.single_file import architecture_of, check_can_be_one_file, export_single_file
 from sd_recipes.model.lora_extraction import extract_lora
 from sd_recipes.model.lora_files import (
-    LORA_FILE,
     Lora,
     generation_of_lora,
-    is_lora,
     layer_shapes,
     merge_lora,
     rank_of,
@@ -211,16 +208,3 @@ def of_model(model: LoadedModel, config: Export) -> Lora:
     if not all(map(torch.equal, *vaes)):
         logger.warning("The VAE differs too, which a LoRA does not change: draw with the VAE of %s.", config.source)
     return found.lora
-
-
-def lora_file(source: str) -> Path | None:
-    """The file, if that is what a name stands for: of a LoRA, or of the folder of one that is no run."""
-    path = Path(source).expanduser()
-    if path.is_dir() and (path / LORA_FILE).is_file() and not holds_run(path):
-        return path / LORA_FILE
-    if not path.is_file():
-        return None
-    try:
-        return path if is_lora(open_weights(path, path.name, allow_pickle=False).shapes) else None
-    except UnreadableWeights:  # which is told when it is loaded as a model
-        return None

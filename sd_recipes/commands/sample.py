@@ -99,7 +99,9 @@ def prompts_of(config: Sampling) -> list[str]:
     """Raises RecipeError if there are none."""
     if config.captions is not None:
         return captions_of(config)
-    prompts = config.prompts if config.prompts is not None else read_prompts(config.prompt_file or "")
+    prompts = (
+        config.prompts if config.prompts is not None else read_prompts(config.prompt_file or "", config.text_encoding)
+    )
     if not all(prompt.strip() for prompt in prompts):
         raise RecipeError("--prompts holds an empty prompt: drop it, or write what to draw")
     return prompts

@@ -400,7 +400,7 @@ def test_what_cannot_be_exported(trained: Path, tmp_path: Path, monkeypatch: pyt
     model, run_dir, out = trained / "model", trained / "run", ("--output", tmp_path / "x.safetensors")
     save_file({"net.weight": torch.zeros(3, 3), "net.bias": torch.zeros(3)}, tmp_path / "other.safetensors")
     for words, told in (
-        ((), "required: SOURCE"),
+        ((), "name first what is exported, as in `sd-recipes export runs/boats --to single_file ...`"),
         (("--to", "pipeline"), "name first what is exported"),
         ((run_dir, *out), "--to is missing: say what to write, pipeline, single_file"),
         ((run_dir, "--to", "lora"), "--output is missing: name what to write, as in --output boats.safetensors"),
@@ -416,7 +416,10 @@ def test_what_cannot_be_exported(trained: Path, tmp_path: Path, monkeypatch: pyt
         ((model, "--to", "lora", "--rank", 4, "--tuned_from", model, *out), "no layer differs between the two models"),
         ((model, "--to", "single_file", "--lora", "a.safetensors:high", *out), "'high' is no weight: write a number"),
         ((model, "--to", "single_file", "--lora", "a.safetensors:nan", *out), "'nan' is no weight"),
-        ((model, "--to", "single_file", "--lora", "a.safetensors", *out), "--lora a.safetensors: no such file"),
+        (
+            (model, "--to", "single_file", "--lora", "a.safetensors", *out),
+            "--lora a.safetensors: there is no such LoRA",
+        ),
         (
             (model, "--to", "single_file", "--lora", "other.safetensors", *out),
             "holds net.bias, which is no part of a",
