@@ -418,7 +418,7 @@ def test_what_cannot_be_exported(trained: Path, tmp_path: Path, monkeypatch: pyt
         ((model, "--to", "single_file", "--lora", "a.safetensors:nan", *out), "'nan' is no weight"),
         (
             (model, "--to", "single_file", "--lora", "a.safetensors", *out),
-            "--lora a.safetensors: there is no such LoRA",
+            "--lora a.safetensors: there is no such",
         ),
         (
             (model, "--to", "single_file", "--lora", "other.safetensors", *out),

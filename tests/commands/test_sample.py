@@ -251,7 +251,7 @@ def test_what_cannot_be_drawn(trained: Path, tmp_path: Path, monkeypatch: pytest
         ((*model, "--compare", "a", "b", "--prompts", "x"), "name what to draw with"),
         (model, 'nothing to draw: give --prompts "a red boat"'),
         ((*drawn, "--captions", "held_out"), "--prompts and --captions both say what to draw: keep one"),
-        ((*model, "--prompt_file", "absent.txt"), "--prompt_file absent.txt cannot be read (No such file or directory): name a text"),
+        ((*model, "--prompt_file", "absent.txt"), "--prompt_file absent.txt cannot be read (No such file"),
         ((*model, "--prompt_file", "empty.txt"), "--prompt_file empty.txt is empty: write a prompt on each line"),
         ((*model, "--prompt_file", "binary.txt"), "--prompt_file binary.txt is not utf-16 ("),
         ((*model, "--prompt_file", "."), "--prompt_file . cannot be read (Is a directory)"),
