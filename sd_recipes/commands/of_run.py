@@ -40,6 +40,7 @@ KINDS_IN_CHECKPOINT: dict[str | None, tuple[str, ...]] = {
     None: (AVERAGE, ""), "raw": ("",), "averaged": (AVERAGE,), "best": ("",),
     **{suffix.removeprefix("_"): (suffix,) for suffix in SNAPSHOTS},
 }  # fmt: skip
+LATENTS = 64  # a side of what a UNet is meant for, if its configuration does not say
 LORA = "_lora"  # suffix of the folder of a part's LoRA
 EXPORTED = ("model_index.json", LORA_FILE)  # what a run has in its folder when it is done
 MODEL_PARTS = ("unet", "vae", "text_encoder")  # those of a pipeline that have weights
@@ -119,7 +120,8 @@ class LoadedModel:
         """Pixels a side that its run trained at, or that its UNet is meant for."""
         if self.recipe is not None:
             return self.recipe.resolution
-        return self.components.unet.config.sample_size * self.components.vae_scale_factor
+        latents = self.components.unet.config.sample_size
+        return (latents if isinstance(latents, int) else LATENTS) * self.components.vae_scale_factor
 
     @property
     def parts(self) -> dict[str, Any]:
