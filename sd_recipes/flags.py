@@ -147,8 +147,8 @@ def read_recipe_file(name: str) -> dict[str, Any]:
 
 # What a resolved recipe leaves out: how this run was started, and what a repetition must not do again.
 NOT_OF_THE_RUN = {
-    "config", "dataset_config", "dry_run", "hub_token", "local_rank", "use_8bit_adam", "resume_from_checkpoint",
-    "overwrite", "push_to_hub",
+    "config", "dataset_config", "dry_run", "hub_token", "local_rank", "use_8bit_adam", "rank",
+    "resume_from_checkpoint", "overwrite", "push_to_hub",
 }  # fmt: skip
 
 
@@ -269,7 +269,8 @@ def _flag_kind(annotation: Any) -> tuple[type, list[str] | None, bool]:
     if typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+        parts = [part for part in typing.get_args(annotation) if part is not type(None)]
+        annotation = parts[0] if len(parts) == 1 else str  # a number or a word: the section tells which
     if typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     if typing.get_origin(annotation) is Literal:

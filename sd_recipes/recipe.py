@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from sd_recipes.errors import nearest
 from sd_recipes.redaction import LEFT_OUT, has_login, in_texts, redacted
+from sd_recipes.sizes import bytes_of
 
 
 def _number_from_text(value: Any) -> Any:
@@ -34,6 +35,20 @@ def _text_from_number(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
+def _number_or_auto(value: Any) -> Any:
+    """The command line gives numbers as text here. Raises ValueError for what is neither."""
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if value not in (None, "auto") and (type(value) is not int or value < 1):
+        raise ValueError("give a number from 1, or auto")
+    return value
+
+
+def _list_from_text(value: Any) -> Any:
+    """A recipe file may give a single name without brackets."""
+    return [value] if isinstance(value, str) else value
+
+
 def _check_no_password(text: str) -> str:
     if has_login(text):
         raise ValueError(
@@ -51,6 +66,7 @@ def _check_no_password(text: str) -> str:
 DIFFUSERS_LENGTH, WIDEST_LENGTH = 0.09, 12**-0.5
 
 Number = Annotated[float, BeforeValidator(_number_from_text)]
+NumberOrAuto = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, BeforeValidator(_number_or_auto)]
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 # What it means for a resumed run that a setting differs from the checkpoint's. `refused`: the state would not fit.
@@ -132,7 +148,9 @@ def heading(section: type[Section]) -> tuple[str, str]:
 class RunConfig(Section):
     """Run and output: the recipe, the output folder, seed, precision and device."""
 
-    config: str | None = setting(None, "free", "A YAML recipe: a path, or the name of a shipped one (quickstart).")
+    config: str | None = setting(
+        None, "free", "A YAML recipe: a path, or the name of a shipped one (quickstart, quickstart_lora)."
+    )
     dry_run: bool = setting(False, "free", "Print the resolved recipe and a summary of the run, then exit.")
     output_dir: str = setting(
         "sd-model-finetuned",
@@ -181,6 +199,50 @@ class ModelConfig(Section):
     unet_config: str | None = setting(
         None, "compared", "JSON file with the UNet's configuration (needs --train_from_scratch)."
     )
+
+
+class TextEncoderConfig(Section):
+    """Text encoder: whether it is trained along with the UNet, how fast, and for how long."""
+
+    train_text_encoder: bool = setting(False, "compared", "Train the text encoder too.")
+    text_encoder_learning_rate: Number | None = setting(
+        None, "warned", "Its learning rate, also with --lora_text_encoder; if not given, --learning_rate.", ge=0
+    )
+    text_encoder_steps: int | None = setting(
+        None, "warned", "Freeze it after so many optimizer steps; if not given, never.", ge=1
+    )
+
+
+class LoraConfig(Section):
+    """LoRA: training small changes to the model, which make a file of megabytes, instead of the model itself."""
+
+    lora_rank: int | None = setting(None, "compared", "Train a LoRA of this rank; 4 to 64 are usual.", ge=1)
+    lora_alpha: Number | None = setting(
+        None, "compared", "Changes are scaled by this over the rank; if not given, the rank.", gt=0, allow_inf_nan=False
+    )
+    lora_dropout: Number = setting(0.0, "warned", "Dropout of the changes' input.", ge=0, lt=1)
+    lora_targets: Annotated[list[str] | None, BeforeValidator(_list_from_text)] = setting(
+        None,
+        "compared",
+        "The layers that are changed: `attention` (if not given), `all` in the blocks, or names such as attn2 or ff.",
+        min_length=1,
+    )
+    lora_use_dora: bool = setting(False, "compared", "DoRA: train the length of each changed weight apart.")
+    lora_text_encoder: bool = setting(False, "compared", "Change the text encoder too.")
+    lora_weights: str | None = setting(
+        None, "compared", "Start from this LoRA: a .safetensors file with diffusers' or kohya's keys, or its folder."
+    )
+    rank: int | None = setting(None, "free", "Same as --lora_rank, as diffusers' LoRA script calls it.", ge=1)
+
+    @property
+    def trains_lora(self) -> bool:
+        """Whether a LoRA is trained, and not the model itself."""
+        return self.lora_rank is not None or self.lora_weights is not None
+
+    @property
+    def product(self) -> str:
+        """What the run leaves in its folder, in a word."""
+        return "LoRA" if self.trains_lora else "pipeline"
 
 
 class DataSource(Section):
@@ -545,7 +607,11 @@ class OptimConfig(Section):
     gradient_accumulation_steps: int = setting(1, "compared", "Micro-batches per optimizer step.", ge=1)
     num_train_epochs: int = setting(100, "compared", "Passes over the data.", ge=1)
     max_train_steps: int | None = setting(None, "compared", "Optimizer steps; overrides --num_train_epochs.", ge=1)
-    optimizer: Literal["adamw", "adamw8bit", "sgd", "adafactor"] = setting("adamw", "refused", "Optimizer.")
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd", "adafactor"] = setting(
+        "adamw",
+        "refused",
+        "Optimizer; the paged one's state moves to the host's memory where the GPU has no room.",
+    )
     use_8bit_adam: bool = setting(False, "free", "Same as --optimizer adamw8bit (bitsandbytes).")
     learning_rate: Number = setting(1e-4, "warned", "Learning rate after the warm-up.", ge=0)
     scale_lr: bool = setting(False, "warned", "Multiply the learning rate by the global batch size.")
@@ -558,7 +624,7 @@ class OptimConfig(Section):
     adam_weight_decay: Number = setting(1e-2, "warned", "Weight decay, for every optimizer.", ge=0)
     adam_epsilon: Number = setting(1e-8, "warned", "AdamW's epsilon.", gt=0)
     sgd_momentum: Number = setting(0.9, "warned", "SGD's momentum.", ge=0, lt=1)
-    max_grad_norm: Number = setting(1.0, "warned", "Gradients are clipped to this norm.", gt=0)
+    max_grad_norm: Number = setting(1.0, "warned", "Gradients are clipped to this norm; 0: not at all.", ge=0)
     max_skipped_steps: int = setting(
         5,
         "free",
@@ -581,14 +647,43 @@ class OptimConfig(Section):
         "warned",
         "Keep two averages at every checkpoint, of which `sd-recipes average` makes those of any length.",
     )
-    offload_ema: bool = setting(False, "free", "Keep the average in host memory.")
+    offload_ema: bool = setting(
+        False, "free", "Keep the average in host memory; it visits the GPU in pieces, beside the next step."
+    )
     foreach_ema: bool = setting(False, "free", "Accepted; the average is always updated with foreach operations.")
+
+    @property
+    def is_8bit(self) -> bool:
+        """Whether bitsandbytes' optimizers are used."""
+        return self.optimizer in ("adamw8bit", "paged_adamw8bit")
 
 
 class MemoryConfig(Section):
     """Memory and speed: what trades one for the other."""
 
     gradient_checkpointing: bool = setting(False, "warned", "Recompute activations: less memory, slower.")
+    gradient_checkpointing_blocks: list[str] | None = setting(
+        None,
+        "warned",
+        "Recompute only those of some of the UNet's blocks: down, mid, up, or one of them, such as down.0 and up.3, "
+        "whose activations are the largest.",
+        min_length=1,
+    )
+    weights_dtype: Literal["float32", "bf16"] = setting(
+        "float32",
+        "warned",
+        "Type of the trained UNet's weights and gradients; bf16 is rounded stochastically, and needs --mixed_precision "
+        "bf16.",
+    )
+    fused_backward_pass: bool = setting(
+        False,
+        "warned",
+        "Step each parameter inside the backward pass, which frees its gradient; needs --max_grad_norm 0.",
+    )
+    vae_slicing: bool = setting(False, "warned", "Let the VAE encode images one by one.")
+    vae_tiling: bool = setting(
+        False, "warned", "Let the VAE encode and decode large images in overlapping tiles, whose seams are blended."
+    )
     enable_xformers_memory_efficient_attention: bool = setting(
         False, "warned", "Use xFormers' attention; where it is not installed, PyTorch's own, with a warning."
     )
@@ -596,6 +691,25 @@ class MemoryConfig(Section):
         "auto", "warned", "Memory format of UNet and VAE; auto: channels last, except for float32 on a GPU."
     )
     compile_unet: bool = setting(False, "warned", "Compile the UNet with torch.compile.")
+    memory: str | None = setting(
+        None,
+        "free",
+        "The memory that the run may take, such as 12GB: micro-batch, precision, checkpointing, 8-bit AdamW and the "
+        "average's place are chosen so that it fits, and the batch that is optimized stays (docs/memory.md).",
+    )
+    micro_batch: NumberOrAuto = setting(
+        None,
+        "free",
+        "How many images a device takes at once: larger batches are divided, with the same result up to rounding. If "
+        "not given, --train_batch_size. Halved when memory runs out; `auto` tries more again later.",
+    )
+
+    @field_validator("memory")
+    @classmethod
+    def memory_is_a_size(cls, memory: str | None) -> str | None:
+        if memory is not None:
+            bytes_of(memory)
+        return memory
 
 
 class CheckpointConfig(Section):
@@ -727,18 +841,24 @@ class HubConfig(Section):
 
 ONLY_IN_FILES = {"data_sources"}  # settings that have no flag
 SECTIONS: tuple[type[Section], ...] = (
-    RunConfig, ModelConfig, DataConfig, ImageConfig, CaptionConfig, CacheConfig, ObjectiveConfig, OptimConfig,
-    MemoryConfig, CheckpointConfig, ValidationConfig, HubConfig,
+    RunConfig, ModelConfig, TextEncoderConfig, LoraConfig, DataConfig, ImageConfig, CaptionConfig, CacheConfig,
+    ObjectiveConfig, OptimConfig, MemoryConfig, CheckpointConfig, ValidationConfig, HubConfig,
 )  # fmt: skip
 
 
 class Recipe(
-    RunConfig, ModelConfig, DataSettings, ObjectiveConfig, OptimConfig, MemoryConfig, CheckpointConfig,
-    ValidationConfig, HubConfig,
+    RunConfig, ModelConfig, TextEncoderConfig, LoraConfig, DataSettings, ObjectiveConfig, OptimConfig, MemoryConfig,
+    CheckpointConfig, ValidationConfig, HubConfig,
 ):  # fmt: skip
     """All settings of a run, frozen. Raises pydantic's ValidationError, which `load_recipe` turns into RecipeError."""
 
     model_config = ConfigDict(frozen=True)
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images a device takes at once, as long as there is memory for them."""
+        given = self.micro_batch if isinstance(self.micro_batch, int) else self.train_batch_size
+        return min(given, self.train_batch_size)
 
     @model_validator(mode="before")
     @classmethod
@@ -750,6 +870,59 @@ class Recipe(
                 "optimizer": {"adamw": "adamw8bit"}.get(name := settings.get("optimizer", "adamw"), name),
             }
         return settings
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_rank(cls, settings: Any) -> Any:
+        """`--rank` is another way to say `--lora_rank`."""
+        if isinstance(settings, dict) and settings.get("rank") is not None and settings.get("lora_rank") is None:
+            return {**settings, "lora_rank": settings["rank"]}
+        return settings
+
+    @model_validator(mode="after")
+    def lora_agrees(self) -> "Recipe":
+        if self.rank not in (None, self.lora_rank):
+            raise ValueError(f"--rank {self.rank} contradicts --lora_rank {self.lora_rank}: drop one of them")
+        for name, field in LoraConfig.model_fields.items():
+            value = getattr(self, name)
+            if value != field.default and not self.trains_lora:
+                raise ValueError(
+                    f"{_as_flag(name, value)} is not read without --lora_rank: add --lora_rank 8, or drop it"
+                )
+        if self.lora_weights is not None:
+            for name in ("lora_targets", "lora_use_dora"):
+                if value := getattr(self, name):
+                    raise ValueError(
+                        f"{_as_flag(name, value)} contradicts --lora_weights, which says so by itself: drop it"
+                    )
+        if self.trains_lora and self.train_from_scratch:
+            flag = "--lora_rank" if self.lora_weights is None else "--lora_weights"
+            raise ValueError(
+                f"{flag} changes a trained UNet, and --train_from_scratch has none: drop --train_from_scratch, or "
+                f"train the UNet whole, without {flag}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def text_encoder_agrees(self) -> "Recipe":
+        if self.train_text_encoder and self.trains_lora:
+            raise ValueError(
+                "--train_text_encoder trains the whole text encoder, which a LoRA's file cannot hold: use "
+                "--lora_text_encoder, or drop the LoRA"
+            )
+        is_trained = self.train_text_encoder or self.lora_text_encoder
+        for name in ("text_encoder_learning_rate", "text_encoder_steps"):
+            if (value := getattr(self, name)) is not None and not is_trained:
+                add = "--lora_text_encoder" if self.trains_lora else "--train_text_encoder"
+                raise ValueError(
+                    f"{_as_flag(name, value)} is of a text encoder that is trained, and it is not: add {add}, or drop "
+                    f"--{name}"
+                )
+        if is_trained and self.cache_text:
+            raise ValueError(
+                "--cache_text keeps what the text encoder says of a caption, which changes as it is trained: drop it"
+            )
+        return self
 
     @model_validator(mode="after")
     def check(self) -> "Recipe":
@@ -771,7 +944,7 @@ class Recipe(
             )
         if self.train_from_scratch and self.non_ema_revision:
             raise ValueError("--train_from_scratch loads no UNet, so --non_ema_revision contradicts it: drop one")
-        if self.use_8bit_adam and self.optimizer != "adamw8bit":
+        if self.use_8bit_adam and not self.is_8bit:
             raise ValueError(f"--use_8bit_adam contradicts --optimizer {self.optimizer}: drop one of them")
         if self.ema_length != DIFFUSERS_LENGTH and self.ema_decay != OptimConfig.model_fields["ema_decay"].default:
             raise ValueError(
@@ -793,9 +966,26 @@ class Recipe(
         trackers = {"tensorboard", "wandb", "comet_ml", "all", "none"}
         if self.report_to not in trackers:
             raise ValueError(f"--report_to {redacted(self.report_to)!r} is not one of: {', '.join(sorted(trackers))}")
-        if self.optimizer == "adamw8bit" and self.channels_last == "always":
+        if self.is_8bit and self.channels_last == "always":
             raise ValueError("--channels_last always contradicts AdamW8bit, which makes weights contiguous: use auto")
+        if self.fused_backward_pass and self.max_grad_norm:
+            raise ValueError(
+                "--fused_backward_pass steps before the norm of all gradients is known, so that nothing can be clipped "
+                "to it: add --max_grad_norm 0, or drop --fused_backward_pass"
+            )
+        if self.fused_backward_pass and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "--fused_backward_pass frees each gradient at once, which --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps} adds up: use a larger --train_batch_size, or drop one"
+            )
         return self
+
+
+def _as_flag(name: str, value: Any) -> str:
+    """A setting as it is given on the command line."""
+    if value is True:
+        return f"--{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def odd_settings(recipe: Recipe) -> list[str]:
@@ -805,6 +995,11 @@ def odd_settings(recipe: Recipe) -> list[str]:
         odd.append(
             "--dream_training rectifies along the error of a prediction from the perturbed noise of "
             "--input_perturbation, so that both change the UNet's input: usually only one of them is set."
+        )
+    if isinstance(recipe.micro_batch, int) and recipe.micro_batch > recipe.train_batch_size:
+        odd.append(
+            f"--micro_batch {recipe.micro_batch} does nothing, for a batch has --train_batch_size "
+            f"{recipe.train_batch_size} images."
         )
     if recipe.offload_ema and not (recipe.use_ema or recipe.ema_snapshots):
         odd.append("--offload_ema does nothing without --use_ema or --ema_snapshots.")

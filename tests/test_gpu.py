@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import gc
+import math
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from training_runs import assert_leaves_as_it_came, average, build, fit_from, train
+from training_runs import assert_leaves_as_it_came, average, build, fit_from, losses, train
 
-from sd_recipes.export.pipeline import export_pipeline
+from sd_recipes.export.pipeline import export_pipeline, export_trained
+from sd_recipes.recipe import OptimConfig
+from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.trackers import read_metrics
 from sd_recipes.training import loop
+from sd_recipes.training.bf16_weights import rounded
 from sd_recipes.training.build import UNET_WEIGHTS, Run
+from sd_recipes.training.ema import AveragedWeights, release_before_steps
+from sd_recipes.training.fused_backward import FusedBackward
 from sd_recipes.training.meter import Meter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -25,22 +37,29 @@ def settings(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"device": "cuda", "max_train_steps": 8, "logging_steps": 100}
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("changes", [
+    {}, {"mixed_precision": "bf16"}, {"use_8bit_adam": True}, {"use_ema": True, "offload_ema": True},
+    {"mixed_precision": "bf16", "weights_dtype": "bf16", "cache_text": True},
+    {"max_grad_norm": 0, "fused_backward_pass": True},
+])  # fmt: skip
 def test_a_step_that_does_not_log_waits_for_the_gradients_norm_alone(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, mixed_precision: str
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """The norm is waited for so that weights stay finite; see `loop.update`."""
-    run = build(settings, mixed_precision=mixed_precision)
-    clip, log = run.accelerator.clip_grad_norm_, loop.log
+    run = build(settings, **changes)
+    log = loop.log
 
-    def clip_with_waiting(*arguments: Any) -> torch.Tensor:
-        norm = clip(*arguments)
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("default")
-        try:
-            return norm.cpu()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
+    def waiting(norm_of: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def wait(*arguments: Any) -> torch.Tensor:
+            norm = norm_of(*arguments)
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("default")
+            try:
+                return norm.cpu()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+
+        return wait
 
     def log_with_waiting(of: Run, meter: Meter, bar: tqdm) -> None:
         torch.cuda.set_sync_debug_mode("default")
@@ -50,7 +69,9 @@ def test_a_step_that_does_not_log_waits_for_the_gradients_norm_alone(
         if of.state.progress.global_step < of.num_steps:
             torch.cuda.set_sync_debug_mode("error")
 
-    monkeypatch.setattr(run.accelerator, "clip_grad_norm_", clip_with_waiting)
+    monkeypatch.setattr(run.accelerator, "clip_grad_norm_", waiting(run.accelerator.clip_grad_norm_))
+    if fused := run.state.fused_backward:
+        monkeypatch.setattr(fused, "grad_norm", waiting(fused.grad_norm))
     monkeypatch.setattr(loop, "log", log_with_waiting)
     try:
         fit_from(run)
@@ -61,6 +82,10 @@ def test_a_step_that_does_not_log_waits_for_the_gradients_norm_alone(
 @pytest.mark.parametrize("changes", [
     {"mixed_precision": "fp16"}, {"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "use_8bit_adam": True},
     {"gradient_checkpointing": True}, {"use_ema": True, "offload_ema": True}, {"dataloader_num_workers": 2},
+    {"mixed_precision": "bf16", "weights_dtype": "bf16", "use_ema": True, "offload_ema": True},
+    {"fused_backward_pass": True, "max_grad_norm": 0}, {"optimizer": "paged_adamw8bit", "cache_text": True},
+    {"mixed_precision": "bf16", "train_text_encoder": True, "gradient_checkpointing": True},
+    {"mixed_precision": "fp16", "train_text_encoder": True, "text_encoder_steps": 20},
 ])  # fmt: skip
 def test_it_learns_on_the_gpu(settings: dict[str, Any], changes: dict[str, Any]) -> None:
     settings |= {"train_batch_size": 8, "max_train_steps": 200, "logging_steps": 50, "learning_rate": 3e-3, **changes}
@@ -115,3 +140,161 @@ def test_a_skipped_step_of_the_loss_scaler_advances_neither_schedule_nor_average
     fit_from(run)
     assert run.state.schedule.last_epoch < 3
     assert average(run).num_updates == run.state.schedule.last_epoch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_average_in_host_memory_is_the_one_on_the_device_to_the_bit(dtype: torch.dtype) -> None:
+    """While the parameters keep changing, which has to wait for the updates that still read them."""
+    shapes = [(640, 320, 3, 3), (4096, 2560), (1,), (2560, 4096), (1280, 1280, 3, 3), (77, 768)]
+    parameters = {str(shape): torch.nn.Parameter(torch.randn(shape, dtype=dtype, device="cuda")) for shape in shapes}
+    for parameter in parameters.values():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+    config = OptimConfig(ema_length=0.1)
+    kept = AveragedWeights(parameters, config.model_copy(update={"offload_ema": True}))
+    plain = AveragedWeights(parameters, config)
+    assert kept.on_host is not None
+    assert all(memory.is_pinned() for memory in kept.on_host.memory)
+    assert sum(memory.nbytes for memory in kept.on_host.memory) < 1.3 * 4 * sum(map(torch.numel, parameters.values()))
+    release_before_steps(optimizer, [kept, plain])
+    for _ in range(20):
+        for parameter in parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        for each in (kept, plain):
+            each.step()
+    found = kept.named_tensors()
+    for name, tensor in plain.named_tensors().items():
+        assert torch.equal(found[name], tensor.cpu()), name
+        assert found[name].stride() == tensor.stride()
+
+
+def peak_of_step(*, fused: bool) -> int:
+    """Bytes above what is there before it, of a step of eight layers whose weights take 64 MiB each."""
+    layers = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096, bias=False) for _ in range(8))).cuda()
+    optimizer = torch.optim.SGD(layers.parameters(), lr=1e-3)
+    if fused:
+        FusedBackward(optimizer)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    layers(torch.randn(2, 4096, device="cuda")).square().mean().backward()
+    optimizer.step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_a_step_in_the_backward_pass_keeps_no_gradients() -> None:
+    peak_of_step(fused=False)  # cuBLAS takes its workspace
+    assert peak_of_step(fused=False) > 8 * 2**26
+    assert peak_of_step(fused=True) < 4 * 2**26
+
+
+def test_numbers_are_rounded_stochastically_on_the_gpu_too() -> None:
+    values = torch.full((1_000_000,), 1.001, device="cuda")
+    found = rounded(values, torch.Generator("cuda").manual_seed(0))
+    assert sorted(found.unique().tolist()) == [1.0, 1.0078125]
+    assert found.double().mean().item() == pytest.approx(1.001, abs=2e-5)
+
+
+def test_a_paged_state_is_in_pages_again_when_it_is_loaded() -> None:
+    from sd_recipes.training.eight_bit import PagedAdamW8bit
+
+    def of_copy() -> tuple[torch.nn.Parameter, PagedAdamW8bit]:
+        parameter = torch.nn.Parameter(start.clone())
+        return parameter, PagedAdamW8bit([parameter], lr=1e-2)
+
+    def step(parameter: torch.nn.Parameter, optimizer: PagedAdamW8bit, number: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(number)
+        parameter.grad = torch.randn(parameter.shape, generator=generator, device="cuda")
+        optimizer.step()
+
+    start = torch.randn(512, 512, device="cuda")
+    (one, whole), (other, resumed) = of_copy(), of_copy()
+    for number in range(3):
+        step(one, whole, number)
+    with torch.no_grad():
+        other.copy_(one)
+    resumed.load_state_dict(whole.state_dict())
+    for name in ("state1", "state2"):
+        paged = resumed.state[other][name]
+        assert paged.is_paged
+        assert torch.equal(paged, whole.state[one][name])
+    step(one, whole, 3)
+    step(other, resumed, 3)
+    assert torch.equal(one, other)
+
+
+def test_segments_grow_in_a_process_that_sets_the_allocator_up_before_it_uses_the_gpu() -> None:
+    program = """
+import os
+for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+    os.environ.pop(name, None)
+from sd_recipes.runtime.allocator import set_up_allocator
+set_up_allocator()
+import torch
+torch.ones(2**25, device="cuda")
+assert all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+LORA = {"lora_rank": 16, "lora_targets": ["all"], "lora_text_encoder": True, "train_batch_size": 8}
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
+def test_a_lora_learns_on_the_gpu_over_a_rounded_base(settings: dict[str, Any], mixed_precision: str) -> None:
+    settings |= {**LORA, "mixed_precision": mixed_precision, "max_train_steps": 200, "learning_rate": 1e-2}
+    run = train(settings)
+    losses = [line["train_loss"] for line in read_metrics(run.output_dir / "metrics.jsonl")]
+    assert losses[-1] < 0.7 * losses[0]
+    dtype = DTYPES[mixed_precision]
+    for name, parameter in run.model.components.unet.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".lora_" in name else dtype), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_use_dora": True}])
+def test_a_lora_of_the_gpu_is_drawn_by_stock_diffusers(
+    settings: dict[str, Any], tiny_pipeline: Path, changes: dict[str, Any]
+) -> None:
+    run = train(settings | LORA, learning_rate=1e-2, **changes)
+    components = run.model.components
+    export_trained(run.model.family, components, run.recipe, run.output_dir)
+    stock = StableDiffusionPipeline.from_pretrained(tiny_pipeline).to("cuda")
+    stock.load_lora_weights(run.output_dir)
+    with run.validator.evaluating(), run.validator.encoder.on_device():
+        pictures = [draw(pipeline) for pipeline in (run.model.family.build_pipeline(components), stock)]
+    np.testing.assert_allclose(*pictures, atol=1e-3)
+
+
+def draw(pipeline: StableDiffusionPipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("disc", num_inference_steps=3, height=32, width=32, output_type="np", generator=generator).images
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_with_fewer_images_at_once(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Really: torch may take little more than two images take, and a batch has eight."""
+    settings |= {"resolution": 512, "train_batch_size": 8, "max_train_steps": 4, "logging_steps": 1}
+
+    def empty() -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    empty()
+    roomy = train(settings, micro_batch=2, output_dir=str(tmp_path / "roomy"))
+    expected = losses(roomy)
+    taken = torch.cuda.max_memory_reserved()
+    del roomy
+    empty()
+    torch.cuda.set_per_process_memory_fraction(1.3 * taken / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        run = train(settings)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert run.state.progress.micro_batch in (2, 4)
+    assert all(map(math.isfinite, losses(run)))
+    assert losses(run) == pytest.approx(expected, rel=1e-2)
+    assert "out_of_memory" in (run.output_dir / "incidents.jsonl").read_text()

@@ -14,15 +14,20 @@ PACKAGE = ROOT / "sd_recipes"
 # what judges and saves it, and both stand under the loop that uses all of them.
 FLOORS = [
     ["__init__"],
-    ["errors", "assets", "redaction", "reading", "writing"],
+    ["errors", "assets", "redaction", "reading", "sizes", "writing"],
     ["recipe", "kohya"],
     ["flags"],
     ["runtime"],
     ["data"],
     ["model"],
     [
+        "training.bf16_weights",
+        "training.eight_bit",
+        "training.fused_backward",
+        "training.host_average",
         "training.objective",
         "training.optim",
+        "training.param_groups",
         "training.profiles",
         "training.quiet_loss",
         "training.row_losses",
@@ -35,6 +40,7 @@ FLOORS = [
     ["checkpoints"],
     ["export"],
     ["training"],
+    ["memory"],
     ["inspection"],
     ["commands"],
 ]

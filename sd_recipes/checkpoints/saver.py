@@ -23,6 +23,7 @@ from sd_recipes.errors import RunError, one_line
 from sd_recipes.recipe import CheckpointConfig
 from sd_recipes.runtime.agreement import all_gather, broadcast
 from sd_recipes.runtime.fsdp import full_tensor
+from sd_recipes.runtime.host_memory import buffers_like
 from sd_recipes.training.state import StateDict, TrainState
 
 logger = logging.getLogger(__name__)
@@ -190,13 +191,10 @@ class BackgroundSaver:
             )  # fmt: skip
 
     def _make_buffers(self, state: StateDict) -> None:
-        for file, named in state.tensors.items():
-            for name, tensor in named.items():
-                if (file, name) not in self._buffers:
-                    # With the tensor's own strides, so that the copy is a plain memory copy.
-                    size, strides, pinned = tensor.size(), tensor.stride(), tensor.device.type == "cuda"
-                    buffer = torch.empty_strided(size, strides, dtype=tensor.dtype, pin_memory=pinned)
-                    self._buffers[file, name] = buffer.zero_()
+        tensors = {(file, name): each for file, named in state.tensors.items() for name, each in named.items()}
+        new = [key for key in tensors if key not in self._buffers]
+        # With the tensors' own strides, so that a copy is a plain memory copy.
+        self._buffers |= zip(new, buffers_like(tensors[key] for key in new), strict=True)
 
     def manifest(self) -> Manifest:
         """Which run this is, and where it stands."""

@@ -68,7 +68,8 @@ def fill_cache(recipe: Recipe) -> Path:
         raise RecipeError("this data set is a latent cache already: train on it")
 
     vae = load_vae(recipe)
-    provenance = provenance_of(recipe, vae, DTYPES[accelerator.mixed_precision])  # of the weights as they were loaded
+    # Of the weights as they were loaded
+    provenance = provenance_of(recipe, vae, DTYPES[accelerator.mixed_precision], tiling=recipe.vae_tiling)
     encoder = build_encoder(recipe, vae, accelerator)
     folder = Path(recipe.latent_cache_dir or output_dir / "latents")
     store = LatentStore(folder, provenance, accelerator.process_index)
@@ -96,6 +97,7 @@ def fill_cache(recipe: Recipe) -> Path:
         for (batch,) in steps:
             data.bad_rows.add(batch.bad, 0)
             batch.to(accelerator.device).all_moments(encoder.encode, store)
+            store.keep()
             if store.failure:
                 raise RecipeError(cannot_fill(store))
             bar.update(min(len(batch.weights) * accelerator.num_processes, len(data.rows) - bar.n))

@@ -12,6 +12,7 @@ from sd_recipes import __version__
 from sd_recipes.flags import SCRIPT, Command, load_recipe
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import redacted
+from sd_recipes.runtime.allocator import set_up_allocator
 from sd_recipes.runtime.console import has_utf8, mistakes_in_one_line, print_anything, set_up_console, speak_utf8
 from sd_recipes.runtime.hub_access import check_hub_access
 from sd_recipes.runtime.signals import stop_request
@@ -56,6 +57,11 @@ def main() -> None:
         "cache", add_help=False, help="fill the latent cache before training, with the flags of `train`"
     )
     commands.add_parser(
+        "plan",
+        add_help=False,
+        help="tell what a run will need of memory, and what fits; `sd-recipes plan --help`",
+    )
+    commands.add_parser(
         "average", add_help=False, help="make averages of a run's weights after training; `sd-recipes average --help`"
     )
     commands.add_parser(
@@ -94,6 +100,7 @@ def started(argv: list[str] | None, command: Command) -> Iterator[Recipe]:
     if argv is None:
         speak_utf8()
     print_anything()
+    set_up_allocator()
     with mistakes_in_one_line():
         set_up_console()  # first, since loading a recipe may warn
         recipe = load_recipe(argv, command)
@@ -131,8 +138,22 @@ def inspect(argv: list[str]) -> None:
     main(argv)
 
 
+def plan(argv: list[str]) -> None:
+    """Tell what a run will need of memory, with the flags in `argv`, which are those of `train` and a few more."""
+    with mistakes_in_one_line():
+        set_up_console()  # first, since reading the settings may warn
+        from sd_recipes.commands.plan_settings import read_settings
+
+        settings = read_settings(argv)
+        check_hub_access(settings.recipe)
+        from sd_recipes.commands.plan import plan
+
+        plan(settings)
+
+
 def average(argv: list[str]) -> None:
     """Make averages of a run's weights after training, with the folder and flags in `argv`."""
+    set_up_allocator()
     with mistakes_in_one_line():
         from sd_recipes.commands.average_settings import read_settings
 
@@ -146,6 +167,7 @@ def average(argv: list[str]) -> None:
 
 def evaluate(argv: list[str]) -> None:
     """Measure what runs, checkpoints and pipelines have learned, with the names and flags in `argv`."""
+    set_up_allocator()
     with mistakes_in_one_line():
         set_up_console()  # first, since reading the settings may warn
         from sd_recipes.commands.evaluate_settings import read_settings
@@ -201,6 +223,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": lambda argv: train(argv, TRAIN),
     "cache": cache,
     "inspect": inspect,
+    "plan": plan,
     "average": average,
     "evaluate": evaluate,
     "export": export,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -89,6 +90,10 @@ class Batch:
                 made = torch.where(self.flip[self.to_encode][:, None, None, None], mirrored, made)
         moments[self.to_encode] = made
         return moments
+
+    def in_parts_of(self, size: int) -> list[Batch]:
+        """The same samples with the same draws in batches of at most `size`, as even as possible."""
+        return self.split(math.ceil(len(self.weights) / size))
 
     def split(self, number: int) -> list[Batch]:
         """The same samples with the same draws in at most `number` batches, as even as possible."""

@@ -65,7 +65,9 @@ def model_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def provenance_of(config: DataSettings, vae: torch.nn.Module, vae_dtype: torch.dtype) -> dict[str, Any]:
+def provenance_of(
+    config: DataSettings, vae: torch.nn.Module, vae_dtype: torch.dtype, *, tiling: bool = False
+) -> dict[str, Any]:
     """Everything that a cached row depends on besides its image.
 
     The VAE is passed as it was loaded, before it is cast to `vae_dtype`, so that it has one identity in all precisions.
@@ -83,6 +85,7 @@ def provenance_of(config: DataSettings, vae: torch.nn.Module, vae_dtype: torch.d
         "interpolation": config.image_interpolation_mode,
         "flips": config.random_flip,
         "dtype": config.latent_cache_dtype,
+        **({"tiling": True} if tiling else {}),
     }
 
 
@@ -204,6 +207,7 @@ class LatentStore:
         self._keys = np.zeros(0, dtype=np.uint64)
         self._places = np.zeros((0, 2), dtype=np.int32)
         self._put = _Numbers()
+        self._noted: list[tuple[list[dict[str, Any]], torch.Tensor, torch.Tensor | None]] = []
         self._writer: _Writer | None = None
         self._look()
 
@@ -234,7 +238,7 @@ class LatentStore:
                            self.folder, error)  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_writer": None, "_tables": {}, "_put": _Numbers()}
+        return {**self.__dict__, "_writer": None, "_tables": {}, "_put": _Numbers(), "_noted": []}
 
     @property
     def num_rows(self) -> int:
@@ -299,12 +303,25 @@ class LatentStore:
         return moments.to(self.dtype).float()
 
     def put(self, records: list[dict[str, Any]], moments: torch.Tensor, flipped: torch.Tensor | None) -> None:
-        """Keep rows: their keys and captions, and moments (B, 2C, h, w); each row once, however often it comes.
+        """Note rows to `keep`: their keys and captions, and moments (B, 2C, h, w)."""
+        if self.failure is None:
+            self._noted.append((records, moments.to(self.dtype), None if flipped is None else flipped.to(self.dtype)))
+
+    def forget(self) -> None:
+        """Leave out the rows noted since the last `keep`: they come again, maybe encoded in other batches."""
+        self._noted = []
+
+    def keep(self) -> None:
+        """Keep the rows that were noted, once what they were encoded for is done."""
+        noted, self._noted = self._noted, []
+        for records, moments, flipped in noted:
+            self._keep(records, moments, flipped)
+
+    def _keep(self, records: list[dict[str, Any]], moments: torch.Tensor, flipped: torch.Tensor | None) -> None:
+        """Each row once, however often it comes.
 
         A row comes again before readers see it where an epoch has it several times, or where the epoch never ends.
         """
-        if self.failure is not None:
-            return
         if self._writer is None:
             self._writer = _Writer(self.folder, self.provenance, self.rank, self._give_up)
         new = [number for number, record in enumerate(records) if self._put.add(_row_hash(record))]
@@ -313,10 +330,11 @@ class LatentStore:
         if len(new) < len(records):
             records = [records[number] for number in new]
             moments, flipped = moments[new], None if flipped is None else flipped[new]
-        self._writer.put(records, moments.to(self.dtype), None if flipped is None else flipped.to(self.dtype))
+        self._writer.put(records, moments, flipped)
 
     def flush(self) -> None:
-        """Wait until all that was put is written."""
+        """Wait until all that was noted is kept and written."""
+        self.keep()
         if self._writer is not None:
             self._writer.flush()
 

@@ -72,13 +72,14 @@ def generator_of(seed: int, number: int) -> torch.Generator:
 def decoded_one_by_one(vae: AutoencoderKL) -> Iterator[None]:
     """Within this context the VAE decodes pictures one by one: together they can take more memory than a training step.
 
-    It encodes them one by one too, but not afterwards: training batches stay the same to the bit.
+    It encodes them one by one too, and afterwards as before: training batches stay the same to the bit.
     """
+    before = vae.use_slicing
     vae.enable_slicing()
     try:
         yield
     finally:
-        vae.disable_slicing()
+        vae.use_slicing = before
 
 
 def save_whole(picture: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:

@@ -123,7 +123,7 @@ class FixedSamples:
 
 def _split(batch: Batch, latents: torch.Tensor, at_once: int) -> Iterator[tuple[Batch, torch.Tensor]]:
     """In parts of `at_once`, of which there may be room for fewer than when they were encoded."""
-    parts = batch.split(math.ceil(len(latents) / at_once))
+    parts = batch.in_parts_of(at_once)
     yield from zip(parts, latents.split([len(part.weights) for part in parts]), strict=True)
 
 

@@ -14,12 +14,27 @@ MAX_TEXT_BYTES = 2**30  # of kept text states: about 9,000 captions of CLIP-L in
 
 
 class CachedText:
-    """`encode` with a cache of up to `max_bytes`, which drops the captions that were used least recently."""
+    """`encode` with a cache of up to `max_bytes`, which drops the captions that were used least recently.
+
+    What a GPU encodes is kept in pinned host memory, which it leaves and enters without a wait of the host.
+    """
 
     def __init__(self, encode: Callable[[torch.Tensor], TextStates], max_bytes: int = MAX_TEXT_BYTES) -> None:
         self.encode = encode
         self.max_bytes = max_bytes
+        self.device = torch.device("cpu")  # of the text states; known once some were encoded
         self.states: dict[bytes, TextStates] = {}  # the most recently used last
+        self.new: set[bytes] = set()  # those encoded since the last `keep`
+
+    def keep(self) -> None:
+        """What the captions were encoded for is done."""
+        self.new.clear()
+
+    def forget(self) -> None:
+        """Drop the captions encoded since the last `keep`: they come again, maybe in other batches."""
+        for key in self.new:
+            self.states.pop(key, None)
+        self.new.clear()
 
     def __call__(self, input_ids: torch.Tensor) -> TextStates:
         """(B, L) int64 in host memory to text states (B, …), each row's as `encode` first returned them."""
@@ -28,13 +43,24 @@ class CachedText:
         new = [place for place, key in enumerate(keys) if key not in self.states]
         if new:
             encoded = self.encode(input_ids[new])
+            self.device = next(iter(encoded.values())).device
             for number, place in enumerate(new):
                 # A copy each: a slice would keep the whole batch's tensor alive.
-                self.states[keys[place]] = {name: each[number].clone() for name, each in encoded.items()}
+                self.states[keys[place]] = {name: _kept(each[number]) for name, each in encoded.items()}
+                self.new.add(keys[place])
         for key in dict.fromkeys(keys):
             self.states[key] = self.states.pop(key)
         found = [self.states[key] for key in keys]
         too_many = max(0, len(self.states) - self.max_bytes // sum(each.nbytes for each in found[0].values()))
         for key in list(islice(self.states, too_many)):
             del self.states[key]
-        return {name: torch.stack([states[name] for states in found]) for name in found[0]}
+        return {
+            name: torch.stack([states[name].to(self.device, non_blocking=True) for states in found])
+            for name in found[0]
+        }
+
+
+def _kept(states: torch.Tensor) -> torch.Tensor:
+    if states.device.type != "cuda":
+        return states.clone()
+    return torch.empty(states.shape, dtype=states.dtype, pin_memory=True).copy_(states, non_blocking=True)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from diffusers import AutoencoderKL
 
+MAX_PIXELS = 2**20  # that the VAE encodes at once: four images of 512²
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # bounds of diffusers' DiagonalGaussianDistribution
 
 
@@ -59,9 +60,13 @@ class LatentEncoder:
         self.vae.to(device, dtype=dtype)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (U, 3, H, W) on the run's device to moments (U, 2C, H/f, W/f), float32."""
+        """uint8 (U, 3, H, W) on the run's device to moments (U, 2C, H/f, W/f), float32.
+
+        In parts of MAX_PIXELS: of a large batch the activations would take more memory than the rest of a step.
+        """
         self.vae.to(self.device)
-        return encode_pixels(self.vae, to_pixel_values(pixels, self.dtype))
+        parts = pixels.split(max(1, MAX_PIXELS // (pixels.shape[2] * pixels.shape[3])))
+        return torch.cat([encode_pixels(self.vae, to_pixel_values(part, self.dtype)) for part in parts])
 
     def sample(self, moments: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
         """Scaled latents, as `sample_latents`."""

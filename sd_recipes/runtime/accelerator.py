@@ -11,7 +11,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    AutocastKwargs,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.recipe import Recipe
@@ -58,6 +64,11 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     if mixed_precision == "fp16" and (on_cpu or not has_accelerator):
         way_out = "use bf16 or no on the CPU" if recipe.mixed_precision else "add --mixed_precision no to override it"
         raise RecipeError(f"{origin} needs a GPU: {way_out}")
+    if recipe.weights_dtype == "bf16" and mixed_precision != "bf16":
+        raise RecipeError(
+            "--weights_dtype bf16 is for a UNet that computes in bf16, and mixed precision is "
+            f"{mixed_precision}: add --mixed_precision bf16, or drop --weights_dtype"
+        )
     backend = os.environ.get(DYNAMO, "no")
     if backend.upper() not in DynamoBackend.__members__:
         known = ", ".join(DynamoBackend.__members__)
@@ -76,7 +87,12 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=recipe.output_dir, logging_dir=str(Path(recipe.output_dir) / recipe.logging_dir)
         ),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=step_wait(recipe))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=step_wait(recipe)),
+            # The cache would keep rounded copies of all weights until the end of a forward pass, or of a picture's
+            # drawing; each is used once in a pass.
+            AutocastKwargs(cache_enabled=False),
+        ],
         fsdp_plugin=plugin,
     )
     started = int(os.environ.get("WORLD_SIZE", 1))

@@ -52,18 +52,18 @@ def all_gather(value: Any) -> list[Any]:
     return values
 
 
-def begin_sum(value: int) -> Callable[[], int]:
-    """Begin to add up every process's value; what it returns waits for the sum. Every process has to call both.
+def begin_sum(*values: int) -> Callable[[], list[int]]:
+    """Begin to add up every process's values; what it returns waits for the sums. Every process has to call both.
 
     Devices may be given work in between.
     """
-    total = torch.tensor(value)
-    work = None if _host_group is None else distributed.all_reduce(total, group=_host_group, async_op=True)
+    totals = torch.tensor(values)
+    work = None if _host_group is None else distributed.all_reduce(totals, group=_host_group, async_op=True)
 
-    def wait() -> int:
+    def wait() -> list[int]:
         if work is not None:
             work.wait()
-        return int(total)
+        return totals.tolist()
 
     return wait
 

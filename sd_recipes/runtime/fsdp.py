@@ -54,9 +54,16 @@ def fsdp_plugin(recipe: Recipe, mixed_precision: str) -> FullyShardedDataParalle
         )
     if recipe.optimizer not in ("adamw", "sgd"):
         raise RecipeError(f"--optimizer {recipe.optimizer} {NEEDS_WHOLE_WEIGHTS}: use adamw or sgd")
-    for name in ("offload_ema", "compile_unet"):
+    if recipe.trains_lora:
+        raise RecipeError(
+            f"FSDP, which {configuration()} asks for, shards what is trained, and a LoRA is megabytes: train it with "
+            "accelerate_configs/multi_gpu.yaml"
+        )
+    for name in ("offload_ema", "compile_unet", "fused_backward_pass"):
         if getattr(recipe, name):
             raise RecipeError(f"--{name} {NEEDS_WHOLE_WEIGHTS}: drop it")
+    if recipe.weights_dtype != "float32":
+        raise RecipeError(f"--weights_dtype {recipe.weights_dtype} {NEEDS_WHOLE_WEIGHTS}: use float32")
     if recipe.channels_last == "always":
         raise RecipeError(f"--channels_last always {NEEDS_WHOLE_WEIGHTS}: use auto")
     # Weights travel in bfloat16, and gradients are summed in float32 as without FSDP.

@@ -1,11 +1,16 @@
-"""How much memory a run has taken."""
+"""How much memory a run takes, and how a GPU's is managed."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from accelerate.utils.memory import clear_device_cache
+
+MUCH_UNUSED = 0.2  # of what torch holds of a GPU
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -14,3 +19,22 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def fragmented_gb(device: torch.device) -> float | None:
+    """How much torch holds of a GPU, in GB, if that is much more than was ever in use at once; else None."""
+    if device.type != "cuda":
+        return None
+    held, used = torch.cuda.max_memory_reserved(device), torch.cuda.max_memory_allocated(device)
+    return held / 1e9 if held - used > max(MUCH_UNUSED * held, 2**30) else None
+
+
+@contextmanager
+def another_phase() -> Iterator[None]:
+    """Within this context a GPU does other work, with tensors of other sizes: torch gives back what it holds unused
+    before, and after."""
+    clear_device_cache(garbage_collection=True)
+    try:
+        yield
+    finally:
+        clear_device_cache(garbage_collection=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,17 +42,21 @@ from sd_recipes.model.conditioning import CachedText, Conditioning
 from sd_recipes.model.families import family_of
 from sd_recipes.model.family import Family, TextStates
 from sd_recipes.model.latents import LatentEncoder
+from sd_recipes.model.lora import add_lora, lora_config
 from sd_recipes.model.placement import apply_memory_format, keep_as_loaded, move_models
 from sd_recipes.recipe import ObjectiveConfig, Recipe, odd_settings
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import wait_for_all
 from sd_recipes.runtime.fsdp import check_wrapped_classes
+from sd_recipes.runtime.gradients import GradientExchange
 from sd_recipes.runtime.launcher import DYNAMO, configuration
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import Tracker
-from sd_recipes.training.ema import AveragedWeights
+from sd_recipes.training.dropout import has_dropout
+from sd_recipes.training.ema import AveragedWeights, release_before_steps
+from sd_recipes.training.fused_backward import FusedBackward, check_fused_backward
 from sd_recipes.training.guard import Guard
 from sd_recipes.training.objective import DenoisingLoss, NoiseSchedule
 from sd_recipes.training.optim import build_optimizer, build_schedule
@@ -64,8 +69,10 @@ from sd_recipes.training.uncertainty import CONFIG, LEARNING_RATE, Uncertainty
 logger = logging.getLogger(__name__)
 
 NOT_BEGUN = "while it was loading, before its first step"
-UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Of a part's folder in a checkpoint: by diffusers' name, or by transformers'.
+UNET_WEIGHTS, WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 UNCERTAINTY = "uncertainty"
+LORA = "_lora"  # suffix of the parts that are LoRAs of a component
 
 
 Checkpoint = tuple[Path, Manifest]
@@ -77,13 +84,15 @@ class Model:
 
     family: Family
     components: Components
-    trained: list[torch.nn.Module]  # of every part, as accelerate wraps it
-    unet: torch.nn.Module  # as a training step calls it: wrapped, or sharded, where there are several processes
+    unet: torch.nn.Module  # as a training step calls it: autocast, or sharded
+    exchange: GradientExchange  # of all that is trained
     encoder: LatentEncoder
     encode_text: Callable[[torch.Tensor], TextStates]  # of input_ids in the host's memory
+    dropout_seed: int | None  # if something of it draws dropout
     objective: DenoisingLoss
     quiet_loss: QuietLoss
     timestep_errors: TimestepErrors | None  # by which timesteps are drawn, instead of those that a batch has
+    steps_in_backward: bool  # with --fused_backward_pass
 
     def losses(self, latents: torch.Tensor, conditioning: Conditioning, batch: Batch) -> torch.Tensor:
         """(B,) loss of each image of a batch on the device, whose latents are (B, C, h, w)."""
@@ -144,18 +153,25 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     num_steps = steps_of_run(recipe, data.order, manifest)
 
     stop_request.check(NOT_BEGUN)
-    torch.manual_seed(recipe.seed)  # initial weights of a UNet from scratch, and its dropout
+    torch.manual_seed(recipe.seed)  # initial weights of a UNet from scratch, or of a LoRA
     components = family.load(recipe, scheduler, tokenizer)
     stop_request.check(NOT_BEGUN)
     check_recipe_fits(recipe, components)
+    if recipe.trains_lora:
+        add_lora(recipe, components)
+    elif recipe.train_text_encoder:
+        for name in family.text_models:
+            getattr(components, name).requires_grad_(True)
     convert(recipe, components, is_new=checkpoint is None)
     check_pictures(recipe, components.sampler)
     provenance = None
     if data.provenances or recipe.cache_latents != "off":  # of the weights as they were loaded
-        provenance = provenance_of(recipe, components.vae, DTYPES[accelerator.mixed_precision])
+        provenance = provenance_of(
+            recipe, components.vae, DTYPES[accelerator.mixed_precision], tiling=recipe.vae_tiling
+        )
         check_one_provenance(data.provenances, provenance)
-    if accelerator.is_main_process and accelerator.mixed_precision != "no":
-        keep_as_loaded(family, components)  # for the export
+    if accelerator.is_main_process and accelerator.mixed_precision != "no" and not recipe.trains_lora:
+        keep_as_loaded(family, components, trains_text=recipe.train_text_encoder)  # for the export
     model, state = build_model(
         recipe,
         family,
@@ -229,6 +245,14 @@ def steps_of_run(recipe: Recipe, order: Order | None, manifest: Manifest | None)
 
 def build_encoder(recipe: Recipe, vae: AutoencoderKL, accelerator: Accelerator) -> LatentEncoder:
     dtype = DTYPES[accelerator.mixed_precision]
+    if recipe.vae_slicing:
+        vae.enable_slicing()
+    if recipe.vae_tiling:
+        vae.enable_tiling()
+        logger.warning(
+            "--vae_tiling: images of more than %d pixels a side are encoded and decoded in tiles, and differ a little "
+            "from whole ones; smaller ones are not.", vae.tile_sample_min_size,
+        )  # fmt: skip
     encoder = LatentEncoder(vae, accelerator.device, dtype)
     apply_memory_format(vae, recipe, accelerator.device, dtype)
     return encoder
@@ -248,20 +272,34 @@ def build_model(
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
     # bitsandbytes makes parameters contiguous at their first step, after its state has taken on their layout, and FSDP
     # shards only contiguous ones.
-    contiguous = recipe.optimizer == "adamw8bit" or accelerator.is_fsdp2
+    contiguous = recipe.is_8bit or accelerator.is_fsdp2
     encoder = build_encoder(recipe, components.vae, accelerator)
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
     parts = trained_parts(recipe, family, components, batch_size)
     num_train_timesteps = components.scheduler.config.num_train_timesteps
     quiet_loss = QuietLoss(num_train_timesteps, recipe, None if num_rows is None else RowLosses(num_rows))
     timestep_errors = TimestepErrors(num_train_timesteps, recipe, device) if recipe.timesteps_by_error else None
-    optimizer = build_optimizer(list(parts.values()), recipe, fused=accelerator.mixed_precision != "fp16")
+    if recipe.fused_backward_pass:
+        check_fused_backward(accelerator, micro_batches_of_step(recipe, batch_size, accelerator.num_processes))
+    assert recipe.seed is not None, "the recipe is resolved"
+    optimizer = build_optimizer(
+        list(parts.values()),
+        recipe,
+        fused=None if accelerator.mixed_precision == "fp16" or device.type == "meta" else True,
+        seed=recipe.seed,
+        step_number=lambda: state.progress.global_step,
+    )
+    fused_backward = FusedBackward(optimizer) if recipe.fused_backward_pass else None
     schedule = build_schedule(optimizer, recipe, num_steps)
     check_wrapped_classes(accelerator, components.unet)
     if accelerator.is_fsdp2 and len(parts) > 1:  # of several modules accelerate (1.15) shards the last one only
         raise RecipeError(f"FSDP shards one model, and this run trains {', '.join(parts)}: train without FSDP")
     wait_for_all()  # one may have taken far longer than another to read its data or its model
-    *prepared, optimizer = accelerator.prepare(*(part.module for part in parts.values()), optimizer)
+    if accelerator.is_fsdp2:
+        *prepared, wrapped = accelerator.prepare(*(part.module for part in parts.values()), optimizer)
+    else:  # without DDP: gradients are summed by the model's `exchange`
+        prepared = [accelerator.prepare_model(part.module, evaluation_mode=True) for part in parts.values()]
+        wrapped = accelerator.prepare_optimizer(optimizer)
     for part, module in zip(parts.values(), prepared, strict=True):
         part.prepared = module
         if recipe.use_ema:
@@ -270,35 +308,94 @@ def build_model(
             part.snapshots = {
                 suffix: AveragedWeights(part.parameters, recipe, length) for suffix, length in SNAPSHOTS.items()
             }
-    encode_text: Callable[[torch.Tensor], TextStates] = partial(family.encode_text, components)
+    release_before_steps(optimizer, [average for part in parts.values() for average in part.averages.values()])
+    state = TrainState(
+        parts,
+        wrapped,
+        schedule,
+        accelerator.scaler,
+        quiet_loss,
+        timestep_errors=timestep_errors,
+        fused_backward=fused_backward,
+    )
+    encode_text = text_encoding(recipe, family, components, state)
     model = Model(
         family=family,
         components=components,
-        trained=[part.prepared for part in parts.values()],
-        unet=parts["unet"].prepared,
+        unet=part_of(parts, "unet").prepared,
+        exchange=GradientExchange(
+            [parameter for part in parts.values() for parameter in part.parameters.values()],
+            is_needed=accelerator.num_processes > 1 and not accelerator.is_fsdp2,
+        ),
         encoder=encoder,
         encode_text=CachedText(encode_text) if recipe.cache_text else encode_text,
+        dropout_seed=recipe.seed if has_dropout(part.module for part in parts.values()) else None,
         objective=DenoisingLoss(
             components.scheduler, recipe, device, parts[UNCERTAINTY].prepared if UNCERTAINTY in parts else None
         ),
         quiet_loss=quiet_loss,
         timestep_errors=timestep_errors,
+        steps_in_backward=recipe.fused_backward_pass,
     )
-    state = TrainState(parts, optimizer, schedule, accelerator.scaler, quiet_loss, timestep_errors=timestep_errors)
     return model, state
 
 
+def text_encoding(
+    recipe: Recipe, family: Family, components: Components, state: TrainState
+) -> Callable[[torch.Tensor], TextStates]:
+    """How a training step encodes its captions: with a graph while the text encoder is trained.
+
+    A frozen one gets no gradients, so that no optimizer steps it; its average goes on, towards where it stands.
+    """
+    if not (recipe.train_text_encoder or recipe.lora_text_encoder):
+        return partial(family.encode_text, components)
+    prepared: dict[str, Any] = {name: part_of(state.parts, name).prepared for name in family.text_models}
+    trained = replace(components, **prepared)
+
+    def encode(input_ids: torch.Tensor) -> TextStates:
+        if recipe.text_encoder_steps is None or state.progress.global_step < recipe.text_encoder_steps:
+            return family.encode_text(trained, input_ids)
+        with torch.no_grad():
+            return family.encode_text(components, input_ids)
+
+    return encode
+
+
+def part_of(parts: Mapping[str, TrainedPart], component: str) -> TrainedPart:
+    """The part that trains a component, itself or by a LoRA."""
+    return parts.get(component) or parts[component + LORA]
+
+
 def trained_parts(recipe: Recipe, family: Family, components: Components, batch_size: int) -> dict[str, TrainedPart]:
-    """What is trained, by name: parts of the components, and the learned uncertainty."""
-    unet = components.unet
-    unet.train()
-    learning_rate = recipe.learning_rate * (batch_size if recipe.scale_lr else 1)
-    # FSDP changes the name of a module's class, so its configuration is taken before that.
-    config, rebuild = redacted(unet.to_json_string()), partial(rebuild_unet, unet.config)
-    parts = {"unet": TrainedPart("unet", unet, UNET_WEIGHTS, config, learning_rate, rebuild)}
+    """What is trained, by name: parts of the components or LoRAs of them, and the learned uncertainty."""
+    factor = batch_size if recipe.scale_lr else 1
+    learning_rates = {"unet": recipe.learning_rate * factor}
+    if recipe.train_text_encoder or recipe.lora_text_encoder:
+        own = recipe.text_encoder_learning_rate
+        learning_rates |= dict.fromkeys(family.text_models, (recipe.learning_rate if own is None else own) * factor)
+    make = lora_part if recipe.trains_lora else whole_part
+    parts: dict[str, TrainedPart] = {}
+    for component, learning_rate in learning_rates.items():
+        part = make(component, getattr(components, component).train(), learning_rate)
+        parts[part.name] = part
     if recipe.learned_uncertainty:
-        parts[UNCERTAINTY] = uncertainty_part(components.scheduler, unet.device)
+        parts[UNCERTAINTY] = uncertainty_part(components.scheduler, components.unet.device)
     return parts
+
+
+def whole_part(component: str, module: Any, learning_rate: float) -> TrainedPart:
+    """A component of the pipeline."""
+    # FSDP changes the name of a module's class, so its configuration is taken before that.
+    if component == "unet":
+        config, rebuild = redacted(module.to_json_string()), partial(rebuild_unet, module.config)
+        return TrainedPart(component, module, UNET_WEIGHTS, config, learning_rate, rebuild)
+    return TrainedPart(component, module, WEIGHTS, redacted(module.config.to_json_string()), learning_rate)
+
+
+def lora_part(component: str, module: Any, learning_rate: float) -> TrainedPart:
+    """The LoRA of a component."""
+    config = json.dumps(lora_config(module), indent=1) + "\n"
+    return TrainedPart(component + LORA, module, WEIGHTS, config, learning_rate)
 
 
 def uncertainty_part(scheduler: DDPMScheduler, device: torch.device) -> TrainedPart:
@@ -308,15 +405,15 @@ def uncertainty_part(scheduler: DDPMScheduler, device: torch.device) -> TrainedP
     def export(tensors: Mapping[str, torch.Tensor], output_dir: Path) -> None:
         draw_uncertainty(uncertainty.by_timestep(tensors["weight"]), output_dir / "uncertainty.png")
 
-    return TrainedPart(UNCERTAINTY, uncertainty, "model.safetensors", CONFIG, LEARNING_RATE, export=export)
+    return TrainedPart(UNCERTAINTY, uncertainty, WEIGHTS, CONFIG, LEARNING_RATE, export=export)
 
 
 def rebuild_unet(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """A frozen UNet from whole tensors, which it uses without copying them."""
+    """A frozen UNet in float32 from whole tensors, which it uses without copying them if they are."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config))
     unet.load_state_dict(dict(tensors), assign=True)
-    return unet.requires_grad_(False).eval()
+    return unet.float().requires_grad_(False).eval()
 
 
 def build_validator(
@@ -428,10 +525,13 @@ def batch_in_words(run: Run) -> str:
     """A global batch as what it consists of."""
     recipe, global_batch_size, num_processes = run.recipe, run.data.global_batch_size, run.accelerator.num_processes
     size, accumulated = recipe.train_batch_size, recipe.gradient_accumulation_steps
+    at_once = f", {recipe.images_at_once} at once" if recipe.images_at_once < size else ""
     if size * accumulated * num_processes != global_batch_size:  # the run began on another number
         accumulated = micro_batches_of_step(recipe, global_batch_size, num_processes)
-        return f"{global_batch_size}, kept, on {num_processes} processes: at most {size} x {accumulated} on each"
-    return f"{global_batch_size} = {size} per device x {accumulated} accumulated x {num_processes} processes"
+        return (
+            f"{global_batch_size}, kept, on {num_processes} processes: at most {size} x {accumulated} on each{at_once}"
+        )
+    return f"{global_batch_size} = {size} per device x {accumulated} accumulated x {num_processes} processes{at_once}"
 
 
 def micro_batches_of_step(recipe: Recipe, global_batch_size: int, num_processes: int) -> int:

@@ -1,31 +1,22 @@
-"""The exponential moving average of a trained part's parameters: diffusers' EMAModel, kept on the right device."""
+"""The exponential moving average of a trained part's parameters, on their device or in host memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from diffusers.training_utils import EMAModel
 
 from sd_recipes.recipe import DIFFUSERS_LENGTH, OptimConfig
 from sd_recipes.runtime.fsdp import shard_like
-from sd_recipes.training.profiles import decay_at, gamma_of
-
-
-class PowerFunctionAverage(EMAModel):
-    """An EMAModel whose decays give the power-function profile of a relative width: see `profiles`."""
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], length: float) -> None:
-        super().__init__(parameters, foreach=True)
-        self.gamma = gamma_of(length)
-
-    def get_decay(self, optimization_step: int) -> float:
-        return decay_at(optimization_step, self.gamma)
+from sd_recipes.runtime.out_of_memory import once_more, unchanged
+from sd_recipes.training.host_average import HostTensors
+from sd_recipes.training.profiles import decay_at, diffusers_decay_at, gamma_of
 
 
 class AveragedWeights:
-    """Average of named parameters, updated once per optimizer step with foreach operations.
+    """Average of named parameters, in float32, updated once per optimizer step.
 
     Its profile is a power function of the relative width `length`. For None it is the recipe's: a power function of
     --ema_length or, at the default of that, diffusers' own, whose decay is 0 for the first update and then
@@ -36,51 +27,100 @@ class AveragedWeights:
         self, parameters: Mapping[str, torch.nn.Parameter], config: OptimConfig, length: float | None = None
     ) -> None:
         self.names, self.parameters = list(parameters), list(parameters.values())
-        self.device = self.parameters[0].device
-        self.offload = config.offload_ema
+        self.num_updates = 0
+        self.decay_at: Callable[[int], float]  # of an update, counted from 1
         if length is None and config.ema_length == DIFFUSERS_LENGTH:
-            self.model = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
+            self.decay_at = partial(diffusers_decay_at, most=config.ema_decay)
         else:
-            self.model = PowerFunctionAverage(self.parameters, length or config.ema_length)
-        if self.offload:
-            self.model.to("cpu")
-
-    @property
-    def num_updates(self) -> int:
-        return self.model.optimization_step
+            self.decay_at = partial(decay_at, gamma=gamma_of(length or config.ema_length))
+        self.on_host: HostTensors | None = None
+        if config.offload_ema and self.parameters[0].device.type == "cuda":
+            self.on_host = HostTensors(self.parameters)
+            self.tensors = self.on_host.tensors
+        else:
+            self.tensors = [_copy(each.detach()) for each in self.parameters]
 
     def step(self) -> None:
-        """One update, after an optimizer step."""
-        if self.offload:
-            self.model.to(self.device, non_blocking=True)
-        self.model.step(self.parameters)
-        if self.offload:
-            # Blocking: the next step must not read what is still on its way.
-            self.model.to("cpu")
+        """One update, after an optimizer step; tried once more if memory runs out before anything has changed.
+
+        In host memory it is queued, and runs beside the next step.
+        """
+        number, is_unchanged = self.num_updates, unchanged(lambda: self.tensors)
+
+        def is_undone() -> bool:
+            self.num_updates = number
+            return is_unchanged()
+
+        once_more("an average of the weights", self._step, is_undone)
+
+    def _step(self) -> None:
+        self.num_updates += 1
+        update = partial(move_towards, weight=1 - self.decay_at(self.num_updates))
+        if self.on_host:
+            self.on_host.update(update)
+        else:
+            update(self.tensors, self.parameters)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within this context the parameters have the averaged values, and the average has theirs."""
-        self._swap()
+    def applied(self, module: torch.nn.Module) -> Iterator[None]:
+        """Within this context `module` has averages for parameters, and the parameters wait beside it.
+
+        They are the averages themselves where these are on the device: that takes no memory, and loses no bit where the
+        parameters are in bfloat16.
+        """
+        parameters = dict(zip(self.names, self.parameters, strict=True))
         try:
+            for name, tensor in self.named_tensors().items():
+                own = parameters[name]
+                _set(module, name, torch.nn.Parameter(tensor.to(own.device), own.requires_grad))
             yield
         finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        """Exchange both, one tensor at a time: EMAModel would copy all parameters into host memory."""
-        for parameter, shadow in zip(self.parameters, self.model.shadow_params, strict=True):
-            held = parameter.detach().clone()
-            parameter.copy_(shadow)
-            shadow.copy_(held)
+            for name, own in parameters.items():
+                _set(module, name, own)
 
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """The averages under the parameters' names."""
-        return dict(zip(self.names, self.model.shadow_params, strict=True))
+        self._wait()
+        return dict(zip(self.names, self.tensors, strict=True))
 
     def load(self, tensors: Mapping[str, torch.Tensor], num_updates: int) -> None:
         """Restore what `named_tensors` returned, and the number of updates behind it."""
-        for name, shadow in self.named_tensors().items():
-            shadow.copy_(shard_like(shadow, tensors[name]))
-        self.model.optimization_step = num_updates
+        for name, here in self.named_tensors().items():
+            here.copy_(shard_like(here, tensors[name]))
+        self.num_updates = num_updates
+
+    def _wait(self) -> None:
+        if self.on_host:
+            self.on_host.wait()
+
+
+def release_before_steps(optimizer: torch.optim.Optimizer, averages: Sequence[AveragedWeights]) -> None:
+    """Let every step of `optimizer` wait, on the device, for updates that still read the parameters."""
+
+    def release(*_: object) -> None:
+        for average in averages:
+            if average.on_host:
+                average.on_host.release()
+
+    optimizer.register_step_pre_hook(release)
+
+
+@torch.no_grad()
+def move_towards(averages: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], weight: float) -> None:
+    """Move float32 averages by `weight` of the way to the parameters, in place and in one pass."""
+    same = [each.dtype == parameter.dtype for each, parameter in zip(averages, parameters, strict=True)]
+    if all(same):
+        torch._foreach_lerp_(list(averages), list(parameters), weight)
+        return
+    # The kernel takes one type. One parameter after the other, so that no copy of all of them is made.
+    for average, parameter in zip(averages, parameters, strict=True):
+        average.lerp_(parameter.to(average.dtype), weight)
+
+
+def _set(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(owner), attribute, parameter)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype, copy=True)

@@ -23,7 +23,9 @@ class Guard:
         self._num_told = 0
 
     def skipped(self, grad_norm: float, *, ends_run: bool) -> None:
-        """Record the last step, which was not applied. Raises TrainingDiverged if there are too many in a row.
+        """Record the last step, which was not applied, or with --fused_backward_pass without what is not finite.
+
+        Raises TrainingDiverged if there are too many in a row.
 
         Two are too many at the end of the run: nothing would show that the weights which it leaves are of any use.
         """
@@ -35,7 +37,10 @@ class Guard:
         words = f"its rows are {in_words(names)}"
         if not_finite:
             words = f"the loss is not finite of {in_words(not_finite)}"
-        self._tell(f"Step {step} is skipped: the gradient's norm is {grad_norm}, and {words}")
+        is_skipped = "is skipped"
+        if self.state.fused_backward:
+            is_skipped = "takes gradients that are not finite for 0"
+        self._tell(f"Step {step} {is_skipped}: the gradient's norm is {grad_norm}, and {words}")
         progress.skipped_in_a_row += 1
         before = progress.skipped_in_a_row - 1
         if progress.skipped_in_a_row >= max(1, self.max_skipped_steps):
@@ -44,7 +49,8 @@ class Guard:
             words = f", like the {before} before it, and the run ends with it"
         else:
             return
-        raise TrainingDiverged(f"the gradient's norm is {grad_norm} at step {step}, which is not applied{words}")
+        applied = "applied without it" if self.state.fused_backward else "not applied"
+        raise TrainingDiverged(f"the gradient's norm is {grad_norm} at step {step}, which is {applied}{words}")
 
     def counted(self) -> None:
         """The last step counts: its losses are finite."""

@@ -6,7 +6,9 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -25,11 +27,14 @@ from sd_recipes.export.run_rows import SHOWN
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import StopAgreement, all_gather, begin_sum, broadcast, wait_for_all
 from sd_recipes.runtime.fsdp import full_tensor
-from sd_recipes.runtime.memory import peak_memory_gb
+from sd_recipes.runtime.memory import another_phase, fragmented_gb, peak_memory_gb
+from sd_recipes.runtime.out_of_memory import done_once, once_more, unchanged
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.training.build import UNCERTAINTY, Model, Run
+from sd_recipes.training.dropout import seed_dropout
 from sd_recipes.training.finite import TrainingDiverged, has_finite_weights, is_not_finite
 from sd_recipes.training.meter import Meter
+from sd_recipes.training.recovery import Recovery, Undone, out_of_memory, shortage_explained
 from sd_recipes.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -57,10 +62,13 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
     if any_rank_stopping(wait=True):
         raise stop_request.stopped(f"at step {progress.global_step}, before another step")
     meter = Meter(accelerator.device, progress, remedy(recipe, accelerator.num_processes))
+    recovery = Recovery(run)
+    saved_step = progress.global_step
     steps_left = 0 if stops_early(run, best) else run.num_steps - progress.global_step
     is_postponed = False  # a checkpoint
     with (
         divergence_explained(run),
+        shortage_explained(run),
         saver,
         best_weights,
         progress_bar(run) as bar,
@@ -72,7 +80,14 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
             # Gradients of the whole step, however it is split into micro-batches
             for batch in micro_batches:
                 run.data.bad_rows.add(batch.bad, progress.samples_seen)
-            loss, usable = backward(micro_batches, run.model, run.store, accelerator)
+            if progress.global_step == recipe.text_encoder_steps:  # from here on it is frozen
+                run.model.exchange.settle_anew()
+            gradient = recovery.gradient(
+                micro_batches, lambda parts: backward(parts, run.model, run.store, accelerator)
+            )
+            if isinstance(gradient, str):
+                give_up(run, meter, saver, gradient, is_saved=saved_step == progress.global_step)
+            loss, usable = gradient
 
             # Update: weights, schedule, averages
             meter.grad_norm = update(state, accelerator, recipe.max_grad_norm, usable)
@@ -106,6 +121,7 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
             progress.awaits_validation = is_validated
             if is_saved:
                 save(run, meter, saver)
+                saved_step = progress.global_step
             else:
                 saver.allocate_buffers()
                 if state.quiet_loss.is_full:
@@ -138,35 +154,30 @@ def backward(
     Returns this process's share of the loss, on the device, and which part of the global batch's rows could be used,
     the same on all processes. Gradient and loss are sums over those rows, divided by the global batch's size.
 
-    accelerate divides by the accumulation steps and averages over processes. Multiplied by both and divided by the
-    global batch's size, the gradient is the mean over its samples, even for an epoch's last batch, whose
+    accelerate divides by the accumulation steps, and FSDP averages over processes. Multiplied by both and divided by
+    the global batch's size, the gradient is the mean over its samples, even for an epoch's last batch, whose
     micro-batches are fewer and uneven.
     """
-    num_usable = begin_sum(sum(int(batch.weights.count_nonzero()) for batch in micro_batches))
+    own_usable = sum(int(batch.weights.count_nonzero()) for batch in micro_batches)
+    num_usable = begin_sum(own_usable)
     total = torch.zeros((), device=accelerator.device)
-    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    scale = accelerator.gradient_accumulation_steps * (accelerator.num_processes if accelerator.is_fsdp2 else 1)
+    if model.dropout_seed is not None:
+        seed_dropout(model.dropout_seed, micro_batches[0].plan.samples_seen, accelerator.process_index)
     for batch in micro_batches:
         states = model.encode_text(batch.input_ids)
         batch = batch.to(accelerator.device)
         latents = model.encoder.sample(batch.all_moments(model.encoder.encode, store), batch.posterior_noise)
         conditioning = model.family.conditioning(states, batch)
-        accelerator.sync_gradients = batch.plan.is_last
-        # What is sharded to save memory must not keep whole gradients until the last micro-batch.
-        with nullcontext() if batch.plan.is_last or accelerator.is_fsdp2 else no_sync(model.trained, accelerator):
-            losses = model.losses(latents, conditioning, batch)
-            loss = (batch.weights * losses).sum() / batch.plan.global_batch_size
+        accelerator.sync_gradients = model.exchange.is_last = batch.plan.is_last
+        losses = model.losses(latents, conditioning, batch)
+        loss = (batch.weights * losses).sum() / batch.plan.global_batch_size
+        if not model.steps_in_backward:
             accelerator.backward(loss * scale)
+        elif own_usable:  # all rows of the step; their gradient has to be the mean, since it is used at once
+            accelerator.backward(loss * (batch.plan.global_batch_size / own_usable))
         total += loss.detach()
-    return total, num_usable() / micro_batches[-1].plan.global_batch_size
-
-
-@contextmanager
-def no_sync(modules: Sequence[torch.nn.Module], accelerator: Accelerator) -> Iterator[None]:
-    """Within this context gradients of none of the modules are exchanged between the processes."""
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(accelerator.no_sync(module))
-        yield
+    return total, num_usable()[0] / micro_batches[-1].plan.global_batch_size
 
 
 def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, usable: float = 1.0) -> float:
@@ -175,24 +186,32 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
     The gradients become the mean over the `usable` part of the rows. Without any there is no gradient, and momentum and
     weight decay alone must not move the weights: nothing is done, and the norm is NaN.
 
-    A step that the loss scaler skipped, or that had no usable row, advances neither schedule nor averages. The host
+    A step that the loss scaler skipped, or that had no usable row, advances neither schedule nor averages. Where memory
+    runs out before something is changed, that is done once more; otherwise the error is raised. The host
     waits here for the norm, which is the same on all processes; without a scaler nothing is done if it is not finite,
-    so that the weights stay finite.
+    so that the weights stay finite. With --fused_backward_pass the backward pass has stepped already.
     """
     if usable == 0:
         state.optimizer.zero_grad()
         return math.nan
-    if usable < 1:
+    if usable < 1 and not state.fused_backward:
         for parameter in state.parameters.values():
             if parameter.grad is not None:
                 parameter.grad.div_(usable)
-    grad_norm = full_tensor(accelerator.clip_grad_norm_(list(state.parameters.values()), max_grad_norm)).item()
+    parameters = list(state.parameters.values())
+    again = done_once if accelerator.is_fsdp2 else once_more  # FSDP's processes wait for each other within these
+    is_undone = Undone(state.optimizer)  # noted while the device still computes
+    is_unclipped = unchanged(lambda: [each.grad for each in parameters if each.grad is not None])
+    clip = partial(accelerator.clip_grad_norm_, parameters, max_grad_norm or math.inf)
+    norm = state.fused_backward.grad_norm() if state.fused_backward else again("clipping", clip, is_unclipped)
+    grad_norm = full_tensor(norm).item()
     if accelerator.scaler is None and not math.isfinite(grad_norm):
         state.optimizer.zero_grad()
         if state.timestep_errors:
             state.timestep_errors.forget()
         return grad_norm
-    state.optimizer.step()
+    if not state.fused_backward:
+        again("the optimizer", state.optimizer.step, is_undone)
     state.optimizer.zero_grad()
     if state.timestep_errors:
         state.timestep_errors.step(accelerator.reduce)
@@ -212,6 +231,11 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     if run.data.num_rows:
         figures["epoch"] = progress.samples_seen / run.data.num_rows
     figures["memory_gb"] = peak_memory_gb(run.accelerator.device)
+    if progress.micro_batch is not None:
+        figures["micro_batch"] = progress.micro_batch
+    if (held := fragmented_gb(run.accelerator.device)) is not None:
+        figures["memory_held_gb"] = held
+        meter.warn_of_fragmentation(held, figures["memory_gb"])
     if bad_rows:
         figures["bad_rows"] = bad_rows
     run.tracker.log(figures, progress.global_step)
@@ -267,12 +291,25 @@ def stop(run: Run, saver: BackgroundSaver) -> None:
     raise stop_request.stopped(f"saved at step {step}")
 
 
+def give_up(run: Run, meter: Meter, saver: BackgroundSaver, words: str, *, is_saved: bool) -> NoReturn:
+    """Leave, with a checkpoint, where memory is not enough for one image at once. Raises OutOfMemory.
+
+    Every process has to call it.
+    """
+    if not is_saved:
+        save(run, meter, saver)
+    saver.wait()
+    wait_for_all()  # here all wait: a launcher ends the others when the first one leaves
+    raise out_of_memory(run, f"even one image at once ({words})")
+
+
 def validate(run: Run, best_weights: BestWeights) -> Best | None:
     """Validate, and keep the weights if they are the best so far; returns the best, None if nothing is held out.
 
     Every process has to call it.
     """
-    best = run.validator(run.state, run.tracker)
+    with another_phase():
+        best = run.validator(run.state, run.tracker)
     if best and best.step == run.state.progress.global_step and run.recipe.keep_best:
         best_weights.keep(best.loss)
     show_uncertainty(run)

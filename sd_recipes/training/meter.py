@@ -31,7 +31,7 @@ class Meter:
         self.grad_norm = 0.0  # of the last step, before clipping
         self.remedy = remedy
         self._waited_in_all = self._elapsed_in_all = 0.0
-        self._warned = False
+        self._warned = self._warned_of_fragmentation = False
         self.restart(progress)
 
     def restart(self, progress: Progress) -> None:
@@ -57,6 +57,16 @@ class Meter:
     def add_none(self) -> None:
         """Add a step that has no loss: none of its rows was usable, or what came of them was not finite."""
         self.steps_without_rows += 1
+
+    def warn_of_fragmentation(self, held: float, used: float) -> None:
+        """Tell once how much of a GPU torch holds, and of how much there was ever use at once, in GB."""
+        if not self._warned_of_fragmentation:
+            self._warned_of_fragmentation = True
+            logger.warning(
+                "torch holds %.1f GB of the GPU in pieces, of which at most %.1f GB were in use at once: fewer shapes "
+                "of pictures, or PYTORCH_ALLOC_CONF=expandable_segments:True if it is set otherwise, make it less.",
+                held, used,
+            )  # fmt: skip
 
     def close(self, loss: float, progress: Progress) -> dict[str, float]:
         """Mean of the steps' losses, whose sum over all processes is `loss`; speed, share of waiting, gradient norm.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,39 +11,57 @@ from diffusers.optimization import get_scheduler
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import OptimConfig
+from sd_recipes.training.bf16_weights import Bf16Weights
 from sd_recipes.training.state import TrainedPart
+
+logger = logging.getLogger(__name__)
 
 LAST_RATE = 1e-7  # of diffusers' polynomial schedule
 
 
-def build_optimizer(parts: Sequence[TrainedPart], config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
+def build_optimizer(
+    parts: Sequence[TrainedPart], config: OptimConfig, *, fused: bool | None, seed: int, step_number: Callable[[], int]
+) -> torch.optim.Optimizer:
     """The optimizer that `config` names, with a group for each part, which has its own learning rate.
 
-    `fused` asks for AdamW's single kernel; not with a loss scaler, since a skipped step then cannot be
-    seen from outside. Raises RecipeError if bitsandbytes is needed and not installed.
+    `fused` asks for AdamW's single kernel, None for whatever torch takes: with a loss scaler the single kernel skips a
+    step by itself, which cannot be seen from outside. bfloat16 parameters are rounded at random, as a function of
+    `seed` and of the number of the step that is being made. Raises RecipeError if bitsandbytes is needed and not
+    installed.
     """
-    groups = [{"params": list(part.parameters.values()), "lr": part.learning_rate} for part in parts]
+    groups: list[dict[str, Any]] = [
+        {"params": list(part.parameters.values()), "lr": part.learning_rate} for part in parts
+    ]
+    kind, settings = optimizer_class(config, groups[0]["params"][0].device, fused)
+    if any(each.dtype == torch.bfloat16 for group in groups for each in group["params"]):
+        rounding = {"seed": seed, "step_number": staticmethod(step_number)}
+        kind = type(f"Bf16{kind.__name__}", (Bf16Weights, kind), rounding)
     # Also as the default of all groups: from it diffusers' polynomial schedule knows how far it may decay.
-    rate, decay = parts[0].learning_rate, config.adam_weight_decay
+    optimizer: torch.optim.Optimizer = kind(groups, lr=parts[0].learning_rate, **settings)
+    return optimizer
+
+
+def optimizer_class(config: OptimConfig, device: torch.device, fused: bool | None) -> tuple[Any, dict[str, Any]]:
+    """The class of the optimizer on that device, and its settings."""
+    decay = {"weight_decay": config.adam_weight_decay}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, rate, momentum=config.sgd_momentum, weight_decay=decay)
+        return torch.optim.SGD, {"momentum": config.sgd_momentum, **decay}
     if config.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, rate, weight_decay=decay)
-    adam: dict[str, Any] = {
-        "lr": rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-        "weight_decay": decay,
-    }
-    if config.optimizer == "adamw8bit":
+        return torch.optim.Adafactor, decay
+    adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon, **decay}
+    if config.is_8bit:
         try:
-            import bitsandbytes
+            from sd_recipes.training import eight_bit
         except ImportError as error:
+            flag = "--use_8bit_adam" if config.use_8bit_adam else f"--optimizer {config.optimizer}"
             raise RecipeError(
-                "--use_8bit_adam needs bitsandbytes: pip install 'sd-recipes[bitsandbytes]', or drop the flag"
+                f"{flag} needs bitsandbytes: pip install 'sd-recipes[bitsandbytes]', or drop the flag"
             ) from error
-        return bitsandbytes.optim.AdamW8bit(groups, **adam)
-    return torch.optim.AdamW(groups, fused=fused, **adam)
+        paged = config.optimizer == "paged_adamw8bit" and device.type == "cuda"
+        if config.optimizer == "paged_adamw8bit" and not paged:
+            logger.warning("Only a GPU has pages: on this device --optimizer paged_adamw8bit is adamw8bit.")
+        return eight_bit.PagedAdamW8bit if paged else eight_bit.AdamW8bit, adam
+    return torch.optim.AdamW, {"fused": fused, **adam}
 
 
 def build_schedule(

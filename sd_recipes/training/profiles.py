@@ -67,6 +67,11 @@ def decay_at(update: int, gamma: float) -> float:
     return (1 - 1 / update) ** (gamma + 1)
 
 
+def diffusers_decay_at(update: int, most: float) -> float:
+    """diffusers' decay of an update, counted from 1, which does not exceed `most`."""
+    return 0.0 if update == 1 else min(most, update / (9 + update))
+
+
 @dataclass(frozen=True)
 class Profile:
     """How an average weighs the weights of a run: the exponent, and the number of updates behind it."""

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from sd_recipes.runtime.fsdp import gather, shard_like
 from sd_recipes.training.ema import AveragedWeights
+from sd_recipes.training.fused_backward import FusedBackward
 from sd_recipes.training.quiet_loss import QuietLoss
 from sd_recipes.training.timestep_errors import TimestepErrors
 
@@ -46,12 +47,14 @@ class Progress:
     steps_without_rows: Annotated[int, Field(ge=0)] = 0
     skipped_in_a_row: Annotated[int, Field(ge=0)] = 0  # the last steps, for a gradient that was not finite
     awaits_validation: bool = False  # of this step, which comes after its checkpoint
+    # Images that a device takes at once since memory ran out with more; None if it has not.
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
     stream_state: dict[str, Any] | None = None  # where this process's stream stands, if there is one
 
 
 @dataclass
 class TrainedPart:
-    """What is trained: a model of the pipeline, or the learned uncertainty, which ends with the run.
+    """What is trained: a model of the pipeline, a LoRA of one, or the learned uncertainty, which ends with the run.
 
     `name` is its folder in a checkpoint and, for a model, its attribute of the components. `rebuild` makes a model of
     the same kind from whole tensors by name, which evaluation and export use if the part itself is sharded; None for a
@@ -68,7 +71,7 @@ class TrainedPart:
     export: Callable[[Mapping[str, torch.Tensor], Path], None] | None = None
     average: AveragedWeights | None = None
     snapshots: dict[str, AveragedWeights] = field(default_factory=dict)  # with --ema_snapshots, by suffix
-    prepared: torch.nn.Module = field(init=False)  # as accelerate wraps it, for training steps to call
+    prepared: torch.nn.Module = field(init=False)  # as accelerate prepares it, for training steps to call
 
     def __post_init__(self) -> None:
         self.prepared = self.module
@@ -77,6 +80,29 @@ class TrainedPart:
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The trained ones, by name."""
         return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its state by name: of a LoRA, which lies in the layers of a frozen model, not the model's."""
+        frozen = {name for name, each in self.module.named_parameters() if not each.requires_grad}
+        return {name: each for name, each in self.module.state_dict().items() if name not in frozen}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take on the state of `tensors`, which returned it, on another device or elsewhere sharded."""
+        here = self.tensors()
+        if here.keys() != tensors.keys():
+            raise RuntimeError(f"the state_dict of {self.name} has other names")
+        laid_out = {name: shard_like(here[name], tensor) for name, tensor in tensors.items()}
+        self.module.load_state_dict(laid_out, strict=False)  # a frozen model's own are left as they are
+
+    @contextmanager
+    def holding(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Within this context it has the state of `tensors`, and afterwards its own again."""
+        own = {name: each.clone() for name, each in self.tensors().items()}
+        self.load(tensors)
+        try:
+            yield
+        finally:
+            self.load(own)
 
     @property
     def averages(self) -> dict[str, AveragedWeights]:
@@ -89,7 +115,7 @@ class TrainedPart:
 
     def evaluated_tensors(self) -> dict[str, torch.Tensor]:
         """The weights that are evaluated and exported, by name: the averaged ones, if there is an average."""
-        return self.module.state_dict() | (self.average.named_tensors() if self.average else {})
+        return self.tensors() | (self.average.named_tensors() if self.average else {})
 
 
 @dataclass
@@ -112,6 +138,7 @@ class TrainState:
     quiet_loss: QuietLoss
     progress: Progress = field(default_factory=Progress)
     timestep_errors: TimestepErrors | None = None  # with --timesteps_by_error
+    fused_backward: FusedBackward | None = None  # with --fused_backward_pass
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -151,13 +178,13 @@ class TrainState:
             for part in self.parts.values():
                 if part.is_sharded:
                     assert part.rebuild is not None
-                    tensors = part.evaluated_tensors() if averaged else part.module.state_dict()
+                    tensors = part.evaluated_tensors() if averaged else part.tensors()
                     whole = gather(tensors, is_wanted=wanted)
                     if wanted:
                         undo.callback(setattr, components, part.name, getattr(components, part.name))
                         setattr(components, part.name, part.rebuild(whole))
                 elif part.average and wanted and averaged:
-                    undo.enter_context(part.average.applied())
+                    undo.enter_context(part.average.applied(part.module))
             yield
 
     @contextmanager
@@ -165,9 +192,12 @@ class TrainState:
         """Within this context `components` have these whole tensors, by part and name, in the place of their own."""
         with ExitStack() as undo:
             for name, tensors in weights.items():
-                if rebuild := self.parts[name].rebuild:
+                part = self.parts[name]
+                if part.rebuild:
                     undo.callback(setattr, components, name, getattr(components, name))
-                    setattr(components, name, rebuild(tensors))
+                    setattr(components, name, part.rebuild(tensors))
+                else:
+                    undo.enter_context(part.holding(tensors))
             yield
 
     def state_dict(self) -> StateDict:
@@ -175,7 +205,7 @@ class TrainState:
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         texts: dict[str, str] = {}
         for part in self.parts.values():
-            folders = {part.name: part.module.state_dict()}
+            folders = {part.name: part.tensors()}
             folders |= {part.name + suffix: average.named_tensors() for suffix, average in part.averages.items()}
             for folder, named in folders.items():
                 tensors[f"{folder}/{part.weights_file}"] = dict(named)
@@ -227,9 +257,7 @@ class TrainState:
         settings may have changed.
         """
         for part in self.parts.values():
-            here = part.module.state_dict()
-            saved = tensors[f"{part.name}/{part.weights_file}"]
-            part.module.load_state_dict({name: shard_like(here[name], tensor) for name, tensor in saved.items()})
+            part.load(tensors[f"{part.name}/{part.weights_file}"])
             for suffix, average in part.averages.items():
                 average.load(tensors[f"{part.name}{suffix}/{part.weights_file}"], values["averages"][part.name])
         self._load_optimizer({**tensors[OPTIMIZER], **values["optimizer"]})

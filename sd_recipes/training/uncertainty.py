@@ -27,8 +27,8 @@ class Uncertainty(torch.nn.Module):
         # arctan(σ / α), which is finite where there is no signal left, in [0, π]: cosines are a basis there.
         level = 2 * torch.atan2(schedule.sigma, schedule.signal)
         order = torch.arange(NUM_FEATURES, device=level.device)
-        # The finer, the smaller, so that u is smooth: Adam's steps are as large for all weights. No buffer, which DDP
-        # would send around.
+        # The finer, the smaller, so that u is smooth: Adam's steps are as large for all weights. No buffer, which the
+        # checkpoints would hold.
         self.features = torch.cos(level[:, None] * order) / (1 + order)  # (T, F)
         self.weight = torch.nn.Parameter(torch.zeros(NUM_FEATURES, device=level.device))
 

@@ -35,6 +35,13 @@ def test_a_divided_step_has_the_same_gradient(settings: dict[str, Any], number: 
     torch.testing.assert_close(divided_gradient, gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("size", "pieces"), [(1, [1, 1, 1, 1]), (2, [2, 2]), (3, [2, 2]), (4, [4]), (9, [4])])
+def test_a_micro_batch_is_what_a_batch_is_divided_into(settings: dict[str, Any], size: int, pieces: list[int]) -> None:
+    run = build(settings)
+    (batch,) = next(run.batches(0, 1))
+    assert [len(piece.weights) for piece in batch.in_parts_of(size)] == pieces
+
+
 def test_what_comes_from_the_store_is_divided_with_the_rest(settings: dict[str, Any]) -> None:
     """Of a batch some of whose rows have moments and others pixels, each piece has its own."""
     run = build(settings, center_crop=True, cache_latents="disk")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_runs import forget_accelerator, train
+from diffusers import UNet2DConditionModel
+from training_runs import build, forget_accelerator, train
 
 from sd_recipes.commands.cache import fill_cache
+from sd_recipes.errors import RecipeError
 from sd_recipes.inspection.latents import load_model
+from sd_recipes.model.placement import checkpoint_blocks
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import allow_tf32
 
@@ -43,3 +47,61 @@ def test_defect_14_figures_of_data_are_float32s(settings: dict[str, Any]) -> Non
     allow_tf32(True)
     load_model(Recipe(**settings))
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)
+
+
+@pytest.fixture
+def unet(tiny_pipeline: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet").train()
+
+
+def step_of(unet: UNet2DConditionModel) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    """How often the last residual block of each block ran in a step, and all gradients."""
+    runs: dict[str, int] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda *_: runs.__setitem__(name, runs.get(name, 0) + 1)
+
+    blocks = {"mid": unet.mid_block, "down.0": unet.down_blocks[0], "down.1": unet.down_blocks[1]}
+    blocks |= {"up.0": unet.up_blocks[0], "up.1": unet.up_blocks[1]}
+    hooks = [block.resnets[-1].conv1.register_forward_pre_hook(count(name)) for name, block in blocks.items()]
+    generator = torch.Generator().manual_seed(0)
+    noisy, states = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 16, 32)))
+    unet(noisy, torch.tensor([10, 500]), states).sample.square().mean().backward()
+    for hook in hooks:
+        hook.remove()
+    gradients = {name: each.grad.clone() for name, each in unet.named_parameters() if each.grad is not None}
+    unet.zero_grad()
+    return runs, gradients
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [(["down.0", "up.1"], {"down.0", "up.1"}), (["up", "mid"], {"up.0", "up.1", "mid"}), (["down", "down.1"],
+     {"down.0", "down.1"})],
+)  # fmt: skip
+def test_only_the_blocks_that_are_named_recompute_and_to_the_bit(
+    unet: UNet2DConditionModel, names: list[str], chosen: set[str]
+) -> None:
+    runs, expected = step_of(unet)
+    assert set(runs.values()) == {1}
+    checkpoint_blocks(unet, names)
+    runs, found = step_of(unet)
+    assert {name for name, times in runs.items() if times == 2} == chosen
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_block_that_there_is_not_is_refused_with_those_that_there_are(unet: UNet2DConditionModel) -> None:
+    with pytest.raises(
+        RecipeError,
+        match=r"^--gradient_checkpointing_blocks up.7: .* give some of down, up, down.0, down.1, mid, up.0,",
+    ):
+        checkpoint_blocks(unet, ["mid", "up.7"])
+
+
+def test_a_run_recomputes_the_blocks_that_it_names(settings: dict[str, Any]) -> None:
+    run = build(settings, gradient_checkpointing_blocks=["mid"])
+    unet = run.model.components.unet
+    assert [unet.mid_block.gradient_checkpointing, unet.down_blocks[0].gradient_checkpointing] == [
+        True,
+        False,
+    ]

@@ -1,0 +1,127 @@
+"""Speed and memory of the training loop, one row for each set of flags, in one process.
+
+    python benchmarks/gpu_rows.py --shape sd15 --work_dir /dev/shm/benchmark
+
+Each row puts a run together from its flags, as the script does, and trains it with the real loop. Checkpoints are the
+one thing left out: of a full-size model they are 14 GB, and writing them takes longer than all steps. Memory is what
+torch allocated at the peak, and what it reserved for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+import sys
+import time
+from contextlib import closing, redirect_stdout
+from pathlib import Path
+
+import torch
+from make_model import build
+
+from sd_recipes.checkpoints.saver import BackgroundSaver
+from sd_recipes.commands.train import resolve, train_to_end
+from sd_recipes.errors import one_line
+from sd_recipes.flags import load_recipe
+from sd_recipes.runtime.accelerator import accelerate_left_unused, start_accelerator
+from sd_recipes.runtime.console import hide_library_bars
+from sd_recipes.training.build import build_run
+
+ROWS = {
+    "fp32": "",
+    "bf16": "--mixed_precision bf16",
+    "fp16, scaled loss": "--mixed_precision fp16",
+    "bf16, 8-bit AdamW": "--mixed_precision bf16 --use_8bit_adam",
+    "bf16, paged 8-bit AdamW": "--mixed_precision bf16 --optimizer paged_adamw8bit",
+    "bf16 weights": "--mixed_precision bf16 --weights_dtype bf16",
+    "bf16, fused backward": "--mixed_precision bf16 --fused_backward_pass --max_grad_norm 0",
+    "bf16, checkpointing": "--mixed_precision bf16 --gradient_checkpointing",
+    "bf16, checkpointing down.0 up.3": "--mixed_precision bf16 --gradient_checkpointing_blocks down.0 up.3",
+    "bf16, average": "--mixed_precision bf16 --use_ema",
+    "bf16, average on the host": "--mixed_precision bf16 --use_ema --offload_ema",
+    "bf16 weights, average on the host": "--mixed_precision bf16 --weights_dtype bf16 --use_ema --offload_ema",
+    "bf16, the least": (
+        "--mixed_precision bf16 --weights_dtype bf16 --use_8bit_adam --fused_backward_pass --max_grad_norm 0 --use_ema "
+        "--offload_ema --gradient_checkpointing --vae_slicing"
+    ),
+    "bf16, text encoder too": "--mixed_precision bf16 --train_text_encoder --text_encoder_learning_rate 1e-6",
+    "bf16, LoRA of rank 8": "--mixed_precision bf16 --lora_rank 8 --learning_rate 1e-4",
+    "fp16, LoRA, text encoder": "--mixed_precision fp16 --lora_rank 8 --lora_text_encoder --learning_rate 1e-4 "
+    "--gradient_checkpointing",
+    "bf16, DoRA of all layers": "--mixed_precision bf16 --lora_rank 4 --lora_targets all --lora_use_dora",
+    "bf16, channels_last never": "--mixed_precision bf16 --channels_last never",
+    "bf16, score prediction": "--mixed_precision bf16 --prediction_type score",
+    "bf16, moments kept, batch 32": "--mixed_precision bf16 --train_batch_size 32 --cache_latents memory --center_crop",
+}
+
+
+def flags_of(folder: Path, device: str, steps: int, row: str) -> list[str]:
+    """The command line of a row; what the row says comes last, and counts."""
+    common = (
+        f"--pretrained_model_name_or_path {folder}/model --train_data_dir {folder}/pictures --cache_dir {folder}/cache "
+        f"--train_batch_size 8 --max_train_steps {steps} --logging_steps {steps // 2} --lr_warmup_steps 0 "
+        f"--learning_rate 1e-5 --seed 0 --report_to none --device {device} --output_dir {folder}/out --overwrite"
+    )
+    return [*common.split(), *row.split()]
+
+
+def measure(flags: list[str]) -> str:
+    """Train by these flags; returns the figures of the row."""
+    recipe = load_recipe(flags)
+    with accelerate_left_unused():
+        accelerator = start_accelerator(recipe)
+        Path(recipe.output_dir).mkdir(parents=True)
+        recipe, _ = resolve(recipe, accelerator, None)
+        on_gpu = accelerator.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        run = build_run(recipe, accelerator, None)
+        with closing(run.tracker):
+            train_to_end(run)
+        lines = (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()
+        last = [line for line in map(json.loads, lines) if "train_loss" in line][-1]
+        reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else float("nan")
+        return (
+            f"{last['images_per_second']:8.1f} {last['memory_gb'] * 1e9 / 2**30:10.2f} {reserved:9.2f} "
+            f"{last['train_loss']:8.4f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="sd15")
+    parser.add_argument("--work_dir", type=Path, required=True)
+    parser.add_argument("--resolution", default="512")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--budget", type=float, default=300, help="seconds after which no new row begins")
+    args = parser.parse_args()
+    folder = args.work_dir / args.shape
+    if not (folder / "model").exists():
+        build(args.shape, folder, int(args.resolution))
+    BackgroundSaver.save = BackgroundSaver.allocate_buffers = lambda self: None
+    hide_library_bars()
+    begun, failed = time.monotonic(), False
+    print(f"{'':<34} {'images/s':>8} {'allocated':>10} {'reserved':>9} {'loss':>8}   GiB; {args.shape}")
+    for name, row in ROWS.items():
+        if time.monotonic() - begun > args.budget:
+            print(f"{name:<34} left out: {args.budget:.0f} s are over", flush=True)
+            continue
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        started = time.monotonic()
+        try:
+            with redirect_stdout(sys.stderr):  # what a run says is not of the table
+                figures = measure([*flags_of(folder, args.device, args.steps, row), "--resolution", args.resolution])
+            print(f"{name:<34} {figures}   in {time.monotonic() - started:.0f} s", flush=True)
+        except Exception as error:  # the table says which one, and goes on
+            print(f"{name:<34} FAILED: {type(error).__name__}: {one_line(error)}", flush=True)
+            failed = True
+        gc.collect()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
