@@ -21,11 +21,12 @@ from sd_recipes.model.components import Components, load_scheduler
 from sd_recipes.model.families import family_of
 from sd_recipes.model.family import Family
 from sd_recipes.model.loading import fill
-from sd_recipes.model.lora_files import ADAPTER_METADATA, LORA_FILE, LORA_PARTS, Lora, is_lora, layer_shapes, read_lora
+from sd_recipes.model.lora import LORA_FILE
+from sd_recipes.model.lora_files import ADAPTER_METADATA, LORA_PARTS, Lora, is_lora, layer_shapes, read_lora
 from sd_recipes.model.sources import MODEL
 from sd_recipes.model.weight_files import PickledWeights, UnfittingWeights, UnreadableWeights, Weights, open_weights
 from sd_recipes.recipe import DIFFUSERS_LENGTH, ModelConfig, Recipe
-from sd_recipes.training.build import convert
+from sd_recipes.training.build import LORA, convert
 from sd_recipes.training.state import AVERAGE, CONFIG, SNAPSHOTS
 
 # What is left out of a run that is not trained, only evaluated.
@@ -41,7 +42,6 @@ KINDS_IN_CHECKPOINT: dict[str | None, tuple[str, ...]] = {
     **{suffix.removeprefix("_"): (suffix,) for suffix in SNAPSHOTS},
 }  # fmt: skip
 LATENTS = 64  # a side of what a UNet is meant for, if its configuration does not say
-LORA = "_lora"  # suffix of the folder of a part's LoRA
 EXPORTED = ("model_index.json", LORA_FILE)  # what a run has in its folder when it is done
 MODEL_PARTS = ("unet", "vae", "text_encoder")  # those of a pipeline that have weights
 

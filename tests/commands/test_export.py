@@ -17,9 +17,6 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from single_files import WEIGHTS, part_of, single_file
-from test_format_and_saver import entry, rewrite_manifest
-from test_lora_files import picture as of_peft
-from test_lora_files import written_by_peft
 from tiny_models import UNET_CONFIG, build_image_folder, build_tiny_pipeline
 from training_runs import assert_equal, assert_leaves_as_it_came, forget_accelerator
 
@@ -311,42 +308,31 @@ def test_a_weight_halves_a_lora(trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_of_a_lora_is_exported_as_one_or_merged(trained: Path, tmp_path: Path) -> None:
-    """Its checkpoint has folders of peft's tensors with their settings, and its own folder the file of diffusers."""
-    run_dir, model = Path(shutil.copytree(trained / "run", tmp_path / "run")), trained / "model"
-    file, expected = written_by_peft(tmp_path, model, lora_alpha=2)
-    checkpoint = run_dir / "checkpoint-4"
-    for path in (run_dir / "model_index.json", *checkpoint.glob("unet*/*")):
-        path.unlink()
-    shutil.copy(file, run_dir)
-    rewrite_manifest(checkpoint, lambda manifest: of_lora(manifest, checkpoint, file))
-    for source in (run_dir, checkpoint):
+    """From the file that it leaves, and from its checkpoint, which draw the same in stock diffusers."""
+    model, run_dir = trained / "model", tmp_path / "run"
+    build_image_folder(tmp_path / "data", 4)
+    forget_accelerator()
+    run(
+        Recipe(
+            pretrained_model_name_or_path=str(model), train_data_dir=str(tmp_path / "data"), resolution=32,
+            lora_rank=2, lora_alpha=4, lora_text_encoder=True, learning_rate=0.1, lr_warmup_steps=0,
+            train_batch_size=4, max_train_steps=3, device="cpu", seed=5, report_to="none", validation_pictures=0,
+            output_dir=str(run_dir),
+        )
+    )  # fmt: skip
+    with_lora = StableDiffusionPipeline.from_pretrained(model)
+    with_lora.load_lora_weights(str(run_dir))
+    expected = picture(with_lora)
+    assert np.abs(expected - picture(StableDiffusionPipeline.from_pretrained(model))).max() > 0.01
+    for source in (run_dir, run_dir / "checkpoint-3"):
         for kind in ("lora", "kohya_lora"):
-            exported(source, "--to", kind, "--dtype", "fp32", "--output", tmp_path / "out.safetensors", "--overwrite")
+            exported(source, "--to", kind, "--dtype", "fp32", "--output", tmp_path / "x.safetensors", "--overwrite")
             pipeline = StableDiffusionPipeline.from_pretrained(model)
-            pipeline.load_lora_weights(str(tmp_path / "out.safetensors"))
-            np.testing.assert_allclose(of_peft(pipeline), expected, atol=2e-4)
+            pipeline.load_lora_weights(str(tmp_path / "x.safetensors"))
+            np.testing.assert_allclose(picture(pipeline), expected, atol=2e-4)
         exported(source, "--to", "pipeline", "--output", tmp_path / "merged", "--overwrite")
         merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
-        np.testing.assert_allclose(of_peft(merged), expected, atol=2e-4)
-
-
-def of_lora(manifest: dict[str, Any], checkpoint: Path, file: Path) -> None:
-    """Fill a checkpoint with the parts of a LoRA, and name its files."""
-    for name in [name for name in manifest["files"] if name.startswith("unet")]:
-        del manifest["files"][name]
-        shutil.rmtree((checkpoint / name).parent, ignore_errors=True)
-    for part in ("unet", "text_encoder"):
-        folder = checkpoint / f"{part}_lora"
-        folder.mkdir()
-        tensors = {
-            name.removeprefix(f"{part}.").replace(".weight", ".default.weight"): value
-            for name, value in load_file(file).items()
-            if name.startswith(f"{part}.")
-        }
-        save_file(tensors, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2, "alpha_pattern": {}}))
-        for path in folder.iterdir():
-            manifest["files"][f"{folder.name}/{path.name}"] = entry(path.read_bytes())
+        np.testing.assert_allclose(picture(merged), expected, atol=2e-4)
 
 
 def test_a_run_from_scratch_needs_no_unet_but_its_own(trained: Path, tmp_path: Path) -> None:
