@@ -167,8 +167,8 @@ def test_a_single_file_gives_every_tensor_back(tmp_path: Path, generation: int, 
 
 
 def tiny_of_generation(folder: Path, generation: int) -> Path:
-    """Stable Diffusion 2 differs in its text encoder's activation, which tells it, and in matrices around attention."""
-    build_tiny_pipeline(folder, unet_config={**UNET_CONFIG, "use_linear_projection": generation == 2})
+    """Stable Diffusion 2 differs in its text encoder's activation, which tells it."""
+    build_tiny_pipeline(folder)
     config = folder / "text_encoder" / "config.json"
     if generation == 2:
         config.write_text(config.read_text().replace('"quick_gelu"', '"gelu"'))
@@ -213,7 +213,7 @@ def test_the_metadata_say_what_the_file_is(trained: Path, tmp_path: Path) -> Non
     ],
 )
 def test_what_a_model_predicts_comes_back(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    tiny_pipeline: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     prediction_type: str, zero_snr: bool, generation: int, architecture: str, stated: str,
 ) -> None:  # fmt: skip
     model = tiny_of_generation(tmp_path / "model", generation)
@@ -230,8 +230,7 @@ def test_what_a_model_predicts_comes_back(
     assert "The UNet is not that of Stable Diffusion" in caplog.text
     assert ("predicts x_0" in caplog.text) == (stated == "sample")
     assert ("m.yaml" in caplog.text) == (stated == "v" and generation == 1)
-    exported(file, "--base", tiny_of_generation(tmp_path / "base", generation), "--to", "pipeline", "--output",
-             tmp_path / "back")  # fmt: skip
+    exported(file, "--base", tiny_pipeline, "--to", "pipeline", "--output", tmp_path / "back")
     back = json.loads((tmp_path / "back" / "scheduler" / "scheduler_config.json").read_text())
     assert (back["prediction_type"], back["rescale_betas_zero_snr"]) == (prediction_type, zero_snr)
     from_single_file(file, model)
@@ -270,14 +269,12 @@ def test_a_lora_of_full_rank_is_all_that_was_trained(
 
 
 def test_a_low_rank_keeps_less_and_is_the_same_each_time(trained: Path, tmp_path: Path) -> None:
-    sizes = []
-    for name, rank in (("a", 2), ("b", 2), ("c", 8)):
-        file = tmp_path / f"{name}.safetensors"
-        exported(trained / "run", "--to", "lora", "--rank", rank, "--output", file)
-        sizes.append(file.stat().st_size)
-    assert_equal(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
-    assert sizes[0] < sizes[2]
-    assert max(min(value.shape[:2]) for value in load_file(tmp_path / "a.safetensors").values()) == 2
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for file in files:
+        exported(trained / "run", "--to", "lora", "--rank", 2, "--output", file)
+    one, other = map(load_file, files)
+    assert_equal(one, other)
+    assert {value.shape[0] for name, value in one.items() if "lora_A" in name} == {2}
 
 
 def test_a_lora_file_goes_from_one_kind_of_keys_to_the_other_and_back(trained: Path, tmp_path: Path) -> None:
@@ -335,6 +332,7 @@ def test_a_run_of_a_lora_is_exported_as_one_or_merged(trained: Path, tmp_path: P
         np.testing.assert_allclose(picture(merged), expected, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_run_from_scratch_needs_no_unet_but_its_own(trained: Path, tmp_path: Path) -> None:
     config = tmp_path / "unet.json"
     config.write_text(json.dumps({**UNET_CONFIG, "block_out_channels": [32, 32]}))
@@ -419,26 +417,12 @@ def test_what_cannot_be_exported(trained: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_a_lora_of_another_model_is_refused(trained: Path, tmp_path: Path) -> None:
     wide = build_tiny_pipeline(tmp_path / "wide", unet_config={**UNET_CONFIG, "block_out_channels": [32, 96]})
-    deep = build_tiny_pipeline(tmp_path / "deep", unet_config={**UNET_CONFIG, "layers_per_block": 2})
     file, out = tmp_path / "lora.safetensors", ("--output", tmp_path / "x.safetensors")
     for kind in ("lora", "kohya_lora"):
         exported(trained / "run", "--to", kind, "--rank", 4, "--output", file, "--overwrite")
         told = refused(wide, "--lora", file, "--to", "single_file", *out)
         assert "is a LoRA of another model: it changes " in told
         assert "name the model that it was trained on, or another LoRA" in told
-    exported(
-        deep,
-        "--tuned_from",
-        build_tiny_pipeline(tmp_path / "deep2", unet_config={**UNET_CONFIG, "layers_per_block": 2}, seed=1),
-        "--to",
-        "kohya_lora",
-        "--rank",
-        4,
-        "--output",
-        tmp_path / "deep.safetensors",
-    )
-    told = refused(trained / "model", "--lora", tmp_path / "deep.safetensors", "--to", "single_file", *out)
-    assert "tensors are of layers that this one lacks (such as lora_unet_" in told
     sdxl = tmp_path / "sdxl.safetensors"
     save_file({"lora_te2_text_model_x.lora_down.weight": torch.zeros(4, 8)}, sdxl)
     assert "is a LoRA of another model: 1 of its 1" in refused(
