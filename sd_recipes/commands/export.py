@@ -22,7 +22,7 @@ from sd_recipes import assets
 from sd_recipes.checkpoints.format import remove
 from sd_recipes.checkpoints.saver import FAILURES
 from sd_recipes.commands.export_settings import Export
-from sd_recipes.commands.of_run import LoadedModel, load_base, load_model, lora_file, open_lora
+from sd_recipes.commands.of_run import LoadedModel, load_base, load_model, lora_file, merge_loras, open_lora
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.export.lora_file import export_lora
 from sd_recipes.export.pipeline import export_pipeline
@@ -33,7 +33,6 @@ from sd_recipes.model.lora_files import (
     Lora,
     generation_of_lora,
     layer_shapes,
-    merge_lora,
     rank_of,
     read_lora,
 )
@@ -85,7 +84,8 @@ def write_model(config: Export, output: Path) -> None:
     model = load_model(config.source, config.weights, config.model, flag="")
     if config.to == "single_file":
         check_can_be_one_file(model.components)
-    merged = merge_all(model, config.loras)
+    merge_loras(model, config.loras)
+    merged = [f"{Path(file).stem}:{weight:g}" for file, weight in config.loras]
     if config.to == "pipeline":
         dtype = config.dtype or "fp32"
         model.check_range(dtype)
@@ -102,19 +102,6 @@ def write_model(config: Export, output: Path) -> None:
         more={"modelspec.merged_from": ", ".join([shown(config.source), *merged])} if merged else {},
     )
     say(f"single file     {output}\nsha256 (tensors) {digest}")
-
-
-def merge_all(model: LoadedModel, loras: list[tuple[str, float]]) -> list[str]:
-    """Merge a LoRA run's own changes, and those of files, into the model; returns the files' names.
-
-    Raises RecipeError.
-    """
-    opened = [(open_lora(file, "--lora", model), weight) for file, weight in loras]  # before anything is changed
-    if model.lora is not None:
-        opened.insert(0, (model.lora, 1.0))
-    for lora, weight in opened:
-        merge_lora(model.parts, lora, weight)
-    return [f"{Path(file).stem}:{weight:g}" for file, weight in loras]
 
 
 @contextmanager
@@ -191,8 +178,7 @@ def of_model(model: LoadedModel, config: Export) -> Lora:
         raise RecipeError(
             f"{config.source} was trained whole, and is no LoRA: add --rank 16 to extract one, or use --to single_file"
         )
-    if model.lora is not None or config.lora:
-        merge_all(model, config.loras)
+    merge_loras(model, config.loras)
     if config.tuned_from is not None:
         base = load_model(config.tuned_from, None, config.model, flag="--tuned_from")
     elif model.recipe is None or model.recipe.train_from_scratch:

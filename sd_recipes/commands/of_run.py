@@ -22,7 +22,7 @@ from sd_recipes.model.families import family_of
 from sd_recipes.model.family import Family
 from sd_recipes.model.loading import fill
 from sd_recipes.model.lora import LORA_FILE
-from sd_recipes.model.lora_files import ADAPTER_METADATA, LORA_PARTS, Lora, is_lora, layer_shapes, read_lora
+from sd_recipes.model.lora_files import ADAPTER_METADATA, LORA_PARTS, Lora, is_lora, layer_shapes, merge_lora, read_lora
 from sd_recipes.model.sources import MODEL
 from sd_recipes.model.weight_files import PickledWeights, UnfittingWeights, UnreadableWeights, Weights, open_weights
 from sd_recipes.recipe import DIFFUSERS_LENGTH, ModelConfig, Recipe
@@ -265,3 +265,15 @@ def open_lora(name: str | Path, flag: str, model: LoadedModel) -> Lora:
         ) from error
     except UnreadableWeights as error:
         raise RecipeError(f"{place} {error}") from error
+
+
+def merge_loras(model: LoadedModel, files: list[tuple[str, float]]) -> None:
+    """Merge into the model's weights what its run trained of a LoRA, and LoRA files with their weights.
+
+    Raises RecipeError for a file that holds none for this model, before anything is changed.
+    """
+    loras = [(open_lora(file, "--lora", model), weight) for file, weight in files]
+    if model.lora is not None:
+        loras.insert(0, (model.lora, 1.0))
+    for lora, weight in loras:
+        merge_lora(model.parts, lora, weight)
