@@ -33,11 +33,14 @@ from sd_recipes.model.components import load_scheduler
 from sd_recipes.model.families import family_of
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
-from sd_recipes.training.build import build_model
+from sd_recipes.training.build import build_model, choose_trained
 from sd_recipes.training.loop import backward, update
 
 # Stable Diffusion 1.5's shape by the width of its UNet's first block, at a resolution, with two batches.
-GRID = {"cuda": [(80, 512, (2, 8)), (160, 512, (2, 8)), (320, 512, (1, 4))], "cpu": [(32, 64, (1, 4)), (32, 128, (1, 4)), (64, 64, (1, 4))]}
+GRID = {
+    "cuda": [(80, 512, (2, 8)), (160, 512, (2, 8)), (320, 512, (1, 4))],
+    "cpu": [(32, 64, (1, 4)), (32, 128, (1, 4)), (64, 64, (1, 4))],
+}
 TINY_TEXT = {
     "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 1000
 }  # fmt: skip
@@ -77,14 +80,17 @@ def recipes(device: str, work_dir: Path) -> Iterator[tuple[str, Recipe]]:
             ("no", "bf16"), (False, True), OPTIMIZERS, batches
         ):
             name = f"{width:<4}{resolution:<4}{precision:<5}{'checkpointing' if checkpointing else '':<14}{optimizer:<10}{batch:>3}"
-            yield name, recipe_of(
-                model,
-                device,
-                resolution=resolution,
-                mixed_precision=precision,
-                gradient_checkpointing=checkpointing,
-                optimizer=optimizer,
-                train_batch_size=batch,
+            yield (
+                name,
+                recipe_of(
+                    model,
+                    device,
+                    resolution=resolution,
+                    mixed_precision=precision,
+                    gradient_checkpointing=checkpointing,
+                    optimizer=optimizer,
+                    train_batch_size=batch,
+                ),
             )
 
 
@@ -108,6 +114,7 @@ def measure(recipe: Recipe) -> Measured:
     torch.manual_seed(0)
     family = family_of(recipe)
     components = family.load(recipe, load_scheduler(recipe), None, weights=False)
+    choose_trained(recipe, family, components)
     for name in ("unet", "vae", *family.text_models):
         draw_weights(getattr(components, name), accelerator.device)
     tracer = Tracer(torch.device("cpu"), block=64)
@@ -190,7 +197,9 @@ def main() -> None:
         free, total = torch.cuda.mem_get_info()
         used = (total - free - torch.cuda.memory_reserved()) / 2**20
         print(f"besides what torch has reserved, the device holds {used:.0f} MiB")
-        print(f"the process has held {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB of the host's")
+        print(
+            f"the process has held {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB of the host's"
+        )
     sys.exit(max(map(abs, errors)) > MOST)
 
 
