@@ -52,6 +52,11 @@ class MemoryPlan:
         return self.tensors + self.overhead.get("cuBLAS workspaces", 0)
 
     @property
+    def measurable(self) -> int:
+        """What a run measures of itself: on a GPU what torch has allocated, on the CPU all that the process holds."""
+        return self.allocated if self.device == "cuda" else self.total
+
+    @property
     def total(self) -> int:
         return self.tensors + sum(self.overhead.values())
 
@@ -127,7 +132,7 @@ class Planner:
             return self._passes_of(recipe)
         one, all_at_once = (self._traced_passes(recipe.model_copy(update={"micro_batch": each})) for each in (1, None))
         share = (number - 1) / (most - 1)
-        moments = {}
+        moments: dict[str, Moment] = {}
         for name, moment in one.moments.items():
             other = all_at_once.moments[name]
             if name in OF_PASSES:  # the gradients of other micro-batches wait for the last one

@@ -145,10 +145,10 @@ def fastest_that_fits(planner: Planner, recipe: Recipe, flag: str) -> MemoryPlan
         if planner.least(changed) <= planner.capacity and planner.plan(changed, about=True).fits:
             return planner.plan(changed)
     smallest = planner.plan(min(sets[-SMALLEST:], key=planner.least))
-    changed_flags = in_flags(differing(recipe, smallest.recipe))
+    flags = in_flags(differing(recipe, smallest.recipe)) or "the settings as they are"
     raise RecipeError(
-        f"{flag} {size_in_words(planner.capacity)} is too little for this model at {recipe.resolution} pixels: it takes "
-        f"{size_in_words(smallest.total, up=True)}, with {changed_flags or 'the settings as they are'}: raise it, or "
+        f"{flag} {size_in_words(planner.capacity)} is too little for this model at {recipe.resolution} pixels: it "
+        f"takes {size_in_words(smallest.total, up=True)}, with {flags}: raise it, or "
         "lower --resolution"
     )
 

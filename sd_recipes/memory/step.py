@@ -35,6 +35,8 @@ from sd_recipes.training.build import build_model, choose_trained
 from sd_recipes.training.loop import backward, update
 
 BLOCK = {"cuda": 512, "cpu": 64}  # bytes that allocations are rounded up to (c10/cuda/CUDACachingAllocator.cpp)
+# What needs the real device: the compiler's savings are not counted, and xFormers takes what torch's attention takes.
+NOT_TRACED = {"compile_unet": False, "enable_xformers_memory_efficient_attention": False}
 WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE, FROZEN = "weights", "gradients", "optimizer states", "average", "frozen models"
 ENCODED, FLOWING, WORKSPACE = "VAE and text", "activations' gradients", "workspace"
 
@@ -99,7 +101,7 @@ class TracedStep:
     """
 
     def __init__(self, recipe: Recipe, device: str, *, passes: bool = True) -> None:
-        self.recipe = recipe = recipe.model_copy(update={"seed": 0})
+        self.recipe = recipe = recipe.model_copy(update={"seed": 0, **NOT_TRACED})
         self.device = device
         self.tracer = Tracer(META, BLOCK[device])
         self.kernels = Kernels(self.tracer, device)
@@ -141,7 +143,8 @@ class TracedStep:
             num_steps=2,
             num_rows=None,
         )
-        tracer, state = self.tracer, self.state
+        tracer = self.tracer
+        state: Any = self.state
         for name in ("unet", "vae", *self.family.text_models):
             module = getattr(self.components, name)
             tracer.name(FROZEN, [*module.parameters(), *module.buffers()])
@@ -151,8 +154,10 @@ class TracedStep:
         for group in state.optimizer.param_groups:
             if self.device == "cuda" and "foreach" in group:  # the default there; on the meta device it is not
                 group["foreach"] = True
+        # On these objects alone.
         self.model.encode_text = tracer.in_phase("encoding", ENCODED, self.model.encode_text)
-        self.model.encoder.encode = tracer.in_phase("encoding", ENCODED, self.model.encoder.encode)
+        encoder: Any = self.model.encoder
+        encoder.encode = tracer.in_phase("encoding", ENCODED, encoder.encode)
         if isinstance(state.optimizer, Bf16Weights):
             state.optimizer.generators[META] = torch.Generator()  # the device has none
         if not self.recipe.fused_backward_pass:  # which is a phase of its own neither in code nor in time

@@ -123,6 +123,7 @@ class Run:
     guard: Guard
     num_steps: int  # of the whole run
     checkpoint: Checkpoint | None  # that it resumes from
+    planned_memory: int | None = None  # bytes, to be compared with what is measured
 
     @property
     def output_dir(self) -> Path:
