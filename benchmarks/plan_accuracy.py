@@ -33,7 +33,7 @@ from sd_recipes.model.components import load_scheduler
 from sd_recipes.model.families import family_of
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
-from sd_recipes.training.build import build_model
+from sd_recipes.training.build import build_model, choose_trained
 from sd_recipes.training.loop import backward, update
 
 # Stable Diffusion 1.5's shape by the width of its UNet's first block, at a resolution, with two batches.
@@ -114,6 +114,7 @@ def measure(recipe: Recipe) -> Measured:
     torch.manual_seed(0)
     family = family_of(recipe)
     components = family.load(recipe, load_scheduler(recipe), None, weights=False)
+    choose_trained(recipe, family, components)
     for name in ("unet", "vae", *family.text_models):
         draw_weights(getattr(components, name), accelerator.device)
     tracer = Tracer(torch.device("cpu"), block=64)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 
-import torch
-
+from sd_recipes.commands.memory_dial import memory_here
 from sd_recipes.commands.plan_settings import PlanSettings
 from sd_recipes.errors import RecipeError
 from sd_recipes.memory.plan import Planner
 from sd_recipes.memory.remedies import fastest_that_fits, variations
 from sd_recipes.memory.show import as_json, draw, in_lines
-from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.console import say
 
 
@@ -34,16 +31,3 @@ def plan(settings: PlanSettings) -> None:
         print(json.dumps(as_json(asked, changed, best), indent=1))
     else:
         say(in_lines(asked, changed, best))
-
-
-def memory_here(device: str) -> int | None:
-    """Bytes of the present device of that kind; None if there is none."""
-    if device == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-
-
-def device_of(recipe: Recipe) -> str:
-    """The kind of device that a run trains on here."""
-    on_cpu = recipe.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sd_recipes.memory.overheads import GATHERED_BLOCKS, on_device, on_host
+from sd_recipes.memory.overheads import CUDA_CONTEXT, GATHERED_BLOCKS, on_device, on_host
 from sd_recipes.memory.step import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, WEIGHTS, TracedStep
 from sd_recipes.memory.tracer import Moment
 from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.host_memory import BLOCK_BYTES
 
 RESIDENT = (WEIGHTS, OPTIMIZER, AVERAGE, FROZEN)  # between two steps
 SHARDED = (WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE)  # by FSDP
@@ -51,6 +52,11 @@ class MemoryPlan:
         return self.tensors + self.overhead.get("cuBLAS workspaces", 0)
 
     @property
+    def measurable(self) -> int:
+        """What a run measures of itself: on a GPU what torch has allocated, on the CPU all that the process holds."""
+        return self.allocated if self.device == "cuda" else self.total
+
+    @property
     def total(self) -> int:
         return self.tensors + sum(self.overhead.values())
 
@@ -66,6 +72,17 @@ class Planner:
         self.device, self.capacity = device, capacity
         self._passes: dict[str, TracedStep] = {}
         self._updates: dict[str, TracedStep] = {}
+        self._hosts: dict[str, dict[str, int]] = {}
+
+    def least(self, recipe: Recipe) -> int:
+        """What the recipe takes at the least: whatever its batch, when it steps, or between two steps."""
+        update = self._traced_update(recipe)
+        kinds = update.resident.copy()
+        if not recipe.fused_backward_pass:
+            kinds[GRADIENTS] = update.nbytes_of_gradients
+        if recipe.offload_ema and self.device == "cuda":
+            del kinds[AVERAGE]
+        return sum(kinds.values()) + (CUDA_CONTEXT if self.device == "cuda" else 0)
 
     def plan(
         self,
@@ -87,15 +104,23 @@ class Planner:
             moments = _without_vae(moments, traced)
         moved = Counter({kind: update.resident[kind] - traced.resident[kind] for kind in (OPTIMIZER, AVERAGE)})
         moments = {name: _moved(each, moved) for name, each in moments.items() if name not in OF_UPDATE}
-        moments |= {name: update.moments[name] for name in OF_UPDATE}
+        moments |= {name: update.moments[name] for name in OF_UPDATE if name in update.moments}
+        if recipe.offload_ema and self.device == "cuda":
+            moments = {name: _with_average_on_host(name, each) for name, each in moments.items()}
         if is_sharded:
             moments = {name: _sharded(each, num_processes) for name, each in moments.items()}
-        host = on_host(recipe, update, self.device)
+        host = self._on_host(recipe, update)
         passing = max(
             each.total - sum(each.by_kind[kind] for kind in (*RESIDENT, GRADIENTS)) for each in moments.values()
         )
-        overhead = on_device(recipe, passing, num_processes=num_processes) if self.device == "cuda" else host
+        overhead = on_device(passing, num_processes=num_processes) if self.device == "cuda" else host
         return MemoryPlan(recipe, self.device, num_processes, moments, overhead, host, self.capacity)
+
+    def _on_host(self, recipe: Recipe, update: TracedStep) -> dict[str, int]:
+        key = f"{_state_of(recipe)} {recipe.mixed_precision}"
+        if key not in self._hosts:
+            self._hosts[key] = on_host(recipe, update, self.device)
+        return self._hosts[key]
 
     def _passes_of(self, recipe: Recipe) -> tuple[TracedStep, Mapping[str, Moment]]:
         step = self._traced_passes(recipe)
@@ -107,7 +132,7 @@ class Planner:
             return self._passes_of(recipe)
         one, all_at_once = (self._traced_passes(recipe.model_copy(update={"micro_batch": each})) for each in (1, None))
         share = (number - 1) / (most - 1)
-        moments = {}
+        moments: dict[str, Moment] = {}
         for name, moment in one.moments.items():
             other = all_at_once.moments[name]
             if name in OF_PASSES:  # the gradients of other micro-batches wait for the last one
@@ -117,7 +142,8 @@ class Planner:
         return one, moments
 
     def _traced_passes(self, recipe: Recipe) -> TracedStep:
-        key = recipe.model_dump_json(exclude=STATE)
+        # A step within the backward pass has the optimizer's own tensors in it.
+        key = recipe.model_dump_json(exclude=None if recipe.fused_backward_pass else STATE)
         if key not in self._passes:
             step = self._passes[key] = TracedStep(recipe, self.device)
             self._updates.setdefault(_state_of(recipe), step)
@@ -139,8 +165,8 @@ def plan_memory(recipe: Recipe, device: str, capacity: int | None = None, *, num
 
 
 def _state_of(recipe: Recipe) -> str:
-    # fp16 steps without AdamW's single kernel, since a skipped step could not be seen.
-    return f"{recipe.model_dump_json(include=STATE)} {recipe.mixed_precision == 'fp16'}"
+    # The frozen models' precision is the run's.
+    return recipe.model_dump_json(include=STATE | {"weights_dtype", "fused_backward_pass", "mixed_precision"})
 
 
 def _between(one: Moment, other: Moment, share: float) -> Moment:
@@ -163,6 +189,13 @@ def _moved(moment: Moment, by: Counter[str]) -> Moment:
     kinds = moment.by_kind.copy()
     kinds.update(by)
     return Moment(moment.total + sum(by.values()), kinds)
+
+
+def _with_average_on_host(phase: str, moment: Moment) -> Moment:
+    """A block of the average visits the device beside a step; a validation takes all of it there."""
+    if phase == "validation":
+        return moment
+    return _moved(moment, Counter({AVERAGE: -moment.by_kind[AVERAGE], "workspace": BLOCK_BYTES}))
 
 
 def _sharded(moment: Moment, num_processes: int) -> Moment:

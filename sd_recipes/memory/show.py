@@ -22,7 +22,7 @@ COLOURS = (
 )  # fmt: skip
 
 
-def one_line(plan: MemoryPlan) -> str:
+def sum_in_words(plan: MemoryPlan) -> str:
     """tensors X + overhead Y = Z of W."""
     overhead = plan.total - plan.tensors
     words = f"tensors {size_in_words(plan.tensors)} + overhead {size_in_words(overhead)} = {size_in_words(plan.total)}"
@@ -57,7 +57,7 @@ def in_lines(plan: MemoryPlan, variations: Sequence[Variation], best: MemoryPlan
     ]
     of = max(plan.total, plan.capacity or 0)
     lines += [f"  {kind:<28}{size_in_words(size):>9}  {bar(size / of)}" for kind, size in rows(plan)]
-    lines += [f"  {one_line(plan)}{fit_in_words(plan)}", "", "by phase, tensors alone"]
+    lines += [f"  {sum_in_words(plan)}{fit_in_words(plan)}", "", "by phase, tensors alone"]
     lines += [
         f"  {name:<28}{size_in_words(each.total):>9}  {bar(each.total / of)}"
         for name, each in plan.moments.items()
@@ -134,7 +134,7 @@ def draw(plan: MemoryPlan, path: Path) -> None:
         edge = left + plan.capacity * scale
         shapes.append(f'<line x1="{edge:.1f}" y1="44" x2="{edge:.1f}" y2="96" stroke="#222" stroke-width="2"/>')
     bottom = 126 + 22 * (-(-len(legend) // 3))
-    title = escape(f"{one_line(plan)}{fit_in_words(plan)}; the peak is in the {plan.phase} phase")
+    title = escape(f"{sum_in_words(plan)}{fit_in_words(plan)}; the peak is in the {plan.phase} phase")
     text = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom}" width="{width}" height="{bottom}" '
         f'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="white"/>'
