@@ -305,7 +305,7 @@ finally:
 @pytest.mark.slow
 def test_the_script_gets_by_with_the_memory_that_there_is(settings: dict[str, Any], tmp_path: Path) -> None:
     """Really, on the host: the address space is limited to little more than one image at once takes."""
-    settings |= {"resolution": 512, "train_batch_size": 4, "max_train_steps": 2, "check_data": "off"}
+    settings |= {"resolution": 256, "train_batch_size": 8, "max_train_steps": 2, "check_data": "off"}
     settings.pop("max_train_samples")
 
     def run(name: str, limit: int = 0, **changes: Any) -> tuple[int, str]:
@@ -319,9 +319,9 @@ def test_the_script_gets_by_with_the_memory_that_there_is(settings: dict[str, An
         return int(done.stdout.split("took ")[1].split()[0]), done.stderr
 
     few, _ = run("one", micro_batch=1)
-    many, _ = run("four")
-    _, told = run("limited", limit=few + (many - few) // 8)
-    assert "No memory for 4 images at once (" in told
+    many, _ = run("eight")
+    _, told = run("limited", limit=few + (many - few) // 4)
+    assert "No memory for 8 images at once (" in told
     expected, found = (
         [json.loads(line)["train_loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "limited")
