@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 # Of errors that have no class of their own, besides those that accelerate knows (CUDA's, MPS's, the CPU allocator's):
-# when cuBLAS or cuDNN cannot allocate a workspace or, for want of memory, a handle; the driver's; oneDNN's, which computes
-# convolutions on CPUs; and C++'s.
+# when cuBLAS or cuDNN cannot allocate a workspace or, for want of memory, a handle; the driver's; those of oneDNN, by
+# which CPUs convolve; and C++'s.
 WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",
