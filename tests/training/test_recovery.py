@@ -215,7 +215,7 @@ def test_weights_that_are_half_updated_end_the_run_at_its_last_checkpoint(settin
     else:
         step = average(run)._step
         average(run)._step = lambda: (step(), fail())
-    with pytest.raises(OutOfMemory, match=r"the step after step 2, which cannot be done again .*from checkpoint-2$"):
+    with pytest.raises(OutOfMemory, match=r"what follows step 2, which cannot be done again .*from checkpoint-2$"):
         fit_from(run)
 
 
