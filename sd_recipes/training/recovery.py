@@ -229,5 +229,5 @@ def shortage_explained(run: Run) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         step = run.state.progress.global_step
-        where = f"the step after step {step}, which cannot be done again ({one_line(error, 200)})"
+        where = f"what follows step {step}, which cannot be done again ({one_line(error, 200)})"
         raise out_of_memory(run, where) from error
