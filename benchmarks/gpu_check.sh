@@ -40,6 +40,7 @@ in_time "GPU tests" && { "$PYTHON" -m pytest -q -W default tests/test_gpu.py || 
 "$PYTHON" benchmarks/make_model.py --shape "$SHAPE" --work_dir "$WORK" || exit 2
 
 train() {  # NAME FLAGS…: some steps of the real script; speed and peak memory; then the command in $THEN
+    # EXPECTED is a pattern that its log has to have, LIMIT_GB the memory of the GPU that torch may take.
     local name=$1; shift
     in_time "$name" || return 0
     if PEAK_FILE=$WORK/peak.json "$PYTHON" benchmarks/measured_run.py train_text_to_image.py \
@@ -53,11 +54,16 @@ name, work = sys.argv[1], pathlib.Path(sys.argv[2])
 last = [json.loads(line) for line in (work / "out/metrics.jsonl").read_text().splitlines() if "train_loss" in line][-1]
 peak = json.loads((work / "peak.json").read_text())
 assert math.isfinite(last["train_loss"])
+(work / "allocated_gb").write_text(str(last["memory_gb"]))
 print(
     f"{name:<34} {last['images_per_second']:8.1f} images/s {last['memory_gb'] / 1.073741824:8.2f} GiB allocated "
     f"{peak / 2**30:8.2f} reserved   loss {last['train_loss']:.4f}"
 )
 PY
+        if [ -n "${EXPECTED:-}" ] && ! grep -q "$EXPECTED" "$WORK/log"; then
+            printf '%-34s FAILED: its log lacks "%s"\n' "$name" "$EXPECTED"
+            failed=1
+        fi
         if [ -n "${THEN:-}" ] && ! "$PYTHON" -m sd_recipes.commands.cli $THEN >"$WORK/log" 2>&1; then
             printf '%-34s FAILED: %s\n' "$name, ${THEN%% *}" "$(tail -n 1 "$WORK/log")"
             failed=1
@@ -71,14 +77,39 @@ PY
     rm -rf "$WORK/out"
 }
 
+run_command() {  # NAME COMMAND FLAGS…: a command of sd-recipes, and how long it took
+    local name=$1 began=$SECONDS; shift
+    in_time "$name" || return 0
+    if "$PYTHON" -m sd_recipes.commands.cli "$@" >"$WORK/log" 2>&1; then
+        printf '%-34s %8s s\n' "$name" "$((SECONDS - began))"
+    else
+        printf '%-34s FAILED: %s\n' "$name" "$(tail -n 1 "$WORK/log")"
+        failed=1
+    fi
+}
+
 echo "--- the training loop: $SHAPE shape, 512 pixels, batch 8, 20 steps each"
 in_time "speed and memory" && { "$PYTHON" benchmarks/gpu_rows.py --shape "$SHAPE" --work_dir "$WORK" --budget 200 \
     2>"$WORK/log" || { failed=1; tail -n 5 "$WORK/log"; }; }
 
 echo "--- the whole script"
+train "bf16"                        --mixed_precision bf16
+# With less than that took: in the first step, or the second, which has the optimizer's state from its start.
+LIMIT_GB=$("$PYTHON" -c "print(0.85 * float(open('$WORK/allocated_gb').read()))" 2>/dev/null || echo 24)
+LIMIT_GB=$LIMIT_GB EXPECTED="No memory for 8 images at once .*: 4 at once from step [12] on" \
+train "bf16, OOM replay"            --mixed_precision bf16
 THEN="evaluate $WORK/out --num_pictures 4 --feature_model sd-recipes/tiny-clip --validation_inference_steps 4" \
 train "bf16, EMA, held-out rows"    --mixed_precision bf16 --use_ema --validation_split 0.25 --validation_steps 10 \
     --validation_samples 32 --validation_pictures 2 --validation_inference_steps 4 --export best
+
+echo "--- memory, planned against measured"
+in_time "plan" && { "$PYTHON" benchmarks/plan_accuracy.py --device cuda || failed=1; }
+
+echo "--- $SHAPE shape, exported and drawn with"
+run_command "export, single file in fp16" export "$WORK/$SHAPE/model" --to single_file --output "$WORK/one.safetensors"
+run_command "sample from it in bf16" sample --pretrained_model_name_or_path "$WORK/one.safetensors" \
+    --base "$WORK/$SHAPE/model" --device cuda --dtype bf16 --steps 10 --resolution 512 --prompts "a boat" "two boats" \
+    --output_dir "$WORK/drawn"
 
 if [ -n "${PEER_SCRIPT:-}" ]; then
     echo "--- against diffusers' script, bf16, in turn"

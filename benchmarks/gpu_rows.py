@@ -46,6 +46,11 @@ ROWS = {
         "--mixed_precision bf16 --weights_dtype bf16 --use_8bit_adam --fused_backward_pass --max_grad_norm 0 --use_ema "
         "--offload_ema --gradient_checkpointing --vae_slicing"
     ),
+    "bf16, text encoder too": "--mixed_precision bf16 --train_text_encoder --text_encoder_learning_rate 1e-6",
+    "bf16, LoRA of rank 8": "--mixed_precision bf16 --lora_rank 8 --learning_rate 1e-4",
+    "fp16, LoRA, text encoder": "--mixed_precision fp16 --lora_rank 8 --lora_text_encoder --learning_rate 1e-4 "
+    "--gradient_checkpointing",
+    "bf16, DoRA of all layers": "--mixed_precision bf16 --lora_rank 4 --lora_targets all --lora_use_dora",
     "bf16, channels_last never": "--mixed_precision bf16 --channels_last never",
     "bf16, score prediction": "--mixed_precision bf16 --prediction_type score",
     "bf16, moments kept, batch 32": "--mixed_precision bf16 --train_batch_size 32 --cache_latents memory --center_crop",

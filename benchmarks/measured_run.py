@@ -2,6 +2,8 @@
 
     PEAK_FILE=peak.json python benchmarks/measured_run.py SCRIPT [FLAG ...]
 
+LIMIT_GB in the environment is how much of a GPU's memory torch may reserve.
+
 On a GPU it is the memory that torch reserved, otherwise the process's largest resident set. Where
 torchvision is absent, diffusers' script gets the few transforms it uses from here, on Pillow: what
 they compute is what torchvision's do on Pillow images.
@@ -83,6 +85,9 @@ def main() -> None:
     # Everything that asks whether torchvision is there must have asked before its stand-in is installed.
     _ = diffusers.StableDiffusionPipeline, diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
     sys.argv = sys.argv[1:]
+    if limit := os.environ.get("LIMIT_GB"):
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(float(limit) * 1e9 / total)
     with open(sys.argv[0]) as script:
         needs_torchvision = "torchvision" in script.read()
     if needs_torchvision and importlib.util.find_spec("torchvision") is None:

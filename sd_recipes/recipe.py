@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from sd_recipes.errors import nearest
 from sd_recipes.redaction import LEFT_OUT, has_login, in_texts, redacted
+from sd_recipes.sizes import bytes_of
 
 
 def _number_from_text(value: Any) -> Any:
@@ -42,6 +43,11 @@ def _number_or_auto(value: Any) -> Any:
     if value not in (None, "auto") and (type(value) is not int or value < 1):
         raise ValueError("give a number from 1, or auto")
     return value
+
+
+def _list_from_text(value: Any) -> Any:
+    """A recipe file may give a single name without brackets."""
+    return [value] if isinstance(value, str) else value
 
 
 def _check_no_password(text: str) -> str:
@@ -143,7 +149,9 @@ def heading(section: type[Section]) -> tuple[str, str]:
 class RunConfig(Section):
     """Run and output: the recipe, the output folder, seed, precision and device."""
 
-    config: str | None = setting(None, "free", "A YAML recipe: a path, or the name of a shipped one (quickstart).")
+    config: str | None = setting(
+        None, "free", "A YAML recipe: a path, or the name of a shipped one (quickstart, quickstart_lora)."
+    )
     dry_run: bool = setting(False, "free", "Print the resolved recipe and a summary of the run, then exit.")
     output_dir: str = setting(
         "sd-model-finetuned",
@@ -192,6 +200,50 @@ class ModelConfig(Section):
     unet_config: str | None = setting(
         None, "compared", "JSON file with the UNet's configuration (needs --train_from_scratch)."
     )
+
+
+class TextEncoderConfig(Section):
+    """Text encoder: whether it is trained along with the UNet, how fast, and for how long."""
+
+    train_text_encoder: bool = setting(False, "compared", "Train the text encoder too.")
+    text_encoder_learning_rate: Number | None = setting(
+        None, "warned", "Its learning rate, also with --lora_text_encoder; if not given, --learning_rate.", ge=0
+    )
+    text_encoder_steps: int | None = setting(
+        None, "warned", "Freeze it after so many optimizer steps; if not given, never.", ge=1
+    )
+
+
+class LoraConfig(Section):
+    """LoRA: training small changes to the model, which make a file of megabytes, instead of the model itself."""
+
+    lora_rank: int | None = setting(None, "compared", "Train a LoRA of this rank; 4 to 64 are usual.", ge=1)
+    lora_alpha: Number | None = setting(
+        None, "compared", "Changes are scaled by this over the rank; if not given, the rank.", gt=0, allow_inf_nan=False
+    )
+    lora_dropout: Number = setting(0.0, "warned", "Dropout of the changes' input.", ge=0, lt=1)
+    lora_targets: Annotated[list[str] | None, BeforeValidator(_list_from_text)] = setting(
+        None,
+        "compared",
+        "The layers that are changed: `attention` (if not given), `all` in the blocks, or names such as attn2 or ff.",
+        min_length=1,
+    )
+    lora_use_dora: bool = setting(False, "compared", "DoRA: train the length of each changed weight apart.")
+    lora_text_encoder: bool = setting(False, "compared", "Change the text encoder too.")
+    lora_weights: str | None = setting(
+        None, "compared", "Start from this LoRA: a .safetensors file with diffusers' or kohya's keys, or its folder."
+    )
+    rank: int | None = setting(None, "free", "Same as --lora_rank, as diffusers' LoRA script calls it.", ge=1)
+
+    @property
+    def trains_lora(self) -> bool:
+        """Whether a LoRA is trained, and not the model itself."""
+        return self.lora_rank is not None or self.lora_weights is not None
+
+    @property
+    def product(self) -> str:
+        """What the run leaves in its folder, in a word."""
+        return "LoRA" if self.trains_lora else "pipeline"
 
 
 class DataSource(Section):
@@ -640,12 +692,25 @@ class MemoryConfig(Section):
         "auto", "warned", "Memory format of UNet and VAE; auto: channels last, except for float32 on a GPU."
     )
     compile_unet: bool = setting(False, "warned", "Compile the UNet with torch.compile.")
+    memory: str | None = setting(
+        None,
+        "free",
+        "The memory that the run may take, such as 12GB: micro-batch, precision, checkpointing, 8-bit AdamW and the "
+        "average's place are chosen so that it fits, and the batch that is optimized stays (docs/memory.md).",
+    )
     micro_batch: NumberOrAuto = setting(
         None,
         "free",
         "How many images a device takes at once: larger batches are divided, with the same result up to rounding. If "
         "not given, --train_batch_size. Halved when memory runs out; `auto` tries more again later.",
     )
+
+    @field_validator("memory")
+    @classmethod
+    def memory_is_a_size(cls, memory: str | None) -> str | None:
+        if memory is not None:
+            bytes_of(memory)
+        return memory
 
 
 class CheckpointConfig(Section):
@@ -777,14 +842,14 @@ class HubConfig(Section):
 
 ONLY_IN_FILES = {"data_sources"}  # settings that have no flag
 SECTIONS: tuple[type[Section], ...] = (
-    RunConfig, ModelConfig, DataConfig, ImageConfig, CaptionConfig, CacheConfig, ObjectiveConfig, OptimConfig,
-    MemoryConfig, CheckpointConfig, ValidationConfig, HubConfig,
+    RunConfig, ModelConfig, TextEncoderConfig, LoraConfig, DataConfig, ImageConfig, CaptionConfig, CacheConfig,
+    ObjectiveConfig, OptimConfig, MemoryConfig, CheckpointConfig, ValidationConfig, HubConfig,
 )  # fmt: skip
 
 
 class Recipe(
-    RunConfig, ModelConfig, DataSettings, ObjectiveConfig, OptimConfig, MemoryConfig, CheckpointConfig,
-    ValidationConfig, HubConfig,
+    RunConfig, ModelConfig, TextEncoderConfig, LoraConfig, DataSettings, ObjectiveConfig, OptimConfig, MemoryConfig,
+    CheckpointConfig, ValidationConfig, HubConfig,
 ):  # fmt: skip
     """All settings of a run, frozen. Raises pydantic's ValidationError, which `load_recipe` turns into RecipeError."""
 
@@ -806,6 +871,59 @@ class Recipe(
                 "optimizer": {"adamw": "adamw8bit"}.get(name := settings.get("optimizer", "adamw"), name),
             }
         return settings
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_rank(cls, settings: Any) -> Any:
+        """`--rank` is another way to say `--lora_rank`."""
+        if isinstance(settings, dict) and settings.get("rank") is not None and settings.get("lora_rank") is None:
+            return {**settings, "lora_rank": settings["rank"]}
+        return settings
+
+    @model_validator(mode="after")
+    def lora_agrees(self) -> "Recipe":
+        if self.rank not in (None, self.lora_rank):
+            raise ValueError(f"--rank {self.rank} contradicts --lora_rank {self.lora_rank}: drop one of them")
+        for name, field in LoraConfig.model_fields.items():
+            value = getattr(self, name)
+            if value != field.default and not self.trains_lora:
+                raise ValueError(
+                    f"{_as_flag(name, value)} is not read without --lora_rank: add --lora_rank 8, or drop it"
+                )
+        if self.lora_weights is not None:
+            for name in ("lora_targets", "lora_use_dora"):
+                if value := getattr(self, name):
+                    raise ValueError(
+                        f"{_as_flag(name, value)} contradicts --lora_weights, which says so by itself: drop it"
+                    )
+        if self.trains_lora and self.train_from_scratch:
+            flag = "--lora_rank" if self.lora_weights is None else "--lora_weights"
+            raise ValueError(
+                f"{flag} changes a trained UNet, and --train_from_scratch has none: drop --train_from_scratch, or "
+                f"train the UNet whole, without {flag}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def text_encoder_agrees(self) -> "Recipe":
+        if self.train_text_encoder and self.trains_lora:
+            raise ValueError(
+                "--train_text_encoder trains the whole text encoder, which a LoRA's file cannot hold: use "
+                "--lora_text_encoder, or drop the LoRA"
+            )
+        is_trained = self.train_text_encoder or self.lora_text_encoder
+        for name in ("text_encoder_learning_rate", "text_encoder_steps"):
+            if (value := getattr(self, name)) is not None and not is_trained:
+                add = "--lora_text_encoder" if self.trains_lora else "--train_text_encoder"
+                raise ValueError(
+                    f"{_as_flag(name, value)} is of a text encoder that is trained, and it is not: add {add}, or drop "
+                    f"--{name}"
+                )
+        if is_trained and self.cache_text:
+            raise ValueError(
+                "--cache_text keeps what the text encoder says of a caption, which changes as it is trained: drop it"
+            )
+        return self
 
     @model_validator(mode="after")
     def check(self) -> "Recipe":
@@ -867,6 +985,13 @@ class Recipe(
                 f"{self.micro_batch} divides: drop one"
             )
         return self
+
+
+def _as_flag(name: str, value: Any) -> str:
+    """A setting as it is given on the command line."""
+    if value is True:
+        return f"--{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def odd_settings(recipe: Recipe) -> list[str]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from training_runs import assert_leaves_as_it_came, average, build, fit_from, train
+from training_runs import assert_leaves_as_it_came, average, build, fit_from, losses, train
 
-from sd_recipes.export.pipeline import export_pipeline
+from sd_recipes.export.pipeline import export_pipeline, export_trained
 from sd_recipes.recipe import OptimConfig
+from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.trackers import read_metrics
 from sd_recipes.training import loop
 from sd_recipes.training.bf16_weights import rounded
@@ -79,6 +84,8 @@ def test_a_step_that_does_not_log_waits_for_the_gradients_norm_alone(
     {"gradient_checkpointing": True}, {"use_ema": True, "offload_ema": True}, {"dataloader_num_workers": 2},
     {"mixed_precision": "bf16", "weights_dtype": "bf16", "use_ema": True, "offload_ema": True},
     {"fused_backward_pass": True, "max_grad_norm": 0}, {"optimizer": "paged_adamw8bit", "cache_text": True},
+    {"mixed_precision": "bf16", "train_text_encoder": True, "gradient_checkpointing": True},
+    {"mixed_precision": "fp16", "train_text_encoder": True, "text_encoder_steps": 20},
 ])  # fmt: skip
 def test_it_learns_on_the_gpu(settings: dict[str, Any], changes: dict[str, Any]) -> None:
     settings |= {"train_batch_size": 8, "max_train_steps": 200, "logging_steps": 50, "learning_rate": 3e-3, **changes}
@@ -229,3 +236,65 @@ torch.ones(2**25, device="cuda")
 assert all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+LORA = {"lora_rank": 16, "lora_targets": ["all"], "lora_text_encoder": True, "train_batch_size": 8}
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
+def test_a_lora_learns_on_the_gpu_over_a_rounded_base(settings: dict[str, Any], mixed_precision: str) -> None:
+    settings |= {**LORA, "mixed_precision": mixed_precision, "max_train_steps": 200, "learning_rate": 1e-2}
+    run = train(settings)
+    losses = [line["train_loss"] for line in read_metrics(run.output_dir / "metrics.jsonl")]
+    assert losses[-1] < 0.7 * losses[0]
+    dtype = DTYPES[mixed_precision]
+    for name, parameter in run.model.components.unet.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".lora_" in name else dtype), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_use_dora": True}])
+def test_a_lora_of_the_gpu_is_drawn_by_stock_diffusers(
+    settings: dict[str, Any], tiny_pipeline: Path, changes: dict[str, Any]
+) -> None:
+    run = train(settings | LORA, learning_rate=1e-2, **changes)
+    components = run.model.components
+    export_trained(run.model.family, components, run.recipe, run.output_dir)
+    stock = StableDiffusionPipeline.from_pretrained(tiny_pipeline).to("cuda")
+    stock.load_lora_weights(run.output_dir)
+    with run.validator.evaluating(), run.validator.encoder.on_device():
+        pictures = [draw(pipeline) for pipeline in (run.model.family.build_pipeline(components), stock)]
+    np.testing.assert_allclose(*pictures, atol=1e-3)
+
+
+def draw(pipeline: StableDiffusionPipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("disc", num_inference_steps=3, height=32, width=32, output_type="np", generator=generator).images
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_with_fewer_images_at_once(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Really: torch may take little more than two images take, and a batch has eight."""
+    settings |= {"resolution": 512, "train_batch_size": 8, "max_train_steps": 4, "logging_steps": 1}
+
+    def empty() -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    empty()
+    roomy = train(settings, micro_batch=2, output_dir=str(tmp_path / "roomy"))
+    expected = losses(roomy)
+    taken = torch.cuda.max_memory_reserved()
+    del roomy
+    empty()
+    torch.cuda.set_per_process_memory_fraction(1.3 * taken / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        run = train(settings)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert run.state.progress.micro_batch in (2, 4)
+    assert all(map(math.isfinite, losses(run)))
+    assert losses(run) == pytest.approx(expected, rel=1e-2)
+    assert "out_of_memory" in (run.output_dir / "incidents.jsonl").read_text()

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sd_recipes"
 # what judges and saves it, and both stand under the loop that uses all of them.
 FLOORS = [
     ["__init__"],
-    ["errors", "assets", "redaction", "reading", "writing"],
+    ["errors", "assets", "redaction", "reading", "sizes", "writing"],
     ["recipe", "kohya"],
     ["flags"],
     ["runtime"],
@@ -40,6 +40,7 @@ FLOORS = [
     ["checkpoints"],
     ["export"],
     ["training"],
+    ["memory"],
     ["inspection"],
     ["commands"],
 ]

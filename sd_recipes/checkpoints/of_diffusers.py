@@ -57,6 +57,8 @@ def refuse_folder(output_dir: Path, model: str | None) -> None:
 
 def only_unet(path: Path, model: str | None) -> str:
     """How to start from a checkpoint's UNet and nothing else of it."""
+    if (lora := path / "pytorch_lora_weights.safetensors").is_file():
+        return f"start from its LoRA alone by --lora_weights {lora}"
     if not (path / "unet").is_dir():
         return f"start from the model itself, since {path.name} has no folder unet/"
     average = f" ({path.name}/unet_ema is its average)" if (path / "unet_ema").is_dir() else ""

@@ -27,7 +27,7 @@ from sd_recipes.commands.of_run import settings_of
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.evaluation.figures import samples
 from sd_recipes.evaluation.sample_errors import HELD_OUT
-from sd_recipes.export.pipeline import export_pipeline
+from sd_recipes.export.pipeline import export_trained
 from sd_recipes.flags import build_recipe
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
@@ -111,7 +111,7 @@ def average(config: Averaging) -> None:
         for each in [best] if best else averages:
             folder = output_dir if best or len(averages) == 1 else output_dir / f"length-{each.length:g}"
             load_average(built, stored, each.combination)
-            export_pipeline(built.model.family, built.model.components, folder)
+            export_trained(built.model.family, built.model.components, recipe, folder)
             built.state.export(folder, is_main=True)
             say(f"length {each.length:g}: {folder}")
     except FAILURES as error:

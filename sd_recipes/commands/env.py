@@ -23,7 +23,7 @@ from sd_recipes.runtime.launcher import default_configuration, hf_home
 
 SHOWN = (
     "torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface_hub", "safetensors", "tokenizers",
-    "numpy", "Pillow",
+    "numpy", "peft", "Pillow",
 )  # fmt: skip
 OPTIONAL = {
     "bitsandbytes": "--use_8bit_adam", "xformers": "--enable_xformers_memory_efficient_attention",

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from sd_recipes.checkpoints.format import DamagedCheckpoint, verify_checkpoint
 from sd_recipes.commands.evaluate_settings import Evaluation
-from sd_recipes.commands.of_run import NOT_TRAINED, Target, find_target, settings_of
+from sd_recipes.commands.of_run import EXPORTED, NOT_TRAINED, Target, find_target, settings_of
 from sd_recipes.data.held_out import choose
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.evaluation.bit_figures import bit_figures, error_table
@@ -42,7 +42,8 @@ from sd_recipes.evaluation.sample_errors import write_table
 from sd_recipes.export.evaluation_page import Evaluated, figure_rows, write_evaluation_page
 from sd_recipes.export.run_page import write_run_page
 from sd_recipes.flags import build_recipe
-from sd_recipes.recipe import ModelConfig, Recipe
+from sd_recipes.model.lora import LORA_FILE
+from sd_recipes.recipe import LoraConfig, ModelConfig, Recipe, TextEncoderConfig
 from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.agreement import all_gather
@@ -66,15 +67,18 @@ ONE_BY_ONE: dict[str, Any] = {
     "optimizer": "adamw", "use_8bit_adam": False, "learned_uncertainty": False, "timesteps_by_error": False,
     "lr_scheduler": "constant",
 }  # fmt: skip
+NO_LORA = {name: field.default for name, field in LoraConfig.model_fields.items()}
 # Of the model that a run began with, which a pipeline has instead.
 OF_THE_BASE = {
     "train_from_scratch": False, "unet_config": None, "prediction_type": None, "rescale_betas_zero_snr": False,
     "non_ema_revision": None, "revision": None, "variant": None, "vae": None, "base": None,
+    **NO_LORA, **{name: field.default for name, field in TextEncoderConfig.model_fields.items()},
 }  # fmt: skip
-
-
 # Of a run, what its weights need: the model that they are part of, and what it predicts.
-OF_A_MODEL = (*ModelConfig.model_fields, "prediction_type", "rescale_betas_zero_snr")
+OF_A_MODEL = (
+    *ModelConfig.model_fields, *LoraConfig.model_fields, *TextEncoderConfig.model_fields, "prediction_type",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
 
 
 def evaluate(config: Evaluation) -> None:
@@ -82,7 +86,7 @@ def evaluate(config: Evaluation) -> None:
 
     Raises RecipeError, and Stopped.
     """
-    targets = [find_target(name, config.weights) for name in config.targets]
+    targets = [find_target(name, config.weights, EXPORTED) for name in config.targets]
     for target in targets:
         check_is_model(target)
     recipes = [recipe_of(target, targets, config) for target in targets]
@@ -131,6 +135,13 @@ def check_is_model(target: Target) -> None:
         )
 
 
+def product_of(run: Path) -> Path:
+    """The file by which a run's pipeline or LoRA is loaded. Raises RecipeError."""
+    settings = settings_of(run, {})
+    is_lora = settings.get("lora_rank") or settings.get("lora_weights")
+    return run / (LORA_FILE if is_lora else "model_index.json")
+
+
 def recipe_of(target: Target, targets: list[Target], config: Evaluation) -> Recipe:
     """A recipe that puts a target together, with the data and settings of the first run. Raises RecipeError.
 
@@ -138,11 +149,15 @@ def recipe_of(target: Target, targets: list[Target], config: Evaluation) -> Reci
     """
     changes = {**ONE_BY_ONE, **config.given}
     first_run = next((each.run for each in targets if each.run), None)
-    if target.weights is None:
+    lora = product_of(target.run) if target.run and target.weights is None else None
+    is_lora = lora is not None and lora.name == LORA_FILE
+    if target.weights is None and not is_lora:
         model = str(target.run) if target.run else target.name
         changes = {**OF_THE_BASE, **changes, "pretrained_model_name_or_path": model}
-    elif target.run and target.run != first_run:
+    elif target.run and (target.run != first_run or is_lora):
         own = settings_of(target.run, {})
+        if is_lora:  # which says by itself what it is
+            own |= {**NO_LORA, "lora_weights": str(lora), "lora_text_encoder": own["lora_text_encoder"]}
         changes = {**{name: own[name] for name in OF_A_MODEL if name in own}, **changes}
     recipe = settings_of(first_run, changes) if first_run else {"seed": 0, **NOT_TRAINED, **changes}
     recipe |= {name: NOT_TRAINED[name] for name in ("dry_run", "validation_prompts", "validation_pictures")}

@@ -23,11 +23,11 @@ from sd_recipes.checkpoints.format import remove
 from sd_recipes.checkpoints.run_folder import holds_run
 from sd_recipes.checkpoints.saver import FAILURES
 from sd_recipes.commands.export_settings import Export
-from sd_recipes.commands.of_run import MODEL_PARTS, LoadedModel, load_base, load_model, open_lora
+from sd_recipes.commands.of_run import LoadedModel, load_base, load_model, open_lora
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.export.lora_file import export_lora
 from sd_recipes.export.pipeline import export_pipeline
-from sd_recipes.export.safetensors_file import DTYPES, check_range
+from sd_recipes.export.safetensors_file import DTYPES
 from sd_recipes.export.single_file import architecture_of, check_can_be_one_file, export_single_file
 from sd_recipes.model.lora_extraction import extract_lora
 from sd_recipes.model.lora_files import (
@@ -90,10 +90,10 @@ def write_model(config: Export, output: Path) -> None:
         check_can_be_one_file(model.components)
     merged = merge_all(model, config.loras)
     if config.to == "pipeline":
-        for part in MODEL_PARTS:
-            check_range(getattr(model.components, part).state_dict(prefix=f"{part}."), config.dtype or "fp32")
+        dtype = config.dtype or "fp32"
+        model.check_range(dtype)
         with folder_beside(output) as folder:
-            export_pipeline(model.family, model.components, folder, DTYPES[config.dtype or "fp32"])
+            export_pipeline(model.family, model.components, folder, DTYPES[dtype])
         say(f"pipeline        {output}")
         return
     digest = export_single_file(

@@ -15,6 +15,7 @@ from sd_recipes.checkpoints.format import MANIFEST, DamagedCheckpoint, Manifest,
 from sd_recipes.checkpoints.run_folder import holds_run
 from sd_recipes.checkpoints.snapshots import AVERAGES
 from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.export.safetensors_file import check_range
 from sd_recipes.flags import build_recipe, is_resolved_recipe, read_recipe_file
 from sd_recipes.model.components import Components, load_scheduler
 from sd_recipes.model.families import family_of
@@ -124,6 +125,11 @@ class LoadedModel:
     def parts(self) -> dict[str, Any]:
         """What a LoRA may change."""
         return {part: getattr(self.components, part) for part in LORA_PARTS}
+
+    def check_range(self, dtype: str) -> None:
+        """Raises RecipeError for weights that a type (fp32, fp16, bf16) cannot hold."""
+        for part in MODEL_PARTS:
+            check_range(getattr(self.components, part).state_dict(prefix=f"{part}."), dtype)
 
 
 def load_model(name: str, weights: str | None, flags: Mapping[str, Any], flag: str = MODEL) -> LoadedModel:

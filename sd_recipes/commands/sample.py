@@ -132,13 +132,18 @@ def captions_of(config: Sampling) -> list[str]:
 def draw_with(name: str, config: Sampling, prompts: list[str], device: torch.device, folder: Path) -> list[Image.Image]:
     """The pictures of all prompts by one model, which are saved as they are drawn. Raises RecipeError and OSError."""
     model = load_model(name, config.weights, config.model, "--compare" if config.compare else MODEL)
-    about = {"Model hash": model_hash(name, model), "Model": Path(shown(name)).stem}
+    last = Path(shown(name))
+    about = {"Model hash": model_hash(name, model), "Model": last.stem if Path(name).is_file() else last.name}
     words = merge_loras(model, config, about)
     pipeline = drawing_pipeline(model.family, model.components, config.sampler, FLAGS)
     check_it_draws(pipeline.scheduler, config.steps, config.sampler, FLAGS)
     size = size_of(model, config)
-    pipeline.to(device, DTYPES[config.dtype or ("fp16" if device.type == "cuda" else "fp32")])
-    pipeline.set_progress_bar_config(desc=f"Drawing with {Path(shown(name)).name}", leave=False)
+    dtype = config.dtype or ("fp16" if device.type == "cuda" else "fp32")
+    if dtype != "fp32":
+        model.check_range(dtype)
+        pipeline.to(DTYPES[dtype])
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(desc=f"Drawing with {last.name}", leave=False)
     folder.mkdir(exist_ok=True)
     pictures = []
     for number, picture in enumerate(draw(pipeline, prompts, config, size)):

@@ -29,10 +29,11 @@ from sd_recipes.checkpoints.snapshots import keep_snapshot, remove_snapshots
 from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.evaluation.figures import best_of, held_out_losses
 from sd_recipes.export.hub import create_repository, publish, sample_command
-from sd_recipes.export.pipeline import export_pipeline
+from sd_recipes.export.pipeline import export_trained
 from sd_recipes.export.report import write_report
 from sd_recipes.export.run_page import write_run_page
 from sd_recipes.flags import recipe_text, written_settings
+from sd_recipes.model.lora import LORA_FILE
 from sd_recipes.model.samplers import drawing_sampler
 from sd_recipes.model.sources import MODEL
 from sd_recipes.recipe import Recipe
@@ -142,7 +143,8 @@ def train(built: Run) -> None:
             if is_main:
                 report = write_results(built, best_step)
                 of_step = "" if best_step is None else f", with the weights of step {best_step}, the best"
-                say("\n".join(["", f"pipeline        {built.output_dir}{of_step}", *report]))
+                place = built.output_dir / LORA_FILE if recipe.trains_lora else built.output_dir
+                say("\n".join(["", f"{recipe.product:<16}{place}{of_step}", *report]))
         if repo_id and is_main:
             predicts = built.model.objective.prediction_type
             address = publish(built.output_dir, repo_id, recipe, built.model.family, predicts, best_step)
@@ -156,8 +158,8 @@ def train(built: Run) -> None:
     accelerator.end_training()
     if saver.not_saved:
         raise NotSaved(
-            f"the pipeline is in {built.output_dir}, but no checkpoint could be written ({saver.not_saved}): with a "
-            f"larger {length_flag(recipe)} {resume_command(recipe)} {resume_hint(recipe)}; make room, or choose "
+            f"the {recipe.product} is in {built.output_dir}, but no checkpoint could be written ({saver.not_saved}): "
+            f"with a larger {length_flag(recipe)} {resume_command(recipe)} {resume_hint(recipe)}; make room, or choose "
             "another --output_dir"
         )
 
@@ -322,8 +324,8 @@ def best_weights(built: Run) -> tuple[int, dict[str, dict[str, torch.Tensor]]] |
     kept = list_best(built.output_dir)
     if best is None or not kept or step_of(kept[-1]) != best.step:
         logger.warning(
-            "--export best: the weights of the best step%s are not in %s, so that the pipeline gets those of the last "
-            "step.", f", {best.step}," if best else "", built.output_dir / BEST,
+            "--export best: the weights of the best step%s are not in %s, so that those of the last step are "
+            "exported.", f", {best.step}," if best else "", built.output_dir / BEST,
         )  # fmt: skip
         return None
     try:
@@ -353,7 +355,7 @@ def write_results(built: Run, best_step: int | None) -> list[str]:
     """
     output_dir, recipe = built.output_dir, built.recipe
     try:
-        export_pipeline(built.model.family, built.model.components, output_dir)
+        export_trained(built.model.family, built.model.components, recipe, output_dir)
         samples = list_samples(output_dir)
         if best_step is not None:
             samples = [path for path in samples if step_of_sample(path) <= best_step]
@@ -363,6 +365,6 @@ def write_results(built: Run, best_step: int | None) -> list[str]:
         return [*write_report(output_dir, best_step), f"page            {page}", *how_to_draw(built)]
     except FAILURES as error:
         raise NotSaved(
-            f"the pipeline cannot be written to {output_dir} ({one_line(error)}): make room, and "
+            f"the {recipe.product} cannot be written to {output_dir} ({one_line(error)}): make room, and "
             f"{resume_command(recipe)} {resume_hint(recipe)}"
         ) from error

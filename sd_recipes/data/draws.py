@@ -17,7 +17,7 @@ from sd_recipes.recipe import ObjectiveConfig
 PLAIN = ObjectiveConfig()  # of what is no training, such as the held-out loss
 
 # One counter per purpose: a setting that needs one more draw leaves all the others unchanged.
-CHOICES, NOISE, POSTERIOR, OFFSET, PERTURBATION, TAGS, COARSE = range(1, 8)
+CHOICES, NOISE, POSTERIOR, OFFSET, PERTURBATION, TAGS, COARSE, DROPOUT = range(1, 9)
 
 
 @dataclass(frozen=True)

@@ -196,14 +196,17 @@ class Validator:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within this context the UNet evaluates, on the device: it may have been gathered in host memory."""
-        unet = self.components.unet.to(self.accelerator.device)
-        was_training = unet.training
-        unet.eval()
+        """Within this context UNet and text encoder evaluate, the UNet on the device: it may have been gathered."""
+        models = [self.components.unet.to(self.accelerator.device)]
+        models += [getattr(self.components, name) for name in self.family.text_models]
+        were_training = [model for model in models if model.training]
+        for model in were_training:
+            model.eval()
         try:
             yield
         finally:
-            unet.train(was_training)
+            for model in were_training:
+                model.train()
 
     @property
     def _own(self) -> slice:

@@ -1,4 +1,4 @@
-"""Model card and upload. Only what belongs to the pipeline leaves the machine."""
+"""Model card and upload. Only what belongs to the pipeline, or to the LoRA, leaves the machine."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.evaluation.verdict import figures_by_step, judge
 from sd_recipes.flags import recipe_text
 from sd_recipes.model.family import Family
+from sd_recipes.model.lora import LORA_FILE
+from sd_recipes.model.weight_files import SUFFIXES
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted, shown
 from sd_recipes.runtime.trackers import read_metrics
@@ -24,11 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Never checkpoints, logs or the data: a run's folder may hold much more than a model. Nor its recipe as it is there,
 # with this machine's paths.
-ALLOWED = [
-    "model_index.json",
-    "README.md",
-    "samples.png",
-]
+ALLOWED = ["README.md", "samples.png"]
 
 
 class PushError(RunError):
@@ -69,7 +67,9 @@ def publish(
     `best_step` is that of the weights, if these are not the last step's.
     """
     write_model_card(output_dir, repo_id, recipe, family.pipeline_class.__name__, prediction_type, best_step)
-    allowed = [*ALLOWED, *(f"{folder}/*" for folder in family.folders)]
+    allowed = [*ALLOWED, LORA_FILE]
+    if not recipe.trains_lora:
+        allowed = [*ALLOWED, "model_index.json", *(f"{folder}/*" for folder in family.folders)]
     api = HfApi()
     names = (path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file())
     chosen = sorted(filter_repo_objects(names, allow_patterns=allowed))
@@ -107,6 +107,17 @@ def sample_command(model: str, prompt: str) -> str:
     return f"sd-recipes sample --pretrained_model_name_or_path {shlex.quote(model)} --prompts {shlex.quote(prompt)}"
 
 
+def _loading(recipe: Recipe, pipeline_class: str, repo_id: str, base: str) -> str:
+    """The lines of Python that load what was pushed; a LoRA into its base."""
+    if not recipe.trains_lora:
+        return f"pipeline = {pipeline_class}.from_pretrained({json.dumps(repo_id)})"
+    load = "from_single_file" if base.endswith(SUFFIXES) else "from_pretrained"
+    return (
+        f"pipeline = {pipeline_class}.{load}({json.dumps(base)})  # the model that it was trained on\n"
+        f"pipeline.load_lora_weights({json.dumps(repo_id)})"
+    )
+
+
 def write_model_card(
     output_dir: Path,
     repo_id: str,
@@ -122,7 +133,14 @@ def write_model_card(
     data = ModelCardData(
         base_model=base if not recipe.train_from_scratch else None,
         datasets=[data_set] if data_set else None,
-        tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"],
+        tags=[
+            "stable-diffusion",
+            "stable-diffusion-diffusers",
+            "text-to-image",
+            "diffusers",
+            "diffusers-training",
+            *(["lora"] if recipe.trains_lora else []),
+        ],
         library_name="diffusers",
         pipeline_tag="text-to-image",
     )
@@ -140,7 +158,7 @@ def write_model_card(
 
 # {repo_id}
 
-Made from **{made_from}** with **{with_data or "its own images"}**
+{"A LoRA, trained on" if recipe.trains_lora else "Made from"} **{made_from}** with **{with_data or "its own images"}**
 by sd-recipes. All settings are in `recipe.yaml`.
 
 {learned}
@@ -148,7 +166,7 @@ by sd-recipes. All settings are in `recipe.yaml`.
 ```python
 from diffusers import {imported}
 
-pipeline = {pipeline_class}.from_pretrained({json.dumps(repo_id)})
+{_loading(recipe, pipeline_class, repo_id, base or made_from)}
 {FROM_SCORES if predicts_score else ""}pipeline({json.dumps(prompts[0])}).images[0].save("image.png")
 ```
 

@@ -1,4 +1,4 @@
-"""Write components to the folder of a pipeline."""
+"""Write what was trained: a pipeline, or a LoRA."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ from pathlib import Path
 
 import torch
 
+from sd_recipes.export.lora import export_lora
 from sd_recipes.model.components import Components
 from sd_recipes.model.family import Family
+from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import shown
+
+
+def export_trained(family: Family, components: Components, recipe: Recipe, output_dir: Path) -> None:
+    """Write what a run by that recipe leaves: the file of a LoRA, or else a whole pipeline. Raises as they do."""
+    if recipe.trains_lora:
+        export_lora(family, components, recipe, output_dir)
+    else:
+        export_pipeline(family, components, output_dir)
 
 
 def export_pipeline(
@@ -21,7 +31,9 @@ def export_pipeline(
     Since diffusers loads its parts in float32 and transformers in the type they were saved in. The components are
     in that type afterwards.
     """
-    components.unet.float()  # in place, for the run is over: its weights may be in bfloat16
+    for name in ("unet", *family.text_models):
+        if name not in components.as_loaded:
+            getattr(components, name).float()  # in place, for the run is over: its weights may be in bfloat16
     pipeline = family.build_pipeline(replace(components, **components.as_loaded))
     if dtype != torch.float32:
         pipeline.to(dtype)

@@ -154,9 +154,12 @@ def _history(output_dir: Path) -> dict[str, Any]:
 
 
 def _incidents(path: Path) -> dict[str, Any]:
-    """The last incidents as (step, what, rows)."""
+    """The last incidents as (step, what, rows or, where memory ran out, how)."""
     lines = read_incidents(path)
-    found = [(line["step"], line["kind"], ", ".join(map(_row, line["rows"]))) for line in lines[-INCIDENTS:]]
+    found = [
+        (line["step"], line["kind"].replace("_", " "), ", ".join(map(_row, line["rows"])) or str(line.get("error", "")))
+        for line in lines[-INCIDENTS:]
+    ]
     return {"incidents": found, "num_incidents": len(lines)}
 
 

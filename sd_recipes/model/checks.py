@@ -33,6 +33,16 @@ def check_schedule(recipe: Recipe, scheduler: DDPMScheduler) -> None:
             "this model's schedule adds no noise at the first timestep (its beta is 0), where the score is infinite: "
             "use --prediction_type epsilon, or raise beta_start in its scheduler_config.json"
         )
+    if recipe.trains_lora and predicts != config.prediction_type:
+        raise RecipeError(
+            f"--prediction_type {predicts} is not the model's {config.prediction_type}, and a LoRA's file has no "
+            "scheduler that could say so: drop it, or train the whole UNet"
+        )
+    if recipe.trains_lora and recipe.rescale_betas_zero_snr and not config.rescale_betas_zero_snr:
+        raise RecipeError(
+            "--rescale_betas_zero_snr changes the model's noise schedule, and a LoRA's file has no scheduler that "
+            "could say so: drop it, or train the whole UNet"
+        )
     check_timesteps(config.num_train_timesteps, recipe)
     if recipe.draws_pictures and recipe.validation_inference_steps > config.num_train_timesteps:
         raise RecipeError(

@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -104,25 +105,26 @@ def _latent_shape(channels: int, factor: int, size: tuple[int, int]) -> tuple[in
     return channels, height // factor, width // factor
 
 
-def load_vae(config: ModelConfig) -> AutoencoderKL:
+def load_vae(config: ModelConfig, *, weights: bool = True) -> AutoencoderKL:
     """The VAE in float32, frozen. Raises RecipeError."""
-    vae = load_part(config, "vae", AutoencoderKL.from_config)
+    vae = load_part(config, "vae", AutoencoderKL.from_config, weights=weights)
     return vae.requires_grad_(False).eval()
 
 
-def load_unet(config: ModelConfig) -> UNet2DConditionModel:
+def load_unet(config: ModelConfig, *, weights: bool = True) -> UNet2DConditionModel:
     """The UNet in float32, or a new one with random weights. Raises RecipeError."""
     if config.train_from_scratch:
-        return _new_unet(config)
-    if config.non_ema_revision:
+        with nullcontext() if weights else init_empty_weights():
+            return _new_unet(config)
+    if config.non_ema_revision and weights:
         logger.warning("--non_ema_revision is deprecated: use --variant non_ema")
-    return load_part(config, "unet", UNet2DConditionModel.from_config).eval()
+    return load_part(config, "unet", UNet2DConditionModel.from_config, weights=weights).eval()
 
 
-def load_part(config: ModelConfig, part: str, build: Callable[[dict[str, Any]], Any]) -> Any:
+def load_part(config: ModelConfig, part: str, build: Callable[[dict[str, Any]], Any], *, weights: bool = True) -> Any:
     """A part of the model in float32, in host memory: `build` makes its module of its configuration.
 
-    Raises RecipeError unless every one of its tensors is loaded, and every one of the file's belongs to it.
+    Without `weights` it is that, on the meta device. Raises RecipeError unless every one of its tensors is loaded, and every one of the file's belongs to it.
     """
     source, settings = read_settings(config, part)
     try:
@@ -131,15 +133,17 @@ def load_part(config: ModelConfig, part: str, build: Callable[[dict[str, Any]], 
     # Neither diffusers nor transformers checks a configuration: their modules raise whatever they raise.
     except Exception as error:
         source.cannot_load(part, f"its configuration does not describe one ({one_line(error)})", error)
-    weights = source.weights(part, settings, module.state_dict())
+    if not weights:
+        return module
+    found = source.weights(part, settings, module.state_dict())
     try:
-        fill(module, weights, part)
+        fill(module, found, part)
     except UnfittingWeights as error:
-        source.cannot_load(part, f"{weights.place} {error}: {source.way_out}", error)
+        source.cannot_load(part, f"{found.place} {error}: {source.way_out}", error)
     except UnreadableWeights as error:
-        source.cannot_load(part, f"{weights.place} {error}", error)
+        source.cannot_load(part, f"{found.place} {error}", error)
     except (SafetensorError, OSError) as error:
-        words = f"{weights.place} cannot be read ({one_line(error)}): copy or download it again"
+        words = f"{found.place} cannot be read ({one_line(error)}): copy or download it again"
         source.cannot_load(part, words, error)
     return module
 

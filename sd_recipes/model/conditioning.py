@@ -24,6 +24,17 @@ class CachedText:
         self.max_bytes = max_bytes
         self.device = torch.device("cpu")  # of the text states; known once some were encoded
         self.states: dict[bytes, TextStates] = {}  # the most recently used last
+        self.new: set[bytes] = set()  # those encoded since the last `keep`
+
+    def keep(self) -> None:
+        """What the captions were encoded for is done."""
+        self.new.clear()
+
+    def forget(self) -> None:
+        """Drop the captions encoded since the last `keep`: they come again, maybe in other batches."""
+        for key in self.new:
+            self.states.pop(key, None)
+        self.new.clear()
 
     def __call__(self, input_ids: torch.Tensor) -> TextStates:
         """(B, L) int64 in host memory to text states (B, …), each row's as `encode` first returned them."""
@@ -36,6 +47,7 @@ class CachedText:
             for number, place in enumerate(new):
                 # A copy each: a slice would keep the whole batch's tensor alive.
                 self.states[keys[place]] = {name: _kept(each[number]) for name, each in encoded.items()}
+                self.new.add(keys[place])
         for key in dict.fromkeys(keys):
             self.states[key] = self.states.pop(key)
         found = [self.states[key] for key in keys]

@@ -21,7 +21,7 @@ class Family(ABC):
     """One kind of pipeline: how it is loaded, how captions become arguments of its UNet, how it is exported."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    text_models: ClassVar[tuple[str, ...]]  # attributes of the components: frozen, and moved with them
+    text_models: ClassVar[tuple[str, ...]]  # attributes of the components: frozen unless trained, moved with them
     folders: ClassVar[tuple[str, ...]]  # of the exported pipeline
 
     @abstractmethod
@@ -33,12 +33,25 @@ class Family(ABC):
         """Captions to input_ids (B, L), in a loader's worker. Raises CaptionError."""
 
     @abstractmethod
-    def load(self, config: ModelConfig, scheduler: DDPMScheduler, tokenizer: CLIPTokenizer) -> Components:
-        """All parts in float32, all but the UNet frozen, checked to fit together. Raises RecipeError."""
+    def load(
+        self,
+        config: ModelConfig,
+        scheduler: DDPMScheduler,
+        tokenizer: CLIPTokenizer | None,
+        *,
+        weights: bool = True,
+    ) -> Components:
+        """All parts in float32, all but the UNet frozen, checked to fit together. Raises RecipeError.
+
+        Without `weights` they are on the meta device, of their configurations alone, and may lack the tokenizer.
+        """
 
     @abstractmethod
     def encode_text(self, components: Components, input_ids: torch.Tensor) -> TextStates:
-        """(B, L) int64, on any device, to text states on the text models' device; a row's depend only on its ids."""
+        """(B, L) int64, on any device, to text states on the text models' device; a row's depend only on its ids.
+
+        With a graph, where a text model is trained and gradients are on.
+        """
 
     @abstractmethod
     def conditioning(self, states: TextStates, batch: Batch) -> Conditioning:

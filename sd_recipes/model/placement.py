@@ -13,17 +13,18 @@ import torch
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import Components
 from sd_recipes.model.family import Family
+from sd_recipes.model.lora import lora_layers
 from sd_recipes.recipe import MemoryConfig
 
 logger = logging.getLogger(__name__)
 
 
-def keep_as_loaded(family: Family, components: Components) -> None:
+def keep_as_loaded(family: Family, components: Components, *, trains_text: bool) -> None:
     """Keep the frozen models in float32 in host memory, and run copies of them, which may be rounded.
 
     Until the run ends they take 4 bytes per parameter: 0.83 GB for Stable Diffusion 1.5.
     """
-    for name in ("vae", *family.text_models):
+    for name in ("vae",) if trains_text else ("vae", *family.text_models):
         components.as_loaded[name] = getattr(components, name)
         setattr(components, name, copy.deepcopy(components.as_loaded[name]))
 
@@ -37,21 +38,30 @@ def move_models(
     *,
     contiguous_unet: bool,
 ) -> None:
-    """Move the text models to `device` in `dtype` and the UNet, arranged as configured.
+    """Move the text models and the UNet to `device`, what is frozen of them in `dtype`, arranged as configured.
 
     `contiguous_unet` keeps the UNet out of channels last, for an optimizer that would undo it.
     """
-    for name in family.text_models:
-        getattr(components, name).to(device, dtype=dtype)
-    unet = components.unet.to(device)
-    if config.weights_dtype == "bf16":
-        unet.bfloat16()
+    unet = components.unet
+    for model in (unet, *(getattr(components, name) for name in family.text_models)):
+        for parameter in model.parameters():
+            if config.weights_dtype == "bf16" and parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+            elif not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        model.to(device)
     if not contiguous_unet:
         apply_memory_format(unet, config, device, dtype)
+        for layer in lora_layers(unet).values():
+            for parameter in layer.lora_A.parameters():  # of a convolution: DoRA views it as a matrix
+                parameter.data = parameter.data.contiguous()
     if config.gradient_checkpointing_blocks:
         checkpoint_blocks(unet, config.gradient_checkpointing_blocks)
     elif config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+        for text_model in trained_text_models(family, components):
+            # What a frozen layer gives to one with a LoRA needs no gradient, which the other kind takes for an end.
+            text_model.activation_checkpointing_enable({"use_reentrant": False})
     if config.enable_xformers_memory_efficient_attention:
         if importlib.util.find_spec("xformers"):
             unet.enable_xformers_memory_efficient_attention()
@@ -59,6 +69,12 @@ def move_models(
             logger.warning("xFormers is not installed: PyTorch's own memory-efficient attention is used.")
     if config.compile_unet:
         unet.compile()
+
+
+def trained_text_models(family: Family, components: Components) -> list[Any]:
+    """Those of the text models that are trained, whole or by a LoRA."""
+    models = [getattr(components, name) for name in family.text_models]
+    return [model for model in models if any(parameter.requires_grad for parameter in model.parameters())]
 
 
 def checkpoint_blocks(unet: Any, names: Sequence[str]) -> None:

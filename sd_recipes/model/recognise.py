@@ -55,7 +55,7 @@ def _add_on(shapes: Mapping[str, Shape]) -> Recognised | None:
     if _has(shapes, adapters):
         return Recognised(
             "a LoRA (small changes to a model, not a model)",
-            way_out="name the model that it was trained on, or merge it into that model first",
+            way_out="name the model that it was trained on, and give the LoRA as --lora_weights",
         )
     vectors = bool(shapes) and len(shapes) <= 4 and all(len(shape) <= 2 for shape in shapes.values())
     if _has(shapes, "emb_params", "string_to_param") or (vectors and not _has(shapes, r".*\.")):
@@ -182,7 +182,9 @@ def of_part(config: Mapping[str, Any]) -> Recognised:
 def of_plain_folder(folder: Path) -> Recognised:
     """What a folder without a pipeline's files is, and where the model may be that is meant."""
     if (folder / "adapter_config.json").is_file() or any(folder.glob("pytorch_lora_weights.*")):
-        return Recognised("the folder of a LoRA", way_out="name the model that it was trained on")
+        return Recognised(
+            "the folder of a LoRA", way_out="name the model that it was trained on, and give this as --lora_weights"
+        )
     if present := frozenset(part for part in PARTS if (folder / part).is_dir()):
         return Recognised(f"a folder with {', '.join(part + '/' for part in PARTS if part in present)}", present)
     # Of a clone in a folder of its own, of several models, and of a Hub model in the cache.

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 @dataclass
 class StableDiffusionComponents(Components):
     text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    tokenizer: CLIPTokenizer | None  # None in an outline without weights
 
 
 class StableDiffusion(Family):
@@ -52,12 +52,19 @@ class StableDiffusion(Family):
         return tokenize(tokenizer, captions, config)
 
     def load(
-        self, config: ModelConfig, scheduler: DDPMScheduler, tokenizer: CLIPTokenizer
+        self,
+        config: ModelConfig,
+        scheduler: DDPMScheduler,
+        tokenizer: CLIPTokenizer | None,
+        *,
+        weights: bool = True,
     ) -> StableDiffusionComponents:
-        text_encoder = load_part(config, "text_encoder", lambda settings: CLIPTextModel(_text_config(settings)))
+        text_encoder = load_part(
+            config, "text_encoder", lambda settings: CLIPTextModel(_text_config(settings)), weights=weights
+        )
         components = StableDiffusionComponents(
-            vae=load_vae(config),
-            unet=load_unet(config),
+            vae=load_vae(config, weights=weights),
+            unet=load_unet(config, weights=weights),
             scheduler=scheduler,
             sampler=load_sampler(config, scheduler),
             text_encoder=text_encoder.requires_grad_(False).eval(),
@@ -87,14 +94,14 @@ class StableDiffusion(Family):
         )
 
 
-@torch.no_grad()
-def last_hidden_states(text_encoder: CLIPTextModel, input_ids: torch.Tensor) -> torch.Tensor:
+def last_hidden_states(text_encoder: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """(B, n * L) int64 to the text model's last hidden states (B, n * L, D), each chunk of L encoded separately.
 
-    The ids may be in host memory; the states are on the text model's device.
+    The ids may be in host memory; the states are on the text model's device. They have a graph if it is trained.
     """
-    length = min(input_ids.shape[1], text_encoder.config.max_position_embeddings)
-    chunks = input_ids.reshape(-1, length).to(text_encoder.device, non_blocking=True)
+    model: Any = getattr(text_encoder, "module", text_encoder)  # DDP wraps the one that is trained
+    length = min(input_ids.shape[1], model.config.max_position_embeddings)
+    chunks = input_ids.reshape(-1, length).to(model.device, non_blocking=True)
     states = text_encoder(chunks, return_dict=False)[0]
     return states.reshape(len(input_ids), -1, states.shape[-1])
 
@@ -130,7 +137,7 @@ def _check_fit(components: StableDiffusionComponents, config: ModelConfig) -> No
                 f"{place}: {name} asks for a condition besides the caption, and there is none: "
                 + ("drop it" if config.train_from_scratch else "choose a model without it")
             )
-    if len(components.tokenizer) > text_encoder.vocab_size:
+    if components.tokenizer is not None and len(components.tokenizer) > text_encoder.vocab_size:
         raise RecipeError(
             f"the tokenizer has {len(components.tokenizer)} tokens, and the text encoder knows "
             f"{text_encoder.vocab_size}: use the two of one model"

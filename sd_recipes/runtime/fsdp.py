@@ -54,6 +54,11 @@ def fsdp_plugin(recipe: Recipe, mixed_precision: str) -> FullyShardedDataParalle
         )
     if recipe.optimizer not in ("adamw", "sgd"):
         raise RecipeError(f"--optimizer {recipe.optimizer} {NEEDS_WHOLE_WEIGHTS}: use adamw or sgd")
+    if recipe.trains_lora:
+        raise RecipeError(
+            f"FSDP, which {configuration()} asks for, shards what is trained, and a LoRA is megabytes: train it with "
+            "accelerate_configs/multi_gpu.yaml"
+        )
     for name in ("offload_ema", "compile_unet", "fused_backward_pass"):
         if getattr(recipe, name):
             raise RecipeError(f"--{name} {NEEDS_WHOLE_WEIGHTS}: drop it")

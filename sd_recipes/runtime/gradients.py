@@ -48,7 +48,7 @@ class GradientExchange:
     def __init__(self, parameters: Sequence[torch.nn.Parameter], *, is_needed: bool) -> None:
         """All processes get the first one's values. Without being needed, it does nothing."""
         self.is_last = False
-        self.is_set_up = not is_needed
+        self.is_set_up, self._is_needed = not is_needed, is_needed
         self._parameters = list(parameters)
         self._ready: list[int] = []  # numbers of the parameters, in the order of their gradients
         self._buckets: list[Bucket] = []
@@ -63,6 +63,10 @@ class GradientExchange:
         for number, parameter in enumerate(self._parameters):
             distributed.broadcast(memory(parameter.detach()), src=0)
             parameter.register_post_accumulate_grad_hook(partial(self._note_ready, number))
+
+    def settle_anew(self) -> None:
+        """From the next step on, other parameters have gradients: those that none has must be left alone."""
+        self._buckets, self.is_set_up = [], not self._is_needed
 
     def begin(self) -> None:
         """Before the first backward pass of a step, or of another try at it."""

@@ -81,8 +81,13 @@ def done_once(what: str, work: Callable[[], Result], is_undone: Callable[[], boo
 
 def unchanged(tensors: Callable[[], Iterable[torch.Tensor]]) -> Callable[[], bool]:
     """Whether nothing has changed tensors since this call. Fused optimizers do so without a trace."""
-    before = [tensor._version for tensor in tensors()]
-    return lambda: [tensor._version for tensor in tensors()] == before
+    before = [times_changed(tensor) for tensor in tensors()]
+    return lambda: [times_changed(tensor) for tensor in tensors()] == before
+
+
+def times_changed(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place, as autograd counts it."""
+    return tensor._version
 
 
 def tell_out_of_memory(what: str, error: Exception) -> None:

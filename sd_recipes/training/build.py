@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from sd_recipes.model.conditioning import CachedText, Conditioning
 from sd_recipes.model.families import family_of
 from sd_recipes.model.family import Family, TextStates
 from sd_recipes.model.latents import LatentEncoder
+from sd_recipes.model.lora import add_lora, lora_config
 from sd_recipes.model.placement import apply_memory_format, keep_as_loaded, move_models
 from sd_recipes.recipe import ObjectiveConfig, Recipe, odd_settings
 from sd_recipes.redaction import redacted
@@ -52,6 +54,7 @@ from sd_recipes.runtime.launcher import DYNAMO, configuration
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import Tracker
+from sd_recipes.training.dropout import has_dropout
 from sd_recipes.training.ema import AveragedWeights, release_before_steps
 from sd_recipes.training.fused_backward import FusedBackward, check_fused_backward
 from sd_recipes.training.guard import Guard
@@ -66,8 +69,10 @@ from sd_recipes.training.uncertainty import CONFIG, LEARNING_RATE, Uncertainty
 logger = logging.getLogger(__name__)
 
 NOT_BEGUN = "while it was loading, before its first step"
-UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Of a part's folder in a checkpoint: by diffusers' name, or by transformers'.
+UNET_WEIGHTS, WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 UNCERTAINTY = "uncertainty"
+LORA = "_lora"  # suffix of the parts that are LoRAs of a component
 
 
 Checkpoint = tuple[Path, Manifest]
@@ -83,6 +88,7 @@ class Model:
     exchange: GradientExchange  # of all that is trained
     encoder: LatentEncoder
     encode_text: Callable[[torch.Tensor], TextStates]  # of input_ids in the host's memory
+    dropout_seed: int | None  # if something of it draws dropout
     objective: DenoisingLoss
     quiet_loss: QuietLoss
     timestep_errors: TimestepErrors | None  # by which timesteps are drawn, instead of those that a batch has
@@ -147,10 +153,15 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     num_steps = steps_of_run(recipe, data.order, manifest)
 
     stop_request.check(NOT_BEGUN)
-    torch.manual_seed(recipe.seed)  # initial weights of a UNet from scratch, and its dropout
+    torch.manual_seed(recipe.seed)  # initial weights of a UNet from scratch, or of a LoRA
     components = family.load(recipe, scheduler, tokenizer)
     stop_request.check(NOT_BEGUN)
     check_recipe_fits(recipe, components)
+    if recipe.trains_lora:
+        add_lora(recipe, components)
+    elif recipe.train_text_encoder:
+        for name in family.text_models:
+            getattr(components, name).requires_grad_(True)
     convert(recipe, components, is_new=checkpoint is None)
     check_pictures(recipe, components.sampler)
     provenance = None
@@ -159,8 +170,8 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
             recipe, components.vae, DTYPES[accelerator.mixed_precision], tiling=recipe.vae_tiling
         )
         check_one_provenance(data.provenances, provenance)
-    if accelerator.is_main_process and accelerator.mixed_precision != "no":
-        keep_as_loaded(family, components)  # for the export
+    if accelerator.is_main_process and accelerator.mixed_precision != "no" and not recipe.trains_lora:
+        keep_as_loaded(family, components, trains_text=recipe.train_text_encoder)  # for the export
     model, state = build_model(
         recipe,
         family,
@@ -274,7 +285,7 @@ def build_model(
     optimizer = build_optimizer(
         list(parts.values()),
         recipe,
-        fused=None if accelerator.mixed_precision == "fp16" else True,
+        fused=None if accelerator.mixed_precision == "fp16" or device.type == "meta" else True,
         seed=recipe.seed,
         step_number=lambda: state.progress.global_step,
     )
@@ -298,24 +309,6 @@ def build_model(
                 suffix: AveragedWeights(part.parameters, recipe, length) for suffix, length in SNAPSHOTS.items()
             }
     release_before_steps(optimizer, [average for part in parts.values() for average in part.averages.values()])
-    encode_text: Callable[[torch.Tensor], TextStates] = partial(family.encode_text, components)
-    model = Model(
-        family=family,
-        components=components,
-        unet=parts["unet"].prepared,
-        exchange=GradientExchange(
-            [parameter for part in parts.values() for parameter in part.parameters.values()],
-            is_needed=accelerator.num_processes > 1 and not accelerator.is_fsdp2,
-        ),
-        encoder=encoder,
-        encode_text=CachedText(encode_text) if recipe.cache_text else encode_text,
-        objective=DenoisingLoss(
-            components.scheduler, recipe, device, parts[UNCERTAINTY].prepared if UNCERTAINTY in parts else None
-        ),
-        quiet_loss=quiet_loss,
-        timestep_errors=timestep_errors,
-        steps_in_backward=recipe.fused_backward_pass,
-    )
     state = TrainState(
         parts,
         wrapped,
@@ -325,20 +318,84 @@ def build_model(
         timestep_errors=timestep_errors,
         fused_backward=fused_backward,
     )
+    encode_text = text_encoding(recipe, family, components, state)
+    model = Model(
+        family=family,
+        components=components,
+        unet=part_of(parts, "unet").prepared,
+        exchange=GradientExchange(
+            [parameter for part in parts.values() for parameter in part.parameters.values()],
+            is_needed=accelerator.num_processes > 1 and not accelerator.is_fsdp2,
+        ),
+        encoder=encoder,
+        encode_text=CachedText(encode_text) if recipe.cache_text else encode_text,
+        dropout_seed=recipe.seed if has_dropout(part.module for part in parts.values()) else None,
+        objective=DenoisingLoss(
+            components.scheduler, recipe, device, parts[UNCERTAINTY].prepared if UNCERTAINTY in parts else None
+        ),
+        quiet_loss=quiet_loss,
+        timestep_errors=timestep_errors,
+        steps_in_backward=recipe.fused_backward_pass,
+    )
     return model, state
 
 
+def text_encoding(
+    recipe: Recipe, family: Family, components: Components, state: TrainState
+) -> Callable[[torch.Tensor], TextStates]:
+    """How a training step encodes its captions: with a graph while the text encoder is trained.
+
+    A frozen one gets no gradients, so that no optimizer steps it; its average goes on, towards where it stands.
+    """
+    if not (recipe.train_text_encoder or recipe.lora_text_encoder):
+        return partial(family.encode_text, components)
+    prepared: dict[str, Any] = {name: part_of(state.parts, name).prepared for name in family.text_models}
+    trained = replace(components, **prepared)
+
+    def encode(input_ids: torch.Tensor) -> TextStates:
+        if recipe.text_encoder_steps is None or state.progress.global_step < recipe.text_encoder_steps:
+            return family.encode_text(trained, input_ids)
+        with torch.no_grad():
+            return family.encode_text(components, input_ids)
+
+    return encode
+
+
+def part_of(parts: Mapping[str, TrainedPart], component: str) -> TrainedPart:
+    """The part that trains a component, itself or by a LoRA."""
+    return parts.get(component) or parts[component + LORA]
+
+
 def trained_parts(recipe: Recipe, family: Family, components: Components, batch_size: int) -> dict[str, TrainedPart]:
-    """What is trained, by name: parts of the components, and the learned uncertainty."""
-    unet = components.unet
-    unet.train()
-    learning_rate = recipe.learning_rate * (batch_size if recipe.scale_lr else 1)
-    # FSDP changes the name of a module's class, so its configuration is taken before that.
-    config, rebuild = redacted(unet.to_json_string()), partial(rebuild_unet, unet.config)
-    parts = {"unet": TrainedPart("unet", unet, UNET_WEIGHTS, config, learning_rate, rebuild)}
+    """What is trained, by name: parts of the components or LoRAs of them, and the learned uncertainty."""
+    factor = batch_size if recipe.scale_lr else 1
+    learning_rates = {"unet": recipe.learning_rate * factor}
+    if recipe.train_text_encoder or recipe.lora_text_encoder:
+        own = recipe.text_encoder_learning_rate
+        learning_rates |= dict.fromkeys(family.text_models, (recipe.learning_rate if own is None else own) * factor)
+    make = lora_part if recipe.trains_lora else whole_part
+    parts: dict[str, TrainedPart] = {}
+    for component, learning_rate in learning_rates.items():
+        part = make(component, getattr(components, component).train(), learning_rate)
+        parts[part.name] = part
     if recipe.learned_uncertainty:
-        parts[UNCERTAINTY] = uncertainty_part(components.scheduler, unet.device)
+        parts[UNCERTAINTY] = uncertainty_part(components.scheduler, components.unet.device)
     return parts
+
+
+def whole_part(component: str, module: Any, learning_rate: float) -> TrainedPart:
+    """A component of the pipeline."""
+    # FSDP changes the name of a module's class, so its configuration is taken before that.
+    if component == "unet":
+        config, rebuild = redacted(module.to_json_string()), partial(rebuild_unet, module.config)
+        return TrainedPart(component, module, UNET_WEIGHTS, config, learning_rate, rebuild)
+    return TrainedPart(component, module, WEIGHTS, redacted(module.config.to_json_string()), learning_rate)
+
+
+def lora_part(component: str, module: Any, learning_rate: float) -> TrainedPart:
+    """The LoRA of a component."""
+    config = json.dumps(lora_config(module), indent=1) + "\n"
+    return TrainedPart(component + LORA, module, WEIGHTS, config, learning_rate)
 
 
 def uncertainty_part(scheduler: DDPMScheduler, device: torch.device) -> TrainedPart:
@@ -348,7 +405,7 @@ def uncertainty_part(scheduler: DDPMScheduler, device: torch.device) -> TrainedP
     def export(tensors: Mapping[str, torch.Tensor], output_dir: Path) -> None:
         draw_uncertainty(uncertainty.by_timestep(tensors["weight"]), output_dir / "uncertainty.png")
 
-    return TrainedPart(UNCERTAINTY, uncertainty, "model.safetensors", CONFIG, LEARNING_RATE, export=export)
+    return TrainedPart(UNCERTAINTY, uncertainty, WEIGHTS, CONFIG, LEARNING_RATE, export=export)
 
 
 def rebuild_unet(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:

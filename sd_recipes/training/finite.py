@@ -38,10 +38,10 @@ def is_not_finite(grad_norm: float, loss: torch.Tensor, accelerator: Accelerator
 
 
 def has_finite_weights(state: TrainState, accelerator: Accelerator) -> bool:
-    """Whether all weights are finite, and their averages: a finite gradient times a huge rate may overflow."""
+    """Whether all trained weights are finite, and their averages: a finite gradient times a huge rate may overflow."""
     tensors: list[torch.Tensor] = []
     for part in state.parts.values():
-        tensors += part.module.parameters()
+        tensors += part.parameters.values()
         for average in part.averages.values():
             tensors += average.named_tensors().values()
     return are_finite(accelerator, tensors)

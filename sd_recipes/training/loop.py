@@ -31,6 +31,7 @@ from sd_recipes.runtime.memory import another_phase, fragmented_gb, peak_memory_
 from sd_recipes.runtime.out_of_memory import done_once, once_more, unchanged
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.training.build import UNCERTAINTY, Model, Run
+from sd_recipes.training.dropout import seed_dropout
 from sd_recipes.training.finite import TrainingDiverged, has_finite_weights, is_not_finite
 from sd_recipes.training.meter import Meter
 from sd_recipes.training.recovery import Recovery, Undone, out_of_memory, shortage_explained
@@ -79,6 +80,8 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
             # Gradients of the whole step, however it is split into micro-batches
             for batch in micro_batches:
                 run.data.bad_rows.add(batch.bad, progress.samples_seen)
+            if progress.global_step == recipe.text_encoder_steps:  # from here on it is frozen
+                run.model.exchange.settle_anew()
             gradient = recovery.gradient(
                 micro_batches, lambda parts: backward(parts, run.model, run.store, accelerator)
             )
@@ -159,6 +162,8 @@ def backward(
     num_usable = begin_sum(own_usable)
     total = torch.zeros((), device=accelerator.device)
     scale = accelerator.gradient_accumulation_steps * (accelerator.num_processes if accelerator.is_fsdp2 else 1)
+    if model.dropout_seed is not None:
+        seed_dropout(model.dropout_seed, micro_batches[0].plan.samples_seen, accelerator.process_index)
     for batch in micro_batches:
         states = model.encode_text(batch.input_ids)
         batch = batch.to(accelerator.device)
@@ -226,11 +231,11 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     if run.data.num_rows:
         figures["epoch"] = progress.samples_seen / run.data.num_rows
     figures["memory_gb"] = peak_memory_gb(run.accelerator.device)
+    if progress.micro_batch is not None:
+        figures["micro_batch"] = progress.micro_batch
     if (held := fragmented_gb(run.accelerator.device)) is not None:
         figures["memory_held_gb"] = held
         meter.warn_of_fragmentation(held, figures["memory_gb"])
-    if progress.micro_batch is not None:
-        figures["micro_batch"] = progress.micro_batch
     if bad_rows:
         figures["bad_rows"] = bad_rows
     run.tracker.log(figures, progress.global_step)

@@ -7,6 +7,7 @@ this step on: to the bit, since whatever the failed attempt had noted is forgott
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,10 +17,12 @@ import torch
 
 from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resume_hint
 from sd_recipes.data.batches import Batch
+from sd_recipes.data.latent_store import LatentStore
 from sd_recipes.errors import RunError, one_line
+from sd_recipes.model.conditioning import CachedText
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import all_gather, begin_sum
-from sd_recipes.runtime.out_of_memory import attempt, is_out_of_memory
+from sd_recipes.runtime.out_of_memory import attempt, is_out_of_memory, times_changed
 from sd_recipes.training.build import Run
 
 logger = logging.getLogger(__name__)
@@ -52,6 +55,8 @@ class Recovery:
                 "At most %d images at once, as was found when memory ran out; --micro_batch auto tries more.",
                 self.progress.micro_batch,
             )
+        # What keeps for later steps what a step has encoded.
+        self._kept = [each for each in (run.store, run.model.encode_text) if isinstance(each, LatentStore | CachedText)]
         self._steps_to_grow, self._num_steps = STEPS_TO_GROW, 0
         self._num_retries, self._had_retries = num_alloc_retries(run.accelerator.device), False
 
@@ -65,8 +70,10 @@ class Recovery:
 
         Where there is not enough even for one image at once, the error's words. Every process has to call it.
         """
+        self._grow()
         device = self.run.accelerator.device
         before = random_states(device)
+        gradient: Gradient | None
         while True:
             if self.run.state.fused_backward:  # weights move within the pass, which cannot be divided or done again
                 whole = backward(list(batches))
@@ -74,7 +81,9 @@ class Recovery:
                 return whole
             parts = [part for batch in batches for part in batch.in_parts_of(self.size)]
             if self.run.accelerator.is_fsdp2:  # the others wait for this one within the passes
-                return backward(parts)
+                gradient = backward(parts)
+                self._is_enough(True)
+                return gradient
             self.exchange.begin()
             gradient, words = attempt(partial(backward, parts))
             agreed = begin_sum(gradient is None, self._is_short())
@@ -93,7 +102,13 @@ class Recovery:
             words = next(words for _, words in tried if words)
             if largest == 1:
                 return words
-            self._halve(largest, words)
+            self._halve(largest, words, self.progress.global_step + 1)
+
+    def _grow(self) -> None:
+        """With `--micro_batch auto`, try twice as many images after enough steps without a lack of memory."""
+        if self.run.recipe.micro_batch == "auto" and self.size < self.most and self._num_steps >= self._steps_to_grow:
+            self._steps_to_grow *= 2  # in case that this is too many again
+            self._take(2 * self.size)
 
     def _forget(self) -> None:
         """Undo what the passes of a step have added and noted, on this process."""
@@ -103,34 +118,30 @@ class Recovery:
         state.quiet_loss.forget()
         if state.timestep_errors:
             state.timestep_errors.forget()
-        if self.run.store:
-            self.run.store.forget()
+        for kept in self._kept:
+            kept.forget()
 
     def _is_enough(self, is_ample: bool) -> None:
         """Memory was enough for a step; ample, unless the allocator of a device had to make room again."""
-        if self.run.store:
-            self.run.store.keep()
-        if not is_ample and self.size > 1:
-            self._halve(self.size, "the device's allocator had to free memory and try again in two steps running")
-            return
+        for kept in self._kept:
+            kept.keep()
         self._num_steps += 1
-        if self.run.recipe.micro_batch == "auto" and self.size < self.most and self._num_steps == self._steps_to_grow:
-            self._steps_to_grow *= 2  # in case that this is too many again
-            self._take(2 * self.size)
+        if not is_ample and self.size > 1:
+            words = "the device's allocator had to make room in two steps running"
+            self._halve(self.size, words, self.progress.global_step + 2)
 
-    def _halve(self, number: int, words: str) -> None:
-        """Take half as many images at once from now on; `words` say why there was no memory for `number`."""
-        self._take(max(1, number // 2))
+    def _halve(self, number: int, words: str, step: int) -> None:
+        """Take half as many images at once from a step on; `words` say why there was no memory for `number`."""
+        self._take(math.ceil(number / 2))
         logger.warning(
-            "No memory for %d images at once (%s): from this step on %d at once, in batches that stay as they are.",
-            number, words, self.size,
+            "No memory for %d images at once (%s): %d at once from step %d on, in batches that stay as they are.",
+            number, words, self.size, step,
         )  # fmt: skip
-        step = self.progress.global_step + 1
         self.run.tracker.record("out_of_memory", step, rows=[], micro_batch=self.size, error=words)
 
     def _take(self, number: int) -> None:
         self.progress.micro_batch = number if number < self.most else None
-        self._num_steps = 0
+        self._num_steps, self._had_retries = 0, False
 
     def _is_short(self) -> bool:
         """Whether the device's allocator had to free memory and try again in this step and in the one before."""
@@ -177,9 +188,9 @@ class Undone:
 
 def versions_of(optimizer: Any) -> tuple[list[int], dict[torch.Tensor, list[Any]]]:
     """How often each weight was changed, and each tensor of its state; other values of the state as they are."""
-    weights = [each._version for group in optimizer.param_groups for each in group["params"]]
+    weights = [times_changed(each) for group in optimizer.param_groups for each in group["params"]]
     states = {
-        parameter: [each._version if isinstance(each, torch.Tensor) else each for each in state.values()]
+        parameter: [times_changed(each) if isinstance(each, torch.Tensor) else each for each in state.values()]
         for parameter, state in optimizer.state.items()
     }
     return weights, states

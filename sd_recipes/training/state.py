@@ -54,7 +54,7 @@ class Progress:
 
 @dataclass
 class TrainedPart:
-    """What is trained: a model of the pipeline, or the learned uncertainty, which ends with the run.
+    """What is trained: a model of the pipeline, a LoRA of one, or the learned uncertainty, which ends with the run.
 
     `name` is its folder in a checkpoint and, for a model, its attribute of the components. `rebuild` makes a model of
     the same kind from whole tensors by name, which evaluation and export use if the part itself is sharded; None for a
@@ -81,6 +81,29 @@ class TrainedPart:
         """The trained ones, by name."""
         return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its state by name: of a LoRA, which lies in the layers of a frozen model, not the model's."""
+        frozen = {name for name, each in self.module.named_parameters() if not each.requires_grad}
+        return {name: each for name, each in self.module.state_dict().items() if name not in frozen}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take on the state of `tensors`, which returned it, on another device or elsewhere sharded."""
+        here = self.tensors()
+        if here.keys() != tensors.keys():
+            raise RuntimeError(f"the state_dict of {self.name} has other names")
+        laid_out = {name: shard_like(here[name], tensor) for name, tensor in tensors.items()}
+        self.module.load_state_dict(laid_out, strict=False)  # a frozen model's own are left as they are
+
+    @contextmanager
+    def holding(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Within this context it has the state of `tensors`, and afterwards its own again."""
+        own = {name: each.clone() for name, each in self.tensors().items()}
+        self.load(tensors)
+        try:
+            yield
+        finally:
+            self.load(own)
+
     @property
     def averages(self) -> dict[str, AveragedWeights]:
         """All averages, by suffix; they have seen the same updates."""
@@ -92,7 +115,7 @@ class TrainedPart:
 
     def evaluated_tensors(self) -> dict[str, torch.Tensor]:
         """The weights that are evaluated and exported, by name: the averaged ones, if there is an average."""
-        return self.module.state_dict() | (self.average.named_tensors() if self.average else {})
+        return self.tensors() | (self.average.named_tensors() if self.average else {})
 
 
 @dataclass
@@ -155,7 +178,7 @@ class TrainState:
             for part in self.parts.values():
                 if part.is_sharded:
                     assert part.rebuild is not None
-                    tensors = part.evaluated_tensors() if averaged else part.module.state_dict()
+                    tensors = part.evaluated_tensors() if averaged else part.tensors()
                     whole = gather(tensors, is_wanted=wanted)
                     if wanted:
                         undo.callback(setattr, components, part.name, getattr(components, part.name))
@@ -169,9 +192,12 @@ class TrainState:
         """Within this context `components` have these whole tensors, by part and name, in the place of their own."""
         with ExitStack() as undo:
             for name, tensors in weights.items():
-                if rebuild := self.parts[name].rebuild:
+                part = self.parts[name]
+                if part.rebuild:
                     undo.callback(setattr, components, name, getattr(components, name))
-                    setattr(components, name, rebuild(tensors))
+                    setattr(components, name, part.rebuild(tensors))
+                else:
+                    undo.enter_context(part.holding(tensors))
             yield
 
     def state_dict(self) -> StateDict:
@@ -179,7 +205,7 @@ class TrainState:
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         texts: dict[str, str] = {}
         for part in self.parts.values():
-            folders = {part.name: part.module.state_dict()}
+            folders = {part.name: part.tensors()}
             folders |= {part.name + suffix: average.named_tensors() for suffix, average in part.averages.items()}
             for folder, named in folders.items():
                 tensors[f"{folder}/{part.weights_file}"] = dict(named)
@@ -231,9 +257,7 @@ class TrainState:
         settings may have changed.
         """
         for part in self.parts.values():
-            here = part.module.state_dict()
-            saved = tensors[f"{part.name}/{part.weights_file}"]
-            part.module.load_state_dict({name: shard_like(here[name], tensor) for name, tensor in saved.items()})
+            part.load(tensors[f"{part.name}/{part.weights_file}"])
             for suffix, average in part.averages.items():
                 average.load(tensors[f"{part.name}{suffix}/{part.weights_file}"], values["averages"][part.name])
         self._load_optimizer({**tensors[OPTIMIZER], **values["optimizer"]})

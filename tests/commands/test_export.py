@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from single_files import WEIGHTS, part_of, single_file
+from test_format_and_saver import entry, rewrite_manifest
+from test_lora_files import picture as of_peft
+from test_lora_files import written_by_peft
 from tiny_models import UNET_CONFIG, build_image_folder, build_tiny_pipeline
 from training_runs import assert_equal, assert_leaves_as_it_came, forget_accelerator
 
 from sd_recipes.checkpoints.best import list_best
 from sd_recipes.checkpoints.snapshots import list_snapshots
 from sd_recipes.commands.export import export
-from sd_recipes.commands.export_settings import read_settings
+from sd_recipes.commands.export_settings import EXPORT, read_settings
+from sd_recipes.commands.sample_settings import SAMPLE
+from sd_recipes.commands.sample_settings import read_settings as read_sample_settings
 from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
 from sd_recipes.export.safetensors_file import hash_of_tensors
@@ -300,6 +308,77 @@ def test_a_weight_halves_a_lora(trained: Path, tmp_path: Path) -> None:
     assert not torch.equal(before[name], after[name])
     torch.testing.assert_close(half[name], (before[name] + after[name]) / 2, rtol=0, atol=2e-6)
     assert metadata_of(out)["modelspec.merged_from"] == "model, lora:0.5"
+
+
+def test_a_run_of_a_lora_is_exported_as_one_or_merged(trained: Path, tmp_path: Path) -> None:
+    """Its checkpoint has folders of peft's tensors with their settings, and its own folder the file of diffusers."""
+    run_dir, model = Path(shutil.copytree(trained / "run", tmp_path / "run")), trained / "model"
+    file, expected = written_by_peft(tmp_path, model, lora_alpha=2)
+    checkpoint = run_dir / "checkpoint-4"
+    for path in (run_dir / "model_index.json", *checkpoint.glob("unet*/*")):
+        path.unlink()
+    shutil.copy(file, run_dir)
+    rewrite_manifest(checkpoint, lambda manifest: of_lora(manifest, checkpoint, file))
+    for source in (run_dir, checkpoint):
+        for kind in ("lora", "kohya_lora"):
+            exported(source, "--to", kind, "--dtype", "fp32", "--output", tmp_path / "out.safetensors", "--overwrite")
+            pipeline = StableDiffusionPipeline.from_pretrained(model)
+            pipeline.load_lora_weights(str(tmp_path / "out.safetensors"))
+            np.testing.assert_allclose(of_peft(pipeline), expected, atol=2e-4)
+        exported(source, "--to", "pipeline", "--output", tmp_path / "merged", "--overwrite")
+        merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+        np.testing.assert_allclose(of_peft(merged), expected, atol=2e-4)
+
+
+def of_lora(manifest: dict[str, Any], checkpoint: Path, file: Path) -> None:
+    """Fill a checkpoint with the parts of a LoRA, and name its files."""
+    for name in [name for name in manifest["files"] if name.startswith("unet")]:
+        del manifest["files"][name]
+        shutil.rmtree((checkpoint / name).parent, ignore_errors=True)
+    for part in ("unet", "text_encoder"):
+        folder = checkpoint / f"{part}_lora"
+        folder.mkdir()
+        tensors = {
+            name.removeprefix(f"{part}.").replace(".weight", ".default.weight"): value
+            for name, value in load_file(file).items()
+            if name.startswith(f"{part}.")
+        }
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2, "alpha_pattern": {}}))
+        for path in folder.iterdir():
+            manifest["files"][f"{folder.name}/{path.name}"] = entry(path.read_bytes())
+
+
+def test_a_run_from_scratch_needs_no_unet_but_its_own(trained: Path, tmp_path: Path) -> None:
+    config = tmp_path / "unet.json"
+    config.write_text(json.dumps({**UNET_CONFIG, "block_out_channels": [32, 32]}))
+    build_image_folder(tmp_path / "data", 4)
+    forget_accelerator()
+    run(
+        Recipe(
+            pretrained_model_name_or_path=str(trained / "model"), train_data_dir=str(tmp_path / "data"), resolution=32,
+            train_from_scratch=True, unet_config=str(config), train_batch_size=4, max_train_steps=1, device="cpu",
+            prediction_type="v_prediction", seed=5, report_to="none", validation_pictures=0,
+            output_dir=str(tmp_path / "run"),
+        )
+    )  # fmt: skip
+    config.unlink()
+    exported(tmp_path / "run" / "checkpoint-1", "--to", "pipeline", "--output", tmp_path / "out")
+    assert_equal(part_of(tmp_path / "out", "unet"), part_of(tmp_path / "run", "unet"))
+    scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+    told = refused(tmp_path / "run", "--to", "lora", "--rank", 2, "--output", tmp_path / "x.safetensors")
+    assert "name the model that" in told
+
+
+@pytest.mark.parametrize("page", ["export", "sample"])
+def test_the_commands_in_the_documentation_are_accepted(page: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text() + EXPORT.examples + SAMPLE.examples
+    commands = re.findall(r"sd-recipes (export|sample) +([^\n]*)", re.sub(r"\\\n\s*", " ", text))
+    assert len(commands) > 8
+    for command, words in commands:
+        if "--" in words:
+            (read_settings if command == "export" else read_sample_settings)(shlex.split(words))
 
 
 # ------------------------------------------------------------------------------------------- bad input

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from launching import finish, flags_of, launcher_environment, start, torchrun
 from safetensors.torch import load_file
 from test_distributed import CONFIGS, assert_close, losses, samples, saved
+from test_gradients import start_two, what_ended
 from test_loop import assert_ended_on_both
 from training_runs import assert_equal, assert_leaves_as_it_came, average, forget_accelerator, train, weights
 
@@ -172,3 +174,16 @@ def test_one_process_has_nothing_to_divide(
     training = train(settings, max_train_steps=1)
     assert "it stays whole" in caplog.text
     assert type(training.model.components.unet.conv_in.weight) is torch.nn.Parameter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["forward", "last backward", "optimizer"])
+def test_a_process_that_runs_out_of_memory_ends_the_run_with_advice(
+    settings: dict[str, Any], fsdp: dict[str, str], place: str
+) -> None:
+    """Its processes wait for each other within the passes: no step is done again, and nobody hangs."""
+    short = {"place": place, "fits": 0, "step": 3, "rank": 1}
+    told = what_ended(start_two(settings | {"checkpointing_steps": 1}, {"short": short}, **fsdp))
+    words = r"error: no memory for the step after step 2, which cannot be done again \(CUDA out of memory[^)]*\): use "
+    assert re.search(words, told)
+    assert "then resumes from checkpoint-2" in told

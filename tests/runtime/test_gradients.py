@@ -1,0 +1,110 @@
+"""Gradients summed over processes: the sums are right, and nobody waits for one whose memory has ended."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import finish, start, torchrun
+from shortages import BY_NUMBER, ONCE
+from test_distributed import losses, saved
+from tiny_models import build_image_folder
+from training_runs import assert_equal, train
+
+from sd_recipes.checkpoints.format import list_checkpoints
+from sd_recipes.runtime import gradients
+from sd_recipes.runtime.gradients import GradientExchange, in_buckets
+
+STEPS = 3
+
+
+# Where memory ends, and in which step: the first one, whose sums come after its backward pass, or a later one.
+SOME = [("backward", 1), ("last backward", STEPS), ("optimizer", STEPS)]
+ALL = [(place, step) for step in (1, STEPS) for place in (*BY_NUMBER, *ONCE)]
+
+
+@pytest.fixture
+def settings(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Global batches of eight and seven rows, of which a process has four or three, in micro-batches of two."""
+    return settings | {
+        "train_data_dir": str(build_image_folder(tmp_path / "pictures", 15)), "use_ema": True, "max_grad_norm": 0.5,
+        "train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": STEPS, "learned_uncertainty": True,
+        "checkpointing_steps": 100, "dataloader_num_workers": 0,
+    }  # fmt: skip
+
+
+def start_two(settings: dict[str, Any], *runs: dict[str, Any], **variables: str) -> subprocess.Popen:
+    """Run after run in two processes, each with its changes of the settings."""
+    given = [{**each, "settings": settings | each.get("settings", {})} for each in runs]
+    return start(torchrun(2), json.dumps(given), script="tests/shortages.py", **variables)
+
+
+def what_ended(process: subprocess.Popen) -> str:
+    """What the processes of a run that fails have written; none may hang."""
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0, output
+    return output
+
+
+@pytest.mark.parametrize("shortages", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_process_that_runs_out_of_memory_leaves_no_other_waiting(
+    settings: dict[str, Any], tmp_path: Path, shortages: list[tuple[str, int]]
+) -> None:
+    """To the bit the same as if both had taken so many at once, always or from that step on; or had never run out."""
+
+    def out(name: str) -> dict[str, Any]:
+        return {"output_dir": str(tmp_path / name)}
+
+    runs: list[dict[str, Any]] = [
+        {"settings": out("two")},
+        {"settings": out("one from 1") | {"micro_batch": 1}},
+        {"settings": out(f"one from {STEPS}") | {"max_train_steps": STEPS - 1}},
+        {"settings": out(f"one from {STEPS}") | {"micro_batch": 1, "resume_from_checkpoint": "latest"}},
+    ]
+    for number, (place, step) in enumerate(shortages):
+        short = {"place": place, "fits": 1, "step": step, "rank": number % 2}
+        runs.append({"settings": out(f"{place} {step}"), "short": short})
+    told = finish(start_two(settings, *runs), timeout=400)
+    for place, step in shortages:
+        short, expected = tmp_path / f"{place} {step}", tmp_path / (f"one from {step}" if place in BY_NUMBER else "two")
+        for part in ("unet", "unet_ema"):
+            assert_equal(saved(short, STEPS, part), saved(expected, STEPS, part))
+        assert losses(short) == losses(expected)
+    assert told.count("No memory for 2 images at once") == len([place for place, _ in shortages if place in BY_NUMBER])
+    train(settings, train_batch_size=8, gradient_accumulation_steps=1, output_dir=str(tmp_path / "alone"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_end_alike_where_not_even_one_image_fits_on_one(settings: dict[str, Any]) -> None:
+    short = {"place": "last backward", "fits": 0, "step": 3, "rank": 1}
+    told = what_ended(start_two(settings, {"short": short}))
+    words = "error: no memory for even one image at once (CUDA out of memory. Tried to allocate 1 GiB.): use "
+    assert words in told
+    assert "the same command then resumes from checkpoint-2" in told
+    assert "Traceback" not in told.partition("ChildFailedError")[0].partition("elastic")[0]
+    assert [path.name for path in list_checkpoints(Path(settings["output_dir"]))] == ["checkpoint-2"]
+
+
+def test_buckets_are_of_one_type_and_of_limited_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 100)
+    sizes = [(10, torch.float32), (20, torch.float32), (5, torch.float32), (5, torch.bfloat16), (300, torch.bfloat16)]
+    parameters = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size, dtype in sizes]
+    buckets = in_buckets(parameters)
+    assert [[each.numel() for each in bucket.parameters] for bucket in buckets] == [[10, 20], [5], [5, 300]]
+    assert [each for bucket in buckets for each in bucket.parameters] == parameters
+
+
+def test_what_is_not_needed_does_nothing() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    exchange = GradientExchange([weight], is_needed=False)
+    assert exchange.is_set_up
+    exchange.begin()
+    exchange.is_last = True
+    weight.sum().backward()
+    exchange.finish(failed=False)
+    assert torch.equal(weight.grad, torch.ones(3))
