@@ -60,6 +60,7 @@ def test_it_resumes_to_the_bit(settings: dict[str, Any], tmp_path: Path) -> None
     assert_equal(weights(whole), weights(again))
 
 
+@pytest.mark.slow
 def test_rows_that_cannot_be_used_leave_the_mean_over_the_others(settings: dict[str, Any], tmp_path: Path) -> None:
     folder = build_image_folder(tmp_path / "pictures")
     sorted(folder.glob("*.png"))[3].write_bytes(b"")
