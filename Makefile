@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml train_text_to_image.py
 
-.PHONY: help setup quickstart test test-slow test-faults lint format docs theory base clean
+.PHONY: help setup quickstart quickstart-lora test test-slow test-faults lint format docs theory base clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -29,6 +29,9 @@ quickstart: $(READY)  ## teach the tiny model flags, on the CPU, in minutes
 	@echo "            $(BIN)/accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml train_text_to_image.py \\"
 	@echo "              --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\"
 	@echo "              --train_data_dir FOLDER --resolution 512 --use_ema --output_dir runs/sd15"
+
+quickstart-lora: $(READY)  ## the same by a LoRA
+	$(LAUNCH) --config quickstart_lora
 
 test: $(READY) lint  ## run lint, type checks and the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'

@@ -93,10 +93,10 @@ def test_the_base_draws_what_it_was_trained_on(pipeline: StableDiffusionPipeline
     assert score(drawn, prompts) > score(drawn, prompts[1:] + prompts[:1]) + 15
 
 
-def quickstart(output_dir: Path, *flags: object) -> list[dict]:
+def quickstart(output_dir: Path, *flags: object, recipe: str = "quickstart") -> list[dict]:
     command = [
         Path(sys.executable).parent / "accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml",
-        "train_text_to_image.py", "--config", "quickstart", "--output_dir", output_dir, *flags,
+        "train_text_to_image.py", "--config", recipe, "--output_dir", output_dir, *flags,
     ]  # fmt: skip
     # One thread: two of them crawl next to the tests of another worker.
     done = subprocess.run([str(part) for part in command], env=environment(), cwd=ROOT, capture_output=True, text=True)
@@ -126,3 +126,12 @@ def test_the_whole_quickstart_learns_flags(tmp_path: Path) -> None:
     assert losses[-1] < 0.2 * losses[0]
     assert min(losses) > 0.97 * losses[-1], "it ends at its best, but for rounding"
     assert scores[-1] > scores[0] + 8
+
+
+@pytest.mark.slow
+def test_the_whole_quickstart_lora_learns_flags_in_a_small_file(tmp_path: Path) -> None:
+    lines = quickstart(tmp_path / "run", recipe="quickstart_lora")
+    losses, scores = figures(lines, "validation_loss"), figures(lines, "image_text_score")
+    assert losses[-1] < 0.25 * losses[0]
+    assert scores[-1] > scores[0] + 5
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").stat().st_size < 5e6

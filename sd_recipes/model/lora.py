@@ -197,7 +197,6 @@ def _load(recipe: Recipe, modules: Mapping[str, torch.nn.Module]) -> None:
     for model, module in modules.items():
         tensors, config = changes[model]
         _check_fits(place, model, tensors, _layers(module), recipe)
-        _check_given(place, recipe, config)
         try:
             inject_adapter_in_model(
                 PeftConfig(**config, lora_dropout=recipe.lora_dropout), module, adapter_name=ADAPTER
@@ -210,6 +209,7 @@ def _load(recipe: Recipe, modules: Mapping[str, torch.nn.Module]) -> None:
         # peft checks neither metadata nor shapes, and raises what its layers meet.
         except Exception as error:
             raise RecipeError(f"{place} cannot be loaded ({one_line(error)}): choose another") from error
+        _check_given(place, recipe, lora_config(module))
 
 
 def _read(recipe: Recipe, place: str) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
@@ -239,6 +239,9 @@ def _read(recipe: Recipe, place: str) -> dict[str, tuple[dict[str, torch.Tensor]
         (new,) = TO_PEFT[model]({name: tensor})
         # By which earlier versions of transformers named CLIP's layers, and later ones DoRA's lengths.
         new = new.removeprefix("text_model.").replace("_vector.weight", "_vector")
+        if new.endswith(".alpha") and tensor.numel() == 1:
+            of_layer.setdefault(model, {})[new.removesuffix(".alpha")] = tensor.item()
+            continue
         changes.setdefault(model, {})[new] = tensor
         alpha = (alphas or {}).get(f"{old.partition('.lora.')[0]}.alpha")
         if alpha is not None:
@@ -313,10 +316,11 @@ def _check_fits(
                 f"{place} is of another model than {base}: it changes {_layer_of(name)}, which the {WORDS[model]} does "
                 "not have: choose a LoRA of this model"
             )
-        weight = layer.weight
-        here = weight[0].numel() if ".lora_A" in name else weight.shape[0]
-        there = tensor[0].numel() if ".lora_A" in name else tensor.numel() if tensor.ndim == 1 else tensor.shape[0]
-        if "lora_magnitude_vector" not in name and here != there:
+        if "lora_magnitude_vector" in name:
+            continue
+        weight, is_input = layer.weight, ".lora_A" in name
+        sizes = [each.shape[1:].numel() if is_input else each.shape[:1].numel() for each in (weight, tensor)]
+        if tensor.ndim < 2 or sizes[0] != sizes[1]:
             raise RecipeError(
                 f"{place} is of another model than {base}: {name} is {_times(tensor.shape)}, and the "
                 f"{WORDS[model]}'s layer {_times(weight.shape)}: choose a LoRA of this model"
@@ -329,7 +333,7 @@ def _check_given(place: str, recipe: LoraConfig, config: Mapping[str, Any]) -> N
         ("lora_rank", recipe.lora_rank, "r", "rank_pattern"),
         ("lora_alpha", recipe.lora_alpha, "lora_alpha", "alpha_pattern"),
     ):
-        there = {config.get(key), *config.get(pattern, {}).values()}
+        there = {config[key], *config[pattern].values()}
         if value is not None and there != {value}:
             words = " and ".join(f"{each:g}" for each in sorted(there))
             raise RecipeError(f"--{flag} {value:g} contradicts {place}, which has {words}: drop it")
