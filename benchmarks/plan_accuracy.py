@@ -38,7 +38,7 @@ from sd_recipes.training.loop import backward, update
 
 # Stable Diffusion 1.5's shape by the width of its UNet's first block, at a resolution, with two batches.
 GRID = {
-    "cuda": [(80, 512, (2, 8)), (160, 512, (2, 8)), (320, 512, (1, 4))],
+    "cuda": [(128, 512, (2, 8)), (256, 512, (2, 8)), (320, 512, (1, 4))],
     "cpu": [(32, 64, (1, 4)), (32, 128, (1, 4)), (64, 64, (1, 4))],
 }
 TINY_TEXT = {
