@@ -126,6 +126,9 @@ def measure(recipe: Recipe) -> Measured:
     if not cuda:
         tracer.see([*state.parameters.values(), *(each for module in frozen for each in module.parameters())])
         tracer.see([*components.unet.buffers(), *(each for module in frozen for each in module.buffers())])
+        for part in state.parts.values():
+            for average in part.averages.values():
+                tracer.see(average.named_tensors().values())
     for step in range(STEPS):
         if step == 1:
             tracer.moments.clear()

@@ -98,12 +98,10 @@ class Planner:
         With `latents_are_kept` moments come from a full store, and the VAE rests. If `about` is enough, numbers of
         images between one and the batch are not traced: what they take is on a straight line between these.
         """
-        traced, moments = self._passes_about(recipe) if about else self._passes_of(recipe)
         update = self._traced_update(recipe)
+        moments = self._passes_about(recipe, update) if about else self._passes_of(recipe, update)
         if latents_are_kept:
-            moments = _without_vae(moments, traced)
-        moved = Counter({kind: update.resident[kind] - traced.resident[kind] for kind in (OPTIMIZER, AVERAGE)})
-        moments = {name: _moved(each, moved) for name, each in moments.items() if name not in OF_UPDATE}
+            moments = _without_vae(moments, update)
         moments |= {name: update.moments[name] for name in OF_UPDATE if name in update.moments}
         if recipe.offload_ema and self.device == "cuda":
             moments = {name: _with_average_on_host(name, each) for name, each in moments.items()}
@@ -122,24 +120,25 @@ class Planner:
             self._hosts[key] = on_host(recipe, update, self.device)
         return self._hosts[key]
 
-    def _passes_of(self, recipe: Recipe) -> tuple[TracedStep, Mapping[str, Moment]]:
+    def _passes_of(self, recipe: Recipe, update: TracedStep) -> dict[str, Moment]:
+        """By phase, with the optimizer states and averages of `update`, whatever the passes were traced with."""
         step = self._traced_passes(recipe)
-        return step, step.moments
+        moved = Counter({kind: update.resident[kind] - step.resident[kind] for kind in (OPTIMIZER, AVERAGE)})
+        return {name: _moved(each, moved) for name, each in step.moments.items() if name not in OF_UPDATE}
 
-    def _passes_about(self, recipe: Recipe) -> tuple[TracedStep, Mapping[str, Moment]]:
+    def _passes_about(self, recipe: Recipe, update: TracedStep) -> dict[str, Moment]:
         number, most = recipe.images_at_once, recipe.train_batch_size
         if not 1 < number < most:
-            return self._passes_of(recipe)
-        one, all_at_once = (self._traced_passes(recipe.model_copy(update={"micro_batch": each})) for each in (1, None))
+            return self._passes_of(recipe, update)
+        one, all_at_once = (
+            self._passes_of(recipe.model_copy(update={"micro_batch": each}), update) for each in (1, None)
+        )
+        waiting = update.nbytes_of_gradients  # of other micro-batches, for the last one
+        for name in OF_PASSES:
+            other = all_at_once[name]
+            all_at_once[name] = _moved(other, Counter({GRADIENTS: waiting - other.by_kind[GRADIENTS]}))
         share = (number - 1) / (most - 1)
-        moments: dict[str, Moment] = {}
-        for name, moment in one.moments.items():
-            other = all_at_once.moments[name]
-            if name in OF_PASSES:  # the gradients of other micro-batches wait for the last one
-                waiting = moment.by_kind[GRADIENTS] if name != "backward" else moments["forward"].by_kind[GRADIENTS]
-                other = _moved(other, Counter({GRADIENTS: waiting - other.by_kind[GRADIENTS]}))
-            moments[name] = _between(moment, other, share)
-        return one, moments
+        return {name: _between(one[name], all_at_once[name], share) for name in one}
 
     def _traced_passes(self, recipe: Recipe) -> TracedStep:
         # A step within the backward pass has the optimizer's own tensors in it.
@@ -177,7 +176,7 @@ def _between(one: Moment, other: Moment, share: float) -> Moment:
     return Moment(round(one.total * (1 - share) + other.total * share), Counter(kinds))
 
 
-def _without_vae(moments: Mapping[str, Moment], step: TracedStep) -> dict[str, Moment]:
+def _without_vae(moments: dict[str, Moment], step: TracedStep) -> dict[str, Moment]:
     vae = sum(each.nbytes for each in step.components.vae.parameters())
     by = Counter({FROZEN: -vae})
     return {name: _moved(each, by) if name != "validation" else each for name, each in moments.items()} | {
