@@ -102,6 +102,9 @@ THEN="evaluate $WORK/out --num_pictures 4 --feature_model sd-recipes/tiny-clip -
 train "bf16, EMA, held-out rows"    --mixed_precision bf16 --use_ema --validation_split 0.25 --validation_steps 10 \
     --validation_samples 32 --validation_pictures 2 --validation_inference_steps 4 --export best
 
+echo "--- memory, planned against measured"
+in_time "plan" && { "$PYTHON" benchmarks/plan_accuracy.py --device cuda || failed=1; }
+
 echo "--- $SHAPE shape, exported and drawn with"
 run_command "export, single file in fp16" export "$WORK/$SHAPE/model" --to single_file --output "$WORK/one.safetensors"
 run_command "sample from it in bf16" sample --pretrained_model_name_or_path "$WORK/one.safetensors" \

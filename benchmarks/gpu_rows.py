@@ -1,22 +1,24 @@
-"""Speed and memory of the training loop, one row for each set of flags, in one process.
+"""Speed and memory of the training loop, one row for each set of flags.
 
     python benchmarks/gpu_rows.py --shape sd15 --work_dir /dev/shm/benchmark
 
 Each row puts a run together from its flags, as the script does, and trains it with the real loop. Checkpoints are the
 one thing left out: of a full-size model they are 14 GB, and writing them takes longer than all steps. Memory is what
-torch allocated at the peak, and what it reserved for that.
+torch allocated at the peak, and what it reserved for that. Each row has a process of its own, forked after the imports,
+so that it begins with an empty GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
 import shutil
 import sys
 import time
 from contextlib import closing, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 from make_model import build
@@ -31,12 +33,15 @@ from sd_recipes.training.build import build_run
 
 ROWS = {
     "fp32": "",
+    "fp32, channels_last always": "--channels_last always",
+    "fp32, TF32, channels_last always": "--allow_tf32 --channels_last always",
     "bf16": "--mixed_precision bf16",
     "fp16, scaled loss": "--mixed_precision fp16",
     "bf16, 8-bit AdamW": "--mixed_precision bf16 --use_8bit_adam",
     "bf16, paged 8-bit AdamW": "--mixed_precision bf16 --optimizer paged_adamw8bit",
     "bf16 weights": "--mixed_precision bf16 --weights_dtype bf16",
     "bf16, fused backward": "--mixed_precision bf16 --fused_backward_pass --max_grad_norm 0",
+    "bf16, no clipping": "--mixed_precision bf16 --max_grad_norm 0",
     "bf16, checkpointing": "--mixed_precision bf16 --gradient_checkpointing",
     "bf16, checkpointing down.0 up.3": "--mixed_precision bf16 --gradient_checkpointing_blocks down.0 up.3",
     "bf16, average": "--mixed_precision bf16 --use_ema",
@@ -75,9 +80,6 @@ def measure(flags: list[str]) -> str:
         Path(recipe.output_dir).mkdir(parents=True)
         recipe, _ = resolve(recipe, accelerator, None)
         on_gpu = accelerator.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         run = build_run(recipe, accelerator, None)
         with closing(run.tracker):
             train_to_end(run)
@@ -90,6 +92,17 @@ def measure(flags: list[str]) -> str:
         )
 
 
+def measure_into(answer: Any, flags: list[str]) -> None:
+    """In a process of its own: send the figures, or what went wrong."""
+    BackgroundSaver.save = BackgroundSaver.allocate_buffers = lambda self: None
+    hide_library_bars()
+    with redirect_stdout(sys.stderr):  # what a run says is not of the table
+        try:
+            answer.send((measure(flags), True))
+        except Exception as error:
+            answer.send((f"FAILED: {type(error).__name__}: {one_line(error)}", False))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="sd15")
@@ -100,10 +113,11 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=300, help="seconds after which no new row begins")
     args = parser.parse_args()
     folder = args.work_dir / args.shape
+    fork = multiprocessing.get_context("fork")
     if not (folder / "model").exists():
-        build(args.shape, folder, int(args.resolution))
-    BackgroundSaver.save = BackgroundSaver.allocate_buffers = lambda self: None
-    hide_library_bars()
+        building = fork.Process(target=build, args=(args.shape, folder, int(args.resolution)))
+        building.start()
+        building.join()
     begun, failed = time.monotonic(), False
     print(f"{'':<34} {'images/s':>8} {'allocated':>10} {'reserved':>9} {'loss':>8}   GiB; {args.shape}")
     for name, row in ROWS.items():
@@ -112,14 +126,18 @@ def main() -> None:
             continue
         shutil.rmtree(folder / "out", ignore_errors=True)
         started = time.monotonic()
+        receiving, sending = fork.Pipe(duplex=False)
+        flags = [*flags_of(folder, args.device, args.steps, row), "--resolution", args.resolution]
+        process = fork.Process(target=measure_into, args=(sending, flags))
+        process.start()
+        sending.close()
         try:
-            with redirect_stdout(sys.stderr):  # what a run says is not of the table
-                figures = measure([*flags_of(folder, args.device, args.steps, row), "--resolution", args.resolution])
-            print(f"{name:<34} {figures}   in {time.monotonic() - started:.0f} s", flush=True)
-        except Exception as error:  # the table says which one, and goes on
-            print(f"{name:<34} FAILED: {type(error).__name__}: {one_line(error)}", flush=True)
-            failed = True
-        gc.collect()
+            figures, is_right = receiving.recv()
+        except EOFError:
+            figures, is_right = "FAILED: its process ended without an answer", False
+        process.join()
+        print(f"{name:<34} {figures}   in {time.monotonic() - started:.0f} s", flush=True)
+        failed |= not is_right
     sys.exit(failed)
 
 

@@ -5,6 +5,7 @@ that it needs. A flag, a key of a recipe file and an attribute share one name.
 This module imports neither torch nor diffusers, so that a mistake on the command line is reported at once.
 """
 
+import math
 import re
 from typing import Annotated, Any, Literal, cast
 
@@ -968,7 +969,7 @@ class Recipe(
             raise ValueError(f"--report_to {redacted(self.report_to)!r} is not one of: {', '.join(sorted(trackers))}")
         if self.is_8bit and self.channels_last == "always":
             raise ValueError("--channels_last always contradicts AdamW8bit, which makes weights contiguous: use auto")
-        if self.fused_backward_pass and self.max_grad_norm:
+        if self.fused_backward_pass and self.max_grad_norm not in (0, math.inf):
             raise ValueError(
                 "--fused_backward_pass steps before the norm of all gradients is known, so that nothing can be clipped "
                 "to it: add --max_grad_norm 0, or drop --fused_backward_pass"
@@ -977,6 +978,11 @@ class Recipe(
             raise ValueError(
                 "--fused_backward_pass frees each gradient at once, which --gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps} adds up: use a larger --train_batch_size, or drop one"
+            )
+        if self.fused_backward_pass and self.micro_batch not in (None, self.train_batch_size):
+            raise ValueError(
+                "--fused_backward_pass steps within one backward pass, which --micro_batch "
+                f"{self.micro_batch} divides: drop one"
             )
         return self
 

@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 
 from sd_recipes.data import images
 from sd_recipes.data.batches import end_workers
+from sd_recipes.runtime.out_of_memory import times_changed
 from sd_recipes.runtime.signals import outlive_signals
 
 USED = {
@@ -30,6 +31,8 @@ USED = {
     "_reset_state": "accelerate",
     "_validate_launch_command": "accelerate, in tests",
     "_set_pg_timeout": "torch, in tests",
+    "_coalescing_manager": "torch",
+    "_version": "torch",
 }
 
 
@@ -110,6 +113,19 @@ def test_accelerates_state_and_launcher_are_as_the_tests_use_them() -> None:
 def test_torchs_time_out_between_processes_is_set_as_the_tests_do() -> None:
     changed = f"torch {torch.__version__} sets it in another way: mend tests/slow_first.py"
     assert list(inspect.signature(distributed_c10d._set_pg_timeout).parameters) == ["timeout", "group"], changed
+
+
+def test_torch_sums_many_tensors_at_once() -> None:
+    changed = f"torch {torch.__version__} does so in another way: mend sd_recipes/runtime/gradients.py"
+    names = list(inspect.signature(distributed_c10d._coalescing_manager).parameters)
+    assert names == ["group", "device", "async_ops"], changed
+
+
+def test_torch_counts_changes_of_a_tensor() -> None:
+    tensor = torch.zeros(2)
+    before = times_changed(tensor)
+    tensor.add_(1)
+    assert times_changed(tensor) > before, f"torch {torch.__version__} does not: mend times_changed"
 
 
 def test_which_filters_torch_has_is_found_by_trying(monkeypatch) -> None:

@@ -334,3 +334,11 @@ def test_a_micro_batch_is_a_number_or_auto(given: str, read: int | str) -> None:
 def test_another_micro_batch_is_refused(given: str) -> None:
     with pytest.raises(RecipeError, match=rf"^--micro_batch: give a number from 1, or auto \(it is '{given}'\)$"):
         load_recipe(["--config", "quickstart", "--micro_batch", given])
+
+
+def test_a_micro_batch_larger_than_the_batch_is_told() -> None:
+    given = ["--config", "quickstart", "--train_batch_size", "2", "--micro_batch"]
+    assert odd_settings(load_recipe([*given, "2"])) == []
+    (told,) = odd_settings(load_recipe([*given, "3"]))
+    assert told == "--micro_batch 3 does nothing, for a batch has --train_batch_size 2 images."
+    assert load_recipe([*given, "3"]).images_at_once == load_recipe([*given, "auto"]).images_at_once == 2

@@ -57,6 +57,11 @@ def main() -> None:
         "cache", add_help=False, help="fill the latent cache before training, with the flags of `train`"
     )
     commands.add_parser(
+        "plan",
+        add_help=False,
+        help="tell what a run will need of memory, and what fits; `sd-recipes plan --help`",
+    )
+    commands.add_parser(
         "average", add_help=False, help="make averages of a run's weights after training; `sd-recipes average --help`"
     )
     commands.add_parser(
@@ -133,6 +138,19 @@ def inspect(argv: list[str]) -> None:
     main(argv)
 
 
+def plan(argv: list[str]) -> None:
+    """Tell what a run will need of memory, with the flags in `argv`, which are those of `train` and a few more."""
+    with mistakes_in_one_line():
+        set_up_console()  # first, since reading the settings may warn
+        from sd_recipes.commands.plan_settings import read_settings
+
+        settings = read_settings(argv)
+        check_hub_access(settings.recipe)
+        from sd_recipes.commands.plan import plan
+
+        plan(settings)
+
+
 def average(argv: list[str]) -> None:
     """Make averages of a run's weights after training, with the folder and flags in `argv`."""
     set_up_allocator()
@@ -205,6 +223,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": lambda argv: train(argv, TRAIN),
     "cache": cache,
     "inspect": inspect,
+    "plan": plan,
     "average": average,
     "evaluate": evaluate,
     "export": export,

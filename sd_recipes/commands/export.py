@@ -20,10 +20,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sd_recipes import assets
 from sd_recipes.checkpoints.format import remove
-from sd_recipes.checkpoints.run_folder import holds_run
 from sd_recipes.checkpoints.saver import FAILURES
 from sd_recipes.commands.export_settings import Export
-from sd_recipes.commands.of_run import LoadedModel, load_base, load_model, open_lora
+from sd_recipes.commands.of_run import LoadedModel, load_base, load_model, lora_file, merge_loras, open_lora
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.export.lora_file import export_lora
 from sd_recipes.export.pipeline import export_pipeline
@@ -31,12 +30,9 @@ from sd_recipes.export.safetensors_file import DTYPES
 from sd_recipes.export.single_file import architecture_of, check_can_be_one_file, export_single_file
 from sd_recipes.model.lora_extraction import extract_lora
 from sd_recipes.model.lora_files import (
-    LORA_FILE,
     Lora,
     generation_of_lora,
-    is_lora,
     layer_shapes,
-    merge_lora,
     rank_of,
     read_lora,
 )
@@ -88,7 +84,8 @@ def write_model(config: Export, output: Path) -> None:
     model = load_model(config.source, config.weights, config.model, flag="")
     if config.to == "single_file":
         check_can_be_one_file(model.components)
-    merged = merge_all(model, config.loras)
+    merge_loras(model, config.loras)
+    merged = [f"{Path(file).stem}:{weight:g}" for file, weight in config.loras]
     if config.to == "pipeline":
         dtype = config.dtype or "fp32"
         model.check_range(dtype)
@@ -105,19 +102,6 @@ def write_model(config: Export, output: Path) -> None:
         more={"modelspec.merged_from": ", ".join([shown(config.source), *merged])} if merged else {},
     )
     say(f"single file     {output}\nsha256 (tensors) {digest}")
-
-
-def merge_all(model: LoadedModel, loras: list[tuple[str, float]]) -> list[str]:
-    """Merge a LoRA run's own changes, and those of files, into the model; returns the files' names.
-
-    Raises RecipeError.
-    """
-    opened = [(open_lora(file, "--lora", model), weight) for file, weight in loras]  # before anything is changed
-    if model.lora is not None:
-        opened.insert(0, (model.lora, 1.0))
-    for lora, weight in opened:
-        merge_lora(model.parts, lora, weight)
-    return [f"{Path(file).stem}:{weight:g}" for file, weight in loras]
 
 
 @contextmanager
@@ -194,8 +178,7 @@ def of_model(model: LoadedModel, config: Export) -> Lora:
         raise RecipeError(
             f"{config.source} was trained whole, and is no LoRA: add --rank 16 to extract one, or use --to single_file"
         )
-    if model.lora is not None or config.lora:
-        merge_all(model, config.loras)
+    merge_loras(model, config.loras)
     if config.tuned_from is not None:
         base = load_model(config.tuned_from, None, config.model, flag="--tuned_from")
     elif model.recipe is None or model.recipe.train_from_scratch:
@@ -211,16 +194,3 @@ def of_model(model: LoadedModel, config: Export) -> Lora:
     if not all(map(torch.equal, *vaes)):
         logger.warning("The VAE differs too, which a LoRA does not change: draw with the VAE of %s.", config.source)
     return found.lora
-
-
-def lora_file(source: str) -> Path | None:
-    """The file, if that is what a name stands for: of a LoRA, or of the folder of one that is no run."""
-    path = Path(source).expanduser()
-    if path.is_dir() and (path / LORA_FILE).is_file() and not holds_run(path):
-        return path / LORA_FILE
-    if not path.is_file():
-        return None
-    try:
-        return path if is_lora(open_weights(path, path.name, allow_pickle=False).shapes) else None
-    except UnreadableWeights:  # which is told when it is loaded as a model
-        return None

@@ -64,8 +64,9 @@ def read_settings(argv: list[str]) -> Export:
     parser = build_parser([ExportConfig, WeightsConfig, ModelFlags], EXPORT)
     parser.usage = f"sd-recipes export RUN|CHECKPOINT|MODEL --to {'|'.join(KINDS)} --output FILE [--FLAG VALUE ...]"
     parser.add_argument("source", metavar="SOURCE", help="A run, a checkpoint, a pipeline, a file or a Hub id.")
-    if argv[:1] and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
-        raise RecipeError(f"name first what is exported, as in `sd-recipes export runs/boats {argv[0]} ...`")
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        words = argv[0] if argv else "--to single_file"
+        raise RecipeError(f"name first what is exported, as in `sd-recipes export runs/boats {words} ...`")
     settings = parse_flags(argv, parser)
     if "to" not in settings:
         raise RecipeError(f"--to is missing: say what to write, {', '.join(KINDS)}")

@@ -21,11 +21,12 @@ from sd_recipes.model.components import Components, load_scheduler
 from sd_recipes.model.families import family_of
 from sd_recipes.model.family import Family
 from sd_recipes.model.loading import fill
-from sd_recipes.model.lora_files import ADAPTER_METADATA, LORA_FILE, LORA_PARTS, Lora, is_lora, layer_shapes, read_lora
+from sd_recipes.model.lora import LORA_FILE
+from sd_recipes.model.lora_files import ADAPTER_METADATA, LORA_PARTS, Lora, is_lora, layer_shapes, merge_lora, read_lora
 from sd_recipes.model.sources import MODEL
-from sd_recipes.model.weight_files import UnfittingWeights, UnreadableWeights, Weights, open_weights
+from sd_recipes.model.weight_files import PickledWeights, UnfittingWeights, UnreadableWeights, Weights, open_weights
 from sd_recipes.recipe import DIFFUSERS_LENGTH, ModelConfig, Recipe
-from sd_recipes.training.build import convert
+from sd_recipes.training.build import LORA, convert
 from sd_recipes.training.state import AVERAGE, CONFIG, SNAPSHOTS
 
 # What is left out of a run that is not trained, only evaluated.
@@ -40,7 +41,7 @@ KINDS_IN_CHECKPOINT: dict[str | None, tuple[str, ...]] = {
     None: (AVERAGE, ""), "raw": ("",), "averaged": (AVERAGE,), "best": ("",),
     **{suffix.removeprefix("_"): (suffix,) for suffix in SNAPSHOTS},
 }  # fmt: skip
-LORA = "_lora"  # suffix of the folder of a part's LoRA
+LATENTS = 64  # a side of what a UNet is meant for, if its configuration does not say
 EXPORTED = ("model_index.json", LORA_FILE)  # what a run has in its folder when it is done
 MODEL_PARTS = ("unet", "vae", "text_encoder")  # those of a pipeline that have weights
 
@@ -119,7 +120,8 @@ class LoadedModel:
         """Pixels a side that its run trained at, or that its UNet is meant for."""
         if self.recipe is not None:
             return self.recipe.resolution
-        return self.components.unet.config.sample_size * self.components.vae_scale_factor
+        latents = self.components.unet.config.sample_size
+        return (latents if isinstance(latents, int) else LATENTS) * self.components.vae_scale_factor
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -147,6 +149,10 @@ def load_model(name: str, weights: str | None, flags: Mapping[str, Any], flag: s
 def _load(target: Target, weights: str | None, flags: Mapping[str, Any]) -> LoadedModel:
     if target.weights is not None:
         return _load_weights(target, weights, flags)
+    if lora_file(target.name):
+        raise RecipeError(
+            f"{MODEL} {target.name} is a LoRA: name the model that it was trained on, and add --lora {target.name}"
+        )
     if weights is not None:
         holds = "is a run that has kept no checkpoint" if target.run else "is a model, with one kind of weights"
         raise RecipeError(f"--weights {weights}: {target.name} {holds}: drop --weights")
@@ -228,17 +234,46 @@ def _as_lora_file(weights: Weights, part: str, folder: Path) -> Weights:
     return Weights(renamed.place, renamed.shapes, renamed.read, metadata)
 
 
+def lora_file(name: str) -> Path | None:
+    """The file, if that is what a name stands for: a LoRA, or the folder of one that is no run."""
+    path = Path(name).expanduser()
+    if path.is_dir() and (path / LORA_FILE).is_file() and not holds_run(path):
+        return path / LORA_FILE
+    if not path.is_file():
+        return None
+    try:
+        return path if is_lora(open_weights(path, path.name, allow_pickle=False).shapes) else None
+    except UnreadableWeights:  # which is told when it is loaded as a model
+        return None
+
+
 def open_lora(name: str | Path, flag: str, model: LoadedModel) -> Lora:
     """The LoRA in a file, or in a folder of one, for that model; messages name it by `flag`. Raises RecipeError."""
     path = Path(name).expanduser()
     place = f"{flag} {name}".lstrip()
-    if not path.exists():
-        raise RecipeError(f"{place}: no such file")
     file = path / LORA_FILE if path.is_dir() else path
+    if not file.exists():
+        raise RecipeError(f"{place}: there is no such LoRA: give a .safetensors file, or a folder with {LORA_FILE}")
     try:
         weights = open_weights(file, file.name, allow_pickle=False)
         return read_lora(weights, layer_shapes(model.parts), model.components.unet.config)
     except UnfittingWeights as error:
         raise RecipeError(f"{place} {error}: name the model that it was trained on, or another LoRA") from error
+    except PickledWeights as error:
+        raise RecipeError(
+            f"{place} {error}: get it as .safetensors, or convert it with `sd-recipes convert`"
+        ) from error
     except UnreadableWeights as error:
         raise RecipeError(f"{place} {error}") from error
+
+
+def merge_loras(model: LoadedModel, files: list[tuple[str, float]]) -> None:
+    """Merge into the model's weights what its run trained of a LoRA, and LoRA files with their weights.
+
+    Raises RecipeError for a file that holds none for this model, before anything is changed.
+    """
+    loras = [(open_lora(file, "--lora", model), weight) for file, weight in files]
+    if model.lora is not None:
+        loras.insert(0, (model.lora, 1.0))
+    for lora, weight in loras:
+        merge_lora(model.parts, lora, weight)

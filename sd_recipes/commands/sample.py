@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sd_recipes.commands.of_run import EXPORTED, LoadedModel, find_target, load_model, open_lora, settings_of
+from sd_recipes.commands.of_run import EXPORTED, LoadedModel, find_target, load_model, merge_loras, settings_of
 from sd_recipes.commands.sample_settings import SIZE, Sampling, read_prompts
 from sd_recipes.data.held_out import choose
 from sd_recipes.data.training_data import load_training_data
@@ -35,7 +35,6 @@ from sd_recipes.export.parameters import KEYWORD, SAMPLERS, parameters_text
 from sd_recipes.export.safetensors_file import DTYPES, hash_of_tensors
 from sd_recipes.flags import build_recipe
 from sd_recipes.model.families import family_of
-from sd_recipes.model.lora_files import merge_lora
 from sd_recipes.model.samplers import check_it_draws
 from sd_recipes.model.sources import MODEL
 from sd_recipes.redaction import in_texts, redacted, shown
@@ -99,7 +98,9 @@ def prompts_of(config: Sampling) -> list[str]:
     """Raises RecipeError if there are none."""
     if config.captions is not None:
         return captions_of(config)
-    prompts = config.prompts if config.prompts is not None else read_prompts(config.prompt_file or "")
+    prompts = (
+        config.prompts if config.prompts is not None else read_prompts(config.prompt_file or "", config.text_encoding)
+    )
     if not all(prompt.strip() for prompt in prompts):
         raise RecipeError("--prompts holds an empty prompt: drop it, or write what to draw")
     return prompts
@@ -133,8 +134,12 @@ def draw_with(name: str, config: Sampling, prompts: list[str], device: torch.dev
     """The pictures of all prompts by one model, which are saved as they are drawn. Raises RecipeError and OSError."""
     model = load_model(name, config.weights, config.model, "--compare" if config.compare else MODEL)
     last = Path(shown(name))
-    about = {"Model hash": model_hash(name, model), "Model": last.stem if Path(name).is_file() else last.name}
-    words = merge_loras(model, config, about)
+    about: dict[str, str | None] = {
+        "Model hash": model_hash(name, model),
+        "Model": last.stem if Path(name).is_file() else last.name,
+    }
+    merge_loras(model, config.loras)
+    words, about["Lora hashes"] = lora_words(config)
     pipeline = drawing_pipeline(model.family, model.components, config.sampler, FLAGS)
     check_it_draws(pipeline.scheduler, config.steps, config.sampler, FLAGS)
     size = size_of(model, config)
@@ -199,21 +204,12 @@ def size_of(model: LoadedModel, config: Sampling) -> tuple[int, int]:
     return size
 
 
-def merge_loras(model: LoadedModel, config: Sampling, about: dict[str, str]) -> str:
-    """Merge the LoRAs into the model, and note their hashes; returns the words that A1111 has for them in a prompt."""
-    if model.lora is not None:
-        merge_lora(model.parts, model.lora)
-    opened = [(open_lora(file, "--lora", model), weight) for file, weight in config.loras]
-    words, hashes = "", []
-    for (lora, weight), (file, _) in zip(opened, config.loras, strict=True):
-        merge_lora(model.parts, lora, weight)
-        name, path = Path(file).stem, Path(file).expanduser()
-        words += f" <lora:{name}:{weight:g}>"
-        if path.is_file():
-            hashes.append(f"{name}: {hash_of_tensors(path)[:LORA_HASH_DIGITS]}")
-    if hashes:
-        about["Lora hashes"] = ", ".join(hashes)
-    return words
+def lora_words(config: Sampling) -> tuple[str, str | None]:
+    """What A1111 has for the LoRAs in a prompt, and their hashes; None where there are none."""
+    words = "".join(f" <lora:{Path(file).stem}:{weight:g}>" for file, weight in config.loras)
+    files = [path for file, _ in config.loras if (path := Path(file).expanduser()).is_file()]
+    hashes = [f"{path.stem}: {hash_of_tensors(path)[:LORA_HASH_DIGITS]}" for path in files]
+    return words, ", ".join(hashes) or None
 
 
 def model_hash(name: str, model: LoadedModel) -> str:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from sd_recipes.commands.model_flags import Dtype, ModelFlags, WeightsConfig, given_flags
-from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.data.text_files import TextError, decode
+from sd_recipes.errors import RecipeError
 from sd_recipes.flags import Command, build_parser, explain, parse_flags
 from sd_recipes.recipe import Number, Section, sampler_class_name
 
@@ -37,6 +38,9 @@ class SampleConfig(Section):
     )
     prompts: list[str] | None = Field(None, description="Draw these.")
     prompt_file: str | None = Field(None, description="Draw what the lines of this file say.")
+    text_encoding: str | None = Field(
+        None, description="Encoding of --prompt_file if it is neither UTF-8 nor marked, such as cp1252."
+    )
     captions: Literal["held_out", "training"] | None = Field(
         None, description="Draw captions of the run's held-out or training rows; its data have to be where they were."
     )
@@ -118,15 +122,17 @@ def _check(config: Sampling) -> None:
     config.loras  # noqa: B018 - a mistake in it is told now
 
 
-def read_prompts(name: str) -> list[str]:
+def read_prompts(name: str, encoding: str | None) -> list[str]:
     """The lines of a text file that are not blank. Raises RecipeError."""
-    path = Path(name).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({one_line(error, 100)})"
-        raise RecipeError(f"--prompt_file {name}: {reason}: name a UTF-8 text with a prompt on each line") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+        text = decode(Path(name).expanduser().read_bytes(), encoding)
+    except TextError as error:
+        raise RecipeError(f"--prompt_file {name} {error}") from None
+    except OSError as error:
+        raise RecipeError(
+            f"--prompt_file {name} cannot be read ({error.strerror}): name a text file with a prompt on each line"
+        ) from None
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise RecipeError(f"--prompt_file {name} is empty: write a prompt on each line")
     return prompts

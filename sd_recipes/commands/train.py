@@ -26,6 +26,7 @@ from sd_recipes.checkpoints.resume import choose_checkpoint, compare_identity, i
 from sd_recipes.checkpoints.run_folder import begin_history, find_resume_point, of_other_history, output_dir_lock
 from sd_recipes.checkpoints.saver import FAILURES, BackgroundSaver, NotSaved
 from sd_recipes.checkpoints.snapshots import keep_snapshot, remove_snapshots
+from sd_recipes.commands.memory_dial import planned
 from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.evaluation.figures import best_of, held_out_losses
 from sd_recipes.export.hub import create_repository, publish, sample_command
@@ -60,21 +61,23 @@ def run(recipe: Recipe) -> None:
     is saved.
     """
     hide_library_bars()
+    recipe, plan = planned(recipe)
     with accelerate_left_unused(), compiler_explained(recipe):
         accelerator = start_accelerator(recipe)
         if recipe.dry_run:
             show(recipe, accelerator)
         else:
-            run_in_folder(recipe, accelerator)
+            run_in_folder(recipe, accelerator, plan.measurable if plan else None)
 
 
-def run_in_folder(recipe: Recipe, accelerator: Accelerator) -> None:
+def run_in_folder(recipe: Recipe, accelerator: Accelerator, planned_memory: int | None = None) -> None:
     """Own the output folder, and train there."""
     # Until it has saved something, a run that was given a checkpoint resumes from that one again.
     stop_request.resume_command = resume_command(recipe) if recipe.overwrite else "the same command"
     with output_dir_lock(recipe, accelerator.is_main_process) as resume_point:
         recipe, checkpoint = resolve(recipe, accelerator, resume_point)
         built = build_run(recipe, accelerator, checkpoint)
+        built.planned_memory = planned_memory
         with closing(built.tracker):
             train(built)
 

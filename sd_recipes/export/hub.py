@@ -102,9 +102,10 @@ def _hub_id(name: str | None) -> str | None:
     return name
 
 
-def sample_command(model: str, prompt: str) -> str:
+def sample_command(model: str, prompt: str, lora: str | None = None) -> str:
     """The command that draws a prompt with a model, whatever it predicts."""
-    return f"sd-recipes sample --pretrained_model_name_or_path {shlex.quote(model)} --prompts {shlex.quote(prompt)}"
+    words = ["--pretrained_model_name_or_path", model, *(["--lora", lora] if lora else []), "--prompts", prompt]
+    return f"sd-recipes sample {shlex.join(words)}"
 
 
 def _loading(recipe: Recipe, pipeline_class: str, repo_id: str, base: str) -> str:
@@ -150,6 +151,7 @@ def write_model_card(
     if best_step is not None:
         learned += f"\nThese are the weights of step {best_step}.\n"
     pictures = "![samples](samples.png)\n" if (output_dir / "samples.png").is_file() else ""
+    lora = LORA_FILE if recipe.trains_lora else None
     predicts_score = prediction_type == "score"
     imported = f"DDIMScheduler, {pipeline_class}" if predicts_score else pipeline_class
     content = f"""---
@@ -172,6 +174,6 @@ from diffusers import {imported}
 
 Or with sd-recipes, which also compares models and adds LoRAs:
 
-    {sample_command(repo_id, prompts[0])}
+    {sample_command((base or made_from) if lora else repo_id, prompts[0], lora)}
 """
     ModelCard(redacted(content)).save(output_dir / "README.md")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from sd_recipes.memory.tracer import Tracer
+from sd_recipes.memory.tracer import META, Tracer
 
 ROUNDED = "rounded weights"
 
@@ -46,20 +43,6 @@ class Kernels(TorchFunctionMode):
         super().__init__()
         self.tracer = tracer
         self.in_float32 = IN_FLOAT32[device]
-        # Casts of weights by the weights' ids, each made once. Autocast keeps them until its context ends; afterwards,
-        # and where a block is recomputed, the graph alone does.
-        self.rounded: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-        self.kept: list[Tensor] | None = None
-
-    @contextmanager
-    def autocast(self, dtype: torch.dtype) -> Iterator[None]:
-        """Autocast to `dtype` within this context; to float32 there is none."""
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            outer, self.kept = self.kept, [] if self.kept is None else self.kept
-            try:
-                yield
-            finally:
-                self.kept = outer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -69,21 +52,17 @@ class Kernels(TorchFunctionMode):
             args, kwargs = tree_map(cast, (args, kwargs))
         if name == "scaled_dot_product_attention" and args[0].is_meta:
             return self._attention(*args, **kwargs)
+        if name == "randint" and kwargs.get("device") == META:
+            kwargs.pop("generator", None)  # it has none
         return func(*args, **kwargs)
 
     def _round(self, value: Any) -> Any:
         dtype = torch.get_autocast_dtype("cpu")
         if not isinstance(value, Tensor) or not value.is_meta or not value.is_floating_point() or value.dtype == dtype:
             return value
-        if not (value.requires_grad and value.is_leaf):
+        is_weight = value.requires_grad and value.is_leaf  # autocast keeps no copies: runtime/accelerator.py
+        with self.tracer.of_kind(ROUNDED if is_weight else self.tracer.kinds[-1]):
             return value.to(dtype)
-        cast = self.rounded.get(id(value))
-        if cast is None:
-            with self.tracer.of_kind(ROUNDED):
-                cast = self.rounded[id(value)] = value.to(dtype)
-            if self.kept is not None:
-                self.kept.append(cast)
-        return cast
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any

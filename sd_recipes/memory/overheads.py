@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from sd_recipes.data.batches import READ_AHEAD
 from sd_recipes.memory.step import TracedStep
 from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.host_memory import nbytes_of, packed
 
 MIB = 2**20
 GIB = 2**30
@@ -21,9 +20,9 @@ CUDA_CONTEXT = 700 * MIB
 CUBLAS_WORKSPACES = 2 * 32 * MIB
 # The part of what a step allocates and frees again by which torch's allocator reserves more: small blocks share
 # segments of 2 MiB, larger ones segments of 20 MiB or multiples of 2, and pieces are left over
-# (c10/cuda/CUDACachingAllocator.cpp). On an H100 it was 6 % of 10 GiB, and 0.7 of 2.2 GiB with gradient checkpointing,
-# whose blocks differ more in size.
-LEFT_OVER, LEFT_OVER_WITH_CHECKPOINTING = 0.06, 0.7
+# (c10/cuda/CUDACachingAllocator.cpp). On an H100 it was 6 % of 10 GiB; with gradient checkpointing 70 % of 2.2 GiB before
+# segments could grow (runtime/allocator.py).
+LEFT_OVER = 0.06
 # NCCL's buffers for a ring between the GPUs of one machine, about as much for each of a few channels
 # (NCCL_BUFFSIZE, 4 MiB, for each of up to 32 channels, both ways).
 NCCL = 2 * 32 * 4 * MIB
@@ -31,19 +30,19 @@ NCCL = 2 * 32 * 4 * MIB
 # which is gathered ahead, and what is in no block, by their numbers of parameters.
 GATHERED_BLOCKS = 0.18
 
-# Of the host. A Python process with torch, diffusers and its data sets loaded; with CUDA's libraries.
-PROCESS, PROCESS_WITH_CUDA = 900 * MIB, 3 * GIB
+# Of the host. A Python process with torch, diffusers and datasets loaded (600 MiB in torch 2.13 for the CPU); with CUDA's
+# libraries, not measured.
+PROCESS, PROCESS_WITH_CUDA = 650 * MIB, 3 * GIB
 # A data worker, which shares what it was forked with, and has its own picture buffers and Python objects.
 WORKER = 250 * MIB
 
 
-def on_device(recipe: Recipe, passing: int, *, num_processes: int) -> dict[str, int]:
+def on_device(passing: int, *, num_processes: int) -> dict[str, int]:
     """Bytes on a GPU by what takes them; `passing` is what the step allocates and frees again."""
-    share = LEFT_OVER_WITH_CHECKPOINTING if recipe.gradient_checkpointing else LEFT_OVER
     found = {
         "CUDA context": CUDA_CONTEXT,
         "cuBLAS workspaces": CUBLAS_WORKSPACES,
-        "allocator's pieces": int(share * passing),
+        "allocator's pieces": int(LEFT_OVER * passing),
     }
     if num_processes > 1:
         found["NCCL"] = NCCL
@@ -54,8 +53,9 @@ def on_host(recipe: Recipe, step: TracedStep, device: str) -> dict[str, int]:
     """Bytes in the host's memory, of the process that saves, by what takes them; without a CPU run's tensors."""
     cuda = device == "cuda"
     tensors = [tensor for named in step.state.state_dict().tensors.values() for tensor in named.values()]
-    # Pinned memory comes in powers of two (aten/src/ATen/core/CachingHostAllocator.h).
-    buffers = sum(2 ** math.ceil(math.log2(each.nbytes)) if cuda else each.nbytes for each in tensors if each.nbytes)
+    # Pinned memory comes in blocks of powers of two.
+    buffers = sum(block.nbytes for block in packed([nbytes_of(each) for each in tensors])) if cuda else None
+    buffers = buffers or sum(each.nbytes for each in tensors)
     found = {"Python and libraries": PROCESS_WITH_CUDA if cuda else PROCESS, "checkpoint buffers": buffers}
     if (recipe.mixed_precision or "no") != "no":
         names = ("vae", *step.family.text_models)
@@ -75,5 +75,5 @@ def on_host(recipe: Recipe, step: TracedStep, device: str) -> dict[str, int]:
 
 def nbytes_of_batch(step: TracedStep) -> int:
     """Of a batch of --train_batch_size rows."""
-    batch = step.batch(step.recipe.train_batch_size, is_last=True)
+    batch = step.batch(step.recipe.train_batch_size)
     return sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor))

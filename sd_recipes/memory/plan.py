@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sd_recipes.memory.overheads import GATHERED_BLOCKS, on_device, on_host
+from sd_recipes.memory.overheads import CUDA_CONTEXT, GATHERED_BLOCKS, on_device, on_host
 from sd_recipes.memory.step import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, WEIGHTS, TracedStep
 from sd_recipes.memory.tracer import Moment
 from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.host_memory import BLOCK_BYTES
 
 RESIDENT = (WEIGHTS, OPTIMIZER, AVERAGE, FROZEN)  # between two steps
 SHARDED = (WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE)  # by FSDP
+OF_PASSES = ("encoding", "forward", "backward")
 OF_UPDATE = ("clipping", "optimizer", "average")  # phases that know neither batch nor activations
 # Settings that the passes of a step do not depend on, but for memory that is there in all of its phases.
 STATE = {"optimizer", "use_8bit_adam", "use_ema", "offload_ema", "ema_snapshots"}
@@ -50,6 +52,11 @@ class MemoryPlan:
         return self.tensors + self.overhead.get("cuBLAS workspaces", 0)
 
     @property
+    def measurable(self) -> int:
+        """What a run measures of itself: on a GPU what torch has allocated, on the CPU all that the process holds."""
+        return self.allocated if self.device == "cuda" else self.total
+
+    @property
     def total(self) -> int:
         return self.tensors + sum(self.overhead.values())
 
@@ -65,6 +72,17 @@ class Planner:
         self.device, self.capacity = device, capacity
         self._passes: dict[str, TracedStep] = {}
         self._updates: dict[str, TracedStep] = {}
+        self._hosts: dict[str, dict[str, int]] = {}
+
+    def least(self, recipe: Recipe) -> int:
+        """What the recipe takes at the least: whatever its batch, when it steps, or between two steps."""
+        update = self._traced_update(recipe)
+        kinds = update.resident.copy()
+        if not recipe.fused_backward_pass:
+            kinds[GRADIENTS] = update.nbytes_of_gradients
+        if recipe.offload_ema and self.device == "cuda":
+            del kinds[AVERAGE]
+        return sum(kinds.values()) + (CUDA_CONTEXT if self.device == "cuda" else 0)
 
     def plan(
         self,
@@ -80,39 +98,51 @@ class Planner:
         With `latents_are_kept` moments come from a full store, and the VAE rests. If `about` is enough, numbers of
         images between one and the batch are not traced: what they take is on a straight line between these.
         """
-        traced = self._traced_passes(recipe)
         update = self._traced_update(recipe)
-        moments = self._passes_between(recipe) if about else traced.moments
+        moments = self._passes_about(recipe, update) if about else self._passes_of(recipe, update)
         if latents_are_kept:
-            moments = _without_vae(moments, traced)
-        moved = Counter({kind: update.resident[kind] - traced.resident[kind] for kind in (OPTIMIZER, AVERAGE)})
-        moments = {name: _moved(each, moved) for name, each in moments.items() if name not in OF_UPDATE}
-        moments |= {name: update.moments[name] for name in OF_UPDATE}
+            moments = _without_vae(moments, update)
+        moments |= {name: update.moments[name] for name in OF_UPDATE if name in update.moments}
+        if recipe.offload_ema and self.device == "cuda":
+            moments = {name: _with_average_on_host(name, each) for name, each in moments.items()}
         if is_sharded:
             moments = {name: _sharded(each, num_processes) for name, each in moments.items()}
-        host = on_host(recipe, update, self.device)
+        host = self._on_host(recipe, update)
         passing = max(
             each.total - sum(each.by_kind[kind] for kind in (*RESIDENT, GRADIENTS)) for each in moments.values()
         )
-        overhead = on_device(recipe, passing, num_processes=num_processes) if self.device == "cuda" else host
+        overhead = on_device(passing, num_processes=num_processes) if self.device == "cuda" else host
         return MemoryPlan(recipe, self.device, num_processes, moments, overhead, host, self.capacity)
 
-    def _passes_between(self, recipe: Recipe) -> dict[str, Moment]:
+    def _on_host(self, recipe: Recipe, update: TracedStep) -> dict[str, int]:
+        key = f"{_state_of(recipe)} {recipe.mixed_precision}"
+        if key not in self._hosts:
+            self._hosts[key] = on_host(recipe, update, self.device)
+        return self._hosts[key]
+
+    def _passes_of(self, recipe: Recipe, update: TracedStep) -> dict[str, Moment]:
+        """By phase, with the optimizer states and averages of `update`, whatever the passes were traced with."""
+        step = self._traced_passes(recipe)
+        moved = Counter({kind: update.resident[kind] - step.resident[kind] for kind in (OPTIMIZER, AVERAGE)})
+        return {name: _moved(each, moved) for name, each in step.moments.items() if name not in OF_UPDATE}
+
+    def _passes_about(self, recipe: Recipe, update: TracedStep) -> dict[str, Moment]:
         number, most = recipe.images_at_once, recipe.train_batch_size
         if not 1 < number < most:
-            return self._traced_passes(recipe).moments
-        one, all_at_once = (self._traced_passes(recipe.model_copy(update={"micro_batch": each})) for each in (1, None))
-        gradients = one.moments["clipping"].by_kind[GRADIENTS]  # which wait for the last micro-batch
+            return self._passes_of(recipe, update)
+        one, all_at_once = (
+            self._passes_of(recipe.model_copy(update={"micro_batch": each}), update) for each in (1, None)
+        )
+        waiting = update.nbytes_of_gradients  # of other micro-batches, for the last one
+        for name in OF_PASSES:
+            other = all_at_once[name]
+            all_at_once[name] = _moved(other, Counter({GRADIENTS: waiting - other.by_kind[GRADIENTS]}))
         share = (number - 1) / (most - 1)
-        return {
-            name: _between(moment, _moved(other, Counter({GRADIENTS: gradients - other.by_kind[GRADIENTS]})), share)
-            for name, moment, other in (
-                (name, moment, all_at_once.moments[name]) for name, moment in one.moments.items()
-            )
-        }
+        return {name: _between(one[name], all_at_once[name], share) for name in one}
 
     def _traced_passes(self, recipe: Recipe) -> TracedStep:
-        key = recipe.model_dump_json(exclude=STATE)
+        # A step within the backward pass has the optimizer's own tensors in it.
+        key = recipe.model_dump_json(exclude=None if recipe.fused_backward_pass else STATE)
         if key not in self._passes:
             step = self._passes[key] = TracedStep(recipe, self.device)
             self._updates.setdefault(_state_of(recipe), step)
@@ -134,8 +164,8 @@ def plan_memory(recipe: Recipe, device: str, capacity: int | None = None, *, num
 
 
 def _state_of(recipe: Recipe) -> str:
-    # fp16 steps without AdamW's single kernel, since a skipped step could not be seen.
-    return f"{recipe.model_dump_json(include=STATE)} {recipe.mixed_precision == 'fp16'}"
+    # The frozen models' precision is the run's.
+    return recipe.model_dump_json(include=STATE | {"weights_dtype", "fused_backward_pass", "mixed_precision"})
 
 
 def _between(one: Moment, other: Moment, share: float) -> Moment:
@@ -146,7 +176,7 @@ def _between(one: Moment, other: Moment, share: float) -> Moment:
     return Moment(round(one.total * (1 - share) + other.total * share), Counter(kinds))
 
 
-def _without_vae(moments: Mapping[str, Moment], step: TracedStep) -> dict[str, Moment]:
+def _without_vae(moments: dict[str, Moment], step: TracedStep) -> dict[str, Moment]:
     vae = sum(each.nbytes for each in step.components.vae.parameters())
     by = Counter({FROZEN: -vae})
     return {name: _moved(each, by) if name != "validation" else each for name, each in moments.items()} | {
@@ -158,6 +188,13 @@ def _moved(moment: Moment, by: Counter[str]) -> Moment:
     kinds = moment.by_kind.copy()
     kinds.update(by)
     return Moment(moment.total + sum(by.values()), kinds)
+
+
+def _with_average_on_host(phase: str, moment: Moment) -> Moment:
+    """A block of the average visits the device beside a step; a validation takes all of it there."""
+    if phase == "validation":
+        return moment
+    return _moved(moment, Counter({AVERAGE: -moment.by_kind[AVERAGE], "workspace": BLOCK_BYTES}))
 
 
 def _sharded(moment: Moment, num_processes: int) -> Moment:

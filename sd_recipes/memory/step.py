@@ -24,15 +24,19 @@ from sd_recipes.data.order import MicroBatch
 from sd_recipes.data.sizes import square_side
 from sd_recipes.memory.kernels import Kernels
 from sd_recipes.memory.tracer import META, Moment, Tracer
-from sd_recipes.model.components import latent_shape_of, load_scheduler
+from sd_recipes.model.components import Components, latent_shape_of, load_scheduler
 from sd_recipes.model.families import family_of
+from sd_recipes.model.family import Family
 from sd_recipes.model.latents import decode_latents, encode_pixels, to_pixel_values
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import DTYPES
-from sd_recipes.training.build import build_model
+from sd_recipes.training.bf16_weights import Bf16Weights
+from sd_recipes.training.build import build_model, choose_trained
 from sd_recipes.training.loop import backward, update
 
 BLOCK = {"cuda": 512, "cpu": 64}  # bytes that allocations are rounded up to (c10/cuda/CUDACachingAllocator.cpp)
+# What needs the real device: the compiler's savings are not counted, and xFormers takes what torch's attention takes.
+NOT_TRACED = {"compile_unet": False, "enable_xformers_memory_efficient_attention": False}
 WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE, FROZEN = "weights", "gradients", "optimizer states", "average", "frozen models"
 ENCODED, FLOWING, WORKSPACE = "VAE and text", "activations' gradients", "workspace"
 
@@ -46,11 +50,11 @@ class Outline:
     sync_gradients = True
     num_processes = 1
 
-    def __init__(self, recipe: Recipe, tracer: Tracer, kernels: Kernels) -> None:
+    def __init__(self, recipe: Recipe, tracer: Tracer) -> None:
         self.device = META
         self.mixed_precision = recipe.mixed_precision or "no"
         self.gradient_accumulation_steps = recipe.gradient_accumulation_steps
-        self.tracer, self.kernels = tracer, kernels
+        self.tracer = tracer
 
     def prepare_model(self, module: torch.nn.Module, **_: Any) -> torch.nn.Module:
         module.forward = self._forward(module.forward)
@@ -70,7 +74,8 @@ class Outline:
         return autocast if self.mixed_precision == "no" else convert_outputs_to_fp32(autocast)
 
     def autocast(self) -> AbstractContextManager[None]:
-        return self.kernels.autocast(DTYPES[self.mixed_precision])
+        dtype = DTYPES[self.mixed_precision]
+        return torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.tracer.begin("backward")
@@ -96,12 +101,14 @@ class TracedStep:
     """
 
     def __init__(self, recipe: Recipe, device: str, *, passes: bool = True) -> None:
-        self.recipe, self.device = recipe, device
+        self.recipe = recipe = recipe.model_copy(update={"seed": 0, **NOT_TRACED})
+        self.device = device
         self.tracer = Tracer(META, BLOCK[device])
         self.kernels = Kernels(self.tracer, device)
-        self.outline = Outline(recipe, self.tracer, self.kernels)
+        self.outline = Outline(recipe, self.tracer)
         self.family = family_of(recipe)
         self.components = self.family.load(recipe, load_scheduler(recipe), None, weights=False)
+        choose_trained(recipe, self.family, self.components)
         with self.tracer, self.kernels:
             self._build()
             self._first_step()
@@ -111,9 +118,13 @@ class TracedStep:
                 self._step()
                 if recipe.draws_pictures or recipe.validation_split:
                     self._validation()
-            else:
+            elif not recipe.fused_backward_pass:
                 self._fill_gradients()
                 update(self.state, cast(Accelerator, self.outline), recipe.max_grad_norm)
+
+    @property
+    def nbytes_of_gradients(self) -> int:
+        return sum(each.nbytes for each in self.state.parameters.values())
 
     @property
     def moments(self) -> dict[str, Moment]:
@@ -132,22 +143,33 @@ class TracedStep:
             num_steps=2,
             num_rows=None,
         )
+        tracer = self.tracer
+        state: Any = self.state
         for name in ("unet", "vae", *self.family.text_models):
             module = getattr(self.components, name)
-            self.tracer.name(WEIGHTS if name == "unet" else FROZEN, [*module.parameters(), *module.buffers()])
-        tracer, state = self.tracer, self.state
+            tracer.name(FROZEN, [*module.parameters(), *module.buffers()])
+        tracer.name(WEIGHTS, state.parameters.values())
         for parameter in state.parameters.values():
-            parameter.register_post_accumulate_grad_hook(lambda each: tracer.name(GRADIENTS, [each.grad]))
+            parameter.register_post_accumulate_grad_hook(self._name_gradient)
         for group in state.optimizer.param_groups:
             if self.device == "cuda" and "foreach" in group:  # the default there; on the meta device it is not
                 group["foreach"] = True
+        # On these objects alone.
         self.model.encode_text = tracer.in_phase("encoding", ENCODED, self.model.encode_text)
-        self.model.encoder.encode = tracer.in_phase("encoding", ENCODED, self.model.encoder.encode)
-        # AdamW's single kernel works in place, and the meta device does not have it.
-        is_fused = self.recipe.optimizer == "adamw" and self.recipe.mixed_precision != "fp16"
-        state.optimizer.register_step_pre_hook(lambda *_: tracer.begin("optimizer", muted=is_fused))
-        state.optimizer.register_step_post_hook(lambda *_: tracer.begin("optimizer"))
+        encoder: Any = self.model.encoder
+        encoder.encode = tracer.in_phase("encoding", ENCODED, encoder.encode)
+        if isinstance(state.optimizer, Bf16Weights):
+            state.optimizer.generators[META] = torch.Generator()  # the device has none
+        if not self.recipe.fused_backward_pass:  # which is a phase of its own neither in code nor in time
+            # AdamW's single kernel works in place, and the meta device does not have it.
+            is_fused = self.recipe.optimizer == "adamw" and self.recipe.mixed_precision != "fp16"
+            state.optimizer.register_step_pre_hook(lambda *_: tracer.begin("optimizer", muted=is_fused))
+            state.optimizer.register_step_post_hook(lambda *_: tracer.begin("optimizer"))
         state.update_averages = tracer.in_phase("average", WORKSPACE, state.update_averages)
+
+    def _name_gradient(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:  # and not used already
+            self.tracer.name(GRADIENTS, [parameter.grad])
 
     def _first_step(self) -> None:
         """An update alone: only after it do optimizer states exist."""
@@ -170,51 +192,11 @@ class TracedStep:
         recipe, outline = self.recipe, cast(Accelerator, self.outline)
         if recipe.images_at_once < recipe.train_batch_size * recipe.gradient_accumulation_steps:
             self._fill_gradients()
-        backward([self.batch(recipe.images_at_once, is_last=True)], self.model, None, outline)
+        backward([self.batch(recipe.images_at_once)], self.model, None, outline)
         update(self.state, outline, recipe.max_grad_norm)
 
-    def batch(self, size: int, *, is_last: bool) -> Batch:
-        """A micro-batch of `size` rows, in the host's memory, with nothing in it."""
-        side = square_side(self.recipe)
-        channels, height, width = latent_shape_of(self.components.vae)((side, side))
-        numbers = np.arange(size)
-        noise = torch.empty(size, channels, height, width)
-        return Batch(
-            pixels=torch.empty(size, 3, side, side, dtype=torch.uint8),
-            to_encode=torch.arange(size),
-            moments=None,
-            flip=torch.zeros(size, dtype=torch.bool),
-            input_ids=torch.zeros(size, self._num_tokens(), dtype=torch.int64),
-            timesteps=torch.zeros(size, dtype=torch.int64),
-            timestep_u=torch.zeros(size, dtype=torch.float64),
-            noise=noise,
-            input_noise=noise if self.recipe.input_perturbation else None,
-            posterior_noise=noise,
-            original_size=torch.zeros(size, 2, dtype=torch.int64),
-            crop_corner=torch.zeros(size, 2, dtype=torch.int64),
-            target_size=torch.zeros(size, 2, dtype=torch.int64),
-            weights=torch.ones(size),
-            names=("",) * size,
-            plan=MicroBatch(
-                rows=numbers,
-                positions=numbers,
-                strata=numbers,
-                global_batch_size=size,
-                weight=1.0,
-                is_last=is_last,
-                samples_seen=0,
-                ends_epoch=False,
-                epoch=0,
-                size=(side, side),
-            ),
-            bad=(),
-            records=[],
-        )
-
-    def _num_tokens(self) -> int:
-        text_model = getattr(self.components, self.family.text_models[0])
-        chunks = self.recipe.caption_chunks if self.recipe.long_captions == "chunk" else 1
-        return int(text_model.config.max_position_embeddings) * chunks
+    def batch(self, size: int) -> Batch:
+        return blank_batch(self.recipe, self.family, self.components, size)
 
     @torch.no_grad()
     def _validation(self) -> None:
@@ -225,14 +207,14 @@ class TracedStep:
         with self.tracer.of_kind("activations: validation"), self.state.evaluated(self.components):
             self.model.encoder.vae.to(META)
             if recipe.validation_split:
-                batch = self.batch(recipe.images_at_once, is_last=True)
+                batch = self.batch(recipe.images_at_once)
                 encode_pixels(self.components.vae, to_pixel_values(batch.pixels.to(META), self.model.encoder.dtype))
                 with outline.autocast():
                     self._predict(batch)
             if recipe.draws_pictures:
                 prompts = len(recipe.validation_prompts or []) or recipe.validation_pictures
                 with outline.autocast():
-                    batch = self.batch(2 * min(recipe.train_batch_size, prompts), is_last=True)
+                    batch = self.batch(2 * min(recipe.train_batch_size, prompts))
                     decode_latents(self.components.vae, self._predict(batch)[:1])
 
     def _predict(self, batch: Batch) -> torch.Tensor:
@@ -242,6 +224,48 @@ class TracedStep:
             batch.noise.to(META), batch.timesteps.to(META), **conditioning, return_dict=False
         )[0]
         return predicted
+
+
+def blank_batch(recipe: Recipe, family: Family, components: Components, size: int) -> Batch:
+    """A step's only micro-batch, of `size` rows, in the host's memory: of the run's shapes, and all zeros."""
+    side = square_side(recipe)
+    channels, height, width = latent_shape_of(components.vae)((side, side))
+    text_model = getattr(components, family.text_models[0])
+    chunks = recipe.caption_chunks if recipe.long_captions == "chunk" else 1
+    num_tokens = text_model.config.max_position_embeddings * chunks
+    numbers = np.arange(size)
+    noise = torch.zeros(size, channels, height, width)
+    return Batch(
+        pixels=torch.zeros(size, 3, side, side, dtype=torch.uint8),
+        to_encode=torch.arange(size),
+        moments=None,
+        flip=torch.zeros(size, dtype=torch.bool),
+        input_ids=torch.zeros(size, num_tokens, dtype=torch.int64),
+        timesteps=torch.zeros(size, dtype=torch.int64),
+        timestep_u=torch.zeros(size, dtype=torch.float64),
+        noise=noise,
+        input_noise=noise if recipe.input_perturbation else None,
+        posterior_noise=noise,
+        original_size=torch.zeros(size, 2, dtype=torch.int64),
+        crop_corner=torch.zeros(size, 2, dtype=torch.int64),
+        target_size=torch.zeros(size, 2, dtype=torch.int64),
+        weights=torch.ones(size),
+        names=("",) * size,
+        plan=MicroBatch(
+            rows=numbers,
+            positions=numbers,
+            strata=numbers,
+            global_batch_size=size,
+            weight=1.0,
+            is_last=True,
+            samples_seen=0,
+            ends_epoch=False,
+            epoch=0,
+            size=(side, side),
+        ),
+        bad=(),
+        records=[],
+    )
 
 
 # By their classes, what activations belong to.

@@ -124,7 +124,8 @@ def load_unet(config: ModelConfig, *, weights: bool = True) -> UNet2DConditionMo
 def load_part(config: ModelConfig, part: str, build: Callable[[dict[str, Any]], Any], *, weights: bool = True) -> Any:
     """A part of the model in float32, in host memory: `build` makes its module of its configuration.
 
-    Without `weights` it is that, on the meta device. Raises RecipeError unless every one of its tensors is loaded, and every one of the file's belongs to it.
+    Without `weights` it is that, on the meta device. Raises RecipeError unless every one of its tensors is loaded, and
+    every one of the file's belongs to it.
     """
     source, settings = read_settings(config, part)
     try:

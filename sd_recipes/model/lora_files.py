@@ -21,7 +21,6 @@ import torch
 from sd_recipes.model.original_layout import unet_name
 from sd_recipes.model.weight_files import Shape, UnfittingWeights, UnreadableWeights, Weights
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # in a folder of a LoRA, as diffusers calls it
 LORA_PARTS = ("unet", "text_encoder")
 PREFIXES = {
     "unet": ("unet.", "lora_unet_"),

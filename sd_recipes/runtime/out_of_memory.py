@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 # Of errors that have no class of their own, besides those that accelerate knows (CUDA's, MPS's, the CPU allocator's):
-# when cuBLAS or cuDNN cannot allocate a workspace or, for want of memory, a handle; the driver's; and C++'s.
+# when cuBLAS or cuDNN cannot allocate a workspace or, for want of memory, a handle; the driver's; those of oneDNN, by
+# which CPUs convolve; and C++'s.
 WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",
@@ -27,6 +28,8 @@ WORDS = (
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
     "CUDA error: out of memory",
+    "could not create a primitive",
+    "could not create a memory",
     "std::bad_alloc",
 )
 
@@ -81,8 +84,13 @@ def done_once(what: str, work: Callable[[], Result], is_undone: Callable[[], boo
 
 def unchanged(tensors: Callable[[], Iterable[torch.Tensor]]) -> Callable[[], bool]:
     """Whether nothing has changed tensors since this call. Fused optimizers do so without a trace."""
-    before = [tensor._version for tensor in tensors()]
-    return lambda: [tensor._version for tensor in tensors()] == before
+    before = [times_changed(tensor) for tensor in tensors()]
+    return lambda: [times_changed(tensor) for tensor in tensors()] == before
+
+
+def times_changed(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place, as autograd counts it."""
+    return tensor._version
 
 
 def tell_out_of_memory(what: str, error: Exception) -> None:

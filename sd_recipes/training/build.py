@@ -123,6 +123,7 @@ class Run:
     guard: Guard
     num_steps: int  # of the whole run
     checkpoint: Checkpoint | None  # that it resumes from
+    planned_memory: int | None = None  # bytes, to be compared with what is measured
 
     @property
     def output_dir(self) -> Path:
@@ -157,11 +158,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     components = family.load(recipe, scheduler, tokenizer)
     stop_request.check(NOT_BEGUN)
     check_recipe_fits(recipe, components)
-    if recipe.trains_lora:
-        add_lora(recipe, components)
-    elif recipe.train_text_encoder:
-        for name in family.text_models:
-            getattr(components, name).requires_grad_(True)
+    choose_trained(recipe, family, components)
     convert(recipe, components, is_new=checkpoint is None)
     check_pictures(recipe, components.sampler)
     provenance = None
@@ -216,6 +213,15 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
         num_steps=num_steps,
         checkpoint=checkpoint,
     )
+
+
+def choose_trained(recipe: Recipe, family: Family, components: Components) -> None:
+    """Let gradients reach what is trained besides the UNet, or a LoRA in its place. Raises RecipeError."""
+    if recipe.trains_lora:
+        add_lora(recipe, components)
+    elif recipe.train_text_encoder:
+        for name in family.text_models:
+            getattr(components, name).requires_grad_(True)
 
 
 def convert(recipe: Recipe, components: Components, *, is_new: bool) -> None:

@@ -231,6 +231,9 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     if run.data.num_rows:
         figures["epoch"] = progress.samples_seen / run.data.num_rows
     figures["memory_gb"] = peak_memory_gb(run.accelerator.device)
+    if run.planned_memory is not None and progress.global_step > 1:  # the optimizer has its state from the second on
+        planned, run.planned_memory = run.planned_memory / 1e9, None
+        logger.info("Memory: planned %.1f GB, measured %.1f GB.", planned, figures["memory_gb"])
     if progress.micro_batch is not None:
         figures["micro_batch"] = progress.micro_batch
     if (held := fragmented_gb(run.accelerator.device)) is not None:

@@ -58,7 +58,7 @@ def optimizer_class(config: OptimConfig, device: torch.device, fused: bool | Non
                 f"{flag} needs bitsandbytes: pip install 'sd-recipes[bitsandbytes]', or drop the flag"
             ) from error
         paged = config.optimizer == "paged_adamw8bit" and device.type == "cuda"
-        if config.optimizer == "paged_adamw8bit" and not paged:
+        if config.optimizer == "paged_adamw8bit" and device.type == "cpu":
             logger.warning("Only a GPU has pages: on this device --optimizer paged_adamw8bit is adamw8bit.")
         return eight_bit.PagedAdamW8bit if paged else eight_bit.AdamW8bit, adam
     return torch.optim.AdamW, {"fused": fused, **adam}

@@ -22,7 +22,7 @@ from sd_recipes.errors import RunError, one_line
 from sd_recipes.model.conditioning import CachedText
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import all_gather, begin_sum
-from sd_recipes.runtime.out_of_memory import attempt, is_out_of_memory
+from sd_recipes.runtime.out_of_memory import attempt, is_out_of_memory, times_changed
 from sd_recipes.training.build import Run
 
 logger = logging.getLogger(__name__)
@@ -188,9 +188,9 @@ class Undone:
 
 def versions_of(optimizer: Any) -> tuple[list[int], dict[torch.Tensor, list[Any]]]:
     """How often each weight was changed, and each tensor of its state; other values of the state as they are."""
-    weights = [each._version for group in optimizer.param_groups for each in group["params"]]
+    weights = [times_changed(each) for group in optimizer.param_groups for each in group["params"]]
     states = {
-        parameter: [each._version if isinstance(each, torch.Tensor) else each for each in state.values()]
+        parameter: [times_changed(each) if isinstance(each, torch.Tensor) else each for each in state.values()]
         for parameter, state in optimizer.state.items()
     }
     return weights, states
@@ -229,5 +229,5 @@ def shortage_explained(run: Run) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         step = run.state.progress.global_step
-        where = f"the step after step {step}, which cannot be done again ({one_line(error, 200)})"
+        where = f"what follows step {step}, which cannot be done again ({one_line(error, 200)})"
         raise out_of_memory(run, where) from error

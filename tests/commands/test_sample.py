@@ -20,7 +20,7 @@ from sd_recipes import __version__
 from sd_recipes.commands.export import export
 from sd_recipes.commands.export_settings import read_settings as read_export_settings
 from sd_recipes.commands.sample import sample
-from sd_recipes.commands.sample_settings import read_settings
+from sd_recipes.commands.sample_settings import read_prompts, read_settings
 from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.samplers import drawing_sampler
@@ -198,12 +198,16 @@ def test_captions_of_a_runs_rows(trained: Path, tmp_path: Path, kind: str) -> No
 
 
 def test_a_file_of_prompts(trained: Path, tmp_path: Path) -> None:
-    """With the mark and the line ends that Windows gives it."""
+    """With the marks and the line ends that Windows gives it."""
     file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeffdisc number 1\r\n\r\n  a disc  \r\ndisc number 3".encode())
-    assert_same(
-        sampled(tmp_path / "a", trained / "run", "--prompt_file", file),
-        drawn_by_diffusers(StableDiffusionPipeline.from_pretrained(trained / "run")),
+    for encoding in ("utf-8", "utf-16"):
+        mark = "\ufeff" if encoding == "utf-8" else ""
+        file.write_bytes(f"{mark}disc number 1\r\n\r\n  a disc  \r\ndisc number 3".encode(encoding))
+        assert read_prompts(str(file), None) == list(PROMPTS)
+    file.write_bytes("café".encode("cp1252"))
+    assert read_prompts(str(file), "cp1252") == ["café"]
+    assert "as cp1252 it would read 'café': save it as UTF-8, or name its encoding, as in --text_encoding cp1252" in (
+        refused("--pretrained_model_name_or_path", trained / "run", "--prompt_file", file)
     )
 
 
@@ -247,10 +251,10 @@ def test_what_cannot_be_drawn(trained: Path, tmp_path: Path, monkeypatch: pytest
         ((*model, "--compare", "a", "b", "--prompts", "x"), "name what to draw with"),
         (model, 'nothing to draw: give --prompts "a red boat"'),
         ((*drawn, "--captions", "held_out"), "--prompts and --captions both say what to draw: keep one"),
-        ((*model, "--prompt_file", "absent.txt"), "--prompt_file absent.txt: no such file: name a UTF-8 text"),
+        ((*model, "--prompt_file", "absent.txt"), "--prompt_file absent.txt cannot be read (No such file"),
         ((*model, "--prompt_file", "empty.txt"), "--prompt_file empty.txt is empty: write a prompt on each line"),
-        ((*model, "--prompt_file", "binary.txt"), "--prompt_file binary.txt: cannot be read ("),
-        ((*model, "--prompt_file", "."), "--prompt_file .: cannot be read ("),
+        ((*model, "--prompt_file", "binary.txt"), "--prompt_file binary.txt is not utf-16 ("),
+        ((*model, "--prompt_file", "."), "--prompt_file . cannot be read (Is a directory)"),
         ((*model, "--prompts", "a disc", " "), "--prompts holds an empty prompt"),
         ((*model, "--captions", "held_out"), "is no run, which has data: give --prompts"),
         ((*drawn, "--resolution", 30), "--resolution: pictures have sides that are multiples of 8 pixels: use 24"),
@@ -260,7 +264,7 @@ def test_what_cannot_be_drawn(trained: Path, tmp_path: Path, monkeypatch: pytest
         ((*drawn, "--steps", 2000, "--resolution", 32), "cannot draw from predictions of epsilon in 2000 steps"),
         ((*drawn, "--sampler", "eular"), "--sampler: there is no such sampler for Stable Diffusion's noise schedule"),
         ((*drawn, "--lora", "a.safetensors:x"), "'x' is no weight: write a number after the colon"),
-        ((*drawn, "--lora", "a.safetensors"), "--lora a.safetensors: no such file"),
+        ((*drawn, "--lora", "a.safetensors"), "--lora a.safetensors: there is no such LoRA: give a"),
         ((*drawn, "--dtype", "fp16"), "--dtype fp16 needs a GPU: use bf16 or fp32 on the CPU"),
         ((*drawn, "--weights", "best"), "is a model, with one kind of weights: drop --weights"),
         ((*drawn, "--promt", "x"), "unknown flag --promt (nearest: --prompt"),

@@ -66,6 +66,9 @@ OUT_OF_MEMORY: list[Callable[[], Exception]] = [
                          "you tried to allocate 9 bytes. Error code 12 (Cannot allocate memory)"),
     lambda: RuntimeError("MPS backend out of memory (MPS allocated: 5.05 GB, other allocations: 1.00 GB)."),
     lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    lambda: RuntimeError("could not create a primitive"),
+    lambda: RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported at some other call"),
+    lambda: OSError(errno.ENOMEM, "Cannot allocate memory"),
     MemoryError,
 ]  # fmt: skip
 
@@ -78,7 +81,9 @@ class Held:
     """What an attempt takes of memory."""
 
 
-@pytest.mark.parametrize("made", OUT_OF_MEMORY, ids=["cuda", "cpu", "mps", "cublas", "host"])
+@pytest.mark.parametrize(
+    "made", OUT_OF_MEMORY, ids=["cuda", "cpu", "mps", "cublas", "onednn", "driver", "system", "host"]
+)
 def test_defect_16_work_is_halved_until_it_fits_and_what_failed_is_let_go(made: Callable[[], Exception]) -> None:
     tried: list[int] = []
     left: list[weakref.ref] = []

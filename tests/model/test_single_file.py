@@ -14,7 +14,16 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
 from safetensors.torch import save_file
-from single_files import WEIGHTS, config_of, original_unet, original_vae, part_of, single_file
+from single_files import (
+    WEIGHTS,
+    config_of,
+    original_clip,
+    original_open_clip,
+    original_unet,
+    original_vae,
+    part_of,
+    single_file,
+)
 from tiny_models import build_tiny_pipeline
 from training_runs import assert_equal, assert_leaves_as_it_came, forget_accelerator
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -24,7 +33,7 @@ from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import Components, load_sampler, load_scheduler, load_vae
 from sd_recipes.model.families import family_of
-from sd_recipes.model.original_layout import take_part
+from sd_recipes.model.original_layout import original_tensors, take_part
 from sd_recipes.model.weight_files import Weights
 from sd_recipes.recipe import ModelConfig, Recipe
 
@@ -87,6 +96,28 @@ def test_the_configurations_that_come_along_fit_checkpoints_of_full_size(generat
         assert {name: tuple(value.shape) for name, value in converted[part].items()} == shapes
         in_file = Weights("file", {name: tuple(value.shape) for name, value in original[part].items()}, {}.__getitem__)
         assert take_part(in_file, part, module.config, shapes).shapes.keys() == shapes.keys()
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_what_is_written_of_full_size_has_every_tensor_of_the_originals(generation: int) -> None:
+    """Against the tests' own writer: names and shapes, and OpenCLIP's last layer, which programs look for."""
+    folder = assets.CONFIGURATIONS[generation]
+    with init_empty_weights():
+        parts = {
+            "unet": UNet2DConditionModel.from_config(config_of(folder, "unet")),
+            "vae": AutoencoderKL.from_config(config_of(folder, "vae")),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(config_of(folder, "text_encoder"))),
+        }
+    tensors = {part: module.state_dict() for part, module in parts.items()}
+    expected = original_unet(tensors["unet"], parts["unet"].config) | original_vae(tensors["vae"], parts["vae"].config)
+    expected |= (original_clip if generation == 1 else original_open_clip)(tensors["text_encoder"])
+    written: dict[str, torch.Tensor] = {}
+    for part, module in parts.items():
+        written |= original_tensors(part, tensors[part], module.config, generation)
+    assert {name: value.shape for name, value in written.items()} == {
+        name: value.shape for name, value in expected.items()
+    }
+    assert len(written) == {1: 686 + 248 + 197, 2: 686 + 248 + 24 * 12 + 6}[generation]
 
 
 def test_the_tokenizer_that_comes_along_is_clips(tmp_path: Path) -> None:

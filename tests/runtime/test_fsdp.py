@@ -184,6 +184,6 @@ def test_a_process_that_runs_out_of_memory_ends_the_run_with_advice(
     """Its processes wait for each other within the passes: no step is done again, and nobody hangs."""
     short = {"place": place, "fits": 0, "step": 3, "rank": 1}
     told = what_ended(start_two(settings | {"checkpointing_steps": 1}, {"short": short}, **fsdp))
-    words = r"error: no memory for the step after step 2, which cannot be done again \(CUDA out of memory[^)]*\): use "
+    words = r"error: no memory for what follows step 2, which cannot be done again \(CUDA out of memory[^)]*\): use "
     assert re.search(words, told)
     assert "then resumes from checkpoint-2" in told

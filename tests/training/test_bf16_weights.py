@@ -114,6 +114,13 @@ def test_the_pipeline_is_one_in_float32(
     assert is_rounded == (not changes)
 
 
+def test_a_trained_text_encoder_is_exported_in_float32_too(settings: dict[str, Any], tmp_path: Path) -> None:
+    run(Recipe(**{**settings, **BF16, "max_train_steps": 1, "train_text_encoder": True}))
+    exported = load_file(tmp_path / "run" / "text_encoder" / "model.safetensors")
+    assert {each.dtype for each in exported.values()} == {torch.float32}
+    assert all(torch.equal(each, each.bfloat16().float()) for each in exported.values()), "it was trained in bfloat16"
+
+
 def test_the_pipeline_has_the_averages_themselves(settings: dict[str, Any]) -> None:
     made = train(settings, **BF16, use_ema=True, max_train_steps=2)
     before = weights(made)

@@ -60,6 +60,7 @@ def test_it_resumes_to_the_bit(settings: dict[str, Any], tmp_path: Path) -> None
     assert_equal(weights(whole), weights(again))
 
 
+@pytest.mark.slow
 def test_rows_that_cannot_be_used_leave_the_mean_over_the_others(settings: dict[str, Any], tmp_path: Path) -> None:
     folder = build_image_folder(tmp_path / "pictures")
     sorted(folder.glob("*.png"))[3].write_bytes(b"")
@@ -97,6 +98,8 @@ def test_a_gradient_that_is_not_finite_leaves_finite_weights_and_is_told(
     [
         ({}, r"nothing can be clipped to it: add --max_grad_norm 0, or drop --fused_backward_pass"),
         ({**FUSED, "gradient_accumulation_steps": 2}, "use a larger --train_batch_size, or drop one"),
+        ({**FUSED, "micro_batch": 2}, "which --micro_batch 2 divides: drop one"),
+        ({**FUSED, "micro_batch": "auto"}, "which --micro_batch auto divides: drop one"),
     ],
 )
 def test_settings_that_it_does_not_go_with(settings: dict[str, Any], changes: dict[str, Any], words: str) -> None:

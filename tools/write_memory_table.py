@@ -1,0 +1,67 @@
+"""Write the table of docs/memory.md: which flags train a model at a resolution within a memory. Takes minutes.
+
+python tools/write_memory_table.py
+"""
+
+import re
+from pathlib import Path
+
+from sd_recipes.assets import CONFIGURATIONS
+from sd_recipes.errors import RecipeError
+from sd_recipes.memory.plan import Planner
+from sd_recipes.memory.remedies import differing, fastest_that_fits, in_flags
+from sd_recipes.recipe import Recipe
+from sd_recipes.sizes import bytes_of, size_in_words
+
+PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
+BEGIN, END = "<!-- table: written by `make memory-table` -->", "<!-- end of the table -->"
+MODELS = {"SD 1.5": 1, "SD 2.1": 2}
+RESOLUTIONS = (256, 512, 768, 1024)
+BUDGETS = ("8GB", "12GB", "16GB", "24GB", "48GB", "80GB")
+BATCH = 8
+# In the table, where the full flags would not be read.
+SHORT = (
+    ("--micro_batch ", "micro "), ("--gradient_checkpointing", "ckpt"), ("--optimizer adamw8bit", "8-bit"),
+    ("--mixed_precision bf16", ""), ("--weights_dtype bf16", "bf16 weights"), ("--vae_slicing", "slicing"),
+    ("--fused_backward_pass --max_grad_norm 0", "fused"), ("--fused_backward_pass", "fused"), ("--max_grad_norm 0", ""),
+)  # fmt: skip
+
+
+def cell(planner: Planner, recipe: Recipe, budget: str) -> str:
+    planner.capacity = bytes_of(budget)
+    try:
+        plan = fastest_that_fits(planner, recipe, "--memory")
+    except RecipeError:
+        return "does not fit"
+    flags = in_flags(differing(recipe, plan.recipe))
+    for long, short in SHORT:
+        flags = flags.replace(long, f"{short}, " if short and not short.endswith(" ") else short)
+    words = ", ".join(part.strip() for part in re.split(r",|(?<=\d) ", flags) if part.strip())
+    return f"{words or 'none'} ({size_in_words(plan.total)})"
+
+
+def table() -> str:
+    lines = [f"| model, pixels | {' | '.join(BUDGETS)} |", f"|---|{'---|' * len(BUDGETS)}"]
+    for name, generation in MODELS.items():
+        for resolution in RESOLUTIONS:
+            planner = Planner("cuda")
+            recipe = Recipe(
+                pretrained_model_name_or_path=str(CONFIGURATIONS[generation]),
+                train_data_dir="unread",
+                resolution=resolution,
+                train_batch_size=BATCH,
+            )
+            cells = [cell(planner, recipe, budget) for budget in BUDGETS]
+            lines.append(f"| {name}, {resolution}² | {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    lines += [
+        f"| SDXL, {resolution}² | {' | '.join(['not trained here yet'] * len(BUDGETS))} |" for resolution in (1024,)
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}", encoding="utf-8")
