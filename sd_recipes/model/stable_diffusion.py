@@ -94,14 +94,13 @@ class StableDiffusion(Family):
         )
 
 
-def last_hidden_states(text_encoder: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+def last_hidden_states(text_encoder: CLIPTextModel, input_ids: torch.Tensor) -> torch.Tensor:
     """(B, n * L) int64 to the text model's last hidden states (B, n * L, D), each chunk of L encoded separately.
 
     The ids may be in host memory; the states are on the text model's device. They have a graph if it is trained.
     """
-    model: Any = getattr(text_encoder, "module", text_encoder)  # DDP wraps the one that is trained
-    length = min(input_ids.shape[1], model.config.max_position_embeddings)
-    chunks = input_ids.reshape(-1, length).to(model.device, non_blocking=True)
+    length = min(input_ids.shape[1], text_encoder.config.max_position_embeddings)
+    chunks = input_ids.reshape(-1, length).to(text_encoder.device, non_blocking=True)
     states = text_encoder(chunks, return_dict=False)[0]
     return states.reshape(len(input_ids), -1, states.shape[-1])
 
