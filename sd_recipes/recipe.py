@@ -215,7 +215,7 @@ class TextEncoderConfig(Section):
 
 
 class LoraConfig(Section):
-    """LoRA: training small changes to the model, which make a file of megabytes, instead of the model itself."""
+    """LoRA: small changes to the model that are trained in its place, a file of megabytes."""
 
     lora_rank: int | None = setting(None, "compared", "Train a LoRA of this rank; 4 to 64 are usual.", ge=1)
     lora_alpha: Number | None = setting(

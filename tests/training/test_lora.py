@@ -43,6 +43,7 @@ def changes_of(run: Run) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_eight_pictures_are_learned_as_seen_from_outside(
     settings: dict[str, Any], tiny_pipeline: Path, image_folder: Path
 ) -> None:
@@ -92,7 +93,8 @@ def test_a_run_goes_on_to_the_bit(settings: dict[str, Any], tmp_path: Path, chan
 
 
 @pytest.mark.parametrize("changes", [
-    {"lora_rank": 4, "use_ema": True}, {**ALL, "lora_alpha": 2.5}, {**ALL, "lora_use_dora": True},
+    {"lora_rank": 4, "use_ema": True}, {**ALL, "lora_alpha": 2.5},
+    pytest.param({**ALL, "lora_use_dora": True}, marks=pytest.mark.slow),
     {"lora_rank": 2, "lora_targets": ["attn2", "mlp"], "lora_text_encoder": True, "lora_use_dora": True},
 ], ids=["attention", "all", "dora", "without-attention"])  # fmt: skip
 def test_stock_diffusers_draws_the_validations_pictures(
