@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml train_text_to_image.py
 
-.PHONY: help setup quickstart quickstart-lora test test-slow test-faults lint format docs theory base clean
+.PHONY: help setup quickstart quickstart-lora test test-slow test-faults lint format docs theory base clean memory-table
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -53,6 +53,9 @@ format: $(READY)
 
 docs: $(READY)  ## write the generated parts of the documentation
 	$(BIN)/python tools/write_docs.py
+
+memory-table: $(READY)  ## plan the table of docs/memory.md; takes minutes
+	$(BIN)/python tools/write_memory_table.py
 
 theory: $(READY)  ## draw the figures of docs/theory.md; takes minutes
 	$(BIN)/python tools/draw_theory.py

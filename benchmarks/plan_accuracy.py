@@ -63,6 +63,7 @@ def write_model(folder: Path, width: int) -> Path:
         config = json.loads(source.read_text())
         if part == "unet":
             config["block_out_channels"] = [width, 2 * width, 4 * width, 4 * width]
+            config["norm_num_groups"] = 16  # which divide all of these widths
             config["cross_attention_dim"] = TINY_TEXT["hidden_size"] if width < 80 else 768
         elif part == "text_encoder" and width < 80:
             config |= TINY_TEXT
@@ -79,7 +80,8 @@ def recipes(device: str, work_dir: Path) -> Iterator[tuple[str, Recipe]]:
         for precision, checkpointing, optimizer, batch in itertools.product(
             ("no", "bf16"), (False, True), OPTIMIZERS, batches
         ):
-            name = f"{width:<4}{resolution:<4}{precision:<5}{'checkpointing' if checkpointing else '':<14}{optimizer:<10}{batch:>3}"
+            passes = "checkpointing" if checkpointing else ""
+            name = f"{width:<4}{resolution:<4}{precision:<5}{passes:<14}{optimizer:<10}{batch:>3}"
             yield (
                 name,
                 recipe_of(

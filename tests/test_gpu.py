@@ -156,7 +156,7 @@ def test_an_average_in_host_memory_is_the_one_on_the_device_to_the_bit(dtype: to
     plain = AveragedWeights(parameters, config)
     assert kept.on_host is not None
     assert all(memory.is_pinned() for memory in kept.on_host.memory)
-    assert sum(memory.nbytes for memory in kept.on_host.memory) < 1.3 * 4 * sum(map(torch.numel, parameters.values()))
+    assert sum(memory.nbytes for memory in kept.on_host.memory) < 1.5 * 4 * sum(map(torch.numel, parameters.values()))
     release_before_steps(optimizer, [kept, plain])
     for _ in range(20):
         for parameter in parameters.values():

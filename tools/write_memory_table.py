@@ -3,13 +3,12 @@
 python tools/write_memory_table.py
 """
 
-import re
 from pathlib import Path
 
 from sd_recipes.assets import CONFIGURATIONS
 from sd_recipes.errors import RecipeError
 from sd_recipes.memory.plan import Planner
-from sd_recipes.memory.remedies import differing, fastest_that_fits, in_flags
+from sd_recipes.memory.remedies import differing, fastest_that_fits
 from sd_recipes.recipe import Recipe
 from sd_recipes.sizes import bytes_of, size_in_words
 
@@ -19,12 +18,11 @@ MODELS = {"SD 1.5": 1, "SD 2.1": 2}
 RESOLUTIONS = (256, 512, 768, 1024)
 BUDGETS = ("8GB", "12GB", "16GB", "24GB", "48GB", "80GB")
 BATCH = 8
-# In the table, where the full flags would not be read.
-SHORT = (
-    ("--micro_batch ", "micro "), ("--gradient_checkpointing", "ckpt"), ("--optimizer adamw8bit", "8-bit"),
-    ("--mixed_precision bf16", ""), ("--weights_dtype bf16", "bf16 weights"), ("--vae_slicing", "slicing"),
-    ("--fused_backward_pass --max_grad_norm 0", "fused"), ("--fused_backward_pass", "fused"), ("--max_grad_norm 0", ""),
-)  # fmt: skip
+# Settings as the table has them, where whole flags would not be read.
+SHORT = {
+    "gradient_checkpointing": "ckpt", "optimizer": "8-bit", "weights_dtype": "bf16 weights", "vae_slicing": "slicing",
+    "fused_backward_pass": "fused", "mixed_precision": "", "max_grad_norm": "",
+}  # fmt: skip
 
 
 def cell(planner: Planner, recipe: Recipe, budget: str) -> str:
@@ -33,11 +31,9 @@ def cell(planner: Planner, recipe: Recipe, budget: str) -> str:
         plan = fastest_that_fits(planner, recipe, "--memory")
     except RecipeError:
         return "does not fit"
-    flags = in_flags(differing(recipe, plan.recipe))
-    for long, short in SHORT:
-        flags = flags.replace(long, f"{short}, " if short and not short.endswith(" ") else short)
-    words = ", ".join(part.strip() for part in re.split(r",|(?<=\d) ", flags) if part.strip())
-    return f"{words or 'none'} ({size_in_words(plan.total)})"
+    changes = differing(recipe, plan.recipe)
+    words = [SHORT.get(name, f"micro {value}") for name, value in sorted(changes.items())]
+    return f"{', '.join(filter(None, words)) or 'none'} ({size_in_words(plan.total)})"
 
 
 def table() -> str:

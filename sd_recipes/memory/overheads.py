@@ -20,8 +20,8 @@ CUDA_CONTEXT = 700 * MIB
 CUBLAS_WORKSPACES = 2 * 32 * MIB
 # The part of what a step allocates and frees again by which torch's allocator reserves more: small blocks share
 # segments of 2 MiB, larger ones segments of 20 MiB or multiples of 2, and pieces are left over
-# (c10/cuda/CUDACachingAllocator.cpp). On an H100 it was 6 % of 10 GiB; with gradient checkpointing 70 % of 2.2 GiB before
-# segments could grow (runtime/allocator.py).
+# (c10/cuda/CUDACachingAllocator.cpp). On an H100 it was 6 % of 10 GiB; with gradient checkpointing 70 % of 2.2 GiB,
+# before segments could grow (runtime/allocator.py).
 LEFT_OVER = 0.06
 # NCCL's buffers for a ring between the GPUs of one machine, about as much for each of a few channels
 # (NCCL_BUFFSIZE, 4 MiB, for each of up to 32 channels, both ways).
@@ -30,8 +30,8 @@ NCCL = 2 * 32 * 4 * MIB
 # which is gathered ahead, and what is in no block, by their numbers of parameters.
 GATHERED_BLOCKS = 0.18
 
-# Of the host. A Python process with torch, diffusers and datasets loaded (600 MiB in torch 2.13 for the CPU); with CUDA's
-# libraries, not measured.
+# Of the host. A Python process with torch, diffusers and datasets loaded (600 MiB with torch 2.13 for the CPU); with
+# CUDA's libraries, not measured.
 PROCESS, PROCESS_WITH_CUDA = 650 * MIB, 3 * GIB
 # A data worker, which shares what it was forked with, and has its own picture buffers and Python objects.
 WORKER = 250 * MIB

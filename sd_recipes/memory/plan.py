@@ -98,6 +98,8 @@ class Planner:
         With `latents_are_kept` moments come from a full store, and the VAE rests. If `about` is enough, numbers of
         images between one and the batch are not traced: what they take is on a straight line between these.
         """
+        if not about:  # which traces the update too
+            self._traced_passes(recipe)
         update = self._traced_update(recipe)
         moments = self._passes_about(recipe, update) if about else self._passes_of(recipe, update)
         if latents_are_kept:
