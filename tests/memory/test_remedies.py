@@ -71,7 +71,9 @@ def test_what_fits_keeps_the_batch_and_changes_the_least(tiny_pipeline: Path, pl
 
 def test_a_budget_that_is_too_small_is_told_the_least_and_what_it_takes(tiny_pipeline: Path, planner: Planner) -> None:
     planner.capacity = 10**8
-    with pytest.raises(RecipeError, match=r"--budget 0.1 GB is too little .* at 64 pixels: it takes \d\.\d GB, with --"):
+    with pytest.raises(
+        RecipeError, match=r"--budget 0.1 GB is too little .* at 64 pixels: it takes \d\.\d GB, with --"
+    ):
         fastest_that_fits(planner, recipe_of(tiny_pipeline), "--budget")
 
 
