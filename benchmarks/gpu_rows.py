@@ -4,8 +4,8 @@
 
 Each row puts a run together from its flags, as the script does, and trains it with the real loop. Checkpoints are the
 one thing left out: of a full-size model they are 14 GB, and writing them takes longer than all steps. Memory is what
-torch allocated at the peak, and what it reserved for that. Each row has a process of its own, forked after the imports,
-so that it begins with an empty GPU.
+torch allocated at the peak, and what it reserved for that. Each row has a process of its own, which
+begins with an empty GPU.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=300, help="seconds after which no new row begins")
     args = parser.parse_args()
     folder = args.work_dir / args.shape
-    fork = multiprocessing.get_context("fork")
+    spawn = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
     if not (folder / "model").exists():
-        building = fork.Process(target=build, args=(args.shape, folder, int(args.resolution)))
+        building = spawn.Process(target=build, args=(args.shape, folder, int(args.resolution)))
         building.start()
         building.join()
     begun, failed = time.monotonic(), False
@@ -126,9 +126,9 @@ def main() -> None:
             continue
         shutil.rmtree(folder / "out", ignore_errors=True)
         started = time.monotonic()
-        receiving, sending = fork.Pipe(duplex=False)
+        receiving, sending = spawn.Pipe(duplex=False)
         flags = [*flags_of(folder, args.device, args.steps, row), "--resolution", args.resolution]
-        process = fork.Process(target=measure_into, args=(sending, flags))
+        process = spawn.Process(target=measure_into, args=(sending, flags))
         process.start()
         sending.close()
         try:

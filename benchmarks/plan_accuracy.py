@@ -196,6 +196,8 @@ def main() -> None:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             print(f"{line}   {plan.phase:<10}{traced - began:5.1f} s +{ended - traced:5.1f} s", flush=True)
+    if not errors:
+        sys.exit(f"error: --only {arguments.only!r} is in the name of no run")
     print(f"largest error of {len(errors)}: {max(map(abs, errors)):.1%}", end="")
     print(f", of what is reserved {max(map(abs, reserved_errors)):.1%}" if reserved_errors else "")
     if arguments.device == "cuda":
