@@ -15,6 +15,7 @@ from conftest import ROOT
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from torch.distributed import distributed_c10d
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd_recipes.data import images
 from sd_recipes.data.batches import end_workers
@@ -33,6 +34,10 @@ USED = {
     "_set_pg_timeout": "torch, in tests",
     "_coalescing_manager": "torch",
     "_version": "torch",
+    "_cdata": "torch",
+    "_execution_engine": "torch",
+    "_local_scalar_dense": "torch",
+    "_to_copy": "torch",
 }
 
 
@@ -126,6 +131,26 @@ def test_torch_counts_changes_of_a_tensor() -> None:
     before = times_changed(tensor)
     tensor.add_(1)
     assert times_changed(tensor) > before, f"torch {torch.__version__} does not: mend times_changed"
+
+
+def test_torch_is_traced_as_the_memory_plan_does() -> None:
+    changed = f"torch {torch.__version__} has changed: mend sd_recipes/memory"
+    one, other = torch.zeros(2), torch.zeros(2)
+    assert one.untyped_storage()._cdata == one.view(2, 1).untyped_storage()._cdata, changed
+    assert one.untyped_storage()._cdata != other.untyped_storage()._cdata, changed
+    assert callable(torch.autograd.Variable._execution_engine.run_backward), changed
+    called = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func)
+            return func(*args, **kwargs or {})
+
+    with Noting():
+        one.sum().item()
+        one.to(torch.float64)
+    assert torch.ops.aten._local_scalar_dense.default in called, changed
+    assert torch.ops.aten._to_copy.default in called, changed
 
 
 def test_which_filters_torch_has_is_found_by_trying(monkeypatch) -> None:
