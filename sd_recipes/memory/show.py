@@ -134,11 +134,12 @@ def draw(plan: MemoryPlan, path: Path) -> None:
         edge = left + plan.capacity * scale
         shapes.append(f'<line x1="{edge:.1f}" y1="44" x2="{edge:.1f}" y2="96" stroke="#222" stroke-width="2"/>')
     bottom = 126 + 22 * (-(-len(legend) // 3))
-    title = escape(f"{sum_in_words(plan)}{fit_in_words(plan)}; the peak is in the {plan.phase} phase")
+    title = escape(f"{sum_in_words(plan)}{fit_in_words(plan)}")
     text = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom}" width="{width}" height="{bottom}" '
         f'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="white"/>'
-        f'<text x="{left}" y="28" font-size="15">{title}</text>{"".join(shapes)}{"".join(legend)}</svg>\n'
+        f'<text x="{left}" y="22" font-size="15">{title}</text>'
+        f'<text x="{left}" y="40">at the peak, in the {plan.phase} phase</text>{"".join(shapes)}{"".join(legend)}</svg>\n'
     )
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
