@@ -139,7 +139,8 @@ def draw(plan: MemoryPlan, path: Path) -> None:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom}" width="{width}" height="{bottom}" '
         f'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="white"/>'
         f'<text x="{left}" y="22" font-size="15">{title}</text>'
-        f'<text x="{left}" y="40">at the peak, in the {plan.phase} phase</text>{"".join(shapes)}{"".join(legend)}</svg>\n'
+        f'<text x="{left}" y="40">at the peak, in the {plan.phase} phase</text>'
+        f"{''.join(shapes)}{''.join(legend)}</svg>\n"
     )
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
