@@ -92,10 +92,10 @@ class GradientExchange:
         self._buckets = in_buckets([self._parameters[number] for number in order])
         of_parameter = {id(parameter): bucket for bucket in self._buckets for parameter in bucket.parameters}
         self._bucket_of = {number: of_parameter[id(self._parameters[number])] for number in order}
-        if not self._sums_in_place:
-            size = max(bucket.nbytes for bucket in self._buckets)
-            device = self._parameters[0].device
-            self._buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(IN_FLIGHT)]
+        size, device = max(bucket.nbytes for bucket in self._buckets), self._parameters[0].device
+        # Where sums are made in place, one for a process whose memory has run out: what it adds is worth nothing.
+        number = 1 if self._sums_in_place else IN_FLIGHT
+        self._buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(number)]
         self.is_set_up = True
         self.finish(failed=False)
 
@@ -115,9 +115,8 @@ class GradientExchange:
         bucket = self._buckets[self._num_sent]
         if self._sums_in_place:
             buffer = None
-            if failed:  # its gradients may not be there
-                device = bucket.parameters[0].device
-                gradients = views(bucket, torch.empty(bucket.nbytes, dtype=torch.uint8, device=device))
+            if failed:  # its gradients may not be there, nor memory for others
+                gradients = views(bucket, self._buffers[0])
             else:
                 gradients = [memory(gradient_of(each)) for each in bucket.parameters]
             with _coalescing_manager(async_ops=True) as work:
