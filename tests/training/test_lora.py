@@ -196,7 +196,8 @@ PEFT = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k"
 
 
 @pytest.mark.parametrize(("shapes", "metadata", "message"), [
-    ({f"{K}.lora_down.weight": (4, 48), f"{K}.lora_up.weight": (48, 4)}, {}, "is a LoRA of another model: it changes .* by 48 x 48 values"),
+    ({f"{K}.lora_down.weight": (4, 48), f"{K}.lora_up.weight": (48, 4)}, {},
+     "is a LoRA of another model: it changes .* by 48 x 48 values"),
     ({f"{K.replace('1', '7')}.lora_down.weight": (4, 64), f"{K.replace('1', '7')}.lora_up.weight": (64, 4)}, {},
      "is a LoRA of another model: 2 of its 2 tensors .*: choose a LoRA of "),
     ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (4, 32),
