@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from sd_recipes.checkpoints.format import FORMAT, MANIFEST, MAX_JSON_BYTES, Manifest, list_checkpoints, step_of
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.flags import written_settings
+from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.reading import read_text
 from sd_recipes.recipe import Recipe
 from sd_recipes.training.state import AVERAGE, CONFIG, OPTIMIZER, Progress, TrainedPart, TrainState
@@ -57,7 +58,7 @@ def refuse_folder(output_dir: Path, model: str | None) -> None:
 
 def only_unet(path: Path, model: str | None) -> str:
     """How to start from a checkpoint's UNet and nothing else of it."""
-    if (lora := path / "pytorch_lora_weights.safetensors").is_file():
+    if (lora := path / LORA_FILE).is_file():
         return f"start from its LoRA alone by --lora_weights {lora}"
     if not (path / "unet").is_dir():
         return f"start from the model itself, since {path.name} has no folder unet/"

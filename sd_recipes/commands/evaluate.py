@@ -42,7 +42,7 @@ from sd_recipes.evaluation.sample_errors import write_table
 from sd_recipes.export.evaluation_page import Evaluated, figure_rows, write_evaluation_page
 from sd_recipes.export.run_page import write_run_page
 from sd_recipes.flags import build_recipe
-from sd_recipes.model.lora import LORA_FILE
+from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.recipe import LoraConfig, ModelConfig, Recipe, TextEncoderConfig
 from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.runtime.accelerator import start_accelerator

@@ -22,21 +22,15 @@ from sd_recipes import assets
 from sd_recipes.checkpoints.format import remove
 from sd_recipes.checkpoints.saver import FAILURES
 from sd_recipes.commands.export_settings import Export
-from sd_recipes.commands.of_run import LoadedModel, load_base, load_model, lora_file, merge_loras, open_lora
+from sd_recipes.commands.of_run import LoadedModel, load_base, load_model, lora_file, merge_loras
 from sd_recipes.errors import RecipeError, one_line
-from sd_recipes.export.lora_file import export_lora
+from sd_recipes.export.lora import export_lora
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.export.safetensors_file import DTYPES
 from sd_recipes.export.single_file import architecture_of, check_can_be_one_file, export_single_file
 from sd_recipes.model.lora_extraction import extract_lora
-from sd_recipes.model.lora_files import (
-    Lora,
-    generation_of_lora,
-    layer_shapes,
-    rank_of,
-    read_lora,
-)
-from sd_recipes.model.weight_files import UnfittingWeights, UnreadableWeights, open_weights
+from sd_recipes.model.lora_files import Lora, generation_of_lora, open_lora, rank_of
+from sd_recipes.model.weight_files import open_weights
 from sd_recipes.redaction import shown
 from sd_recipes.runtime.console import hide_library_bars, say
 
@@ -154,19 +148,15 @@ def of_file(file: Path, config: Export) -> tuple[Lora, str]:
     if base := config.model.get("base"):
         flags = {name: value for name, value in config.model.items() if name != "base"}
         model = load_model(base, None, flags, flag="--base")
-        return open_lora(file, "", model), architecture_of(model.components)
-    weights = open_weights(file, str(file), allow_pickle=False)
-    generation = generation_of_lora(weights.shapes)
+        return open_lora(file, str(file), model.parts), architecture_of(model.components)
+    generation = generation_of_lora(open_weights(file, str(file), allow_pickle=False).shapes)
     folder = assets.CONFIGURATIONS[generation]
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
         text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
-    try:
-        lora = read_lora(weights, layer_shapes({"unet": unet, "text_encoder": text_encoder}), unet.config)
-    except UnfittingWeights as error:
-        raise RecipeError(f"{file} {error}: name the model that it was trained on with --base") from error
-    except UnreadableWeights as error:
-        raise RecipeError(f"{file} {error}") from error
+    parts = {"unet": unet, "text_encoder": text_encoder}
+    unfitting = "name the model that it was trained on with --base"
+    lora = open_lora(file, str(file), parts, unfitting=unfitting)
     return lora, f"stable-diffusion-{'v1' if generation == 1 else 'v2-768-v'}"
 
 

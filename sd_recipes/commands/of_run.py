@@ -21,10 +21,19 @@ from sd_recipes.model.components import Components, load_scheduler
 from sd_recipes.model.families import family_of
 from sd_recipes.model.family import Family
 from sd_recipes.model.loading import fill
-from sd_recipes.model.lora import LORA_FILE
-from sd_recipes.model.lora_files import ADAPTER_METADATA, LORA_PARTS, Lora, is_lora, layer_shapes, merge_lora, read_lora
+from sd_recipes.model.lora_files import (
+    ADAPTER_METADATA,
+    LORA_FILE,
+    LORA_PARTS,
+    Lora,
+    is_lora,
+    layer_shapes,
+    merge_lora,
+    open_lora,
+    read_lora,
+)
 from sd_recipes.model.sources import MODEL
-from sd_recipes.model.weight_files import PickledWeights, UnfittingWeights, UnreadableWeights, Weights, open_weights
+from sd_recipes.model.weight_files import UnreadableWeights, Weights, open_weights
 from sd_recipes.recipe import DIFFUSERS_LENGTH, ModelConfig, Recipe
 from sd_recipes.training.build import LORA, convert
 from sd_recipes.training.state import AVERAGE, CONFIG, SNAPSHOTS
@@ -158,7 +167,7 @@ def _load(target: Target, weights: str | None, flags: Mapping[str, Any]) -> Load
         raise RecipeError(f"--weights {weights}: {target.name} {holds}: drop --weights")
     if target.run and not (target.run / EXPORTED[0]).is_file():
         base = load_base(target.run, flags, {})
-        return replace(base, lora=open_lora(target.run / LORA_FILE, "", base))
+        return replace(base, lora=open_lora(target.run, str(target.run / LORA_FILE), base.parts))
     config = ModelConfig(**{**flags, "pretrained_model_name_or_path": str(target.run or target.name)})
     family = family_of(config)
     components = family.load(config, load_scheduler(config), family.load_tokenizer(config))
@@ -247,32 +256,12 @@ def lora_file(name: str) -> Path | None:
         return None
 
 
-def open_lora(name: str | Path, flag: str, model: LoadedModel) -> Lora:
-    """The LoRA in a file, or in a folder of one, for that model; messages name it by `flag`. Raises RecipeError."""
-    path = Path(name).expanduser()
-    place = f"{flag} {name}".lstrip()
-    file = path / LORA_FILE if path.is_dir() else path
-    if not file.exists():
-        raise RecipeError(f"{place}: there is no such LoRA: give a .safetensors file, or a folder with {LORA_FILE}")
-    try:
-        weights = open_weights(file, file.name, allow_pickle=False)
-        return read_lora(weights, layer_shapes(model.parts), model.components.unet.config)
-    except UnfittingWeights as error:
-        raise RecipeError(f"{place} {error}: name the model that it was trained on, or another LoRA") from error
-    except PickledWeights as error:
-        raise RecipeError(
-            f"{place} {error}: get it as .safetensors, or convert it with `sd-recipes convert`"
-        ) from error
-    except UnreadableWeights as error:
-        raise RecipeError(f"{place} {error}") from error
-
-
 def merge_loras(model: LoadedModel, files: list[tuple[str, float]]) -> None:
     """Merge into the model's weights what its run trained of a LoRA, and LoRA files with their weights.
 
     Raises RecipeError for a file that holds none for this model, before anything is changed.
     """
-    loras = [(open_lora(file, "--lora", model), weight) for file, weight in files]
+    loras = [(open_lora(file, f"--lora {file}", model.parts), weight) for file, weight in files]
     if model.lora is not None:
         loras.insert(0, (model.lora, 1.0))
     for lora, weight in loras:

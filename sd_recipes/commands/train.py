@@ -34,7 +34,7 @@ from sd_recipes.export.pipeline import export_trained
 from sd_recipes.export.report import write_report
 from sd_recipes.export.run_page import write_run_page
 from sd_recipes.flags import recipe_text, written_settings
-from sd_recipes.model.lora import LORA_FILE
+from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.model.samplers import drawing_sampler
 from sd_recipes.model.sources import MODEL
 from sd_recipes.recipe import Recipe

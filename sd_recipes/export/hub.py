@@ -16,7 +16,7 @@ from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.evaluation.verdict import figures_by_step, judge
 from sd_recipes.flags import recipe_text
 from sd_recipes.model.family import Family
-from sd_recipes.model.lora import LORA_FILE
+from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.model.weight_files import SUFFIXES
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted, shown

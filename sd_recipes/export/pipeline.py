@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sd_recipes.export.lora import export_lora
+from sd_recipes.export.lora import export_trained_lora
 from sd_recipes.model.components import Components
 from sd_recipes.model.family import Family
 from sd_recipes.recipe import Recipe
@@ -18,7 +18,7 @@ from sd_recipes.redaction import shown
 def export_trained(family: Family, components: Components, recipe: Recipe, output_dir: Path) -> None:
     """Write what a run by that recipe leaves: the file of a LoRA, or else a whole pipeline. Raises as they do."""
     if recipe.trains_lora:
-        export_lora(family, components, recipe, output_dir)
+        export_trained_lora(family, components, recipe, output_dir)
     else:
         export_pipeline(family, components, output_dir)
 

@@ -1,35 +1,24 @@
 """LoRA: small changes to layers of the UNet and the text encoder, W + (α/r)·B·A (Hu et al. 2021), by peft.
 
-Only A and B are trained, in float32; the layers themselves stay as they are. A file that a LoRA starts from is read by
-diffusers' own converters, after its names and shapes are compared with the model's.
+Only A and B are trained, in float32; the layers themselves stay as they are.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-from diffusers.utils.state_dict_utils import StateDictType
 from peft import LoraConfig as PeftConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
 
-from sd_recipes.errors import RecipeError, nearest, one_line
+from sd_recipes.errors import RecipeError, nearest
 from sd_recipes.model.components import Components
-from sd_recipes.model.recognise import of_tensors
-from sd_recipes.model.weight_files import PickledWeights, UnreadableWeights, Weights, open_weights
+from sd_recipes.model.lora_files import LORA_PARTS, open_lora, peft_settings
+from sd_recipes.model.lora_files import LoraLayer as FileLayer
 from sd_recipes.recipe import LoraConfig, Recipe
 
-LORA_FILE = LORA_WEIGHT_NAME_SAFE  # as diffusers calls it, in a folder
 ADAPTER = "default"  # peft's name of it
 Layer = torch.nn.Linear | torch.nn.Conv2d  # that can be changed
 WORDS = {"unet": "UNet", "text_encoder": "text encoder"}
@@ -39,14 +28,6 @@ ATTENTION = {
     "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
 BLOCKS = {"unet": ("down_blocks.", "mid_block.", "up_blocks."), "text_encoder": ("",)}
-# Names of tensors by earlier versions of diffusers to peft's.
-TO_PEFT: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
-    "unet": convert_unet_state_dict_to_peft,
-    "text_encoder": partial(convert_state_dict_to_peft, original_type=StateDictType.DIFFUSERS_OLD),
-}
-# The settings of peft's configuration that say what a LoRA is.
-OF_A_CONFIG = ("target_modules", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_dora", "use_rslora")
-OTHER_KINDS = {"hada_w": "a LoHa", "lokr_": "a LoKr", "oft_": "an OFT", "dora_scale": "a DoRA in kohya's keys"}
 
 
 def add_lora(recipe: Recipe, components: Components) -> None:
@@ -59,7 +40,7 @@ def add_lora(recipe: Recipe, components: Components) -> None:
     for module in modules.values():
         module.requires_grad_(False)
     if recipe.lora_weights is not None:
-        _load(recipe, modules)
+        _load(recipe, components, modules)
     else:
         _add_new(recipe, modules)
     for module in modules.values():
@@ -72,24 +53,20 @@ def lora_layers(module: torch.nn.Module) -> dict[str, LoraLayer]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
 
 
-def lora_config(module: torch.nn.Module) -> dict[str, Any]:
-    """What is changed of a model, as the settings of peft's configuration that say so."""
-    layers = lora_layers(module)
+def trained_lora(module: torch.nn.Module) -> dict[str, FileLayer]:
+    """What is changed of a model: the parameters themselves, by layers' names."""
+    layers: Mapping[str, Any] = lora_layers(module)
     return {
-        "target_modules": sorted(layers),
-        "use_dora": any(layer.use_dora[ADAPTER] for layer in layers.values()),
-        "use_rslora": any(layer.use_rslora[ADAPTER] for layer in layers.values()),
-        **_with_pattern("r", "rank_pattern", {name: layer.r[ADAPTER] for name, layer in layers.items()}),
-        **_with_pattern(
-            "lora_alpha", "alpha_pattern", {name: layer.lora_alpha[ADAPTER] for name, layer in layers.items()}
-        ),
+        name: FileLayer(
+            down=layer.lora_A[ADAPTER].weight.detach(),
+            up=layer.lora_B[ADAPTER].weight.detach(),
+            alpha=layer.lora_alpha[ADAPTER],
+            magnitude=layer.lora_magnitude_vector[ADAPTER].weight.detach().flatten()
+            if layer.use_dora[ADAPTER]
+            else None,
+        )
+        for name, layer in layers.items()
     }
-
-
-def lora_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The changes to a model, by peft's names."""
-    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(module, adapter_name=ADAPTER)
-    return tensors
 
 
 # ------------------------------------------------------------------------------------------ new ones
@@ -184,147 +161,50 @@ def _times(shape: Iterable[int]) -> str:
 # ------------------------------------------------------------------------------------------ of a file
 
 
-def _load(recipe: Recipe, modules: Mapping[str, torch.nn.Module]) -> None:
+def _load(recipe: Recipe, components: Components, modules: Mapping[str, torch.nn.Module]) -> None:
     """Give the models the changes of --lora_weights. Raises RecipeError for a file that does not fit them."""
     place = f"--lora_weights {recipe.lora_weights}"
-    changes = _read(recipe, place)
-    if "unet" not in changes:
+    lora = open_lora(
+        recipe.lora_weights or "",
+        place,
+        {part: getattr(components, part) for part in LORA_PARTS},
+        unfitting=f"choose a LoRA of {recipe.pretrained_model_name_or_path}",
+        allow_pickle=recipe.allow_pickle_weights,
+        pickled="add --allow_pickle_weights",
+    )
+    if "unet" not in lora:
         raise RecipeError(f"{place} does not change the UNet: choose a LoRA of Stable Diffusion 1 or 2")
-    if changes.keys() - modules.keys():
+    if lora.keys() - modules.keys():
         raise RecipeError(f"{place} changes the text encoder too: add --lora_text_encoder")
-    if modules.keys() - changes.keys():
+    if modules.keys() - lora.keys():
         raise RecipeError(f"{place} does not change the text encoder: drop --lora_text_encoder")
-    for model, module in modules.items():
-        tensors, config = changes[model]
-        _check_fits(place, model, tensors, _layers(module), recipe)
-        try:
-            inject_adapter_in_model(
-                PeftConfig(**config, lora_dropout=recipe.lora_dropout), module, adapter_name=ADAPTER
-            )
-            own = lora_tensors(module)
-            if different := sorted(own.keys() ^ tensors.keys()):
-                raise ValueError(f"{different[0]} is missing, or not what its metadata say")
-            for name, tensor in own.items():  # without a copy: they are the parameters' own memory
-                tensor.copy_(tensors[name])
-        # peft checks neither metadata nor shapes, and raises what its layers meet.
-        except Exception as error:
-            raise RecipeError(f"{place} cannot be loaded ({one_line(error)}): choose another") from error
-        _check_given(place, recipe, lora_config(module))
+    for part, module in modules.items():
+        settings = peft_settings(lora[part])
+        _check_can_be_trained(place, part, lora[part], _layers(module))
+        _check_given(place, recipe, settings)
+        inject_adapter_in_model(PeftConfig(**settings, lora_dropout=recipe.lora_dropout), module, adapter_name=ADAPTER)
+        for name, own in trained_lora(module).items():  # views of the parameters' own memory
+            given = lora[part][name]
+            own.down.copy_(given.down)
+            own.up.copy_(given.up)
+            if own.magnitude is not None:
+                assert given.magnitude is not None
+                own.magnitude.copy_(given.magnitude)
 
 
-def _read(recipe: Recipe, place: str) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
-    """The changes in a file by model: tensors by peft's names, and peft's configuration. Raises RecipeError."""
-    weights = _open(recipe, place)
-    try:
-        header = dict(json.loads(weights.metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")))
-        tensors = {name: weights.read(name).float() for name in weights.shapes}
-        state, alphas = StableDiffusionPipeline.lora_state_dict(tensors)
-    # Whatever diffusers' converters meet in names that they do not know.
-    except Exception as error:
+def _check_can_be_trained(place: str, part: str, lora: Mapping[str, FileLayer], layers: Mapping[str, Layer]) -> None:
+    """Raises RecipeError for changes that are merged and drawn with, but not trained."""
+    if other := sorted(lora.keys() - layers.keys()):
         raise RecipeError(
-            f"{place} is not a LoRA of Stable Diffusion in diffusers' or kohya's keys ({one_line(error, 120)}): choose "
-            "another, or convert it first"
-        ) from error
-    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise RecipeError(f"{place} holds numbers that are not finite, in {broken[0]}: choose another copy")
-    changes: dict[str, dict[str, torch.Tensor]] = {}
-    of_layer: dict[str, dict[str, float]] = {}
-    for old, tensor in state.items():
-        model, _, name = old.partition(".")
-        if model not in TO_PEFT:
-            raise RecipeError(
-                f"{place} is of another family than Stable Diffusion 1 and 2 (it changes {old}): choose a LoRA of "
-                "the model that is trained"
-            )
-        (new,) = TO_PEFT[model]({name: tensor})
-        # By which earlier versions of transformers named CLIP's layers, and later ones DoRA's lengths.
-        new = new.removeprefix("text_model.").replace("_vector.weight", "_vector")
-        if new.endswith(".alpha") and tensor.numel() == 1:
-            of_layer.setdefault(model, {})[new.removesuffix(".alpha")] = tensor.item()
-            continue
-        changes.setdefault(model, {})[new] = tensor
-        alpha = (alphas or {}).get(f"{old.partition('.lora.')[0]}.alpha")
-        if alpha is not None:
-            of_layer.setdefault(model, {})[_layer_of(new)] = alpha
-    return {
-        model: (of_model, _config(model, of_model, of_layer.get(model, {}), header))
-        for model, of_model in changes.items()
-    }
-
-
-def _open(recipe: Recipe, place: str) -> Weights:
-    path = Path(recipe.lora_weights or "").expanduser()
-    if path.is_dir():
-        path = path / LORA_FILE
-    if not path.exists():
-        raise RecipeError(f"{place}: there is no {path}: give a LoRA's .safetensors file, or the folder of {LORA_FILE}")
-    try:
-        weights = open_weights(path, place, allow_pickle=recipe.allow_pickle_weights)
-    except PickledWeights as error:
-        raise RecipeError(f"{place} {error}: get it as .safetensors, or add --allow_pickle_weights") from error
-    except UnreadableWeights as error:
-        raise RecipeError(f"{place} {error}") from error
-    if other := next(
-        (kind for part, kind in OTHER_KINDS.items() if any(part in name for name in weights.shapes)), None
-    ):
-        raise RecipeError(f"{place} is {other}, which is not trained here: choose a plain LoRA")
-    found = of_tensors(weights.shapes)
-    if not any("lora" in name for name in weights.shapes):
-        raise RecipeError(f"{place} is {found.words}, not a LoRA: choose a LoRA, or drop --lora_weights")
-    return weights
-
-
-def _config(
-    model: str, tensors: Mapping[str, torch.Tensor], alphas: Mapping[str, float], header: Mapping[str, Any]
-) -> dict[str, Any]:
-    """peft's configuration of tensors: what the file says of itself, or else what follows from their shapes.
-
-    Without an alpha it is the rank, as diffusers has it.
-    """
-    ranks = {_layer_of(name): tensor.shape[0] for name, tensor in tensors.items() if ".lora_A" in name}
-    said = {name.removeprefix(f"{model}."): each for name, each in header.items() if name.startswith(f"{model}.")}
-    if said:
-        return {name: said[name] for name in OF_A_CONFIG if name in said}
-    scales = {layer: alphas.get(layer, rank) for layer, rank in ranks.items()}
-    return {
-        "target_modules": sorted(ranks),
-        "use_dora": any("lora_magnitude_vector" in name for name in tensors),
-        **_with_pattern("r", "rank_pattern", ranks),
-        **_with_pattern("lora_alpha", "alpha_pattern", scales),
-    }
-
-
-def _with_pattern(key: str, pattern: str, values: Mapping[str, float]) -> dict[str, Any]:
-    """peft's way to give each layer a value: the most common one, and those of the others."""
-    common = Counter(values.values()).most_common(1)[0][0]
-    return {key: common, pattern: {name: value for name, value in sorted(values.items()) if value != common}}
-
-
-def _layer_of(name: str) -> str:
-    return name.partition(".lora_")[0]
-
-
-def _check_fits(
-    place: str, model: str, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Layer], recipe: Recipe
-) -> None:
-    """Raises RecipeError for changes to layers that a model does not have, or has in another size."""
-    base = recipe.pretrained_model_name_or_path
-    for name, tensor in tensors.items():
-        layer = layers.get(_layer_of(name))
-        if layer is None:
-            raise RecipeError(
-                f"{place} is of another model than {base}: it changes {_layer_of(name)}, which the {WORDS[model]} does "
-                "not have: choose a LoRA of this model"
-            )
-        if "lora_magnitude_vector" in name:
-            continue
-        weight, is_input = layer.weight, ".lora_A" in name
-        sizes = [each.shape[1:].numel() if is_input else each.shape[:1].numel() for each in (weight, tensor)]
-        if tensor.ndim < 2 or sizes[0] != sizes[1]:
-            raise RecipeError(
-                f"{place} is of another model than {base}: {name} is {_times(tensor.shape)}, and the "
-                f"{WORDS[model]}'s layer {_times(weight.shape)}: choose a LoRA of this model"
-            )
+            f"{place} changes the {WORDS[part]}'s {other[0]}, and only linear layers and convolutions are trained: "
+            "choose another"
+        )
+    plain = sorted(name for name, layer in lora.items() if layer.magnitude is None)
+    if 0 < len(plain) < len(lora):
+        raise RecipeError(
+            f"{place} is a DoRA of only some of the {WORDS[part]}'s layers (not of {plain[0]}), which is not trained: "
+            "choose another"
+        )
 
 
 def _check_given(place: str, recipe: LoraConfig, config: Mapping[str, Any]) -> None:

@@ -14,13 +14,26 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 
+from sd_recipes.errors import RecipeError
 from sd_recipes.model.original_layout import unet_name
-from sd_recipes.model.weight_files import Shape, UnfittingWeights, UnreadableWeights, Weights
+from sd_recipes.model.recognise import of_tensors
+from sd_recipes.model.weight_files import (
+    PickledWeights,
+    Shape,
+    UnfittingWeights,
+    UnreadableWeights,
+    Weights,
+    open_weights,
+)
 
+LORA_FILE = LORA_WEIGHT_NAME_SAFE  # as diffusers calls it, in a folder
+ADAPTER_METADATA = LORA_ADAPTER_METADATA_KEY  # key of diffusers' metadata, peft's settings by part
 LORA_PARTS = ("unet", "text_encoder")
 PREFIXES = {
     "unet": ("unet.", "lora_unet_"),
@@ -37,7 +50,7 @@ ENDINGS = {
 # Layers that diffusers' first LoRA files name otherwise.
 EARLIER_NAMES = {".processor": "", "self_attn.to_q": "self_attn.q_proj", "self_attn.to_k": "self_attn.k_proj",
                  "self_attn.to_v": "self_attn.v_proj", "self_attn.to_out": "self_attn.out_proj"}  # fmt: skip
-ADAPTER_METADATA = "lora_adapter_metadata"  # key of diffusers' metadata, peft's settings by part
+OTHER_KINDS = {"hada_w": "a LoHa", "lokr_": "a LoKr", "oft_": "an OFT"}  # by what is in their tensors' names
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,34 @@ def _split(name: str) -> tuple[str, str] | None:
 # --------------------------------------------------------------------------------------------------- reading
 
 
+def open_lora(
+    name: str | Path,
+    place: str,
+    parts: Mapping[str, Any],
+    *,
+    unfitting: str = "name the model that it was trained on, or another LoRA",
+    allow_pickle: bool = False,
+    pickled: str = "convert it with `sd-recipes convert`",
+) -> Lora:
+    """The LoRA in a file, or in a folder of one, for the model that has these parts.
+
+    Raises RecipeError, which begins with `place`; ways out are `unfitting` for a LoRA of another model, and `pickled`.
+    """
+    path = Path(name).expanduser()
+    file = path / LORA_FILE if path.is_dir() else path
+    if not file.exists():
+        raise RecipeError(f"{place}: there is no such LoRA: give a .safetensors file, or a folder with {LORA_FILE}")
+    try:
+        weights = open_weights(file, file.name, allow_pickle=allow_pickle)
+        return read_lora(weights, layer_shapes(parts), parts["unet"].config)
+    except UnfittingWeights as error:
+        raise RecipeError(f"{place} {error}: {unfitting}") from error
+    except PickledWeights as error:
+        raise RecipeError(f"{place} {error}: get it as .safetensors, or {pickled}") from error
+    except UnreadableWeights as error:
+        raise RecipeError(f"{place} {error}") from error
+
+
 def read_lora(weights: Weights, shapes: LayerShapes, unet_config: Mapping[str, Any]) -> Lora:
     """The LoRA in a file, for a model whose layers have these shapes.
 
@@ -121,6 +162,10 @@ def read_lora(weights: Weights, shapes: LayerShapes, unet_config: Mapping[str, A
     found: dict[tuple[str, str], dict[str, str]] = {}  # part and module: kind: the tensor's name
     tables = {part: _modules_by_name(part, shapes[part], unet_config) for part in shapes}
     unknown = []
+    if kind := next((OTHER_KINDS[part] for part in OTHER_KINDS if any(part in name for name in weights.shapes)), None):
+        raise UnreadableWeights(f"is {kind}: only LoRA and DoRA are read")
+    if not is_lora(weights.shapes):
+        raise UnreadableWeights(f"is not a LoRA, but {of_tensors(weights.shapes).words}: choose a LoRA")
     for name in weights.shapes:
         split = _split(name.removeprefix("base_model.model."))
         if split is None:
@@ -135,16 +180,12 @@ def read_lora(weights: Weights, shapes: LayerShapes, unet_config: Mapping[str, A
             f"is a LoRA of another model: {len(unknown)} of its {len(weights.shapes)} tensors are of layers that this "
             f"one lacks (such as {unknown[0]})"
         )
-    if not found:
-        raise UnreadableWeights("holds no LoRA")
     lora: dict[str, dict[str, LoraLayer]] = {}
     settings = _settings(weights)
     for (part, module), names in found.items():
         _check_shapes(weights, names, module, shapes[part][module])
-        layer = _read_layer(weights, names, shapes[part][module])
-        if "alpha" not in names:
-            layer = replace(layer, alpha=_alpha_of(module, layer.rank, settings.get(part, {})))
-        lora.setdefault(part, {})[module] = layer
+        alpha = None if "alpha" in names else _alpha_of(module, weights.shapes[names["down"]][0], settings[part])
+        lora.setdefault(part, {})[module] = _read_layer(weights, names, shapes[part][module], alpha)
     return lora
 
 
@@ -170,7 +211,7 @@ def _modules_by_name(part: str, modules: Iterable[str], unet_config: Mapping[str
 
 def _check_shapes(weights: Weights, names: Mapping[str, str], module: str, shape: Shape) -> None:
     if missing := {"down", "up"} - names.keys():
-        raise UnreadableWeights(f"is not whole: {module} has no {missing.pop()} matrix")
+        raise UnreadableWeights(f"is not whole: {module} has no {min(missing)} matrix: choose another copy")
     down, up = weights.shapes[names["down"]], weights.shapes[names["up"]]
     if min(len(down), len(up)) < 2 or (up[0], math.prod(down[1:])) != (shape[0], math.prod(shape[1:])):
         change = f"{up[0]} x {math.prod(down[1:])}" if up else "nothing"
@@ -178,20 +219,28 @@ def _check_shapes(weights: Weights, names: Mapping[str, str], module: str, shape
             f"is a LoRA of another model: it changes {module} by {change} values, and this one has "
             f"{shape[0]} x {math.prod(shape[1:])} there"
         )
-    if up[1] != down[0]:
-        raise UnreadableWeights(f"is damaged: {module} has a rank of {down[0]} and of {up[1]}")
+    if up[1] != down[0] or not down[0]:
+        raise UnreadableWeights(f"is damaged: {module} has a rank of {down[0]} and of {up[1]}: choose another copy")
+    if "alpha" in names and math.prod(weights.shapes[names["alpha"]]) != 1:
+        raise UnreadableWeights(f"is damaged: {names['alpha']} is no single number: choose another copy")
     if "magnitude" in names and math.prod(weights.shapes[names["magnitude"]]) != shape[0]:
         raise UnreadableWeights(f"has magnitudes of inputs at {module}: only those of outputs are read")
 
 
-def _read_layer(weights: Weights, names: Mapping[str, str], shape: Shape) -> LoraLayer:
-    """In float32, shaped like the layer's own weight, whatever the file made of it."""
+def _read_layer(weights: Weights, names: Mapping[str, str], shape: Shape, alpha: float | None) -> LoraLayer:
+    """In float32, shaped like the layer's own weight, whatever the file made of it; α if it has no tensor of it.
+
+    Raises UnreadableWeights for numbers that are not finite.
+    """
     tensors = {kind: weights.read(name).float() for kind, name in names.items()}
+    for kind, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UnreadableWeights(f"holds numbers that are not finite, in {names[kind]}: choose another copy")
     rank = len(tensors["down"])
     return LoraLayer(
         down=tensors["down"].reshape(rank, *shape[1:]),
         up=tensors["up"].reshape(shape[0], rank, *[1] * (len(shape) - 2)),
-        alpha=float(tensors["alpha"]) if "alpha" in tensors else float(rank),
+        alpha=tensors["alpha"].item() if alpha is None else alpha,
         magnitude=tensors["magnitude"].flatten() if "magnitude" in tensors else None,
     )
 
@@ -207,15 +256,47 @@ def _settings(weights: Weights) -> dict[str, dict[str, Any]]:
             for part in LORA_PARTS
         }
     except (ValueError, AttributeError) as error:
-        raise UnreadableWeights(f"has metadata ({ADAPTER_METADATA}) that is no JSON of settings") from error
+        raise UnreadableWeights(
+            f"has metadata ({ADAPTER_METADATA}) that is no JSON of settings: choose another copy"
+        ) from error
 
 
 def _alpha_of(module: str, rank: int, settings: Mapping[str, Any]) -> float:
-    """A module's α by peft's settings; its rank if they say nothing."""
-    patterns = settings.get("alpha_pattern") or {}
-    alpha = next((each for name, each in patterns.items() if re.fullmatch(rf"(.*\.)?({name})", module)), None)
-    alpha = alpha if alpha is not None else settings.get("lora_alpha", rank)
-    return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
+    """A module's α by peft's settings; its rank if they say nothing. Raises UnreadableWeights."""
+    try:
+        alpha = _stated(settings, "lora_alpha", "alpha_pattern", module, rank)
+        is_sound = math.isfinite(alpha) and _stated(settings, "r", "rank_pattern", module, rank) == rank
+    except (TypeError, AttributeError, re.error):
+        is_sound = False
+    if not is_sound:
+        raise UnreadableWeights(
+            f"has metadata ({ADAPTER_METADATA}) that contradict its tensors at {module}: choose another copy"
+        )
+    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+
+
+def _stated(settings: Mapping[str, Any], key: str, pattern: str, module: str, default: int) -> Any:
+    """A module's value as peft finds it."""
+    patterns = settings.get(pattern) or {}
+    value = next((each for name, each in patterns.items() if re.fullmatch(rf"(.*\.)?({name})", module)), None)
+    return settings.get(key, default) if value is None else value
+
+
+def peft_settings(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
+    """What a LoRA changes of a part, as the settings of peft's configuration that say so."""
+    return {
+        "target_modules": sorted(layers),
+        "use_dora": any(layer.magnitude is not None for layer in layers.values()),
+        "use_rslora": False,  # which makes α count by the root of the rank
+        **_with_pattern("r", "rank_pattern", {name: layer.rank for name, layer in layers.items()}),
+        **_with_pattern("lora_alpha", "alpha_pattern", {name: layer.alpha for name, layer in layers.items()}),
+    }
+
+
+def _with_pattern(key: str, pattern: str, values: Mapping[str, float]) -> dict[str, Any]:
+    """peft's way to give each layer a value: the most common one, and those of the others."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return {key: common, pattern: {name: value for name, value in sorted(values.items()) if value != common}}
 
 
 # --------------------------------------------------------------------------------------------------- merging
@@ -235,13 +316,20 @@ def merge_lora(parts: Mapping[str, torch.nn.Module], lora: Lora, strength: float
 
 
 def diffusers_tensors(lora: Lora) -> dict[str, torch.Tensor]:
-    """By the names that `load_lora_weights` of any version reads; α is each layer's rank, which needs no metadata."""
+    """By the names that `load_lora_weights` of any version reads; α is told by metadata, if it is not the rank.
+
+    If none of a text encoder's attention is changed, diffusers (0.42) understands only its own earlier names of the
+    two matrices.
+    """
     tensors = {}
     for part, layers in lora.items():
+        down, up = ".lora_A.weight", ".lora_B.weight"
+        if part == "text_encoder" and not any("self_attn" in module for module in layers):
+            down, up = ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"
         for module, layer in layers.items():
             name = f"{part}.{'text_model.' if part == 'text_encoder' else ''}{module}"
-            tensors[f"{name}.lora_A.weight"] = layer.down
-            tensors[f"{name}.lora_B.weight"] = layer.with_alpha(layer.rank).up
+            tensors[name + down] = layer.down
+            tensors[name + up] = layer.up
             if layer.magnitude is not None:
                 is_convolution = layer.down.ndim > 2
                 shape = (1, -1, *[1] * (layer.down.ndim - 2)) if is_convolution else (-1,)
@@ -270,6 +358,14 @@ def kohya_tensors(lora: Lora) -> dict[str, torch.Tensor]:
             if layer.magnitude is not None:
                 tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (layer.down.ndim - 1))
     return tensors
+
+
+def with_alpha_of_ranks(lora: Lora) -> Lora:
+    """The same changes, each layer's α being its rank, which needs no metadata."""
+    return {
+        part: {module: layer.with_alpha(layer.rank) for module, layer in layers.items()}
+        for part, layers in lora.items()
+    }
 
 
 def alpha_of(lora: Lora) -> float:

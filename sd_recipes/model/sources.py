@@ -22,6 +22,7 @@ from sd_recipes import assets
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.model import recognise
 from sd_recipes.model.loading import COMPILED, say_unwrapped, unwrapped
+from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.model.original_layout import take_part
 from sd_recipes.model.recognise import PARTS, Recognised
 from sd_recipes.model.weight_files import (
@@ -391,7 +392,7 @@ class HubRepository(Folder):
             files = HfApi().list_repo_files(self.name, revision=self._options("")["revision"])
         except Exception:  # offline; what is missing is said when it is asked for
             return Recognised("a repository", frozenset(PARTS))
-        if "pytorch_lora_weights.safetensors" in files:
+        if LORA_FILE in files:
             return Recognised("a LoRA", way_out="name the model that it was trained on")
         if present := frozenset(part for part in PARTS if any(file.startswith(f"{part}/") for file in files)):
             return Recognised("a repository without model_index.json", present)

@@ -42,7 +42,8 @@ from sd_recipes.model.conditioning import CachedText, Conditioning
 from sd_recipes.model.families import family_of
 from sd_recipes.model.family import Family, TextStates
 from sd_recipes.model.latents import LatentEncoder
-from sd_recipes.model.lora import add_lora, lora_config
+from sd_recipes.model.lora import add_lora, trained_lora
+from sd_recipes.model.lora_files import peft_settings
 from sd_recipes.model.placement import apply_memory_format, keep_as_loaded, move_models
 from sd_recipes.recipe import ObjectiveConfig, Recipe, odd_settings
 from sd_recipes.redaction import redacted
@@ -400,7 +401,7 @@ def whole_part(component: str, module: Any, learning_rate: float) -> TrainedPart
 
 def lora_part(component: str, module: Any, learning_rate: float) -> TrainedPart:
     """The LoRA of a component."""
-    config = json.dumps(lora_config(module), indent=1) + "\n"
+    config = json.dumps(peft_settings(trained_lora(module)), indent=1) + "\n"
     return TrainedPart(component + LORA, module, WEIGHTS, config, learning_rate)
 
 

@@ -406,7 +406,7 @@ def test_what_cannot_be_exported(trained: Path, tmp_path: Path, monkeypatch: pyt
         ),
         (
             (model, "--to", "single_file", "--lora", "other.safetensors", *out),
-            "holds net.bias, which is no part of a",
+            "is not a LoRA, but no model that is known here",
         ),
         (("other.safetensors", "--to", "pipeline", "--output", "x"), "is no model that is known here"),
         (("./absent", "--to", "pipeline", "--output", "x"), "./absent: no such file or folder"),

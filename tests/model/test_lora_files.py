@@ -23,6 +23,7 @@ from sd_recipes.model.lora_files import (
     layer_shapes,
     merge_lora,
     read_lora,
+    with_alpha_of_ranks,
 )
 from sd_recipes.model.recognise import of_tensors
 from sd_recipes.model.weight_files import UnfittingWeights, UnreadableWeights, Weights, open_weights
@@ -105,7 +106,7 @@ def test_a_lora_of_peft_is_read_merged_and_written(
     assert np.abs(expected - picture(load(tiny_pipeline))).max() > 0.05
     pipeline = load(tiny_pipeline)
     lora = read(file, pipeline)
-    written = {"diffusers": diffusers_tensors(lora), "kohya": kohya_tensors(lora)}
+    written = {"diffusers": diffusers_tensors(with_alpha_of_ranks(lora)), "kohya": kohya_tensors(lora)}
     for name, tensors in written.items():
         assert is_lora(tensors)
         assert "a LoRA" in of_tensors({key: tuple(value.shape) for key, value in tensors.items()}).words
@@ -179,10 +180,14 @@ def in_memory(tensors: dict[str, torch.Tensor], **metadata: str) -> Weights:
 @pytest.mark.parametrize(
     ("tensors", "metadata", "told"),
     [
-        ({"lora_unet_conv_in.hada_w1_a": (2, 2)}, {}, "holds lora_unet_conv_in.hada_w1_a, which is no part of a LoRA"),
-        ({"lora_unet_conv_in.lora_mid.weight": (2, 2, 3, 3)}, {}, "only LoRA and DoRA are read"),
+        ({"lora_unet_conv_in.hada_w1_a": (2, 2)}, {}, "is a LoHa: only LoRA and DoRA are read"),
+        (
+            {"lora_unet_conv_in.lora_mid.weight": (2, 2, 3, 3), "lora_unet_conv_in.alpha": ()},
+            {},
+            "only LoRA and DoRA are read",
+        ),
         ({"lora_unet_conv_in.lora_down.weight": (2, 4, 3, 3)}, {}, "is not whole: conv_in has no up matrix"),
-        ({"lora_unet_conv_in.alpha": ()}, {}, "is not whole: conv_in has no"),
+        ({"lora_unet_conv_in.alpha": ()}, {}, "is not whole: conv_in has no down matrix"),
         (
             {"lora_unet_conv_in.lora_down.weight": (2, 4, 3, 3), "lora_unet_conv_in.lora_up.weight": (32, 3, 1, 1)},
             {},
@@ -203,7 +208,7 @@ def in_memory(tensors: dict[str, torch.Tensor], **metadata: str) -> Weights:
             {"lora_adapter_metadata": "[1]"},
             "that is no JSON of settings",
         ),
-        ({}, {}, "holds no LoRA"),
+        ({}, {}, "is not a LoRA, but a file without tensors"),
     ],
 )
 def test_what_is_no_lora_of_this_model(

@@ -25,7 +25,8 @@ from sd_recipes.commands.train import run as run_to_its_end
 from sd_recipes.errors import RecipeError
 from sd_recipes.export.hub import publish
 from sd_recipes.flags import load_recipe
-from sd_recipes.model.lora import LORA_FILE, choose_layers, lora_layers
+from sd_recipes.model.lora import choose_layers, lora_layers
+from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
@@ -180,7 +181,7 @@ def test_settings_that_contradict_each_other_are_refused(flags: str, message: st
      "--lora_targets to_q names no layer of the text encoder: add attention, or its q_proj, or drop --lora_text_enc"),
     ({"lora_rank": 4, "lora_targets": ["q_proj"], "lora_text_encoder": True}, "names no layer of the UNet: add atten"),
     ({"lora_rank": 4, "prediction_type": "v_prediction"}, "--prediction_type v_prediction is not the model's epsilon"),
-    ({"lora_weights": "nowhere.safetensors"}, "--lora_weights nowhere.safetensors: there is no nowhere.safetensors"),
+    ({"lora_weights": "nowhere.safetensors"}, "--lora_weights nowhere.safetensors: there is no such LoRA"),
 ])  # fmt: skip
 def test_a_lora_that_does_not_fit_the_model_is_refused(
     settings: dict[str, Any], changes: dict[str, Any], message: str
@@ -195,21 +196,22 @@ PEFT = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k"
 
 
 @pytest.mark.parametrize(("shapes", "metadata", "message"), [
-    ({f"{K}.lora_down.weight": (4, 48), f"{K}.lora_up.weight": (48, 4)}, {}, "is of another model than .* is 4 x 48"),
+    ({f"{K}.lora_down.weight": (4, 48), f"{K}.lora_up.weight": (48, 4)}, {},
+     "is a LoRA of another model: it changes .* by 48 x 48 values"),
     ({f"{K.replace('1', '7')}.lora_down.weight": (4, 64), f"{K.replace('1', '7')}.lora_up.weight": (64, 4)}, {},
-     "is of another model than .*, which the UNet does not have: choose a LoRA of this model"),
+     "is a LoRA of another model: 2 of its 2 tensors .*: choose a LoRA of "),
     ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (4, 32),
-      "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": (64, 4)}, {}, "is of another family than Stable"),
-    ({"transformer.blocks.0.attn.to_q.lora_A.weight": (4, 32)}, {}, "is of another family than Stable Diffusion"),
-    ({f"{K}.hada_w1_a": (4, 64)}, {}, "is a LoHa, which is not trained here"),
-    ({f"{K}.lora_down.weight": (4, 64)}, {}, "is not a LoRA of Stable Diffusion in diffusers' or kohya's keys"),
-    ({f"{PEFT}.lora_A.weight": (4, 64)}, {}, r"lora_B.weight is missing, or not what its metadata say"),
+      "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": (64, 4)}, {}, "is a LoRA of another model"),
+    ({"transformer.blocks.0.attn.to_q.lora_A.weight": (4, 32)}, {}, "is a LoRA of another model"),
+    ({f"{K}.hada_w1_a": (4, 64)}, {}, "is a LoHa: only LoRA and DoRA are read"),
+    ({f"{K}.lora_down.weight": (4, 64)}, {}, "is not whole: .* has no up matrix"),
+    ({f"{PEFT}.lora_A.weight": (4, 64)}, {}, "is not whole: .* has no up matrix"),
     ({f"{PEFT}.lora_A.weight": (4, 64), f"{PEFT}.lora_B.weight": (64, 4)}, {"lora_adapter_metadata": "[1]"},
-     "is not a LoRA of Stable Diffusion"),
+     "that is no JSON of settings"),
     ({f"{PEFT}.lora_A.weight": (4, 64), f"{PEFT}.lora_B.weight": (64, 4)},
-     {"lora_adapter_metadata": '{"unet.r": 7, "unet.lora_alpha": 7, "unet.target_modules": ["to_k"]}'}, "cannot be lo"),
+     {"lora_adapter_metadata": '{"unet.r": 7, "unet.lora_alpha": 7, "unet.target_modules": ["to_k"]}'}, "contradict"),
     ({"conv_in.weight": (32, 4, 3, 3), "time_embedding.linear_1.weight": (8, 8), "down_blocks.0.x": (1,)}, {},
-     "is a UNet alone, not a LoRA"),
+     "is not a LoRA, but a UNet alone"),
     ({"text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight": (4, 32),
       "text_encoder.encoder.layers.0.mlp.fc1.lora_B.weight": (64, 4)}, {}, "does not change the UNet"),
 ])  # fmt: skip
