@@ -8,6 +8,7 @@ The data that a run was trained on are not needed; the model that it began with 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,16 +31,20 @@ from sd_recipes.export.safetensors_file import DTYPES
 from sd_recipes.export.single_file import architecture_of, check_can_be_one_file, export_single_file
 from sd_recipes.model.lora_extraction import extract_lora
 from sd_recipes.model.lora_files import Lora, generation_of_lora, open_lora, rank_of
+from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.model.weight_files import open_weights
 from sd_recipes.redaction import shown
 from sd_recipes.runtime.console import hide_library_bars, say
 
 logger = logging.getLogger(__name__)
 
+OF_A_PIPELINE = {"model_index.json", *StableDiffusion.folders}
+
 
 def export(config: Export) -> None:
     """Write what `config` names. Raises RecipeError; the output is there whole, or as it was."""
-    output = Path(config.output).expanduser()
+    output = Path(config.output).expanduser().resolve()
+    put_back(output)
     check_is_free(output, config)
     hide_library_bars()
     try:
@@ -59,15 +64,13 @@ def check_is_free(output: Path, config: Export) -> None:
         return
     if not config.overwrite:
         raise RecipeError(f"--output {output} is there already: choose another name, or add --overwrite")
-    if config.to == "pipeline" and output.is_dir() and any(output.iterdir()) and not _is_pipeline(output):
-        raise RecipeError(f"--output {output} holds something else than a pipeline: choose another name")
     if output.is_dir() != (config.to == "pipeline"):
         raise RecipeError(f"--output {output} is {'a folder' if output.is_dir() else 'a file'}: choose another name")
-
-
-def _is_pipeline(folder: Path) -> bool:
-    """Whether a folder is a pipeline and nothing else: a run's would be lost with it."""
-    return (folder / "model_index.json").is_file() and not (folder / "recipe.yaml").exists()
+    if output.is_dir() and (others := sorted({path.name for path in output.iterdir()} - OF_A_PIPELINE)):
+        raise RecipeError(
+            f"--output {output} holds more than a pipeline ({', '.join(others[:3])}), which would be lost: choose "
+            "another name"
+        )
 
 
 # -------------------------------------------------------------------------------------------------- models
@@ -102,17 +105,29 @@ def write_model(config: Export, output: Path) -> None:
 def folder_beside(output: Path) -> Iterator[Path]:
     """A folder beside `output` to write, which then takes its place."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.removed")
-    for left in (beside, old):  # by a kill
-        remove(left)
+    beside, old = output.with_name(f".{output.name}.{os.getpid()}.partial"), set_aside(output)
     try:
         yield beside
         if output.exists():
             output.rename(old)
         beside.rename(output)
-        remove(old)
     finally:
+        put_back(output)
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def set_aside(output: Path) -> Path:
+    """Where a folder is for the moment in which another one takes its place."""
+    return output.with_name(f".{output.name}.removed")
+
+
+def put_back(output: Path) -> None:
+    """Undo what a failure or a kill in that moment left; or remove the old folder, if the new one is there."""
+    old = set_aside(output)
+    if old.is_dir() and not output.exists():
+        old.rename(output)
+    elif old.is_dir():
+        remove(old)
 
 
 # -------------------------------------------------------------------------------------------------- LoRAs
@@ -129,6 +144,12 @@ def write_lora(config: Export, output: Path) -> None:
         architecture = architecture_of(model.components)
         predicts = model.components.scheduler.config.prediction_type
         lora = of_model(model, config)
+    layers = [layer for of_part in lora.values() for layer in of_part.values()]
+    if config.to == "kohya_lora" and any(layer.magnitude is not None for layer in layers):
+        logger.warning(
+            "The LoRA has DoRA's magnitudes, which diffusers (0.42) leaves out of kohya's keys: what it draws "
+            "will differ."
+        )
     digest = export_lora(
         lora,
         output,
@@ -145,6 +166,10 @@ def of_file(file: Path, config: Export) -> tuple[Lora, str]:
     """The LoRA in a file, and the architecture of its model: --base, or Stable Diffusion 1 or 2 of full size."""
     if config.rank is not None:
         raise RecipeError(f"--rank {config.rank}: {file} is a LoRA already, which is written as it is: drop --rank")
+    if config.weights is not None:
+        raise RecipeError(f"--weights {config.weights}: {file} is a LoRA's file, which has one kind: drop --weights")
+    if config.model and "base" not in config.model:
+        raise RecipeError(f"--{next(iter(config.model))} is of the model that {file} changes: name that with --base")
     if base := config.model.get("base"):
         flags = {name: value for name, value in config.model.items() if name != "base"}
         model = load_model(base, None, flags, flag="--base")
