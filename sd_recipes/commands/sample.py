@@ -35,6 +35,7 @@ from sd_recipes.export.parameters import KEYWORD, SAMPLERS, parameters_text
 from sd_recipes.export.safetensors_file import DTYPES, hash_of_tensors
 from sd_recipes.flags import build_recipe
 from sd_recipes.model.families import family_of
+from sd_recipes.model.lora_files import LORA_FILE, diffusers_tensors, with_alpha_of_ranks
 from sd_recipes.model.samplers import check_it_draws
 from sd_recipes.model.sources import MODEL
 from sd_recipes.redaction import in_texts, redacted, shown
@@ -42,18 +43,19 @@ from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.out_of_memory import is_out_of_memory
 
 FLAGS = ("--sampler", "--steps")
+PICTURES = ("grid.png", "[0-9]*-[0-9]*.png", "model-*/[0-9]*-[0-9]*.png")  # in the output folder
 HASH_DIGITS, LORA_HASH_DIGITS = 10, 12  # of a SHA-256, as A1111 shows them
 
 
 def sample(config: Sampling) -> None:
     """Draw what `config` says; write the pictures and a grid of them. Raises RecipeError."""
     output_dir = Path(config.output_dir).expanduser()
-    check_is_free(output_dir, config)
     device = device_of(config)
     for name in config.models:  # before the first one is drawn with
         find_target(name, config.weights or "evaluated", EXPORTED)
     hide_library_bars()
     prompts = [prompt for prompt in prompts_of(config) for _ in range(config.num_images)]
+    make_free(output_dir, config)
     columns: list[list[Image.Image]] = []
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -73,12 +75,15 @@ def sample(config: Sampling) -> None:
     say(f"pictures        {output_dir}\ngrid            {output_dir / 'grid.png'}")
 
 
-def check_is_free(output_dir: Path, config: Sampling) -> None:
-    """Raises RecipeError for a file in the folder's place, and for pictures that would be written over."""
+def make_free(output_dir: Path, config: Sampling) -> None:
+    """Take earlier pictures away with --overwrite. Raises RecipeError for those, or a file in the folder's place."""
     if output_dir.exists() and not output_dir.is_dir():
         raise RecipeError(f"--output_dir {output_dir} is not a folder: choose another")
-    if (output_dir / "grid.png").exists() and not config.overwrite:
+    pictures = [path for pattern in PICTURES for path in output_dir.glob(pattern)]
+    if pictures and not config.overwrite:
         raise RecipeError(f"--output_dir {output_dir} has pictures already: choose another, or add --overwrite")
+    for path in pictures:
+        path.unlink()
 
 
 def device_of(config: Sampling) -> torch.device:
@@ -206,20 +211,30 @@ def size_of(model: LoadedModel, config: Sampling) -> tuple[int, int]:
 
 def lora_words(config: Sampling) -> tuple[str, str | None]:
     """What A1111 has for the LoRAs in a prompt, and their hashes; None where there are none."""
-    words = "".join(f" <lora:{Path(file).stem}:{weight:g}>" for file, weight in config.loras)
-    files = [path for file, _ in config.loras if (path := Path(file).expanduser()).is_file()]
-    hashes = [f"{path.stem}: {hash_of_tensors(path)[:LORA_HASH_DIGITS]}" for path in files]
+    words = "".join(f" <lora:{_name_of(Path(file))}:{weight:g}>" for file, weight in config.loras)
+    given = [Path(name).expanduser() for name, _ in config.loras]
+    hashes = [
+        f"{_name_of(path)}: {hash_of_tensors(path / LORA_FILE if path.is_dir() else path)[:LORA_HASH_DIGITS]}"
+        for path in given
+    ]
     return words, ", ".join(hashes) or None
 
 
+def _name_of(lora: Path) -> str:
+    return lora.name.removesuffix(".safetensors")
+
+
 def model_hash(name: str, model: LoadedModel) -> str:
-    """Of a single file, as A1111 has it; otherwise of the UNet's tensors in float32."""
+    """Of a single file, as A1111 has it; otherwise of the tensors of UNet, text encoder and a run's LoRA."""
     path = Path(name).expanduser()
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:HASH_DIGITS]
+    tensors = {f"{part}.{key}": value for part, each in model.parts.items() for key, value in each.state_dict().items()}
+    if model.lora is not None:
+        tensors |= diffusers_tensors(with_alpha_of_ranks(model.lora))
     digest = hashlib.sha256()
-    for key, value in sorted(model.components.unet.state_dict().items()):
+    for key, value in sorted(tensors.items()):
         digest.update(key.encode())
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()[:HASH_DIGITS]
