@@ -969,6 +969,11 @@ class Recipe(
             raise ValueError(f"--report_to {redacted(self.report_to)!r} is not one of: {', '.join(sorted(trackers))}")
         if self.is_8bit and self.channels_last == "always":
             raise ValueError("--channels_last always contradicts AdamW8bit, which makes weights contiguous: use auto")
+        if self.gradient_checkpointing and self.gradient_checkpointing_blocks:
+            raise ValueError(
+                "--gradient_checkpointing recomputes all blocks, and --gradient_checkpointing_blocks "
+                f"{' '.join(self.gradient_checkpointing_blocks)} only some: drop one"
+            )
         if self.fused_backward_pass and self.max_grad_norm not in (0, math.inf):
             raise ValueError(
                 "--fused_backward_pass steps before the norm of all gradients is known, so that nothing can be clipped "

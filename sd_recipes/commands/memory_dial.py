@@ -36,9 +36,8 @@ def planned(recipe: Recipe) -> tuple[Recipe, MemoryPlan | None]:
             return recipe, None
         try:
             as_it_is = with_precision(with_known_configuration(recipe), device)
-            plan = Planner(device, memory_here(device)).plan(
-                as_it_is, num_processes=num_processes, is_sharded=is_sharded
-            )
+            planner = Planner(device, memory_here(device), num_processes=num_processes)
+            plan = planner.plan(as_it_is, is_sharded=is_sharded)
         except RecipeError:
             raise
         except Exception as error:  # whatever it is: a run must not end because it cannot be foretold
@@ -53,7 +52,7 @@ def planned(recipe: Recipe) -> tuple[Recipe, MemoryPlan | None]:
             f"--memory {recipe.memory} chooses among settings that need whole weights, which FSDP shards: drop it, and "
             "use --micro_batch and --gradient_checkpointing"
         )
-    planner = Planner(device, bytes_of(recipe.memory))
+    planner = Planner(device, bytes_of(recipe.memory), num_processes=num_processes)
     before = with_precision(with_known_configuration(recipe), device)
     plan = fastest_that_fits(planner, before, "--memory")
     changes = differing(before, plan.recipe)

@@ -42,6 +42,7 @@ class PlanConfig(Section):
     budget: str | None = setting(
         None, "free", "How much memory there may be, such as 12GB; if not given, that of the GPU which is here, if any."
     )
+    processes: int = setting(1, "free", "How many processes the run has, each on a GPU of its own; without FSDP.", ge=1)
     output: str | None = setting(None, "free", "Also draw the plan, into this .svg file.")
 
 
@@ -49,6 +50,8 @@ class PlanConfig(Section):
 class PlanSettings:
     recipe: Recipe
     budget: int | None  # bytes
+    budget_flag: str | None  # that gave it
+    num_processes: int
     output: Path | None
     as_json: bool
 
@@ -70,7 +73,16 @@ def read_settings(argv: list[str]) -> PlanSettings:
         raise RecipeError(f"--output {output}: the plan is drawn as SVG: name a file that ends in .svg")
     if own["budget"] is not None and recipe.memory is not None:
         raise RecipeError(f"--budget {own['budget']} and --memory {recipe.memory} both say how much there is: drop one")
-    return PlanSettings(recipe, _budget(own["budget"] or recipe.memory), output and Path(output), as_json)
+    own = PlanConfig(**{name: value for name, value in own.items() if value is not None})
+    flag, size = ("--memory", recipe.memory) if own.budget is None else ("--budget", own.budget)
+    return PlanSettings(
+        recipe,
+        _budget(size),
+        None if size is None else flag,
+        own.processes,
+        output and Path(output),
+        as_json,
+    )
 
 
 def with_known_configuration(recipe: Recipe) -> Recipe:
@@ -89,4 +101,4 @@ def _budget(text: str | None) -> int | None:
     try:
         return bytes_of(text)
     except ValueError as error:
-        raise RecipeError(f"--budget {text}: {error}") from None
+        raise RecipeError(f"--budget {text or repr(text)}: {error}") from None

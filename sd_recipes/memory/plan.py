@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sd_recipes.memory.overheads import CUDA_CONTEXT, GATHERED_BLOCKS, on_device, on_host
 from sd_recipes.memory.step import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, WEIGHTS, TracedStep
 from sd_recipes.memory.tracer import Moment
+from sd_recipes.model.latents import MAX_PIXELS
 from sd_recipes.recipe import Recipe
-from sd_recipes.runtime.host_memory import BLOCK_BYTES
+from sd_recipes.runtime.accelerator import check_weights_dtype
+from sd_recipes.training.fused_backward import check_fused_backward
 
 RESIDENT = (WEIGHTS, OPTIMIZER, AVERAGE, FROZEN)  # between two steps
 SHARDED = (WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE)  # by FSDP
 OF_PASSES = ("encoding", "forward", "backward")
 OF_UPDATE = ("clipping", "optimizer", "average")  # phases that know neither batch nor activations
 # Settings that the passes of a step do not depend on, but for memory that is there in all of its phases.
-STATE = {"optimizer", "use_8bit_adam", "use_ema", "offload_ema", "ema_snapshots"}
+AVERAGES = {"use_ema", "ema_snapshots"}
+STATE = {"optimizer", "use_8bit_adam", *AVERAGES}
+UNTRACED = {"offload_ema", "memory"}  # the first is put in afterwards, the other decides nothing by itself
 
 
 @dataclass(frozen=True)
@@ -66,17 +70,28 @@ class MemoryPlan:
 
 
 class Planner:
-    """Plans of one run and of variations of it; what they have in common is traced once."""
+    """Plans of one run on each of so many processes, and of variations of it; what they have in common is traced once.
 
-    def __init__(self, device: str, capacity: int | None = None) -> None:
-        self.device, self.capacity = device, capacity
+    `told` is called whenever something has been traced.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        capacity: int | None = None,
+        *,
+        num_processes: int = 1,
+        told: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.device, self.capacity, self.num_processes, self.told = device, capacity, num_processes, told
         self._passes: dict[str, TracedStep] = {}
         self._updates: dict[str, TracedStep] = {}
         self._hosts: dict[str, dict[str, int]] = {}
+        self._encodings: dict[tuple[str, int, bool], Moment] = {}
 
     def least(self, recipe: Recipe) -> int:
         """What the recipe takes at the least: whatever its batch, when it steps, or between two steps."""
-        update = self._traced_update(recipe)
+        update = self._traced_update(recipe.model_copy(update={"fused_backward_pass": False}))
         kinds = update.resident.copy()
         if not recipe.fused_backward_pass:
             kinds[GRADIENTS] = update.nbytes_of_gradients
@@ -88,25 +103,30 @@ class Planner:
         self,
         recipe: Recipe,
         *,
-        num_processes: int = 1,
+        num_processes: int | None = None,
         is_sharded: bool = False,
         latents_are_kept: bool = False,
         about: bool = False,
     ) -> MemoryPlan:
-        """The plan of a recipe on each of so many processes. Raises RecipeError for a model that cannot be built.
+        """The plan of a recipe on each of so many processes, or of the planner's number.
 
         With `latents_are_kept` moments come from a full store, and the VAE rests. If `about` is enough, numbers of
-        images between one and the batch are not traced: what they take is on a straight line between these.
+        images between one and the batch are not traced: what they take is on a straight line between these. Raises
+        RecipeError for a model that cannot be built, and for settings that a run refuses.
         """
-        if not about:  # which traces the update too
-            self._traced_passes(recipe)
+        num_processes = num_processes or self.num_processes
+        precision = recipe.mixed_precision or "no"
+        check_weights_dtype(recipe, precision)
+        if recipe.fused_backward_pass:
+            check_fused_backward(num_processes, precision, 1)
         update = self._traced_update(recipe)
         moments = self._passes_about(recipe, update) if about else self._passes_of(recipe, update)
         if latents_are_kept:
             moments = _without_vae(moments, update)
         moments |= {name: update.moments[name] for name in OF_UPDATE if name in update.moments}
         if recipe.offload_ema and self.device == "cuda":
-            moments = {name: _with_average_on_host(name, each) for name, each in moments.items()}
+            visitors = update.nbytes_of_visitors
+            moments = {name: _with_average_on_host(name, each, visitors) for name, each in moments.items()}
         if is_sharded:
             moments = {name: _sharded(each, num_processes) for name, each in moments.items()}
         host = self._on_host(recipe, update)
@@ -117,7 +137,7 @@ class Planner:
         return MemoryPlan(recipe, self.device, num_processes, moments, overhead, host, self.capacity)
 
     def _on_host(self, recipe: Recipe, update: TracedStep) -> dict[str, int]:
-        key = f"{_state_of(recipe)} {recipe.mixed_precision}"
+        key = f"{_state_of(recipe)} {recipe.offload_ema}"
         if key not in self._hosts:
             self._hosts[key] = on_host(recipe, update, self.device)
         return self._hosts[key]
@@ -129,6 +149,23 @@ class Planner:
         return {name: _moved(each, moved) for name, each in step.moments.items() if name not in OF_UPDATE}
 
     def _passes_about(self, recipe: Recipe, update: TracedStep) -> dict[str, Moment]:
+        if recipe.validation_split:  # whose images are encoded too
+            return self._passes_between(recipe, update)
+        unsliced = recipe.model_copy(update={"vae_slicing": False})
+        return self._passes_between(unsliced, update) | {"encoding": self._encoding_about(recipe, update)}
+
+    def _encoding_about(self, recipe: Recipe, update: TracedStep) -> Moment:
+        """As many images as the VAE takes at once; of more there are only the pixels and moments of the others."""
+        most = max(1, MAX_PIXELS // recipe.resolution**2)
+        key = _state_of(recipe), min(recipe.images_at_once, most), recipe.vae_slicing
+        if key not in self._encodings:
+            self._encodings[key] = update.encoding(key[1], is_sliced=recipe.vae_slicing)
+            self.told()
+        waits = recipe.images_at_once < recipe.train_batch_size * recipe.gradient_accumulation_steps
+        gradients = Counter({GRADIENTS: update.nbytes_of_gradients if waits else 0})
+        return _moved(self._encodings[key], gradients)
+
+    def _passes_between(self, recipe: Recipe, update: TracedStep) -> dict[str, Moment]:
         number, most = recipe.images_at_once, recipe.train_batch_size
         if not 1 < number < most:
             return self._passes_of(recipe, update)
@@ -144,16 +181,18 @@ class Planner:
 
     def _traced_passes(self, recipe: Recipe) -> TracedStep:
         # A step within the backward pass has the optimizer's own tensors in it.
-        key = recipe.model_dump_json(exclude=None if recipe.fused_backward_pass else STATE)
+        key = recipe.model_dump_json(exclude=UNTRACED | (AVERAGES if recipe.fused_backward_pass else STATE))
         if key not in self._passes:
-            step = self._passes[key] = TracedStep(recipe, self.device)
-            self._updates.setdefault(_state_of(recipe), step)
+            without = recipe.model_copy(update=dict.fromkeys(AVERAGES, False))
+            self._passes[key] = TracedStep(without, self.device, passes=True)
+            self.told()
         return self._passes[key]
 
     def _traced_update(self, recipe: Recipe) -> TracedStep:
         key = _state_of(recipe)
         if key not in self._updates:
             self._updates[key] = TracedStep(recipe, self.device, passes=False)
+            self.told()
         return self._updates[key]
 
 
@@ -162,7 +201,7 @@ def plan_memory(recipe: Recipe, device: str, capacity: int | None = None, *, num
 
     Nothing is loaded but the model's configuration. Raises RecipeError if that is not there, or describes no model.
     """
-    return Planner(device, capacity).plan(recipe, num_processes=num_processes)
+    return Planner(device, capacity, num_processes=num_processes).plan(recipe)
 
 
 def _state_of(recipe: Recipe) -> str:
@@ -192,11 +231,10 @@ def _moved(moment: Moment, by: Counter[str]) -> Moment:
     return Moment(moment.total + sum(by.values()), kinds)
 
 
-def _with_average_on_host(phase: str, moment: Moment) -> Moment:
-    """A block of the average visits the device beside a step; a validation takes all of it there."""
-    if phase == "validation":
-        return moment
-    return _moved(moment, Counter({AVERAGE: -moment.by_kind[AVERAGE], "workspace": BLOCK_BYTES}))
+def _with_average_on_host(phase: str, moment: Moment, visitors: int) -> Moment:
+    """Blocks of the averages visit the device beside a step; a validation takes all of them there."""
+    moved = 0 if phase == "validation" else moment.by_kind[AVERAGE]
+    return _moved(moment, Counter({AVERAGE: -moved, "workspace": visitors}))
 
 
 def _sharded(moment: Moment, num_processes: int) -> Moment:

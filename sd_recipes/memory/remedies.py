@@ -14,7 +14,6 @@ from sd_recipes.sizes import size_in_words
 Changes = dict[str, Any]  # settings, by name
 NOT_MEASURED = "not measured"
 PROCESSES = (2, 4, 8)  # that FSDP is planned for
-SMALLEST = 40  # of the sets of changes, which are the costliest: one of them takes the least
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,11 @@ PRECISION = Remedy(
 )
 CHECKPOINTING = Remedy(
     "gradient checkpointing",
-    lambda recipe: None if recipe.gradient_checkpointing else {"gradient_checkpointing": True},
+    lambda recipe: (
+        None
+        if recipe.gradient_checkpointing or recipe.gradient_checkpointing_blocks
+        else {"gradient_checkpointing": True}
+    ),
     "27 % longer steps",
     1.27,
 )
@@ -62,7 +65,9 @@ EIGHT_BIT = Remedy(
 )
 HOST_AVERAGE = Remedy(
     "average on the host",
-    lambda recipe: {"offload_ema": True} if recipe.use_ema and not recipe.offload_ema else None,
+    lambda recipe: (
+        {"offload_ema": True} if (recipe.use_ema or recipe.ema_snapshots) and not recipe.offload_ema else None
+    ),
     "3 % longer steps",
     1.03,
 )
@@ -112,11 +117,20 @@ class Variation:
     price: str
 
 
+def changes_by(remedy: Remedy, recipe: Recipe, planner: Planner) -> Changes | None:
+    """What a remedy changes; None if nothing, or if the run would refuse it on its device and number of processes."""
+    if remedy is FUSED_BACKWARD and planner.num_processes > 1:
+        return None
+    if remedy is HOST_AVERAGE and planner.device == "cpu":
+        return None
+    return remedy.changes(recipe)
+
+
 def variations(planner: Planner, recipe: Recipe) -> Iterator[Variation]:
     """What would change the memory of a run, each by itself."""
     peak = planner.plan(recipe).phase
     for remedy in REMEDIES:
-        changes = remedy.changes(recipe)
+        changes = changes_by(remedy, recipe, planner)
         if changes and (remedy is not VAE_SLICING or peak == "encoding"):
             plan = planner.plan(recipe.model_copy(update=changes), about=True)
             yield Variation(remedy.words, in_flags(changes), plan, remedy.price)
@@ -137,41 +151,67 @@ def can_be_sharded(recipe: Recipe) -> bool:
     return recipe.optimizer in ("adamw", "sgd") and plain and not whole
 
 
-def fastest_that_fits(planner: Planner, recipe: Recipe, flag: str) -> MemoryPlan:
+class NothingFits(RecipeError):
+    """No set of changes fits into the memory; `least` is the plan of the one that takes the least."""
+
+    def __init__(self, words: str, least: MemoryPlan) -> None:
+        super().__init__(words)
+        self.least = least
+
+
+def fastest_that_fits(planner: Planner, recipe: Recipe, flag: str | None) -> MemoryPlan:
     """The plan of the recipe with the changes that cost the least, of those that fit into the planner's capacity.
 
-    A precision that the recipe gives is kept. Raises RecipeError, which blames `flag`, if nothing fits.
+    A precision that the recipe gives is kept. Raises NothingFits, which blames `flag`, or else what there is here.
     """
     assert planner.capacity is not None
-    sets = list(_sets(recipe, planner.device))
-    for changed in sets:
+    smallest = list(_smallest(planner, recipe))
+    may_fit = any(planner.least(each) <= planner.capacity for each in smallest)
+    for changed in _sets(planner, recipe) if may_fit else ():
         # The update alone is traced in less time, and tells of many that they do not fit; so does what is about right.
         if planner.least(changed) <= planner.capacity and planner.plan(changed, about=True).fits:
             plan = planner.plan(changed)
             if plan.fits:
                 return plan
-    smallest = planner.plan(min(sets[-SMALLEST:], key=planner.least))
-    flags = in_flags(differing(recipe, smallest.recipe)) or "the settings as they are"
-    raise RecipeError(
-        f"{flag} {size_in_words(planner.capacity)} is too little for this model at {recipe.resolution} pixels: it "
-        f"takes {size_in_words(smallest.total, up=True)}, with {flags}: raise it, or "
-        "lower --resolution"
+    least = min((planner.plan(each) for each in smallest), key=lambda plan: plan.total)
+    changes = in_flags(differing(recipe, least.recipe))
+    what, way_out = (flag, "raise it") if flag else ("the memory here, of", "train where there is more")
+    raise NothingFits(
+        f"{what} {size_in_words(planner.capacity)} is too little for this model at {recipe.resolution} pixels: it "
+        f"takes {size_in_words(least.total, up=True)}, with {changes or 'the settings as they are'}: {way_out}, or "
+        "lower --resolution",
+        least,
     )
 
 
-def _sets(recipe: Recipe, device: str) -> Iterator[Recipe]:
+def _remedies(planner: Planner, recipe: Recipe) -> list[Remedy]:
+    """Those that may be chosen: a precision that the recipe gives is kept."""
+    keeps = planner.device == "cpu" or recipe.mixed_precision is not None
+    return [each for each in REMEDIES if not (each is PRECISION and keeps)]
+
+
+def _sets(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
     """The recipe with sets of changes, those that cost the least first."""
     found = [(1.0, recipe)]
-    for remedy in REMEDIES:
-        if remedy is PRECISION and (device == "cpu" or recipe.mixed_precision is not None):
-            continue
+    for remedy in _remedies(planner, recipe):
         grown = []
         for cost, changed in found:
-            while changes := remedy.changes(changed):
+            while changes := changes_by(remedy, changed, planner):
                 cost, changed = cost * remedy.cost, changed.model_copy(update=changes)
                 grown.append((cost, changed))
         found += grown
     return (changed for _, changed in sorted(found, key=lambda each: each[0]))
+
+
+def _smallest(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with all that may be chosen, and without what may cost more than it saves or excludes another."""
+    remedies = _remedies(planner, recipe)
+    for left_out in ((FUSED_BACKWARD,), (HALVED,), (FUSED_BACKWARD, HOST_AVERAGE), (HALVED, HOST_AVERAGE)):
+        changed = recipe
+        for remedy in remedies:
+            while remedy not in left_out and (changes := changes_by(remedy, changed, planner)):
+                changed = changed.model_copy(update=changes)
+        yield changed
 
 
 def differing(recipe: Recipe, other: Recipe) -> Changes:

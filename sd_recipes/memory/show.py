@@ -16,6 +16,10 @@ WIDTH = 48  # characters of a bar
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 SMALL = 0.003  # of the whole: kinds below it are put together
 REST = "other"
+ORDER = (
+    "(ordered by times of steps measured on an H100; those of --micro_batch and --vae_slicing are assumed, and what "
+    "changes the training comes last)"
+)
 COLOURS = (
     "#4c78a8", "#e45756", "#f58518", "#72b7b2", "#54a24b", "#eeca3b", "#b279a2", "#ff9da6", "#9d755d", "#79706e",
     "#8cd17d", "#86bcb6", "#d4a6c8",
@@ -44,14 +48,15 @@ def bar(share: float) -> str:
     return EIGHTHS[8] * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 
 
-def in_lines(plan: MemoryPlan, variations: Sequence[Variation], best: MemoryPlan | None) -> str:
-    """The whole plan for a terminal; `best` is the fastest set that fits, if there is a budget."""
+def in_lines(plan: MemoryPlan) -> str:
+    """The plan for a terminal."""
     recipe = plan.recipe
     splits = -(-recipe.train_batch_size // recipe.images_at_once)
     batch = f"batch {recipe.train_batch_size}" + (f" = {splits} x {recipe.images_at_once}" if splits > 1 else "")
     lines = [
         f"{recipe.resolution} x {recipe.resolution} pixels, {batch}, {recipe.mixed_precision or 'no'} mixed precision, "
-        f"{recipe.optimizer}, on {'a GPU' if plan.device == 'cuda' else 'the CPU'}",
+        f"{recipe.optimizer}, on {'a GPU' if plan.device == 'cuda' else 'the CPU'}"
+        + (f", each of {plan.num_processes} processes" if plan.num_processes > 1 else ""),
         "",
         f"{'memory of the GPU' if plan.device == 'cuda' else 'memory'} at its peak, in the step's {plan.phase} phase",
     ]
@@ -67,18 +72,28 @@ def in_lines(plan: MemoryPlan, variations: Sequence[Variation], best: MemoryPlan
         host = sum(plan.host.values())
         parts = ", ".join(f"{name} {size_in_words(size)}" for name, size in plan.host.items())
         lines += ["", f"memory of the host: {size_in_words(host)} ({parts})"]
-    lines += ["", "what would change it"]
-    for each in variations:
-        change = plan.total - each.plan.total
-        lines.append(
-            f"  {each.words:<28}{'-' if change >= 0 else '+'}{size_in_words(abs(change)):>8}  -> "
-            f"{size_in_words(each.plan.total):>8}  {each.flags}; price: {each.price}"
-        )
-    if best is not None:
-        flags = in_flags(differing(recipe, best.recipe))
-        found = "it fits as it is" if not flags else f"add  {flags}"
-        lines += ["", f"fastest set that fits: {size_in_words(best.total)}", f"  {found}"]
     return "\n".join(lines)
+
+
+def variations_in_lines(plan: MemoryPlan, variations: Sequence[Variation]) -> str:
+    """What would change the plan, but for what saves less than is shown."""
+    lines = ["", "what would change it"]
+    for each in variations:
+        saved = size_in_words(plan.total - each.plan.total)
+        if each.plan.total < plan.total and saved != size_in_words(0):
+            lines.append(
+                f"  {each.words:<28}-{saved:>8}  -> {size_in_words(each.plan.total):>8}  {each.flags}; "
+                f"price: {each.price}"
+            )
+    return "\n".join(lines if len(lines) > 2 else [*lines, "  nothing, by as much as is shown here"])
+
+
+def best_in_lines(plan: MemoryPlan, best: MemoryPlan) -> str:
+    """The fastest set that fits."""
+    lines = ["", f"fastest set that fits: {size_in_words(best.total)}"]
+    if flags := in_flags(differing(plan.recipe, best.recipe)):
+        return "\n".join([*lines, f"  add  {flags}", f"  {ORDER}"])
+    return "\n".join([*lines, "  it fits as it is"])
 
 
 def fit_in_words(plan: MemoryPlan) -> str:
@@ -89,10 +104,13 @@ def fit_in_words(plan: MemoryPlan) -> str:
     return f": does not fit, by {size_in_words(plan.total - plan.capacity, up=True)}"
 
 
-def as_json(plan: MemoryPlan, variations: Sequence[Variation], best: MemoryPlan | None) -> dict[str, Any]:
-    """Everything, in bytes, for machines."""
+def as_json(
+    plan: MemoryPlan, variations: Sequence[Variation], best: MemoryPlan | None, least: MemoryPlan | None
+) -> dict[str, Any]:
+    """Everything, in bytes, for machines; `least` is the smallest set, where none fits."""
     return {
         "device": plan.device,
+        "processes": plan.num_processes,
         "capacity": plan.capacity,
         "fits": plan.fits,
         "total": plan.total,
@@ -106,8 +124,14 @@ def as_json(plan: MemoryPlan, variations: Sequence[Variation], best: MemoryPlan 
             {"name": each.words, "flags": each.flags, "total": each.plan.total, "price": each.price}
             for each in variations
         ],
-        "fastest": None if best is None else {"total": best.total, "settings": differing(plan.recipe, best.recipe)},
+        "fastest": None if best is None else _set_as_json(plan, best),
+        "least": None if least is None else _set_as_json(plan, least),
     }
+
+
+def _set_as_json(plan: MemoryPlan, changed: MemoryPlan) -> dict[str, Any]:
+    changes = differing(plan.recipe, changed.recipe)
+    return {"total": changed.total, "settings": changes, "flags": in_flags(changes)}
 
 
 def draw(plan: MemoryPlan, path: Path) -> None:

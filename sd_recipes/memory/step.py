@@ -30,6 +30,7 @@ from sd_recipes.model.family import Family
 from sd_recipes.model.latents import decode_latents, encode_pixels, to_pixel_values
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import DTYPES
+from sd_recipes.runtime.host_memory import nbytes_of, packed
 from sd_recipes.training.bf16_weights import Bf16Weights
 from sd_recipes.training.build import build_model, choose_trained
 from sd_recipes.training.loop import backward, update
@@ -94,13 +95,13 @@ class Outline:
 
 
 class TracedStep:
-    """A recipe's model and state on the meta device, and the moments of its steps there.
+    """A recipe's model and state on the meta device, and the moments of a step's passes there, or of its update.
 
-    `device` is the kind that the run is for, cuda or cpu. Without `passes` only the update is traced, which takes a
-    fraction of the time. Raises RecipeError for a model that cannot be built.
+    `device` is the kind that the run is for, cuda or cpu. Only of an update, and of a step within the backward pass,
+    there are optimizer states. Raises RecipeError for a model that cannot be built.
     """
 
-    def __init__(self, recipe: Recipe, device: str, *, passes: bool = True) -> None:
+    def __init__(self, recipe: Recipe, device: str, *, passes: bool) -> None:
         self.recipe = recipe = recipe.model_copy(update={"seed": 0, **NOT_TRACED})
         self.device = device
         self.tracer = Tracer(META, BLOCK[device])
@@ -111,20 +112,41 @@ class TracedStep:
         choose_trained(recipe, self.family, self.components)
         with self.tracer, self.kernels:
             self._build()
-            self._first_step()
+            if recipe.fused_backward_pass or not passes:
+                self._first_step()
             self.resident = Counter(self.tracer.by_kind)  # bytes by kind, between two steps
             self.tracer.moments.clear()
             if passes:
-                self._step()
+                self._passes()
                 if recipe.draws_pictures or recipe.validation_split:
                     self._validation()
-            elif not recipe.fused_backward_pass:
+            elif recipe.fused_backward_pass:
+                self.state.update_averages()
+            else:
                 self._fill_gradients()
                 update(self.state, cast(Accelerator, self.outline), recipe.max_grad_norm)
 
     @property
     def nbytes_of_gradients(self) -> int:
         return sum(each.nbytes for each in self.state.parameters.values())
+
+    @property
+    def nbytes_of_visitors(self) -> int:
+        """Of the blocks on the device through which averages in the host's memory are updated, one for each of them."""
+        averages = [each for part in self.state.parts.values() for each in part.averages.values()]
+        sizes = [[nbytes_of(tensor) for tensor in each.named_tensors().values()] for each in averages]
+        return sum(max(block.nbytes for block in packed(each)) for each in sizes)
+
+    def encoding(self, number: int, *, is_sliced: bool) -> Moment:
+        """The fullest moment while so many images and their captions are encoded, between two steps."""
+        batch, encoder = self.batch(number), self.model.encoder
+        encoder.vae.use_slicing = is_sliced
+        self.tracer.moments.pop("encoding", None)
+        with self.tracer, self.kernels:
+            states = self.model.encode_text(batch.input_ids)
+            batch.to(META).all_moments(encoder.encode, None)
+            del states
+        return self.tracer.moments.pop("encoding")
 
     @property
     def moments(self) -> dict[str, Moment]:
@@ -187,13 +209,13 @@ class TracedStep:
             parameter.grad = torch.empty_like(parameter)
         self.tracer.name(GRADIENTS, [each.grad for each in self.state.parameters.values() if each.grad is not None])
 
-    def _step(self) -> None:
-        """A step's last micro-batch: the gradients of those before it, if there are any, wait for it."""
-        recipe, outline = self.recipe, cast(Accelerator, self.outline)
+    def _passes(self) -> None:
+        """Those of a step's last micro-batch: the gradients of the ones before it, if there are any, wait for it."""
+        recipe = self.recipe
         if recipe.images_at_once < recipe.train_batch_size * recipe.gradient_accumulation_steps:
             self._fill_gradients()
-        backward([self.batch(recipe.images_at_once)], self.model, None, outline)
-        update(self.state, outline, recipe.max_grad_norm)
+        backward([self.batch(recipe.images_at_once)], self.model, None, cast(Accelerator, self.outline))
+        self.state.optimizer.zero_grad()
 
     def batch(self, size: int) -> Batch:
         return blank_batch(self.recipe, self.family, self.components, size)

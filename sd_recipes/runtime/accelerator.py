@@ -39,6 +39,15 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def check_weights_dtype(recipe: Recipe, mixed_precision: str) -> None:
+    """Raises RecipeError if the weights have a type that the UNet does not compute in."""
+    if recipe.weights_dtype == "bf16" and mixed_precision != "bf16":
+        raise RecipeError(
+            "--weights_dtype bf16 is for a UNet that computes in bf16, and mixed precision is "
+            f"{mixed_precision}: add --mixed_precision bf16, or drop --weights_dtype"
+        )
+
+
 def start_accelerator(recipe: Recipe) -> Accelerator:
     """accelerate's Accelerator for this recipe. Raises RecipeError if the hardware asked for is absent."""
     has_cuda = torch.cuda.is_available()
@@ -64,11 +73,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     if mixed_precision == "fp16" and (on_cpu or not has_accelerator):
         way_out = "use bf16 or no on the CPU" if recipe.mixed_precision else "add --mixed_precision no to override it"
         raise RecipeError(f"{origin} needs a GPU: {way_out}")
-    if recipe.weights_dtype == "bf16" and mixed_precision != "bf16":
-        raise RecipeError(
-            "--weights_dtype bf16 is for a UNet that computes in bf16, and mixed precision is "
-            f"{mixed_precision}: add --mixed_precision bf16, or drop --weights_dtype"
-        )
+    check_weights_dtype(recipe, mixed_precision)
     backend = os.environ.get(DYNAMO, "no")
     if backend.upper() not in DynamoBackend.__members__:
         known = ", ".join(DynamoBackend.__members__)

@@ -287,7 +287,8 @@ def build_model(
     quiet_loss = QuietLoss(num_train_timesteps, recipe, None if num_rows is None else RowLosses(num_rows))
     timestep_errors = TimestepErrors(num_train_timesteps, recipe, device) if recipe.timesteps_by_error else None
     if recipe.fused_backward_pass:
-        check_fused_backward(accelerator, micro_batches_of_step(recipe, batch_size, accelerator.num_processes))
+        num_micro_batches = micro_batches_of_step(recipe, batch_size, accelerator.num_processes)
+        check_fused_backward(accelerator.num_processes, accelerator.mixed_precision, num_micro_batches)
     assert recipe.seed is not None, "the recipe is resolved"
     optimizer = build_optimizer(
         list(parts.values()),

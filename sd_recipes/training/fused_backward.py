@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from accelerate import Accelerator
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.training.bf16_weights import Bf16Weights
 from sd_recipes.training.param_groups import only
 
 
-def check_fused_backward(accelerator: Accelerator, num_micro_batches: int) -> None:
+def check_fused_backward(num_processes: int, mixed_precision: str, num_micro_batches: int) -> None:
     """Raises RecipeError if a step's gradients are sums that are not complete within one backward pass."""
     way_out = "or drop --fused_backward_pass"
     if num_micro_batches > 1:
@@ -20,12 +19,12 @@ def check_fused_backward(accelerator: Accelerator, num_micro_batches: int) -> No
             f"--fused_backward_pass steps within each backward pass, and a global batch takes {num_micro_batches} of "
             f"them: use --gradient_accumulation_steps 1, and for a resumed run its --train_batch_size, {way_out}"
         )
-    if accelerator.num_processes > 1:
+    if num_processes > 1:
         raise RecipeError(
             f"--fused_backward_pass steps before processes have exchanged their gradients, and there are "
-            f"{accelerator.num_processes}: train on one process, {way_out}"
+            f"{num_processes}: train on one process, {way_out}"
         )
-    if accelerator.mixed_precision == "fp16":
+    if mixed_precision == "fp16":
         raise RecipeError(
             "--fused_backward_pass steps before fp16's loss scaler knows whether to skip the step: use "
             f"--mixed_precision bf16 or no, {way_out}"

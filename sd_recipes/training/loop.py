@@ -233,7 +233,13 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     figures["memory_gb"] = peak_memory_gb(run.accelerator.device)
     if run.planned_memory is not None and progress.global_step > 1:  # the optimizer has its state from the second on
         planned, run.planned_memory = run.planned_memory / 1e9, None
-        logger.info("Memory: planned %.1f GB, measured %.1f GB.", planned, figures["memory_gb"])
+        # Of convolutions in float32 without TF32, which cuDNN gives up where there is no room for them.
+        takes_workspaces = run.accelerator.device.type == "cuda" and run.accelerator.mixed_precision == "no"
+        logger.info(
+            "Memory: planned %.1f GB, measured %.1f GB%s.", planned, figures["memory_gb"],
+            ", which has the workspaces that cuDNN takes in float32 where there is room; they are not planned"
+            if takes_workspaces and figures["memory_gb"] > planned else "",
+        )  # fmt: skip
     if progress.micro_batch is not None:
         figures["micro_batch"] = progress.micro_batch
     if (held := fragmented_gb(run.accelerator.device)) is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +118,5 @@ def test_runs_that_it_does_not_go_with(
     num_micro_batches: int, num_processes: int, mixed_precision: str, words: str
 ) -> None:
     """One of a batch that was kept from more processes, of several, and with a loss scaler."""
-    accelerator: Any = SimpleNamespace(num_processes=num_processes, mixed_precision=mixed_precision)
     with pytest.raises(RecipeError, match=f"{words}.*or drop --fused_backward_pass"):
-        check_fused_backward(accelerator, num_micro_batches)
+        check_fused_backward(num_processes, mixed_precision, num_micro_batches)
