@@ -888,7 +888,7 @@ class Recipe(
             value = getattr(self, name)
             if value != field.default and not self.trains_lora:
                 raise ValueError(
-                    f"{_as_flag(name, value)} is not read without --lora_rank: add --lora_rank 8, or drop it"
+                    f"{redacted(_as_flag(name, value))} is not read without --lora_rank: add --lora_rank 8, or drop it"
                 )
         if self.lora_weights is not None:
             for name in ("lora_targets", "lora_use_dora"):

@@ -110,6 +110,7 @@ def figures(lines: list[dict], name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
+@pytest.mark.slow
 def test_a_short_quickstart_lowers_the_held_out_loss(tmp_path: Path) -> None:
     lines = quickstart(tmp_path / "run", "--max_train_steps", 25, "--validation_inference_steps", 4)
     losses = figures(lines, "validation_loss")

@@ -86,8 +86,8 @@ def say_what_is_lost(components: Components, path: Path) -> None:
     """Warn of what other programs will take to be otherwise."""
     generation, scheduler = generation_of(components), components.scheduler.config
     folder = assets.CONFIGURATIONS[generation]
-    usual = json.loads((folder / "unet" / "config.json").read_text())
-    schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    usual = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     unusual = [name for name in OF_THE_UNET if _plain(components.unet.config[name]) != _plain(usual.get(name, False))]
     if unusual:
         logger.warning(

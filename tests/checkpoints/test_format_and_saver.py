@@ -434,7 +434,7 @@ def test_a_folder_that_becomes_read_only_in_the_middle_of_a_run(
     unlink = Path.unlink
     for place in (
         "sd_recipes.checkpoints.saver.write_checkpoint",
-        "sd_recipes.commands.train.export_pipeline",
+        "sd_recipes.commands.train.export_trained",
         "PIL.Image.Image.save",
     ):
         monkeypatch.setattr(place, denied)

@@ -24,7 +24,7 @@ def test_defect_28_half_a_picture_does_not_stay(
 ) -> None:
     """At the next start it would count as this step's picture, and at the end stand in the report."""
 
-    def save(picture: Image.Image, path: Path, kind: str | None = None) -> None:
+    def save(picture: Image.Image, path: Path, kind: str | None = None, **_: Any) -> None:
         Path(path).write_bytes(b"\x89PNG half")
         no_room()
 

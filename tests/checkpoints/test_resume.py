@@ -544,7 +544,7 @@ def test_defect_2_advice_names_the_checkpoint_that_is_gone_on_from(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sd_recipes.commands.train.export_pipeline", full)
+    monkeypatch.setattr("sd_recipes.commands.train.export_trained", full)
     for changes, resume_command in (
         (named, "with --resume_from_checkpoint latest resumes from checkpoint-2"),
         ({"overwrite": True, "max_train_steps": 2}, "without --overwrite resumes from checkpoint-2"),

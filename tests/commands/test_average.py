@@ -166,7 +166,7 @@ def test_a_full_disk(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sd_recipes.commands.average.export_pipeline", full)
+        patch.setattr("sd_recipes.commands.average.export_trained", full)
         with pytest.raises(RecipeError, match=r"out cannot be written \(.*No space left on device\): make room"):
             average_by(*words)
     average_by(*words)

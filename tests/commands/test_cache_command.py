@@ -65,6 +65,7 @@ def test_a_killed_fill_goes_on_where_its_files_end(tiny_pipeline: Path, tmp_path
     assert cached_captions(tmp_path / "out") == sorted(f"disc number {number}" for number in range(4100))
 
 
+@pytest.mark.slow
 def test_two_processes_fill_it_together(tiny_pipeline: Path, image_folder: Path, tmp_path: Path) -> None:
     done = fill(*flags_for(tiny_pipeline, image_folder, tmp_path / "out"), "--train_batch_size", 1, processes=2)
     assert done.returncode == 0, done.stderr

@@ -182,6 +182,7 @@ def test_a_single_row_has_no_error(folder: Path, tmp_path: Path) -> None:
     assert "How many bits?" in (tmp_path / "evaluation.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_count_the_bits_of_one(folder: Path, tmp_path: Path) -> None:
     """Five rows of each set, one sample at a time, so that nothing but the sharing differs."""
     words = [

@@ -114,6 +114,7 @@ def test_the_total_limit_keeps_the_newest_and_resuming_survives_a_removed_one(
     assert steps == sorted(set(steps)), "no step is logged twice"
 
 
+@pytest.mark.slow
 def test_the_saved_recipe_reproduces_the_run(command_of_diffusers: list[object], tmp_path: Path) -> None:
     out = tmp_path / "out"
     # Without a seed: the run draws one and writes it down.
@@ -258,7 +259,9 @@ def test_bad_rows_are_skipped_counted_and_named(
     assert lines[-1]["bad_rows"] == 2
 
 
-@pytest.mark.parametrize(("check", "processes"), [("off", 1), ("off", 2), ("sample", 1)])
+@pytest.mark.parametrize(("check", "processes"), [
+    ("off", 1), pytest.param("off", 2, marks=pytest.mark.slow), ("sample", 1)
+])  # fmt: skip
 def test_too_many_bad_rows_end_the_run_by_name(
     command_of_diffusers: list[object], image_folder: Path, tmp_path: Path, check: str, processes: int
 ) -> None:

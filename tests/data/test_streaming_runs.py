@@ -128,6 +128,7 @@ def test_a_stream_resumes_where_it_stood(flags: list[object], local: Path, tmp_p
     assert_same(tmp_path / "uninterrupted", tmp_path / "resumed")
 
 
+@pytest.mark.slow
 def test_two_processes_stream_every_row_once(flags: list[object], local: Path, tmp_path: Path) -> None:
     """With one row a process and step, an epoch of 8 rows is 4 steps, and the bad row of two epochs is named once."""
     content = datasets.load_dataset("parquet", data_files=str(local), split="train")

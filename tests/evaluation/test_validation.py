@@ -268,6 +268,7 @@ def test_defect_26_unchecked_rows_leave_the_held_out_loss_out(
 # ------------------------------------------------------------------------------------------ several processes
 
 
+@pytest.mark.slow
 def test_a_validation_that_two_processes_share_is_that_of_one(split: Callable, tmp_path: Path) -> None:
     """Of the same averaged weights: the two go on from the checkpoint of the one, which its validation came after.
 

@@ -87,6 +87,7 @@ def saved(output_dir: Path, step: int, folder: str) -> dict[str, torch.Tensor]:
 
 
 # Two processes of two are the global batch of four; three share it unevenly, as a run that began on two does.
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [[(2, 3), (1, 5), (3, 8)]], ids=["2-1-3"])
 def test_a_run_moved_between_numbers_of_processes_is_one_run(
     settings: dict[str, Any], tmp_path: Path, stages: list[tuple[int, int]]
@@ -269,7 +270,8 @@ esac
 """
 
 
-@pytest.mark.parametrize("requeued", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("requeued", [False, True])
 def test_the_slurm_job_saves_before_its_time_is_up_and_goes_on_when_requeued(
     settings: dict[str, Any], tmp_path: Path, requeued: bool
 ) -> None:

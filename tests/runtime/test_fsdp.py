@@ -57,7 +57,8 @@ def test_defect_1_an_infinite_gradient_on_one_of_two_divided_processes(
     assert_ended_on_both(settings, tmp_path / "out", **fsdp)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_divided_run_is_the_whole_one_and_goes_on_to_the_bit(
     settings: dict[str, Any], fsdp: dict[str, str], tmp_path: Path, optimizer: str
 ) -> None:

@@ -67,7 +67,7 @@ def signalled(launcher: list[str], flags: list[object], number: int, to: str) ->
     [
         (ACCELERATE, signal.SIGTERM, "launcher"),
         (torchrun(2), signal.SIGTERM, "launcher"),
-        (torchrun(2), signal.SIGTERM, "trainer"),
+        pytest.param(torchrun(2), signal.SIGTERM, "trainer", marks=pytest.mark.slow),
         pytest.param(DIRECT, signal.SIGTERM, "trainer", marks=pytest.mark.slow),
         pytest.param(DIRECT, signal.SIGTERM, "group", marks=pytest.mark.slow),
         pytest.param(ACCELERATE, signal.SIGINT, "group", marks=pytest.mark.slow),

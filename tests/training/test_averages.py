@@ -285,6 +285,7 @@ def test_averages_outlive_their_checkpoints_and_take_no_room_beside_them(
     UNet2DConditionModel.from_pretrained(last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"ema_snapshots_limit": 2, "use_ema": False, "mixed_precision": "bf16"}])
 def test_a_killed_run_keeps_the_quiet_runs_averages(
     keeping: dict[str, Any], tmp_path: Path, more: dict[str, Any]

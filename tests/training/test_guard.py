@@ -145,6 +145,7 @@ def test_a_run_that_resumes_within_a_row_counts_on(settings: dict[str, Any]) -> 
         fit_from(again)
 
 
+@pytest.mark.slow
 def test_two_processes_skip_alike_and_have_the_figures_of_one(settings: dict[str, Any], tmp_path: Path) -> None:
     """The second process's gradient is infinite at step 9, and its rows and the other's are written down."""
     settings |= {"train_batch_size": 8, "max_train_steps": 12, "optimizer": "sgd", "learning_rate": 0.01}

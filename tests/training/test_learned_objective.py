@@ -150,7 +150,8 @@ def test_timesteps_by_error_resume_to_the_bit(settings: dict[str, Any], tmp_path
     assert losses(uniform)[-1] != losses(whole)[-1]
 
 
-@pytest.mark.parametrize("option", ["timesteps_by_error", pytest.param("learned_uncertainty", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["timesteps_by_error", "learned_uncertainty"])
 def test_what_an_objective_learns_is_the_same_on_two_processes(
     settings: dict[str, Any], tmp_path: Path, option: str
 ) -> None:

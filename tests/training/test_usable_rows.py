@@ -144,6 +144,7 @@ def test_a_run_without_any_usable_row_has_no_curve_and_no_loss(settings: dict[st
     assert all("train_loss" not in line for line in figures(settings))
 
 
+@pytest.mark.slow
 def test_two_processes_divide_by_the_rows_of_both(settings: dict[str, Any], tmp_path: Path) -> None:
     """One of them has fewer usable rows than the other, and in one step none."""
     settings |= {"learning_rate": 0.01, "max_train_steps": 2, "max_grad_norm": 1e9}
