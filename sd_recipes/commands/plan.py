@@ -48,7 +48,7 @@ def plan(settings: PlanSettings) -> None:
                 refusal = error
         found = changed.result()
     if settings.as_json:
-        print(json.dumps(as_json(asked, found, best, refusal and refusal.least), indent=1))
+        print(json.dumps(as_json(asked, found, best, refusal.least if refusal else None), indent=1))
     else:
         say(variations_in_lines(asked, found))
         if best is not None:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sd_recipes import assets
 from sd_recipes.errors import RecipeError
-from sd_recipes.flags import Command, build_parser, build_recipe, parse_flags, read_files
+from sd_recipes.flags import Command, build_parser, build_recipe, explain, parse_flags, read_files
 from sd_recipes.recipe import OF_ONE_SOURCE, SECTIONS, Recipe, Section, setting
 from sd_recipes.sizes import bytes_of
 
@@ -73,13 +75,16 @@ def read_settings(argv: list[str]) -> PlanSettings:
         raise RecipeError(f"--output {output}: the plan is drawn as SVG: name a file that ends in .svg")
     if own["budget"] is not None and recipe.memory is not None:
         raise RecipeError(f"--budget {own['budget']} and --memory {recipe.memory} both say how much there is: drop one")
-    own = PlanConfig(**{name: value for name, value in own.items() if value is not None})
-    flag, size = ("--memory", recipe.memory) if own.budget is None else ("--budget", own.budget)
+    try:
+        config = PlanConfig(**{name: value for name, value in own.items() if value is not None})
+    except ValidationError as error:
+        raise RecipeError("; ".join(explain(problem, {}) for problem in error.errors())) from None
+    flag, size = ("--memory", recipe.memory) if config.budget is None else ("--budget", config.budget)
     return PlanSettings(
         recipe,
         _budget(size),
         None if size is None else flag,
-        own.processes,
+        config.processes,
         output and Path(output),
         as_json,
     )

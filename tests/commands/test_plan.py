@@ -48,6 +48,9 @@ def test_published_models_are_planned_without_the_hub(name: str, generation: int
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--budget", ""], "--budget '': give a size"),
+        (["--processes", "0"], "--processes: .*greater than or equal to 1"),
+        (["--gradient_checkpointing", "--gradient_checkpointing_blocks", "mid"], "only some: drop one"),
         (["--budget", "12"], "--budget 12: a size needs a unit: write 12GB"),
         (["--budget", "12 parsecs"], "--budget 12 parsecs: parsecs is not a unit"),
         (["--memory", "none"], "--memory: give a size, such as 12GB"),

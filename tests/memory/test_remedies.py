@@ -10,7 +10,17 @@ import pytest
 from sd_recipes.errors import RecipeError
 from sd_recipes.memory.plan import Planner
 from sd_recipes.memory.remedies import differing, fastest_that_fits, in_flags, variations
-from sd_recipes.memory.show import EIGHTHS, WIDTH, as_json, bar, draw, in_lines, rows
+from sd_recipes.memory.show import (
+    EIGHTHS,
+    WIDTH,
+    as_json,
+    bar,
+    best_in_lines,
+    draw,
+    in_lines,
+    rows,
+    variations_in_lines,
+)
 from sd_recipes.recipe import Recipe
 
 
@@ -77,6 +87,27 @@ def test_a_budget_that_is_too_small_is_told_the_least_and_what_it_takes(tiny_pip
         fastest_that_fits(planner, recipe_of(tiny_pipeline), "--budget")
 
 
+def test_several_processes_are_not_offered_what_they_refuse(tiny_pipeline: Path) -> None:
+    recipe, several = recipe_of(tiny_pipeline), Planner("cuda", num_processes=2)
+    assert "steps in the backward pass" not in {each.words for each in variations(several, recipe)}
+    assert several.plan(recipe).overhead["NCCL"] > 0
+    with pytest.raises(RecipeError, match="and there are 2: train on one process"):
+        several.plan(recipe.model_copy(update={"fused_backward_pass": True, "max_grad_norm": 0}))
+
+
+def test_weights_of_a_type_that_is_not_computed_in_are_refused(tiny_pipeline: Path, planner: Planner) -> None:
+    with pytest.raises(RecipeError, match="add --mixed_precision bf16, or drop --weights_dtype"):
+        planner.plan(recipe_of(tiny_pipeline, weights_dtype="bf16"))
+
+
+def test_each_average_on_the_host_has_a_block_of_its_own(tiny_pipeline: Path, planner: Planner) -> None:
+    one, four = (
+        planner.plan(recipe_of(tiny_pipeline, offload_ema=True, **more)).moments["encoding"].by_kind["workspace"]
+        for more in ({}, {"ema_snapshots": True})
+    )
+    assert four > 1.9 * one > 0
+
+
 def test_flags_can_be_pasted() -> None:
     changes = {"optimizer": "adamw8bit", "gradient_checkpointing": True, "micro_batch": 2, "max_grad_norm": 0}
     assert in_flags(changes) == "--gradient_checkpointing --max_grad_norm 0 --micro_batch 2 --optimizer adamw8bit"
@@ -89,12 +120,15 @@ def test_it_is_shown_in_words_as_a_bar_as_json_and_as_a_drawing(
     recipe = recipe_of(tiny_pipeline)
     plan = planner.plan(recipe)
     assert sum(size for _, size in rows(plan)) == plan.total
-    text = in_lines(plan, list(variations(planner, recipe)), fastest_that_fits(planner, recipe, "--budget"))
+    found = list(variations(planner, recipe))
+    best = fastest_that_fits(planner, recipe, "--budget")
+    text = "\n".join([in_lines(plan), variations_in_lines(plan, found), best_in_lines(plan, best)])
     assert f"in the step's {plan.phase} phase" in text
     assert "of 1.0 GB" in text
     assert "fastest set that fits" in text
-    found = as_json(plan, [], None)
-    assert found["total"] == found["tensors"] + sum(found["overhead"].values())
+    told = as_json(plan, [], best, None)
+    assert told["total"] == told["tensors"] + sum(told["overhead"].values())
+    assert told["fastest"]["flags"] == in_flags(differing(recipe, best.recipe))
     draw(plan, tmp_path / "plan.svg")
     assert (tmp_path / "plan.svg").read_text().count("<rect") == 1 + 2 * len(rows(plan))
 
