@@ -7,7 +7,9 @@ The data that a run was trained on are not needed; the model that it began with 
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,11 +38,19 @@ from sd_recipes.runtime.console import hide_library_bars, say
 
 logger = logging.getLogger(__name__)
 
+OF_A_PART = (".json", ".txt", ".safetensors", ".bin", ".model")  # suffixes of the files in a pipeline's folders
+
 
 def export(config: Export) -> None:
     """Write what `config` names. Raises RecipeError; the output is there whole, or as it was."""
     output = Path(config.output).expanduser()
-    check_is_free(output, config)
+    try:
+        if config.to == "pipeline":
+            output = output.resolve()  # `.` has no name to write beside
+            put_back(output)
+        check_is_free(output, config)
+    except OSError as error:
+        raise RecipeError(f"--output {output} cannot be used ({one_line(error)}): choose another") from error
     hide_library_bars()
     try:
         if config.is_lora:
@@ -59,15 +69,26 @@ def check_is_free(output: Path, config: Export) -> None:
         return
     if not config.overwrite:
         raise RecipeError(f"--output {output} is there already: choose another name, or add --overwrite")
-    if config.to == "pipeline" and output.is_dir() and any(output.iterdir()) and not _is_pipeline(output):
-        raise RecipeError(f"--output {output} holds something else than a pipeline: choose another name")
     if output.is_dir() != (config.to == "pipeline"):
         raise RecipeError(f"--output {output} is {'a folder' if output.is_dir() else 'a file'}: choose another name")
+    if output.is_dir() and (others := others_in(output)):
+        named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise RecipeError(
+            f"--output {output} holds something else than a pipeline ({named}), which would be lost: choose another"
+        )
 
 
-def _is_pipeline(folder: Path) -> bool:
-    """Whether a folder is a pipeline and nothing else: a run's would be lost with it."""
-    return (folder / "model_index.json").is_file() and not (folder / "recipe.yaml").exists()
+def others_in(folder: Path) -> list[str]:
+    """What lies in a folder and is not its pipeline's: all of it, if there is none that can be read."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
+    except (OSError, ValueError, AttributeError):
+        return sorted(path.name for path in folder.iterdir())
+    others = {path.name for path in folder.iterdir()} - parts - {"model_index.json"}
+    inside = [path for part in parts if (folder / part).is_dir() for path in (folder / part).iterdir()]
+    others |= {f"{path.parent.name}/{path.name}" for path in inside if path.is_dir() or path.suffix not in OF_A_PART}
+    return sorted(others)
 
 
 # -------------------------------------------------------------------------------------------------- models
@@ -98,18 +119,32 @@ def write_model(config: Export, output: Path) -> None:
     say(f"single file     {output}\nsha256 (tensors) {digest}")
 
 
+def put_back(output: Path) -> None:
+    """Give a folder its name back, if a kill came while `folder_beside` replaced it. Raises OSError."""
+    if (old := _set_aside(output)).exists() and not output.exists():
+        old.rename(output)
+
+
+def _set_aside(output: Path) -> Path:
+    return output.with_name(f".{output.name}.removed")
+
+
 @contextmanager
 def folder_beside(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write, which then takes its place."""
+    """A folder beside `output` to write, which then takes its place; if it cannot, what was there is still there."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.removed")
-    for left in (beside, old):  # by a kill
-        remove(left)
+    beside, old = output.with_name(f".{output.name}.{os.getpid()}.partial"), _set_aside(output)
+    remove(beside)  # left by a kill
     try:
         yield beside
         if output.exists():
+            remove(old)
             output.rename(old)
-        beside.rename(output)
+        try:
+            beside.rename(output)
+        except OSError:
+            put_back(output)
+            raise
         remove(old)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
