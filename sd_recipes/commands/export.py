@@ -164,6 +164,12 @@ def write_lora(config: Export, output: Path) -> None:
         architecture = architecture_of(model.components)
         predicts = model.components.scheduler.config.prediction_type
         lora = of_model(model, config)
+    if config.to == "kohya_lora" and any(
+        layer.magnitude is not None for part in lora.values() for layer in part.values()
+    ):
+        logger.warning(
+            "It is a DoRA: diffusers leaves its magnitudes out where the keys are kohya's: use --to lora there."
+        )
     digest = export_lora(
         lora,
         output,
@@ -180,6 +186,11 @@ def of_file(file: Path, config: Export) -> tuple[Lora, str]:
     """The LoRA in a file, and the architecture of its model: --base, or Stable Diffusion 1 or 2 of full size."""
     if config.rank is not None:
         raise RecipeError(f"--rank {config.rank}: {file} is a LoRA already, which is written as it is: drop --rank")
+    if config.weights is not None:
+        raise RecipeError(f"--weights {config.weights}: {file} is a LoRA, with one kind of weights: drop --weights")
+    if config.model and "base" not in config.model:
+        flag = next(iter(config.model))
+        raise RecipeError(f"--{flag} is about a model, and {file} is a LoRA: drop it, or name its model with --base")
     if base := config.model.get("base"):
         flags = {name: value for name, value in config.model.items() if name != "base"}
         model = load_model(base, None, flags, flag="--base")
