@@ -7,6 +7,7 @@ The data that a run was trained on are not needed; the model that it began with 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -31,21 +32,25 @@ from sd_recipes.export.safetensors_file import DTYPES
 from sd_recipes.export.single_file import architecture_of, check_can_be_one_file, export_single_file
 from sd_recipes.model.lora_extraction import extract_lora
 from sd_recipes.model.lora_files import Lora, generation_of_lora, open_lora, rank_of
-from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.model.weight_files import open_weights
 from sd_recipes.redaction import shown
 from sd_recipes.runtime.console import hide_library_bars, say
 
 logger = logging.getLogger(__name__)
 
-OF_A_PIPELINE = {"model_index.json", *StableDiffusion.folders}
+OF_A_PART = (".json", ".txt", ".safetensors", ".bin", ".model")  # suffixes of the files in a pipeline's folders
 
 
 def export(config: Export) -> None:
     """Write what `config` names. Raises RecipeError; the output is there whole, or as it was."""
-    output = Path(config.output).expanduser().resolve()
-    put_back(output)
-    check_is_free(output, config)
+    output = Path(config.output).expanduser()
+    try:
+        if config.to == "pipeline":
+            output = output.resolve()  # `.` has no name to write beside
+            put_back(output)
+        check_is_free(output, config)
+    except OSError as error:
+        raise RecipeError(f"--output {output} cannot be used ({one_line(error)}): choose another") from error
     hide_library_bars()
     try:
         if config.is_lora:
@@ -66,11 +71,24 @@ def check_is_free(output: Path, config: Export) -> None:
         raise RecipeError(f"--output {output} is there already: choose another name, or add --overwrite")
     if output.is_dir() != (config.to == "pipeline"):
         raise RecipeError(f"--output {output} is {'a folder' if output.is_dir() else 'a file'}: choose another name")
-    if output.is_dir() and (others := sorted({path.name for path in output.iterdir()} - OF_A_PIPELINE)):
+    if output.is_dir() and (others := others_in(output)):
+        named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise RecipeError(
-            f"--output {output} holds more than a pipeline ({', '.join(others[:3])}), which would be lost: choose "
-            "another name"
+            f"--output {output} holds something else than a pipeline ({named}), which would be lost: choose another"
         )
+
+
+def others_in(folder: Path) -> list[str]:
+    """What lies in a folder and is not its pipeline's: all of it, if there is none that can be read."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
+    except (OSError, ValueError, AttributeError):
+        return sorted(path.name for path in folder.iterdir())
+    others = {path.name for path in folder.iterdir()} - parts - {"model_index.json"}
+    inside = [path for part in parts if (folder / part).is_dir() for path in (folder / part).iterdir()]
+    others |= {f"{path.parent.name}/{path.name}" for path in inside if path.is_dir() or path.suffix not in OF_A_PART}
+    return sorted(others)
 
 
 # -------------------------------------------------------------------------------------------------- models
@@ -101,33 +119,35 @@ def write_model(config: Export, output: Path) -> None:
     say(f"single file     {output}\nsha256 (tensors) {digest}")
 
 
-@contextmanager
-def folder_beside(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write, which then takes its place."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = output.with_name(f".{output.name}.{os.getpid()}.partial"), set_aside(output)
-    try:
-        yield beside
-        if output.exists():
-            output.rename(old)
-        beside.rename(output)
-    finally:
-        put_back(output)
-        shutil.rmtree(beside, ignore_errors=True)
+def put_back(output: Path) -> None:
+    """Give a folder its name back, if a kill came while `folder_beside` replaced it. Raises OSError."""
+    if (old := _set_aside(output)).exists() and not output.exists():
+        old.rename(output)
 
 
-def set_aside(output: Path) -> Path:
-    """Where a folder is for the moment in which another one takes its place."""
+def _set_aside(output: Path) -> Path:
     return output.with_name(f".{output.name}.removed")
 
 
-def put_back(output: Path) -> None:
-    """Undo what a failure or a kill in that moment left; or remove the old folder, if the new one is there."""
-    old = set_aside(output)
-    if old.is_dir() and not output.exists():
-        old.rename(output)
-    elif old.is_dir():
+@contextmanager
+def folder_beside(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write, which then takes its place; if it cannot, what was there is still there."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside, old = output.with_name(f".{output.name}.{os.getpid()}.partial"), _set_aside(output)
+    remove(beside)  # left by a kill
+    try:
+        yield beside
+        if output.exists():
+            remove(old)
+            output.rename(old)
+        try:
+            beside.rename(output)
+        except OSError:
+            put_back(output)
+            raise
         remove(old)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 # -------------------------------------------------------------------------------------------------- LoRAs
@@ -144,11 +164,11 @@ def write_lora(config: Export, output: Path) -> None:
         architecture = architecture_of(model.components)
         predicts = model.components.scheduler.config.prediction_type
         lora = of_model(model, config)
-    layers = [layer for of_part in lora.values() for layer in of_part.values()]
-    if config.to == "kohya_lora" and any(layer.magnitude is not None for layer in layers):
+    if config.to == "kohya_lora" and any(
+        layer.magnitude is not None for part in lora.values() for layer in part.values()
+    ):
         logger.warning(
-            "The LoRA has DoRA's magnitudes, which diffusers (0.42) leaves out of kohya's keys: what it draws "
-            "will differ."
+            "It is a DoRA: diffusers leaves its magnitudes out where the keys are kohya's: use --to lora there."
         )
     digest = export_lora(
         lora,
@@ -167,9 +187,10 @@ def of_file(file: Path, config: Export) -> tuple[Lora, str]:
     if config.rank is not None:
         raise RecipeError(f"--rank {config.rank}: {file} is a LoRA already, which is written as it is: drop --rank")
     if config.weights is not None:
-        raise RecipeError(f"--weights {config.weights}: {file} is a LoRA's file, which has one kind: drop --weights")
+        raise RecipeError(f"--weights {config.weights}: {file} is a LoRA, with one kind of weights: drop --weights")
     if config.model and "base" not in config.model:
-        raise RecipeError(f"--{next(iter(config.model))} is of the model that {file} changes: name that with --base")
+        flag = next(iter(config.model))
+        raise RecipeError(f"--{flag} is about a model, and {file} is a LoRA: drop it, or name its model with --base")
     if base := config.model.get("base"):
         flags = {name: value for name, value in config.model.items() if name != "base"}
         model = load_model(base, None, flags, flag="--base")

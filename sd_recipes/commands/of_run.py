@@ -261,8 +261,26 @@ def merge_loras(model: LoadedModel, files: list[tuple[str, float]]) -> None:
 
     Raises RecipeError for a file that holds none for this model, before anything is changed.
     """
-    loras = [(open_lora(file, f"--lora {file}", model.parts), weight) for file, weight in files]
+    loras = [(_open(file, model), weight) for file, weight in files]
     if model.lora is not None:
         loras.insert(0, (model.lora, 1.0))
     for lora, weight in loras:
         merge_lora(model.parts, lora, weight)
+
+
+def _open(name: str, model: LoadedModel) -> Lora:
+    """The LoRA in a file, in a folder of one, or in a checkpoint of a run that trains one. Raises RecipeError."""
+    path = Path(name).expanduser()
+    if not (path / MANIFEST).is_file():
+        return open_lora(name, f"--lora {name}", model.parts)
+    target = find_target(name, "evaluated")
+    try:
+        folders = _part_folders(target, path, verify_checkpoint(path), None)
+        files = {part: (folder, next(folder.glob("*.safetensors"))) for part, folder in folders.items()}
+        lora: dict[str, Any] = {}
+        for part, (folder, file) in files.items():
+            found = open_weights(file, f"{folder.name}/{file.name}", allow_pickle=False)
+            lora |= read_lora(_as_lora_file(found, part, folder), layer_shapes(model.parts), model.parts["unet"].config)
+    except (DamagedCheckpoint, UnreadableWeights, SafetensorError, OSError) as error:
+        raise RecipeError(f"--lora {name} cannot be used ({one_line(error)}): name another") from error
+    return lora

@@ -9,6 +9,7 @@ a time.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from sd_recipes.export.parameters import KEYWORD, SAMPLERS, parameters_text
 from sd_recipes.export.safetensors_file import DTYPES, hash_of_tensors
 from sd_recipes.flags import build_recipe
 from sd_recipes.model.families import family_of
-from sd_recipes.model.lora_files import LORA_FILE, diffusers_tensors, with_alpha_of_ranks
+from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.model.samplers import check_it_draws
 from sd_recipes.model.sources import MODEL
 from sd_recipes.redaction import in_texts, redacted, shown
@@ -43,25 +44,34 @@ from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.out_of_memory import is_out_of_memory
 
 FLAGS = ("--sampler", "--steps")
-PICTURES = ("grid.png", "[0-9]*-[0-9]*.png", "model-*/[0-9]*-[0-9]*.png")  # in the output folder
+PICTURE = re.compile(r"\d{5,}-\d+\.png|grid\.png")  # names of what is written
 HASH_DIGITS, LORA_HASH_DIGITS = 10, 12  # of a SHA-256, as A1111 shows them
 
 
 def sample(config: Sampling) -> None:
     """Draw what `config` says; write the pictures and a grid of them. Raises RecipeError."""
     output_dir = Path(config.output_dir).expanduser()
+    check_is_free(output_dir, config)
     device = device_of(config)
     for name in config.models:  # before the first one is drawn with
         find_target(name, config.weights or "evaluated", EXPORTED)
     hide_library_bars()
     prompts = [prompt for prompt in prompts_of(config) for _ in range(config.num_images)]
-    make_free(output_dir, config)
     columns: list[list[Image.Image]] = []
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        for picture in pictures_in(output_dir):
+            picture.unlink()
+        size: tuple[int, int] | None = None
         for number, name in enumerate(config.models, 1):
             folder = output_dir / f"model-{number}" if config.compare else output_dir
-            columns.append(draw_with(name, config, prompts, device, folder))
+            model = load_model(name, config.weights, config.model, "--compare" if config.compare else MODEL)
+            if size is None:
+                size = size_of(model, config)
+                if config.compare and not (config.resolution or (config.width and config.height)):
+                    say(f"size            {size[1]}x{size[0]}, the first model's, for all: the noise is the same then")
+            columns.append(draw_with(name, model, config, prompts, device, folder, size))
+            del model  # before the next one is loaded
         captions = in_texts(redacted, prompts)
         if config.compare:
             grid = comparison_grid(columns, in_texts(redacted, config.models), captions)
@@ -75,15 +85,19 @@ def sample(config: Sampling) -> None:
     say(f"pictures        {output_dir}\ngrid            {output_dir / 'grid.png'}")
 
 
-def make_free(output_dir: Path, config: Sampling) -> None:
-    """Take earlier pictures away with --overwrite. Raises RecipeError for those, or a file in the folder's place."""
+def check_is_free(output_dir: Path, config: Sampling) -> None:
+    """Raises RecipeError for a file in the folder's place, and for pictures that would be written over."""
     if output_dir.exists() and not output_dir.is_dir():
         raise RecipeError(f"--output_dir {output_dir} is not a folder: choose another")
-    pictures = [path for pattern in PICTURES for path in output_dir.glob(pattern)]
-    if pictures and not config.overwrite:
+    if not config.overwrite and next(pictures_in(output_dir), None):
         raise RecipeError(f"--output_dir {output_dir} has pictures already: choose another, or add --overwrite")
-    for path in pictures:
-        path.unlink()
+
+
+def pictures_in(output_dir: Path) -> Iterator[Path]:
+    """The pictures and the grid of an earlier call, of one model or of several."""
+    for path in (path for place in ("*.png", "model-*/*.png") for path in output_dir.glob(place)):
+        if PICTURE.fullmatch(path.name):
+            yield path
 
 
 def device_of(config: Sampling) -> torch.device:
@@ -135,19 +149,28 @@ def captions_of(config: Sampling) -> list[str]:
 # -------------------------------------------------------------------------------------------------- drawing
 
 
-def draw_with(name: str, config: Sampling, prompts: list[str], device: torch.device, folder: Path) -> list[Image.Image]:
-    """The pictures of all prompts by one model, which are saved as they are drawn. Raises RecipeError and OSError."""
-    model = load_model(name, config.weights, config.model, "--compare" if config.compare else MODEL)
+def draw_with(
+    name: str,
+    model: LoadedModel,
+    config: Sampling,
+    prompts: list[str],
+    device: torch.device,
+    folder: Path,
+    size: tuple[int, int],
+) -> list[Image.Image]:
+    """The pictures of `size` (height, width) of all prompts by one model, which are saved as they are drawn.
+
+    Raises RecipeError and OSError.
+    """
     last = Path(shown(name))
     about: dict[str, str | None] = {
         "Model hash": model_hash(name, model),
         "Model": last.stem if Path(name).is_file() else last.name,
     }
     merge_loras(model, config.loras)
-    words, about["Lora hashes"] = lora_words(config)
+    words, about["Lora hashes"] = lora_words(own_lora(name, model) + config.loras)
     pipeline = drawing_pipeline(model.family, model.components, config.sampler, FLAGS)
     check_it_draws(pipeline.scheduler, config.steps, config.sampler, FLAGS)
-    size = size_of(model, config)
     dtype = config.dtype or ("fp16" if device.type == "cuda" else "fp32")
     if dtype != "fp32":
         model.check_range(dtype)
@@ -209,32 +232,41 @@ def size_of(model: LoadedModel, config: Sampling) -> tuple[int, int]:
     return size
 
 
-def lora_words(config: Sampling) -> tuple[str, str | None]:
+def own_lora(name: str, model: LoadedModel) -> list[tuple[str, float]]:
+    """What a run has trained of a LoRA, as `--lora` would have it, by the run's or the checkpoint's name."""
+    return [(name, 1.0)] if model.lora is not None else []
+
+
+def lora_words(loras: list[tuple[str, float]]) -> tuple[str, str | None]:
     """What A1111 has for the LoRAs in a prompt, and their hashes; None where there are none."""
-    words = "".join(f" <lora:{_name_of(Path(file))}:{weight:g}>" for file, weight in config.loras)
-    given = [Path(name).expanduser() for name, _ in config.loras]
-    hashes = [
-        f"{_name_of(path)}: {hash_of_tensors(path / LORA_FILE if path.is_dir() else path)[:LORA_HASH_DIGITS]}"
-        for path in given
-    ]
+    words, hashes = "", []
+    for name, weight in loras:
+        path = Path(name).expanduser().resolve()
+        word = path.name.removesuffix(".safetensors").removesuffix(".sft")
+        words += f" <lora:{word}:{weight:g}>"
+        hashes.append(f"{word}: {hash_of_lora(path)[:LORA_HASH_DIGITS]}")
     return words, ", ".join(hashes) or None
 
 
-def _name_of(lora: Path) -> str:
-    return lora.name.removesuffix(".safetensors")
+def hash_of_lora(path: Path) -> str:
+    """SHA-256 of the tensors of a file, of the file in a folder, or of all that a checkpoint holds."""
+    if path.is_file():
+        return hash_of_tensors(path)
+    if (path / LORA_FILE).is_file():
+        return hash_of_tensors(path / LORA_FILE)
+    digests = [hash_of_tensors(file) for file in sorted(path.glob("*_lora*/*.safetensors"))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def model_hash(name: str, model: LoadedModel) -> str:
-    """Of a single file, as A1111 has it; otherwise of the tensors of UNet, text encoder and a run's LoRA."""
+    """Of a single file, as A1111 has it; otherwise of the UNet's and the text encoder's tensors in float32."""
     path = Path(name).expanduser()
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:HASH_DIGITS]
-    tensors = {f"{part}.{key}": value for part, each in model.parts.items() for key, value in each.state_dict().items()}
-    if model.lora is not None:
-        tensors |= diffusers_tensors(with_alpha_of_ranks(model.lora))
     digest = hashlib.sha256()
-    for key, value in sorted(tensors.items()):
-        digest.update(key.encode())
-        digest.update(value.contiguous().numpy().tobytes())
+    for part in model.parts.values():
+        for key, value in sorted(part.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()[:HASH_DIGITS]

@@ -27,11 +27,11 @@ SAMPLERS = {
 def parameters_text(prompt: str, negative_prompt: str | None, values: Mapping[str, object]) -> str:
     """A picture's prompts, and values by A1111's names for them, such as `CFG scale`; those that are None are left out.
 
-    The noise is said to be the CPU's, as it is.
+    The noise is said to be the CPU's, as it is. Prompts are on one line each: readers find the next text by its line.
     """
-    lines = [prompt]
+    lines = [" ".join(prompt.splitlines())]
     if negative_prompt:
-        lines.append(f"Negative prompt: {negative_prompt}")
+        lines.append("Negative prompt: " + " ".join(negative_prompt.splitlines()))
     values = {**values, "RNG": "CPU", "Version": f"sd-recipes {__version__}"}
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items() if value is not None))
     return "\n".join(lines)

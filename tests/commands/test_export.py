@@ -139,6 +139,43 @@ def rounded(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, t
     return {name: value.to(dtype) for name, value in tensors.items()}
 
 
+@pytest.mark.parametrize("other", [".git/config", "notes.txt", "runs/boats/recipe.yaml", "unet/notes.md"])
+def test_what_is_no_pipeline_is_not_lost(trained: Path, tmp_path: Path, other: str) -> None:
+    out = shutil.copytree(trained / "model", tmp_path / "out")
+    (out / other).parent.mkdir(parents=True, exist_ok=True)
+    (out / other).write_text("mine")
+    named = other if other.startswith("unet") else other.split("/")[0]
+    words = (trained / "model", "--to", "pipeline", "--output", out, "--overwrite")
+    assert f"holds something else than a pipeline ({named}), which would be lost" in refused(*words)
+    assert (out / other).read_text() == "mine"
+    (out / other).unlink()
+
+
+def test_a_pipeline_takes_the_place_of_another_or_leaves_it(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(trained / "model", tmp_path / "out")
+    words = (trained / "run", "--to", "pipeline", "--overwrite", "--output")
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise OSError("no such luck")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fail)
+        assert "cannot be written (no such luck)" in refused(*words, out)
+    assert_equal(part_of(out, "unet"), part_of(trained / "model", "unet"))
+    out.rename(tmp_path / ".out.removed")  # as a kill between the two renames leaves it
+    assert "is there already" in refused(*(word for word in words if word != "--overwrite"), out)
+    assert_equal(part_of(out, "unet"), part_of(trained / "model", "unet"))
+    monkeypatch.chdir(out)
+    exported(*words, ".")
+    assert_equal(part_of(out, "unet"), part_of(trained / "run", "unet"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 # ------------------------------------------------------------------------------------------- single files
 
 
