@@ -36,7 +36,7 @@ from sd_recipes.export.parameters import KEYWORD, SAMPLERS, parameters_text
 from sd_recipes.export.safetensors_file import DTYPES, hash_of_tensors
 from sd_recipes.flags import build_recipe
 from sd_recipes.model.families import family_of
-from sd_recipes.model.lora_files import LORA_FILE
+from sd_recipes.model.lora_files import LORA_FILE, Lora, diffusers_tensors, with_alpha_of_ranks
 from sd_recipes.model.samplers import check_it_draws
 from sd_recipes.model.sources import MODEL
 from sd_recipes.redaction import in_texts, redacted, shown
@@ -168,7 +168,7 @@ def draw_with(
         "Model": last.stem if Path(name).is_file() else last.name,
     }
     merge_loras(model, config.loras)
-    words, about["Lora hashes"] = lora_words(own_lora(name, model) + config.loras)
+    words, about["Lora hashes"] = lora_words(name, model, config.loras)
     pipeline = drawing_pipeline(model.family, model.components, config.sampler, FLAGS)
     check_it_draws(pipeline.scheduler, config.steps, config.sampler, FLAGS)
     dtype = config.dtype or ("fp16" if device.type == "cuda" else "fp32")
@@ -232,30 +232,31 @@ def size_of(model: LoadedModel, config: Sampling) -> tuple[int, int]:
     return size
 
 
-def own_lora(name: str, model: LoadedModel) -> list[tuple[str, float]]:
-    """What a run has trained of a LoRA, as `--lora` would have it, by the run's or the checkpoint's name."""
-    return [(name, 1.0)] if model.lora is not None else []
-
-
-def lora_words(loras: list[tuple[str, float]]) -> tuple[str, str | None]:
-    """What A1111 has for the LoRAs in a prompt, and their hashes; None where there are none."""
+def lora_words(name: str, model: LoadedModel, loras: list[tuple[str, float]]) -> tuple[str, str | None]:
+    """What A1111 has for LoRAs in a prompt, a run's own first, and their hashes; None where none is known."""
+    found: list[tuple[str, float, str | None]] = []
+    if model.lora is not None:
+        found.append((name, 1.0, hash_of_lora(model.lora)))
+    for given, weight in loras:
+        path = Path(given).expanduser()
+        file = path / LORA_FILE if path.is_dir() else path
+        found.append((given, weight, hash_of_tensors(file) if file.is_file() else None))  # no checkpoint
     words, hashes = "", []
-    for name, weight in loras:
-        path = Path(name).expanduser().resolve()
-        word = path.name.removesuffix(".safetensors").removesuffix(".sft")
+    for given, weight, digest in found:
+        word = Path(given).expanduser().resolve().name.removesuffix(".safetensors").removesuffix(".sft")
         words += f" <lora:{word}:{weight:g}>"
-        hashes.append(f"{word}: {hash_of_lora(path)[:LORA_HASH_DIGITS]}")
+        if digest:
+            hashes.append(f"{word}: {digest[:LORA_HASH_DIGITS]}")
     return words, ", ".join(hashes) or None
 
 
-def hash_of_lora(path: Path) -> str:
-    """SHA-256 of the tensors of a file, of the file in a folder, or of all that a checkpoint holds."""
-    if path.is_file():
-        return hash_of_tensors(path)
-    if (path / LORA_FILE).is_file():
-        return hash_of_tensors(path / LORA_FILE)
-    digests = [hash_of_tensors(file) for file in sorted(path.glob("*_lora*/*.safetensors"))]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+def hash_of_lora(lora: Lora) -> str:
+    """SHA-256 of what drew: the tensors that a run has trained."""
+    digest = hashlib.sha256()
+    for key, value in sorted(diffusers_tensors(with_alpha_of_ranks(lora)).items()):
+        digest.update(key.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def model_hash(name: str, model: LoadedModel) -> str:
