@@ -62,6 +62,7 @@ def test_links_and_paths_in_the_documentation_exist(path: Path) -> None:
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
+@pytest.mark.slow
 def test_the_example_of_another_objective_trains_with_it(image_folder: Path, tmp_path: Path) -> None:
     """As a script of one's own, outside the checkout; against the same script without its entry."""
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "objective.md").read_text(), re.DOTALL)

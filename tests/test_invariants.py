@@ -170,6 +170,7 @@ def test_every_objective_trains_and_differs_from_the_plain_one(
     assert losses(changed) != losses(train(settings))
 
 
+@pytest.mark.slow
 def test_it_can_learn(settings: dict[str, Any]) -> None:
     """8 pictures, a few hundred steps: the loss falls far below that of predicting nothing."""
     changes = {"max_train_steps": 300, "train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 50}

@@ -68,6 +68,7 @@ def test_the_best_weights_are_kept_once_and_exported_if_asked_for(spoilt: dict[s
     assert any(not torch.equal(kept[name], end[name]) for name in kept), "not the last ones"
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_the_best_that_its_checkpoint_knows(spoilt: dict[str, Any]) -> None:
     """Killed after step 3, the best, with a checkpoint of step 2: what was best then is still there."""
     folder = Path(spoilt["output_dir"])

@@ -98,6 +98,7 @@ def test_an_earlier_step(trained: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "averages.json").read_text())["step"] == 12
 
 
+@pytest.mark.slow
 def test_without_held_out_rows_all_are_written(trained: Path, tmp_path: Path) -> None:
     """By the command as a user types it, and once more into the same folder."""
     shutil.copytree(trained / "run", tmp_path / "run")

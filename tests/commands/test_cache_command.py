@@ -48,6 +48,7 @@ def cached_captions(output_dir: Path) -> list[str]:
     return sorted(datasets.load_dataset("arrow", data_files=files, split="train")["text"][:]) if files else []
 
 
+@pytest.mark.slow
 def test_a_killed_fill_goes_on_where_its_files_end(tiny_pipeline: Path, tmp_path: Path) -> None:
     """4,100 rows are two files and a rest: killed once the first is there."""
     pictures = build_image_folder(tmp_path / "pictures", 4100, (8, 8))

@@ -98,6 +98,7 @@ def test_a_command_line_of_diffusers_script_runs_unchanged(command_of_diffusers:
     assert (out / "loss_curve.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_total_limit_keeps_the_newest_and_resuming_survives_a_removed_one(
     command_of_diffusers: list[object], tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def test_dry_run_prints_the_run_and_trains_nothing(command_of_diffusers: list[ob
     assert not (tmp_path / "out" / "unet").exists()
 
 
+@pytest.mark.slow
 def test_the_emoji_in_the_package_train_from_scratch_from_a_config(tiny_pipeline: Path, tmp_path: Path) -> None:
     config = tmp_path / "unet.json"
     config.write_text(json.dumps({**UNET_CONFIG, "block_out_channels": [16, 32]}))
@@ -260,7 +262,7 @@ def test_bad_rows_are_skipped_counted_and_named(
 
 
 @pytest.mark.parametrize(("check", "processes"), [
-    ("off", 1), pytest.param("off", 2, marks=pytest.mark.slow), ("sample", 1)
+    pytest.param("off", 1, marks=pytest.mark.slow), pytest.param("off", 2, marks=pytest.mark.slow), ("sample", 1)
 ])  # fmt: skip
 def test_too_many_bad_rows_end_the_run_by_name(
     command_of_diffusers: list[object], image_folder: Path, tmp_path: Path, check: str, processes: int

@@ -110,6 +110,7 @@ def test_a_model_is_pushed_and_trained_on_with_data_of_the_hub(
     assert (tmp_path / "again" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_data_are_those_of_the_revision(flags: list[object], image_folder: Path, tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         data = hub.data_sets["someone/pictures"]

@@ -129,6 +129,7 @@ def test_a_run_goes_on_divided_or_whole(settings: dict[str, Any], fsdp: dict[str
     assert_close(weights(one), saved(tmp_path / "moved", 6, "unet"))
 
 
+@pytest.mark.slow
 def test_a_class_that_the_unet_has_not_is_named(settings: dict[str, Any], fsdp: dict[str, str], tmp_path: Path) -> None:
     wrong = fsdp | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,UNetBlock"}
     process = start(torchrun(2), *flags_of(settings), **wrong)

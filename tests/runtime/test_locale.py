@@ -37,6 +37,7 @@ def settings(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("console", ["", "ascii:strict"])
 def test_a_run_where_the_locale_is_not_utf8(settings: dict[str, Any], tmp_path: Path, console: str) -> None:
     command = [sys.executable, ROOT / "train_text_to_image.py", *flags_of(settings), "--device", "cpu"]

@@ -66,7 +66,7 @@ def signalled(launcher: list[str], flags: list[object], number: int, to: str) ->
     ("launcher", "number", "to"),
     [
         (ACCELERATE, signal.SIGTERM, "launcher"),
-        (torchrun(2), signal.SIGTERM, "launcher"),
+        pytest.param(torchrun(2), signal.SIGTERM, "launcher", marks=pytest.mark.slow),
         pytest.param(torchrun(2), signal.SIGTERM, "trainer", marks=pytest.mark.slow),
         pytest.param(DIRECT, signal.SIGTERM, "trainer", marks=pytest.mark.slow),
         pytest.param(DIRECT, signal.SIGTERM, "group", marks=pytest.mark.slow),

@@ -129,6 +129,7 @@ def curve_of(folder: Path | str, key: str = "quiet_loss") -> dict[int, float]:
     return {line["step"]: line[key] for line in read_metrics(Path(folder) / "metrics.jsonl") if key in line}
 
 
+@pytest.mark.slow
 def test_a_real_runs_curve_falls_with_a_fraction_of_the_noise(settings: dict[str, Any]) -> None:
     """The noise is that of the second half: there the loss still falls, but slowly. It is 3.3 times smaller."""
     run = train(settings, train_batch_size=1, max_train_steps=300, learning_rate=3e-3, logging_steps=1)
