@@ -71,8 +71,6 @@ class Recovery:
         Where there is not enough even for one image at once, the error's words. Every process has to call it.
         """
         self._grow()
-        device = self.run.accelerator.device
-        before = random_states(device)
         gradient: Gradient | None
         while True:
             if self.run.state.fused_backward:  # weights move within the pass, which cannot be divided or done again
@@ -96,7 +94,6 @@ class Recovery:
                 return gradient
             gradient = None
             self._forget()
-            restore(before, device)
             tried = all_gather((max(len(part.weights) for part in parts), words))
             largest = max(number for number, _ in tried)
             words = next(words for _, words in tried if words)
@@ -154,19 +151,6 @@ class Recovery:
 def num_alloc_retries(device: torch.device) -> int:
     """How often CUDA's allocator has emptied its cache because memory was short."""
     return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
-
-
-def random_states(device: torch.device) -> list[torch.Tensor]:
-    """The states of the generators that dropout draws from, on the host and on the device."""
-    states = [torch.get_rng_state()]
-    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state()]
-
-
-def restore(states: Sequence[torch.Tensor], device: torch.device) -> None:
-    """Put back `random_states`."""
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.get_device_module(device).set_rng_state(state)
 
 
 class Undone:

@@ -133,6 +133,7 @@ def test_dropout_draws_the_same_in_the_step_that_counts(settings: dict[str, Any]
         for module in run.model.components.unet.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.3
+        run.model.dropout_seed = run.recipe.seed  # as of a UNet that is built with it
         return run
 
     expected = with_dropout(build(settings, micro_batch=2, output_dir=str(tmp_path / "expected")))
