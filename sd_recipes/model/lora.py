@@ -15,8 +15,8 @@ from peft.tuners.lora import LoraLayer
 
 from sd_recipes.errors import RecipeError, nearest
 from sd_recipes.model.components import Components
-from sd_recipes.model.lora_files import LORA_PARTS, open_lora, peft_settings
 from sd_recipes.model.lora_files import LoraLayer as FileLayer
+from sd_recipes.model.lora_files import lora_parts, open_lora, peft_settings
 from sd_recipes.recipe import LoraConfig, Recipe
 
 ADAPTER = "default"  # peft's name of it
@@ -167,7 +167,7 @@ def _load(recipe: Recipe, components: Components, modules: Mapping[str, torch.nn
     lora = open_lora(
         recipe.lora_weights or "",
         place,
-        {part: getattr(components, part) for part in LORA_PARTS},
+        lora_parts(components),
         unfitting=f"choose a LoRA of {recipe.pretrained_model_name_or_path}",
         allow_pickle=recipe.allow_pickle_weights,
         pickled="add --allow_pickle_weights",
