@@ -58,9 +58,9 @@ def fill_cache(recipe: Recipe) -> Path:
     output_dir = Path(recipe.output_dir)
     check_output_dir(output_dir)
     family = family_of(recipe)
-    scheduler, tokenizer = load_scheduler(recipe), family.load_tokenizer(recipe)
+    scheduler, tokenizers = load_scheduler(recipe), family.load_tokenizers(recipe)
     data = load_training_data(
-        recipe, tokenizer, seed=recipe.seed or 0, global_batch_size=1, rank=accelerator.process_index
+        recipe, tokenizers[0], seed=recipe.seed or 0, global_batch_size=1, rank=accelerator.process_index
     )
     assert data.rows is not None
     assert data.order is not None
@@ -77,7 +77,7 @@ def fill_cache(recipe: Recipe) -> Path:
         data.rows,
         recipe,
         seed=0,
-        tokenize=partial(family.tokenize, tokenizer),
+        tokenize=partial(family.tokenize, tokenizers),
         latent_shape=latent_shape_of(vae),
         num_train_timesteps=scheduler.config.num_train_timesteps,
         store=store,

@@ -179,7 +179,7 @@ def _load(target: Target, weights: str | None, flags: Mapping[str, Any]) -> Load
         return replace(base, lora=open_lora(product, str(product), base.parts))
     config = ModelConfig(**{**flags, "pretrained_model_name_or_path": str(target.run or target.name)})
     family = family_of(config)
-    components = family.load(config, load_scheduler(config), family.load_tokenizer(config))
+    components = family.load(config, load_scheduler(config), family.load_tokenizers(config))
     return LoadedModel(family, components, build_recipe(settings_of(target.run, {})) if target.run else None)
 
 
@@ -188,7 +188,7 @@ def load_base(run: Path, flags: Mapping[str, Any], changes: Mapping[str, Any]) -
     recipe = build_recipe(settings_of(run, {**flags, **changes}))
     try:
         family = family_of(recipe)
-        components = family.load(recipe, load_scheduler(recipe), family.load_tokenizer(recipe))
+        components = family.load(recipe, load_scheduler(recipe), family.load_tokenizers(recipe))
     except RecipeError as error:
         raise RecipeError(
             f"{error} ({run / 'recipe.yaml'} says so; its relative paths begin where the run was started)"

@@ -133,7 +133,7 @@ def captions_of(config: Sampling) -> list[str]:
     recipe = build_recipe(settings_of(run, {}))
     if not recipe.validation_split and config.captions == "held_out":
         raise RecipeError(f"--captions held_out: {run} holds no rows out: use --captions training")
-    tokenizer = family_of(recipe).load_tokenizer(recipe)
+    tokenizer, *_ = family_of(recipe).load_tokenizers(recipe)
     data = load_training_data(recipe, tokenizer, seed=recipe.seed or 0, global_batch_size=1, rank=0)
     rows = data.held_out if config.captions == "held_out" else data.watched
     if config.captions == "training" and data.rows is not None:

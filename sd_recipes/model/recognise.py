@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def _other_model(shapes: Mapping[str, Shape]) -> Recognised | None:
     """Models of other families, whole or without their text encoders."""
     inside = r"(model\.diffusion_model\.)?"
     if _has(shapes, r"conditioner\.embedders\.0\.model\.") or _added_width(shapes) == REFINER_WIDTH:
-        return Recognised(REFINER, way_out="choose the base model of SDXL, or one that was made from it")
+        return _refiner()
     if _has(shapes, r"edm_mean$", r"edm_vpred\.sigma_max$"):
         return Recognised("a variant of SDXL that was trained by EDM (Playground v2.5, CosXL)", way_out=NOT_YET)
     if _has(shapes, r".*\.time_stack\."):
@@ -136,6 +136,10 @@ def _other_model(shapes: Mapping[str, Shape]) -> Recognised | None:
     if _has(shapes, r"model\.diffusion_model\.") and not _has(shapes, r"model\.diffusion_model\.(input_blocks|out)"):
         return Recognised("a diffusion model without Stable Diffusion's UNet", way_out=NOT_YET)
     return None
+
+
+def _refiner() -> Recognised:
+    return Recognised(REFINER, way_out="choose the base model of SDXL, or one that was made from it")
 
 
 def _added_width(shapes: Mapping[str, Shape]) -> int | None:
@@ -204,18 +208,20 @@ def of_pipeline(index: Mapping[str, Any]) -> Recognised:
     """What a pipeline in diffusers format is, by its model_index.json."""
     name = str(index.get("_class_name", ""))
     present = {part for part, value in index.items() if isinstance(value, list) and value and value[0] is not None}
-    if "text_encoder_2" in present or "XL" in name:
-        refiner = "text_encoder" in index and "text_encoder" not in present
-        return Recognised("the refiner of SDXL" if refiner else f"SDXL ({name})", way_out=NOT_YET)
+    is_xl = generation_of(present) == "XL" or "XL" in name
+    if is_xl and "text_encoder" in index and "text_encoder" not in present:
+        return _refiner()
     if "transformer" in present or "prior" in present or not present & set(PARTS):
         return Recognised(f"a model of another family ({name})", way_out=NOT_YET)
-    return Recognised("a pipeline", frozenset(present & set(PARTS)))
+    return Recognised("a pipeline", frozenset(present & set(PARTS)), generation="XL" if is_xl else 1)
 
 
 def of_unet(config: Mapping[str, Any]) -> Recognised | None:
     """What a pretrained UNet's configuration says of the model, if it is of another kind than those trained here."""
-    if config.get("addition_embed_type") == "text_time":
-        return Recognised("SDXL (its UNet takes sizes and a second text state)", way_out=NOT_YET)
+    if is_xl_unet(config) and config.get("projection_class_embeddings_input_dim") == REFINER_WIDTH:
+        return _refiner()
+    if config.get("time_cond_proj_dim") is not None:  # for the guidance scale
+        return _distilled("lcm")
     if config.get("in_channels") in OTHER_INPUTS:
         return Recognised(OTHER_INPUTS[config["in_channels"]], way_out=PLAIN)
     if config.get("class_embed_type") == "projection":
@@ -223,11 +229,17 @@ def of_unet(config: Mapping[str, Any]) -> Recognised | None:
     return None
 
 
+def is_xl_unet(config: Mapping[str, Any]) -> bool:
+    """Whether a UNet of that configuration takes sizes and a second text state, as SDXL's do."""
+    return config.get("addition_embed_type") == "text_time"
+
+
 def of_part(config: Mapping[str, Any]) -> Recognised:
     """What a folder with a `config.json` of its own is: one part of a pipeline."""
     name = str(config.get("_class_name") or (config.get("architectures") or [""])[0])
     if name == "UNet2DConditionModel":
-        return of_unet(config) or Recognised("a UNet alone", frozenset({"unet"}))
+        generation: Generation = "XL" if is_xl_unet(config) else 1
+        return of_unet(config) or Recognised("a UNet alone", frozenset({"unet"}), generation=generation)
     if name == "AutoencoderKL":
         return Recognised("a VAE alone", frozenset({"vae"}))
     if name in ("CLIPTextModel", "CLIPModel", "CLIPTextModelWithProjection"):
@@ -238,6 +250,11 @@ def of_part(config: Mapping[str, Any]) -> Recognised:
     return Recognised(words, way_out=NOT_YET)
 
 
+def generation_of(parts: Collection[str]) -> Generation:
+    """Of a folder by its parts; those of Stable Diffusion 1 and 2 need no telling apart, for they say what they are."""
+    return "XL" if "text_encoder_2" in parts else 1
+
+
 def of_plain_folder(folder: Path) -> Recognised:
     """What a folder without a pipeline's files is, and where the model may be that is meant."""
     if (folder / "adapter_config.json").is_file() or any(folder.glob("pytorch_lora_weights.*")):
@@ -245,7 +262,8 @@ def of_plain_folder(folder: Path) -> Recognised:
             "the folder of a LoRA", way_out="name the model that it was trained on, and give this as --lora_weights"
         )
     if present := frozenset(part for part in PARTS if (folder / part).is_dir()):
-        return Recognised(f"a folder with {', '.join(part + '/' for part in PARTS if part in present)}", present)
+        words = f"a folder with {', '.join(part + '/' for part in PARTS if part in present)}"
+        return Recognised(words, present, generation=generation_of(present))
     # Of a clone in a folder of its own, of several models, and of a Hub model in the cache.
     depths = ("*", "*/*", "*/*/*")
     inside = sorted({path.parent for depth in depths for path in folder.glob(f"{depth}/model_index.json")})

@@ -141,14 +141,14 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     for words in odd_settings(recipe):
         logger.warning("%s", words)
     family = family_of(recipe)
-    # The smallest parts first, so that a missing model is reported soon: for the tokenizer, which the data checks need,
+    # The smallest parts first, so that a missing model is reported soon: for tokenizers, which the data checks need,
     # transformers would keep asking an unreachable Hub for minutes.
     scheduler = load_scheduler(recipe)
     check_schedule(recipe, scheduler)
-    tokenizer = family.load_tokenizer(recipe)
+    tokenizers = family.load_tokenizers(recipe)
     batch_size = global_batch_size(recipe, accelerator.num_processes, manifest)
     data = load_training_data(
-        recipe, tokenizer, seed=recipe.seed, global_batch_size=batch_size, rank=accelerator.process_index
+        recipe, tokenizers[0], seed=recipe.seed, global_batch_size=batch_size, rank=accelerator.process_index
     )
     if data.order and manifest:
         data.order = finish_epoch(data.order, manifest)
@@ -156,7 +156,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
 
     stop_request.check(NOT_BEGUN)
     torch.manual_seed(recipe.seed)  # initial weights of a UNet from scratch, or of a LoRA
-    components = family.load(recipe, scheduler, tokenizer)
+    components = family.load(recipe, scheduler, tokenizers)
     stop_request.check(NOT_BEGUN)
     check_recipe_fits(recipe, components)
     choose_trained(recipe, family, components)
@@ -182,7 +182,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     store = open_store(recipe, provenance, accelerator)
     tracker = Tracker(accelerator, recipe)
     builder_settings: dict[str, Any] = {
-        "tokenize": partial(family.tokenize, tokenizer),
+        "tokenize": partial(family.tokenize, tokenizers),
         "latent_shape": latent_shape_of(components.vae),
         "num_train_timesteps": scheduler.config.num_train_timesteps,
         "provenance": provenance,

@@ -43,13 +43,6 @@ LORA = "a LoRA (small changes to a model, not a model): name the model that it w
         ({CONV: (320, 5, 3, 3), **PARTS_OF_SD1}, "a depth-to-image model"),
         ({CONV: (256, 7, 3, 3), **PARTS_OF_SD1}, "an upscaling model"),
         ({CONV: (320, 4, 3, 3), "embedder.model.visual.proj": (1, 1)}, "an image-variation model (unCLIP)"),
-        (
-            {CONV: (320, 4, 3, 3), "conditioner.embedders.0.transformer.text_model.x": (1,),
-             "conditioner.embedders.1.model.ln_final.weight": (1280,), "first_stage_model.x": (1,)},
-            "SDXL: only Stable Diffusion 1 and 2 are trained here so far",
-        ),
-        ({CONV: (320, 4, 3, 3), "model.diffusion_model.label_emb.0.0.weight": (1280, 2816)}, "SDXL: only"),
-        ({"conv_in.weight": (320, 4, 3, 3), "add_embedding.linear_1.weight": (1280, 2816)}, "SDXL: only"),
         ({CONV: (384, 4, 3, 3), "conditioner.embedders.0.model.ln_final.weight": (1280,)}, "the refiner of SDXL"),
         ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (9, 9)}, "Stable Diffusion 3"),
         ({"transformer_blocks.0.norm1_context.linear.weight": (9, 9)}, "Stable Diffusion 3"),
@@ -126,14 +119,15 @@ def change(path: Path, **values: Any) -> None:
 
 
 CLIP = ["transformers", "CLIPTextModelWithProjection"]
+OF_XL = {"addition_embed_type": "text_time"}
 
 
 @pytest.mark.parametrize(
     ("index", "unet", "words"),
     [
-        ({"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": CLIP}, {}, "SDXL (StableDiffusionXLPipeline)"),
         ({"text_encoder": [None, None], "text_encoder_2": CLIP}, {}, "the refiner of SDXL"),
-        ({}, {"addition_embed_type": "text_time"}, "SDXL (its UNet takes sizes and a second text state)"),
+        ({}, {**OF_XL, "projection_class_embeddings_input_dim": 2560}, "the refiner of SDXL"),
+        ({}, {"time_cond_proj_dim": 256}, "a latent consistency model (LCM)"),
         ({"_class_name": "StableDiffusionInpaintPipeline"}, {"in_channels": 9}, "an inpainting model"),
         ({}, {"in_channels": 9}, "an inpainting model"),
         ({}, {"in_channels": 8}, "an instruct-pix2pix model"),

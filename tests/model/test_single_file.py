@@ -46,7 +46,7 @@ def config_for(model: Path, **flags: Any) -> ModelConfig:
 def load(model: Path, **flags: Any) -> Components:
     config = config_for(model, **flags)
     family = family_of(config)
-    return family.load(config, load_scheduler(config), family.load_tokenizer(config))
+    return family.load(config, load_scheduler(config), family.load_tokenizers(config))
 
 
 def assert_parts_of(components: Components, pipeline: Path, *parts: str) -> None:
@@ -153,7 +153,7 @@ def test_the_tokenizer_that_comes_along_is_clips(tmp_path: Path) -> None:
         model |= {"first_stage_model.x": torch.zeros(1), "cond_stage_model.transformer.x": torch.zeros(1)}
         save_file(model, tmp_path / f"{generation}.safetensors")
         config = config_for(tmp_path / f"{generation}.safetensors")
-        tokenizer = family_of(config).load_tokenizer(config)
+        (tokenizer,) = family_of(config).load_tokenizers(config)
         assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
         assert tokenizer("It's naïve, 日本! 🙂").input_ids[1:6] == [585, 568, 1097, 35689, 563]
         assert (len(tokenizer), tokenizer.pad_token_id, tokenizer.model_max_length) == (49408, pad, 77)
