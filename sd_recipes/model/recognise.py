@@ -192,7 +192,7 @@ def _stable_diffusion(shapes: Mapping[str, Shape]) -> Recognised | None:
     if len(found) == (4 if is_xl else 3):
         words = f"a checkpoint of Stable Diffusion {generation} in one file"
     else:
-        names = {"unet": "a UNet", "vae": "a VAE", "text_encoder": "a text encoder", "text_encoder_2": "a second one"}
+        names = {"unet": "a UNet", "vae": "a VAE", "text_encoder": "a text encoder", "text_encoder_2": "the second one"}
         some = " and ".join(names[part] for part in found)
         words = f"{some} of SDXL" if is_xl else some
         words += " alone" if len(found) == 1 else ""

@@ -449,7 +449,7 @@ class HubRepository(Folder):
 class SingleFile(Source):
     """A checkpoint in one file, or a part of one, in Stable Diffusion's own layout or diffusers'.
 
-    Its configuration is that of --base or, without it, the one of Stable Diffusion 1 or 2 that comes with the package.
+    Its configuration is that of --base or, without it, the one of its Stable Diffusion that comes with the package.
     """
 
     way_out = "get the whole file, or name a --base that has its configuration"
@@ -471,7 +471,9 @@ class SingleFile(Source):
 
     @cached_property
     def recognised(self) -> Recognised:
-        return recognise.of_tensors(self.opened.shapes)
+        if self.flag == "--vae":
+            return recognise.of_tensors(self.opened.shapes)
+        return recognise.of_file(Path(self.name).stem, self.opened.shapes, self.opened.metadata)
 
     def configurations(self) -> Source:
         """Whose configuration this file has: --base's, for --vae that of the model's own VAE, or one of the package."""
@@ -488,8 +490,9 @@ class SingleFile(Source):
     def weights(self, part: str, config: Mapping[str, Any], names: Iterable[str]) -> Weights:
         plain = {unwrapped(name): name for name in self.opened.shapes}
         found = take_part(self.opened.renamed(plain), part, config, names)
-        first = next(each for each in ("text_encoder", "vae", "unet") if each in self.recognised.parts)
-        if part == first and (changed := {new: old for new, old in plain.items() if new != old}):
+        if part == next(filter(self.recognised.parts.__contains__, LOADED)) and (
+            changed := {new: old for new, old in plain.items() if new != old}
+        ):
             say_unwrapped(self.place, changed)
         if part == "unet" and any(name.startswith("model_ema.") for name in self.opened.shapes):
             logger.info("%s also holds averaged weights (model_ema.); the plain ones are trained.", self.place)
@@ -508,7 +511,7 @@ class SingleFile(Source):
         """By the keys that trainers put into a file, by its metadata, and by what is known of Stable Diffusion 2."""
         shapes, metadata = self.opened.shapes, self.opened.metadata
         hints: dict[str, Any] = {}
-        stated = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_type") or ""
+        stated = next((metadata[key] for key in PREDICTION_KEYS if metadata.get(key)), "")
         if "v_pred" in shapes:
             hints["prediction_type"] = "v_prediction"
         elif stated.lower() in PREDICTION_TYPES:
@@ -524,6 +527,9 @@ class SingleFile(Source):
         return hints
 
 
+LOADED = ("text_encoder", "text_encoder_2", "vae", "unet")  # parts with weights, in that order
+# Metadata that say what a model predicts: the standard's, and those of earlier versions and of ComfyUI.
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_type", "modelspec.predict_key")
 PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon",
                     "sample": "sample"}  # fmt: skip
 GLOBAL_STEP_OF_BASE = 875000  # Stable Diffusion 2-base, which predicts epsilon; the others of its kind predict v
