@@ -190,7 +190,7 @@ def read_lora(weights: Weights, shapes: LayerShapes, unet_config: Mapping[str, A
         raise UnreadableWeights(f"is not a LoRA, but {of_tensors(weights.shapes).words}: choose a LoRA")
     its, models = generation_of_lora(weights.shapes), _generation_of_model(shapes)
     if its and its != models and (models or its == "XL"):
-        words = f"Stable Diffusion {models}" if models else "of another kind"
+        words = f"Stable Diffusion {models}" if models else "not"
         raise UnfittingWeights(f"is a LoRA of another model: of Stable Diffusion {its}, and this one is {words}")
     for name in weights.shapes:
         split = _split(name.removeprefix("base_model.model."))

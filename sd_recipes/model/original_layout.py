@@ -170,7 +170,7 @@ def _open_clip(weights: Weights, names: Iterable[str]) -> Weights:
     def read(name: str) -> torch.Tensor:
         tensor = renamed.read(name)
         if name in transposed:
-            return tensor.T
+            return tensor.T.contiguous()  # in another order of memory, a product would be rounded otherwise
         return tensor.chunk(3)[thirds[name]] if name in thirds else tensor
 
     return Weights(weights.place, {name: shape_of(name) for name in renamed.shapes}, read, weights.metadata)
