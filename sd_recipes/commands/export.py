@@ -169,12 +169,8 @@ def write_lora(config: Export, output: Path) -> None:
     """A LoRA of a run, of a file, or extracted. Raises RecipeError, OSError and SafetensorError."""
     file = lora_file(config.source)
     found = of_file(file, config) if file is not None else of_source(config)
-    if config.to == "kohya_lora" and any(
-        layer.magnitude is not None for part in found.lora.values() for layer in part.values()
-    ):
-        logger.warning(
-            "It is a DoRA: diffusers leaves its magnitudes out where the keys are kohya's: use --to lora there."
-        )
+    if config.to == "kohya_lora":
+        say_what_diffusers_cannot_read(found.lora)
     digest = export_lora(
         found.lora,
         output,
@@ -185,6 +181,19 @@ def write_lora(config: Export, output: Path) -> None:
         origin=found.origin,
     )
     say(f"LoRA            {output}\nrank            {rank_of(found.lora)}\nsha256 (tensors) {digest}")
+
+
+def say_what_diffusers_cannot_read(lora: Lora) -> None:
+    """Warn of what diffusers (0.42) makes nothing of in kohya's keys."""
+    if any(layer.magnitude is not None for layers in lora.values() for layer in layers.values()):
+        logger.warning(
+            "It is a DoRA: diffusers leaves its magnitudes out where the keys are kohya's: use --to lora there."
+        )
+    if "text_projection" in lora.get("text_encoder_2", {}):
+        logger.warning(
+            "It changes the second text encoder's text_projection, which ComfyUI reads in kohya's keys, but with which "
+            "diffusers refuses such a file: use --to lora there."
+        )
 
 
 def of_file(file: Path, config: Export) -> FoundLora:
