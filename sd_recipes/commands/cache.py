@@ -25,6 +25,7 @@ from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.export.hub import PushError
 from sd_recipes.model.components import latent_shape_of, load_scheduler, load_vae
 from sd_recipes.model.families import family_of
+from sd_recipes.model.latents import bearable_dtype
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import shown
 from sd_recipes.runtime.accelerator import DTYPES, start_accelerator
@@ -68,9 +69,10 @@ def fill_cache(recipe: Recipe) -> Path:
         raise RecipeError("this data set is a latent cache already: train on it")
 
     vae = load_vae(recipe)
+    vae_dtype = bearable_dtype(vae, DTYPES[accelerator.mixed_precision], accelerator.device)
     # Of the weights as they were loaded
-    provenance = provenance_of(recipe, vae, DTYPES[accelerator.mixed_precision], tiling=recipe.vae_tiling)
-    encoder = build_encoder(recipe, vae, accelerator)
+    provenance = provenance_of(recipe, vae, vae_dtype, tiling=recipe.vae_tiling)
+    encoder = build_encoder(recipe, vae, accelerator, vae_dtype)
     folder = Path(recipe.latent_cache_dir or output_dir / "latents")
     store = LatentStore(folder, provenance, accelerator.process_index)
     builder = BatchBuilder(

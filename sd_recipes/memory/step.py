@@ -162,6 +162,7 @@ class TracedStep:
             self.family,
             self.components,
             cast(Accelerator, self.outline),
+            vae_dtype=self._vae_dtype(),
             batch_size=batch_size,
             num_steps=2,
             num_rows=None,
@@ -189,6 +190,11 @@ class TracedStep:
             state.optimizer.register_step_pre_hook(lambda *_: tracer.begin("optimizer", muted=is_fused))
             state.optimizer.register_step_post_hook(lambda *_: tracer.begin("optimizer"))
         state.update_averages = tracer.in_phase("average", WORKSPACE, state.update_averages)
+
+    def _vae_dtype(self) -> torch.dtype:
+        dtype = DTYPES[self.outline.mixed_precision]
+        overflows = self.family.vae_overflows and self.components.vae.config.force_upcast
+        return torch.float32 if overflows and dtype == torch.float16 else dtype
 
     def _name_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:  # and not used already

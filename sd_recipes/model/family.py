@@ -24,6 +24,8 @@ class Family(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     text_models: ClassVar[tuple[str, ...]]  # attributes of the components: frozen unless trained, moved with them
     folders: ClassVar[tuple[str, ...]]  # of the exported pipeline
+    # Whether its VAEs overflow in float16, unless their configuration says otherwise, for a plan that has no weights.
+    vae_overflows: ClassVar[bool] = False
 
     @abstractmethod
     def load_tokenizers(self, config: ModelConfig) -> tuple[CLIPTokenizer, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ class StableDiffusionXL(Family):
     pipeline_class = StableDiffusionXLPipeline
     text_models = ("text_encoder", "text_encoder_2")
     folders = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    vae_overflows = True
 
     def load_tokenizers(self, config: ModelConfig) -> tuple[CLIPTokenizer, ...]:
         first, second = load_tokenizer(config), load_tokenizer(config, "tokenizer_2")
@@ -102,6 +103,12 @@ class StableDiffusionXL(Family):
             states = states.masked_fill(is_empty[:, None, None], 0)
             pooled = pooled.masked_fill(is_empty[:, None], 0)
         return {"encoder_hidden_states": states, "text_embeds": pooled}
+
+    def without_effect(self, components: Components) -> Mapping[str, tuple[str, ...]]:
+        """What follows the first text model's penultimate states."""
+        assert isinstance(components, StableDiffusionXLComponents)
+        last = components.text_encoder.config.num_hidden_layers - 1
+        return {"text_encoder": (f"encoder.layers.{last}.", "final_layer_norm.")}
 
     def conditioning(self, states: TextStates, batch: Batch) -> Conditioning:
         """With the time ids (B, 6), float32: original size, crop corner and target size (section 2.2), in pixels.
