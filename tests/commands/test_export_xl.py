@@ -15,23 +15,25 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from single_files import WEIGHTS, part_of, single_file
 from tiny_models import build_tiny_pipeline, build_tiny_xl_pipeline
-from training_runs import assert_equal
+from training_runs import assert_equal, forget_accelerator
 from xl_loras import drawn_merged, drawn_with, load, picture, random_lora
 
 from sd_recipes.commands.export import export
 from sd_recipes.commands.export_settings import read_settings
 from sd_recipes.commands.sample import sample
 from sd_recipes.commands.sample_settings import read_settings as read_sample_settings
+from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
 from sd_recipes.export.safetensors_file import hash_of_tensors
 from sd_recipes.model.lora_files import diffusers_tensors, with_alpha_of_ranks
+from sd_recipes.recipe import Recipe
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_xl_pipeline(tmp_path_factory.mktemp("xl") / "model")
+def model(tiny_xl_pipeline: Path) -> Path:
+    return tiny_xl_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,7 @@ def test_a_lora_goes_through_both_kinds_of_keys_and_into_the_base(
     assert any("lora_unet_input_blocks_3_1" in name for name in load_file(file)) == (kind == "kohya_lora")
 
 
+@pytest.mark.slow
 def test_a_lora_is_extracted_from_all_three_models(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,6 +141,44 @@ def test_a_lora_is_extracted_from_all_three_models(
     assert "The VAE differs too" in caplog.text
     (explained, _) = re.findall(r"explained +([\d.]+)%", capsys.readouterr().out)
     assert 80 < float(explained) < 99
+
+
+def test_a_run_of_a_lora_is_exported_as_one_or_merged(xl_settings: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    """Of both text encoders too, from the file that it leaves, and from its checkpoint."""
+    changes = {"lora_rank": 2, "lora_alpha": 4, "lora_text_encoder": True, "learning_rate": 0.1, "max_train_steps": 2}
+    forget_accelerator()
+    run(Recipe(**{**xl_settings, **changes}))
+    run_dir = Path(xl_settings["output_dir"])
+    expected = drawn_with(model, run_dir)
+    assert np.abs(expected - picture(load(model))).max() > 0.01
+    for source, kind in ((run_dir, "kohya_lora"), (run_dir / "checkpoint-2", "lora")):
+        file = tmp_path / f"{kind}.safetensors"
+        exported(source, "--to", kind, "--dtype", "fp32", "--output", file)
+        np.testing.assert_allclose(drawn_with(model, file), expected, atol=2e-4)
+        assert metadata_of(file)["base_model"] == model.name
+    exported(run_dir, "--to", "single_file", "--dtype", "fp32", "--output", tmp_path / "merged.safetensors")
+    stock = StableDiffusionXLPipeline.from_single_file(
+        str(tmp_path / "merged.safetensors"), config=str(model), local_files_only=True
+    )
+    stock.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(picture(stock), expected, atol=2e-4)
+    (drawn,) = sampled(tmp_path / "a", "--pretrained_model_name_or_path", run_dir)
+    (merged,) = sampled(
+        tmp_path / "b", "--pretrained_model_name_or_path", tmp_path / "merged.safetensors", "--base", model
+    )
+    assert np.abs(drawn.astype(int) - merged.astype(int)).max() <= 1
+
+
+def test_what_diffusers_cannot_read_of_kohyas_keys_is_said(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, file = "text_encoder_2.text_projection", tmp_path / "x.safetensors"
+    save_file({f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(20, 2)}, file)
+    exported(file, "--base", model, "--to", "kohya_lora", "--output", tmp_path / "kohya.safetensors")
+    assert "lora_te2_text_projection.alpha" in load_file(tmp_path / "kohya.safetensors")
+    assert "diffusers refuses such a file: use --to lora there" in caplog.text
+    with pytest.raises(ValueError, match="Could not automatically infer state dict type"):
+        load(model).load_lora_weights(str(tmp_path / "kohya.safetensors"))
 
 
 def test_what_predicts_v_says_so(tmp_path: Path) -> None:

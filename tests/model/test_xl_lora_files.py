@@ -13,7 +13,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from safetensors.torch import save_file
 from test_lora_files import assert_same_change, in_memory
-from tiny_models import build_tiny_pipeline, build_tiny_xl_pipeline
+from tiny_models import build_tiny_pipeline
 from xl_loras import drawn_merged, drawn_with, load, picture, random_lora
 
 from sd_recipes.commands.export import outline_of
@@ -30,8 +30,8 @@ from sd_recipes.model.weight_files import UnfittingWeights, open_weights
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_xl_pipeline(tmp_path_factory.mktemp("xl") / "model")
+def model(tiny_xl_pipeline: Path) -> Path:
+    return tiny_xl_pipeline
 
 
 def write(tensors: dict[str, torch.Tensor], path: Path) -> Path:
@@ -122,7 +122,7 @@ def test_a_lora_of_the_other_family_is_refused_for_what_it_is(model: Path, tmp_p
     for part in ("unet", "text_encoder_2"):
         file = write(kohya_tensors(random_lora(xl, part), xl.unet.config), tmp_path / "x.safetensors")
         with pytest.raises(
-            UnfittingWeights, match="a LoRA of another model: of Stable Diffusion XL, and this one is of"
+            UnfittingWeights, match="a LoRA of another model: of Stable Diffusion XL, and this one is not"
         ):
             read(file, sd)
     reads = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"

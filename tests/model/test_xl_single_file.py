@@ -24,8 +24,8 @@ PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_xl_pipeline(tmp_path_factory.mktemp("xl") / "model")
+def model(tiny_xl_pipeline: Path) -> Path:
+    return tiny_xl_pipeline
 
 
 @pytest.fixture(scope="module")
