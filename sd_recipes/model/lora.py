@@ -191,12 +191,12 @@ def _load(
     )
     if "unet" not in lora:
         raise RecipeError(f"{place} does not change the UNet: choose one that was trained on it")
-    given, wanted = lora.keys() - {"unet"}, modules.keys() - {"unet"}
-    if given and not wanted:
-        raise RecipeError(f"{place} changes the {_in_words(sorted(given))} too: add --lora_text_encoder")
-    if wanted and not given:
+    there, wanted = lora.keys() - {"unet"}, modules.keys() - {"unet"}
+    if there and not wanted:
+        raise RecipeError(f"{place} changes the {_in_words(sorted(there))} too: add --lora_text_encoder")
+    if wanted and not there:
         raise RecipeError(f"{place} does not change the {_in_words(sorted(wanted))}: drop --lora_text_encoder")
-    if missing := sorted(wanted - given):
+    if missing := sorted(wanted - there):
         raise RecipeError(
             f"{place} changes one text encoder and not the {_in_words(missing)}, and such a LoRA is not gone on with: "
             "choose another"
@@ -207,7 +207,8 @@ def _load(
                 "%s changes %d layers of the %s that no text state depends on (such as %s): they are left out.",
                 place, len(left_out), WORDS[part], left_out[0],
             )  # fmt: skip
-            lora[part] = {name: layer for name, layer in lora[part].items() if name not in left_out}
+            kept = {name: layer for name, layer in lora[part].items() if name not in left_out}
+            lora = {**lora, part: kept}
     for part, module in modules.items():
         settings = peft_settings(lora[part])
         _check_can_be_trained(place, part, lora[part], _layers(module))

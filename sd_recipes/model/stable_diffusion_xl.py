@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,11 +63,11 @@ class StableDiffusionXL(Family):
         *,
         weights: bool = True,
     ) -> StableDiffusionXLComponents:
-        classes: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        text_models = {
-            part: load_part(config, part, lambda settings, kind=kind: kind(text_config(settings)), weights=weights)
-            for part, kind in classes.items()
+        builders: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "text_encoder": lambda settings: CLIPTextModel(text_config(settings)),
+            "text_encoder_2": lambda settings: CLIPTextModelWithProjection(text_config(settings)),
         }
+        text_models = {part: load_part(config, part, build, weights=weights) for part, build in builders.items()}
         components = StableDiffusionXLComponents(
             vae=load_vae(config, weights=weights),
             unet=load_unet(config, weights=weights),
