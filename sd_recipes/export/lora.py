@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,8 @@ BASE_VERSIONS = {
     "stable-diffusion-v2-768-v": "sd_v2_768_v",
     "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
 }
-# What a file says of its tensors or of its model's kind, which is said anew.
-SAID_ANEW = ("format", "rank", "alpha", ADAPTER_METADATA, "ss_network_", "ss_v2", "ss_base_model_version", "sshs_",
-             "modelspec.")  # fmt: skip
+# What a file says of its tensors, which is no longer true in other keys.
+OF_TENSORS = re.compile(rf"format|rank|alpha|{ADAPTER_METADATA}|ss_network_.*|sshs_.*")
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def origin_of(recipe: Recipe) -> dict[str, str]:
 
 
 def origin_in(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What a LoRA's metadata say of where it came from, which stays true in other keys."""
-    return {name: value for name, value in metadata.items() if not name.startswith(SAID_ANEW)}
+    """What a LoRA's metadata say of where it came from."""
+    return {name: value for name, value in metadata.items() if not OF_TENSORS.fullmatch(name)}
 
 
 def export_lora(

@@ -16,19 +16,7 @@ import torch
 from sd_recipes.assets import Generation
 from sd_recipes.model.weight_files import Shape, Weights
 
-# Where a file holds the parts; the first prefix that it has counts. `""`: a file of that part alone.
-PREFIXES = {
-    "unet": ("model.diffusion_model.", ""),
-    "vae": ("first_stage_model.", "vae.", ""),
-    "text_encoder": (
-        "cond_stage_model.transformer.",
-        "cond_stage_model.model.",
-        "conditioner.embedders.0.transformer.",
-        "",
-    ),
-    "text_encoder_2": ("conditioner.embedders.1.model.", ""),
-}
-# Of each generation of Stable Diffusion, where its text encoders are written; under `model.` by OpenCLIP's names.
+# Where a file of each generation of Stable Diffusion has its text encoders; under `model.` by OpenCLIP's names.
 TEXT_PREFIXES: dict[Generation, dict[str, str]] = {
     1: {"text_encoder": "cond_stage_model.transformer."},
     2: {"text_encoder": "cond_stage_model.model."},
@@ -36,6 +24,13 @@ TEXT_PREFIXES: dict[Generation, dict[str, str]] = {
         "text_encoder": "conditioner.embedders.0.transformer.",
         "text_encoder_2": "conditioner.embedders.1.model.",
     },
+}
+# Where a file holds the parts; the first prefix that it has counts. `""`: a file of that part alone.
+PREFIXES = {
+    "unet": ("model.diffusion_model.", ""),
+    "vae": ("first_stage_model.", "vae.", ""),
+    "text_encoder": (*(each["text_encoder"] for each in TEXT_PREFIXES.values()), ""),
+    "text_encoder_2": (TEXT_PREFIXES["XL"]["text_encoder_2"], ""),
 }
 
 UNET_ENDS = {

@@ -25,14 +25,14 @@ OTHER_INPUTS = {
 }
 PLAIN = "text-to-image training needs the plain model that it was made from: choose that one"
 REFINER = "the refiner of SDXL, which only finishes pictures"
+LCM = "a latent consistency model (LCM)"
 # Models that were taught by another one to draw in a few steps, by words in their names.
 DISTILLED = {
     "turbo": "a Turbo model",
     "lightning": "a Lightning model",
-    "lcm": "a latent consistency model (LCM)",
-    "hyper-sd": "a Hyper-SD model",
+    "lcm": LCM,
+    "hyper[-_ ]?sd": "a Hyper-SD model",
 }
-IN_NAMES = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper[-_ ]?sd)(?:xl)?(?![a-z])")
 TOLD_BY = ("modelspec.title", "modelspec.architecture")  # metadata that name a model
 
 
@@ -65,12 +65,12 @@ def of_file(name: str, shapes: Mapping[str, Shape], metadata: Mapping[str, str])
 
 def distilled_by_name(name: str) -> Recognised | None:
     """Whether a name says that a model draws in a few steps, which training would undo."""
-    match = IN_NAMES.search(re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
-    return _distilled(match[1][:5]) if match else None
+    plain = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
+    found = (words for word, words in DISTILLED.items() if re.search(rf"(?<![a-z]){word}(xl)?(?![a-z])", plain))
+    return next(map(_distilled, found), None)
 
 
-def _distilled(kind: str) -> Recognised:
-    words = next(words for key, words in DISTILLED.items() if key.startswith(kind))
+def _distilled(words: str) -> Recognised:
     return Recognised(
         f"{words}, distilled to draw in a few steps",
         way_out="training would undo that: choose the model that it was made from",
@@ -157,7 +157,7 @@ def _unet_of_another_kind(shapes: Mapping[str, Shape]) -> Recognised | None:
     if first and len(first) == 4 and first[1] in OTHER_INPUTS:
         return Recognised(OTHER_INPUTS[first[1]], way_out=PLAIN)
     if _has(shapes, r"(model\.diffusion_model\.)?time_embed\.cond_proj\.", r"time_embedding\.cond_proj\."):
-        return _distilled("lcm")
+        return _distilled(LCM)
     return None
 
 
@@ -221,7 +221,7 @@ def of_unet(config: Mapping[str, Any]) -> Recognised | None:
     if is_xl_unet(config) and config.get("projection_class_embeddings_input_dim") == REFINER_WIDTH:
         return _refiner()
     if config.get("time_cond_proj_dim") is not None:  # for the guidance scale
-        return _distilled("lcm")
+        return _distilled(LCM)
     if config.get("in_channels") in OTHER_INPUTS:
         return Recognised(OTHER_INPUTS[config["in_channels"]], way_out=PLAIN)
     if config.get("class_embed_type") == "projection":

@@ -106,6 +106,7 @@ def test_a_lora_goes_through_both_kinds_of_keys_and_into_the_base(
     assert {name: found[name] for name in ("base_model", "recipe")} == {
         "base_model": "someone/base", "recipe": "lora_rank: 2\n"
     }  # fmt: skip
+    assert found["modelspec.author"] == "someone"
     assert "rank" not in found
     assert (found.get("ss_base_model_version") == "sdxl_base_v1-0") == (kind == "kohya_lora")
     assert any("lora_unet_input_blocks_3_1" in name for name in load_file(file)) == (kind == "kohya_lora")
