@@ -12,7 +12,8 @@ from diffusers import StableDiffusionXLPipeline
 from launching import finish, flags_of, start, torchrun
 from outside import draw, draw_as_validation, exported, loss_of_pictures
 from safetensors.torch import load_file
-from training_runs import Run, assert_equal, build, train, weights
+from shortages import shorten
+from training_runs import Run, assert_equal, build, fit_from, train, weights
 
 from sd_recipes.commands.of_run import load_model, merge_loras
 from sd_recipes.errors import RecipeError
@@ -92,7 +93,7 @@ def test_stock_diffusers_draws_the_validations_pixels(
 
 
 def test_moments_that_are_kept_leave_the_run_as_it_is(xl_settings: dict[str, Any], tmp_path: Path) -> None:
-    settings = {**xl_settings, "center_crop": True, "random_flip": True, "max_train_steps": 6, "caption_dropout": 0.3}
+    settings = {**xl_settings, "center_crop": True, "random_flip": True, "max_train_steps": 3, "caption_dropout": 0.3}
     kept = {"cache_latents": "disk", "latent_cache_dir": str(tmp_path / "latents")}
     first = train(settings, **kept, output_dir=str(tmp_path / "first"))
     second = train(settings, **kept, output_dir=str(tmp_path / "second"))  # all rows are there
@@ -101,6 +102,17 @@ def test_moments_that_are_kept_leave_the_run_as_it_is(xl_settings: dict[str, Any
     assert len(batch.to_encode) == 0
     assert batch.original_size.tolist() == [[32, 40]] * 4
     assert batch.crop_corner.tolist() == [[0, 4]] * 4
+
+
+def test_a_step_without_memory_is_done_again_in_parts(xl_settings: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**xl_settings, "max_train_steps": 2, "train_text_encoder": True}
+    expected = train(settings, micro_batch=2, output_dir=str(tmp_path / "expected"))
+    run = build(settings)
+    shorten(run, "forward", fits=2)
+    fit_from(run)
+    assert run.state.progress.micro_batch == 2
+    for file, named in state_of(expected).items():
+        assert_equal(named, state_of(run)[file])
 
 
 def test_what_does_not_fit_the_family_is_told(
