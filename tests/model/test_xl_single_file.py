@@ -17,6 +17,7 @@ from sd_recipes import assets
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import load_scheduler, load_vae
 from sd_recipes.model.families import family_of
+from sd_recipes.model.sources import source_of
 from sd_recipes.model.stable_diffusion_xl import StableDiffusionXL
 from sd_recipes.recipe import ModelConfig
 
@@ -112,15 +113,19 @@ def test_a_unet_alone_is_filled_in_from_a_base_of_its_kind(
     assert_equal(components.unet.state_dict(), unet)
     assert_equal(components.text_encoder_2.state_dict(), part_of(model, "text_encoder_2"))
     sd = build_tiny_pipeline(tmp_path / "sd")
-    with pytest.raises(RecipeError, match="name a base of its own kind"):
-        load(file, base=sd)
+    whole = file_of(tmp_path / "whole.safetensors", model)
+    for name, base in ((file, sd), (whole, sd), (single_file(tmp_path / "sd.safetensors", sd), model)):
+        with pytest.raises(RecipeError, match="name a base of its own kind"):
+            load(name, base=base)
 
 
-def test_its_vae_has_the_scale_of_its_own_model(model: Path, other: Path, tmp_path: Path) -> None:
+def test_its_vae_has_the_scale_of_its_own_family(model: Path, other: Path, tmp_path: Path) -> None:
     file = file_of(tmp_path / "m.safetensors", other)
     vae = load_vae(ModelConfig(pretrained_model_name_or_path=str(model), vae=str(file)))
     assert_equal(vae.state_dict(), part_of(other, "vae"))
     assert vae.config.scaling_factor == 0.13025
+    sd = ModelConfig(pretrained_model_name_or_path=str(build_tiny_pipeline(tmp_path / "sd")), vae=str(file))
+    assert source_of(sd, "vae").read_config("vae")["scaling_factor"] == 0.13025
 
 
 @pytest.mark.parametrize(
