@@ -32,6 +32,7 @@ DISTILLED = {
     "lightning": "a Lightning model",
     "lcm": LCM,
     "hyper[-_ ]?sd": "a Hyper-SD model",
+    "dmd2?": "a DMD model",
 }
 TOLD_BY = ("modelspec.title", "modelspec.architecture")  # metadata that name a model
 

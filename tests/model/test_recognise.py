@@ -106,6 +106,7 @@ def test_a_file_of_another_kind_is_named(
         ("sdxl_lightning_4step", {}, "is by its name a Lightning model"),
         ("my-LCM", {}, "is by its name a latent consistency model (LCM)"),
         ("Hyper-SDXL-8steps", {}, "is by its name a Hyper-SD model"),
+        ("dmd2_sdxl_4step_unet", {}, "is by its name a DMD model"),
         ("x", {"modelspec.title": "SDXL Turbo"}, "is a Turbo model, distilled to draw in a few steps: training would"),
         ("x", {"modelspec.architecture": "stable-diffusion-xl-turbo-v1"}, "is a Turbo model"),
         ("turbojet_turbostyle", {"modelspec.title": "Enlightning"}, None),

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from single_files import config_of, original_unet, part_of, single_file
 from tiny_models import build_tiny_pipeline, build_tiny_xl_pipeline
-from training_runs import assert_equal
+from training_runs import assert_equal, train
 
 from sd_recipes import assets
 from sd_recipes.errors import RecipeError
@@ -148,3 +148,18 @@ def test_its_configuration_is_the_published_one() -> None:
     config = config_of(assets.CONFIGURATIONS["XL"], "unet")
     assert config["transformer_layers_per_block"] == [1, 2, 10]
     assert config["projection_class_embeddings_input_dim"] == 1280 + 6 * config["addition_time_embed_dim"]
+
+
+@pytest.mark.slow
+def test_a_run_from_one_file_is_that_from_the_folder_to_the_bit(
+    xl_settings: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    """Of all that is trained: memory is laid out the same, so that sums are rounded the same."""
+    file = file_of(tmp_path / "m.safetensors", model)
+    changes = {"train_text_encoder": True, "max_train_steps": 2}
+    first = train(xl_settings, **changes, output_dir=str(tmp_path / "folder"))
+    second = train({**xl_settings, "pretrained_model_name_or_path": str(file), "base": str(model)}, **changes)
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        one, other = (getattr(each.model.components, part).state_dict() for each in (first, second))
+        assert_equal(one, other)
+        assert not all(torch.equal(value, part_of(model, part)[name]) for name, value in one.items())
