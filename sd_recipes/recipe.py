@@ -124,6 +124,17 @@ def on_resume(name: str) -> OnResume:
     return cast(OnResume, extra["on_resume"])
 
 
+def _also_called(settings: Any, name: str, other: str) -> Any:
+    """Settings in which `other`, another script's name of the setting `name`, counts for it. Raises ValueError."""
+    if not isinstance(settings, dict) or settings.get(other) is None:
+        return settings
+    if settings.get(name, settings[other]) not in (None, settings[other]):
+        raise ValueError(
+            f"--{other} {settings[other]} is another name of --{name}, which is {settings[name]}: drop one of them"
+        )
+    return {**settings, name: settings[other]}
+
+
 class Section(BaseModel):
     """Settings that belong together. A section's docstring is `Title: description.`, which help and docs show."""
 
@@ -181,6 +192,9 @@ class ModelConfig(Section):
     vae: str | None = setting(
         None, "warned", "Another VAE than the model's: a file, a folder, or a Hub id, of a VAE or of a pipeline."
     )
+    pretrained_vae_model_name_or_path: str | None = setting(
+        None, "free", "Same as --vae, as diffusers' SDXL scripts call it."
+    )
     base: str | None = setting(
         None,
         "warned",
@@ -200,6 +214,11 @@ class ModelConfig(Section):
     unet_config: str | None = setting(
         None, "compared", "JSON file with the UNet's configuration (needs --train_from_scratch)."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_vae(cls, settings: Any) -> Any:
+        return _also_called(settings, "vae", "pretrained_vae_model_name_or_path")
 
 
 class TextEncoderConfig(Section):
@@ -399,6 +418,9 @@ class CaptionConfig(Section):
     caption_dropout: Number = setting(
         0.0, "warned", "Fraction of captions replaced by the empty one, for classifier-free guidance.", ge=0, le=1
     )
+    proportion_empty_prompts: Number | None = setting(
+        None, "free", "Same as --caption_dropout, as diffusers' SDXL script calls it.", ge=0, le=1
+    )
     blank_captions: Literal["skip", "empty", "error"] = setting(
         "skip",
         "warned",
@@ -410,6 +432,11 @@ class CaptionConfig(Section):
     caption_chunks: int = setting(
         3, "warned", "With --long_captions chunk, the number of chunks per caption; longer ones are truncated.", ge=1
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_dropout(cls, settings: Any) -> Any:
+        return _also_called(settings, "caption_dropout", "proportion_empty_prompts")
 
 
 class CacheConfig(Section):
@@ -484,6 +511,9 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
         return self
 
 
+ENDS = ("earlier", "later")  # of a model's timesteps
+
+
 class ObjectiveConfig(Section):
     """Objective: what the UNet learns to predict, and how noise and errors are weighted."""
 
@@ -531,6 +561,19 @@ class ObjectiveConfig(Section):
     logit_std: Number = setting(
         1.0, "warned", "Standard deviation of the logit-normal's normal.", gt=0, allow_inf_nan=False
     )
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = setting(
+        "none",
+        "warned",
+        "Draw some timesteps more often: the first ones, the last (noisiest) ones, or a range of them.",
+    )
+    timestep_bias_multiplier: Number = setting(
+        1.0, "warned", "How many times as often they are drawn.", gt=0, allow_inf_nan=False
+    )
+    timestep_bias_portion: Number = setting(
+        0.25, "warned", "Which share of all timesteps they are, if they are the earlier or the later ones.", gt=0, le=1
+    )
+    timestep_bias_begin: int = setting(0, "warned", "Where the range of them begins.", ge=0)
+    timestep_bias_end: int = setting(1000, "warned", "Where that range ends, itself not in it.", ge=1)
     min_timestep: int = setting(0, "warned", "The first timestep that is trained.", ge=0)
     max_timestep: int | None = setting(
         None, "warned", "Where the trained timesteps end, itself not among them; if not given, at the last one.", ge=1
@@ -577,6 +620,17 @@ class ObjectiveConfig(Section):
                 f"--timesteps_by_error and --timestep_sampling {self.timestep_sampling} both say which timesteps are "
                 "drawn: drop one"
             )
+        if self.timestep_bias_strategy != "none" and (self.timesteps_by_error or self.timestep_sampling != "uniform"):
+            other = "timesteps_by_error" if self.timesteps_by_error else f"timestep_sampling {self.timestep_sampling}"
+            raise ValueError(
+                f"--timestep_bias_strategy {self.timestep_bias_strategy} and --{other} both say which timesteps are "
+                "drawn: drop one"
+            )
+        if self.timestep_bias_strategy == "range" and self.timestep_bias_end <= self.timestep_bias_begin:
+            raise ValueError(
+                f"--timestep_bias_begin {self.timestep_bias_begin} leaves no timestep before --timestep_bias_end "
+                f"{self.timestep_bias_end}: lower one or raise the other"
+            )
         if self.timesteps_by_error and self.learned_uncertainty:
             raise ValueError(
                 "--learned_uncertainty makes the loss alike at all timesteps, so that --timesteps_by_error has nothing "
@@ -593,6 +647,10 @@ class ObjectiveConfig(Section):
             ("huber_schedule", "--loss_type huber", self.loss_type != "l2"),
             ("logit_mean", "--timestep_sampling logit_normal", self.timestep_sampling == "logit_normal"),
             ("logit_std", "--timestep_sampling logit_normal", self.timestep_sampling == "logit_normal"),
+            ("timestep_bias_multiplier", "--timestep_bias_strategy later", self.timestep_bias_strategy != "none"),
+            ("timestep_bias_portion", "--timestep_bias_strategy later", self.timestep_bias_strategy in ENDS),
+            ("timestep_bias_begin", "--timestep_bias_strategy range", self.timestep_bias_strategy == "range"),
+            ("timestep_bias_end", "--timestep_bias_strategy range", self.timestep_bias_strategy == "range"),
             ("multires_noise_discount", "--multires_noise_iterations 6", self.multires_noise_iterations > 0),
         ):
             value = getattr(self, name)
