@@ -5,6 +5,7 @@ that it needs. A flag, a key of a recipe file and an attribute share one name.
 This module imports neither torch nor diffusers, so that a mistake on the command line is reported at once.
 """
 
+import itertools
 import math
 import re
 from typing import Annotated, Any, Literal, cast
@@ -393,11 +394,39 @@ class CaptionConfig(Section):
     caption_template: str | None = setting(
         None, "warned", 'Caption made from columns, such as "a photo of {name}", instead of a caption column.'
     )
+    caption_prefix: str | None = setting(None, "warned", "What comes before every caption, and a space.")
+    caption_suffix: str | None = setting(None, "warned", "What comes after every caption and a space.")
+    enable_wildcard: bool = setting(
+        False, "warned", "Draw one of a, b and c for {a|b|c} in a caption, anew for every sample; {{ and }} are braces."
+    )
     shuffle_tags: bool = setting(False, "warned", "Shuffle the parts of a caption, split at --tag_separator.")
-    keep_tags: int = setting(0, "warned", "With --shuffle_tags, leave this many leading parts in place.", ge=0)
+    caption_tag_dropout_rate: Number = setting(
+        0.0, "warned", "Fraction of a caption's parts that are left out, each by itself.", ge=0, le=1
+    )
+    keep_tags: int = setting(
+        0,
+        "warned",
+        "With --shuffle_tags or --caption_tag_dropout_rate, leave this many leading parts in place.",
+        ge=0,
+    )
     tag_separator: str = setting(",", "warned", "What separates the tags of a caption.", min_length=1)
+    keep_tokens_separator: str | None = setting(
+        None,
+        "warned",
+        "A mark in captions, such as |||: tags before it, and after a second one, stay in place. Trained without it.",
+        min_length=1,
+    )
+    secondary_separator: str | None = setting(
+        None,
+        "warned",
+        "What joins tags that move and are left out together, such as ;;;. Trained as --tag_separator.",
+        min_length=1,
+    )
     caption_dropout: Number = setting(
         0.0, "warned", "Fraction of captions replaced by the empty one, for classifier-free guidance.", ge=0, le=1
+    )
+    caption_dropout_every_n_epochs: int = setting(
+        0, "warned", "Train every so many epochs on the empty caption alone; 0: none of them.", ge=0
     )
     blank_captions: Literal["skip", "empty", "error"] = setting(
         "skip",
@@ -461,8 +490,18 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
             raise ValueError(f"--center_crop contradicts --crop {self.crop}: drop one")
         if self.caption_columns and self.caption_template:
             raise ValueError("--caption_columns and --caption_template both say what the caption is: drop one")
-        if self.keep_tags and not self.shuffle_tags:
-            raise ValueError("--keep_tags needs --shuffle_tags: add it, or drop --keep_tags")
+        if self.keep_tags and not (self.shuffle_tags or self.caption_tag_dropout_rate):
+            raise ValueError(
+                "--keep_tags needs --shuffle_tags or --caption_tag_dropout_rate: add one, or drop --keep_tags"
+            )
+        names = ("tag_separator", "keep_tokens_separator", "secondary_separator")
+        separators = {name: value for name in names if (value := getattr(self, name)) is not None}
+        for one, other in itertools.permutations(separators, 2):
+            if separators[one] in separators[other]:
+                raise ValueError(
+                    f"--{other} {separators[other]!r} holds --{one} {separators[one]!r}, so that captions could be "
+                    "read in two ways: choose another"
+                )
         if self.streaming and len(self.sources) > 1 and self.sources[0].weight == "rows":
             raise ValueError(
                 "the weight `rows` in data_sources, which kohya's dataset.toml gives, needs their numbers, and streams "
