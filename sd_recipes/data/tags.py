@@ -43,8 +43,9 @@ def _with_drawn_tags(caption: str, num_kept: int, config: CaptionConfig, drawn: 
             parts[place] = tags[number]
     if not config.caption_tag_dropout_rate:
         return "".join(parts)
-    dropped = drawn.tag_dropout_us(len(places)) < config.caption_tag_dropout_rate
-    left = sorted(set(range(0, len(parts), 2)) - {place for place, is_dropped in zip(places, dropped) if is_dropped})
+    us = zip(places, drawn.tag_dropout_us(len(places)), strict=True)
+    dropped = {place for place, u in us if u < config.caption_tag_dropout_rate}
+    left = [place for place in range(0, len(parts), 2) if place not in dropped]
     # A tag that is left takes the separator before it along.
     return "".join(parts[place] if place == left[0] else parts[place - 1] + parts[place] for place in left)
 

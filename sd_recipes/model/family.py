@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -52,6 +52,10 @@ class Family(ABC):
 
         With a graph, where a text model is trained and gradients are on.
         """
+
+    def prompt_arguments(self, components: Components, prompts: list[str]) -> dict[str, Any]:
+        """The arguments by which this family's pipeline, made of the components, draws prompts."""
+        return {"prompt": prompts}
 
     @abstractmethod
     def conditioning(self, states: TextStates, batch: Batch) -> Conditioning:

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 and 2: one CLIP text model, whose last hidden states condition the UNet."""
+"""Stable Diffusion 1 and 2: one CLIP text model, whose hidden states condition the UNet."""
 
 from __future__ import annotations
 
@@ -69,13 +69,28 @@ class StableDiffusion(Family):
             sampler=load_sampler(config, scheduler),
             text_encoder=text_encoder.requires_grad_(False).eval(),
             tokenizer=tokenizer,
+            clip_skip=config.clip_skip,
         )
         _check_fit(components, config)
         return components
 
     def encode_text(self, components: Components, input_ids: torch.Tensor) -> TextStates:
         assert isinstance(components, StableDiffusionComponents)
-        return {"encoder_hidden_states": last_hidden_states(components.text_encoder, input_ids)}
+        return {"encoder_hidden_states": hidden_states(components.text_encoder, input_ids, components.clip_skip)}
+
+    @torch.no_grad()
+    def prompt_arguments(self, components: Components, prompts: list[str]) -> dict[str, Any]:
+        """With --clip_skip the text states are made here, as diffusers' pipeline makes them from its `clip_skip`.
+
+        That fails with transformers from 5.6 on (huggingface/diffusers#14124). It means the prompts alone: what they
+        are guided away from is encoded by all layers.
+        """
+        assert isinstance(components, StableDiffusionComponents)
+        if components.clip_skip is None:
+            return super().prompt_arguments(components, prompts)
+        assert components.tokenizer is not None
+        input_ids = self.tokenize(components.tokenizer, prompts, CaptionConfig())
+        return {"prompt_embeds": hidden_states(components.text_encoder, input_ids, components.clip_skip)}
 
     def conditioning(self, states: TextStates, batch: Batch) -> Conditioning:
         return states
@@ -94,14 +109,20 @@ class StableDiffusion(Family):
         )
 
 
-def last_hidden_states(text_encoder: CLIPTextModel, input_ids: torch.Tensor) -> torch.Tensor:
+def hidden_states(text_encoder: CLIPTextModel, input_ids: torch.Tensor, clip_skip: int | None = None) -> torch.Tensor:
     """(B, n * L) int64 to the text model's last hidden states (B, n * L, D), each chunk of L encoded separately.
+
+    Or to those of `clip_skip` layers before the last, through the same final norm.
 
     The ids may be in host memory; the states are on the text model's device. They have a graph if it is trained.
     """
     length = min(input_ids.shape[1], text_encoder.config.max_position_embeddings)
     chunks = input_ids.reshape(-1, length).to(text_encoder.device, non_blocking=True)
-    states = text_encoder(chunks, return_dict=False)[0]
+    if clip_skip is None:
+        states = text_encoder(chunks, return_dict=False)[0]
+    else:
+        states = text_encoder(chunks, output_hidden_states=True).hidden_states[-1 - clip_skip]
+        states = text_encoder.final_layer_norm(states)
     return states.reshape(len(input_ids), -1, states.shape[-1])
 
 
@@ -136,6 +157,11 @@ def _check_fit(components: StableDiffusionComponents, config: ModelConfig) -> No
                 f"{place}: {name} asks for a condition besides the caption, and there is none: "
                 + ("drop it" if config.train_from_scratch else "choose a model without it")
             )
+    if config.clip_skip is not None and config.clip_skip > text_encoder.num_hidden_layers:
+        raise RecipeError(
+            f"--clip_skip {config.clip_skip} leaves out more layers than the {text_encoder.num_hidden_layers} that the "
+            f"model's text encoder has: use 1, which A1111 calls 2, or up to {text_encoder.num_hidden_layers - 1}"
+        )
     if components.tokenizer is not None and len(components.tokenizer) > text_encoder.vocab_size:
         raise RecipeError(
             f"the tokenizer has {len(components.tokenizer)} tokens, and the text encoder knows "

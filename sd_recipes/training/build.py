@@ -46,7 +46,7 @@ from sd_recipes.model.latents import LatentEncoder
 from sd_recipes.model.lora import add_lora, trained_lora
 from sd_recipes.model.lora_files import peft_settings
 from sd_recipes.model.placement import apply_memory_format, keep_as_loaded, move_models
-from sd_recipes.recipe import ObjectiveConfig, Recipe, odd_settings
+from sd_recipes.recipe import ObjectiveConfig, Recipe, clip_skip_in_words, odd_settings
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import wait_for_all
@@ -511,12 +511,18 @@ def describe(run: Run) -> str:
         "optimizer steps": steps,
         "trainable parameters": trained,
         "predicts": run.model.objective.prediction_type,
+        **({"text states": _text_states_in_words(run.recipe.clip_skip)} if run.recipe.clip_skip else {}),
         "device": f"{accelerator.device}, {accelerator.mixed_precision} mixed precision"
         + (f", compiled by {backend} (torch dynamo) of {configuration()}" if backend != "no" else "")
         + (f", sharded over {accelerator.num_processes} processes (FSDP2)" if accelerator.is_fsdp2 else ""),
         "seed": run.recipe.seed,
     }
     return "\n".join(f"  {name:<21}{value}" for name, value in lines.items())
+
+
+def _text_states_in_words(clip_skip: int) -> str:
+    layers = "the last layer" if clip_skip == 1 else f"the last {clip_skip} layers"
+    return f"without {layers} of the text encoder: draw with {clip_skip_in_words(clip_skip)}"
 
 
 def num_epochs(run: Run, order: Order) -> float:

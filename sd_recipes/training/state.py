@@ -239,7 +239,8 @@ class TrainState:
                 if tensor.shape != here[name].shape:
                     raise ValueError(f"{name} of {file} is {[*tensor.shape]} and the model's {[*here[name].shape]}")
         of_optimizer = _unflat({**tensors[OPTIMIZER], **values["optimizer"]})
-        if of_optimizer and of_optimizer.keys() != self.parameters.keys():
+        # What had no gradient so far, such as layers that --clip_skip leaves out, has no state.
+        if not of_optimizer.keys() <= self.parameters.keys():
             raise ValueError(
                 f"the optimizer's state has {len(of_optimizer)} parameters, of which the model, with "
                 f"{len(self.parameters)}, has {len(of_optimizer.keys() & self.parameters.keys())}"
