@@ -133,9 +133,14 @@ def on_resume(name: str) -> OnResume:
 class Section(BaseModel):
     """Settings that belong together. A section's docstring is `Title: description.`, which help and docs show."""
 
-    # A ValidationError would print the input, which may hold a password.
+    # A ValidationError would print the input, which may hold a password. Validators are built when one is first needed:
+    # those of all sections took half of the time in which a mistake in a flag is answered.
     model_config = ConfigDict(
-        extra="forbid", validate_assignment=False, protected_namespaces=(), hide_input_in_errors=True
+        extra="forbid",
+        validate_assignment=False,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+        defer_build=True,
     )
 
     @field_validator("*")
