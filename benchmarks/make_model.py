@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from make_xl_model import XL_SHAPES, build_xl_model
 from PIL import Image
 
 SHAPES = {
@@ -109,6 +110,10 @@ def build(shape: str, folder: Path, resolution: int | None = None) -> None:
     if shape == "emoji":
         copy_emoji(folder)
         return
+    if shape in XL_SHAPES:
+        build_xl_model(shape, folder / "model")
+        build_pictures(folder / "pictures", 64, resolution or 1024)
+        return
     *_, usual_resolution, batch, _, _ = SHAPES[shape]
     build_model(shape, folder / "model")
     build_pictures(folder / "pictures", max(64, 2 * batch), resolution or usual_resolution)
@@ -116,7 +121,7 @@ def build(shape: str, folder: Path, resolution: int | None = None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--shape", choices=[*SHAPES, *XL_SHAPES], required=True)
     parser.add_argument("--work_dir", type=Path, required=True)
     arguments = parser.parse_args()
     build(arguments.shape, arguments.work_dir / arguments.shape)

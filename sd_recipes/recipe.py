@@ -130,6 +130,17 @@ def on_resume(name: str) -> OnResume:
     return cast(OnResume, extra["on_resume"])
 
 
+def _also_called(settings: Any, name: str, other: str) -> Any:
+    """Settings in which `other`, another script's name of the setting `name`, counts for it. Raises ValueError."""
+    if not isinstance(settings, dict) or settings.get(other) is None:
+        return settings
+    if settings.get(name, settings[other]) not in (None, settings[other]):
+        raise ValueError(
+            f"--{other} {settings[other]} is another name of --{name}, which is {settings[name]}: drop one of them"
+        )
+    return {**settings, name: settings[other]}
+
+
 class Section(BaseModel):
     """Settings that belong together. A section's docstring is `Title: description.`, which help and docs show."""
 
@@ -192,6 +203,9 @@ class ModelConfig(Section):
     vae: str | None = setting(
         None, "warned", "Another VAE than the model's: a file, a folder, or a Hub id, of a VAE or of a pipeline."
     )
+    pretrained_vae_model_name_or_path: str | None = setting(
+        None, "free", "Same as --vae, as diffusers' SDXL scripts call it."
+    )
     base: str | None = setting(
         None,
         "warned",
@@ -217,6 +231,11 @@ class ModelConfig(Section):
     unet_config: str | None = setting(
         None, "compared", "JSON file with the UNet's configuration (needs --train_from_scratch)."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_vae(cls, settings: Any) -> Any:
+        return _also_called(settings, "vae", "pretrained_vae_model_name_or_path")
 
 
 class TextEncoderConfig(Section):
@@ -444,6 +463,9 @@ class CaptionConfig(Section):
     caption_dropout_every_n_epochs: int = setting(
         0, "warned", "Train every so many epochs on the empty caption alone; 0: none of them.", ge=0
     )
+    proportion_empty_prompts: Number | None = setting(
+        None, "free", "Same as --caption_dropout, as diffusers' SDXL script calls it.", ge=0, le=1
+    )
     blank_captions: Literal["skip", "empty", "error"] = setting(
         "skip",
         "warned",
@@ -455,6 +477,11 @@ class CaptionConfig(Section):
     caption_chunks: int = setting(
         3, "warned", "With --long_captions chunk, the number of chunks per caption; longer ones are truncated.", ge=1
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_dropout(cls, settings: Any) -> Any:
+        return _also_called(settings, "caption_dropout", "proportion_empty_prompts")
 
 
 class CacheConfig(Section):

@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import filter_repo_objects
 
@@ -57,9 +58,9 @@ pipeline.unet.register_forward_hook(lambda unet, inputs, outputs: (-sigmas[int(i
 settings = {"prediction_type": "epsilon", "clip_sample": False}
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **settings)
 """
-# How a card's reader draws with a --clip_skip.
+# How a card's reader draws with a --clip_skip and Stable Diffusion 1 or 2.
 FOR_CLIP_SKIP = """
-# {words}. diffusers looks for a name that transformers has dropped (huggingface/diffusers#14124).
+# diffusers looks for a name that transformers has dropped (huggingface/diffusers#14124).
 if not hasattr(pipeline.text_encoder, "text_model"):
     type(pipeline.text_encoder).text_model = property(lambda text_encoder: text_encoder)
 """
@@ -163,8 +164,10 @@ def write_model_card(
     before_drawing = FROM_SCORES if predicts_score else ""
     arguments = json.dumps(prompts[0])
     if recipe.clip_skip:
-        before_drawing += FOR_CLIP_SKIP.format(words=clip_skip_in_words(recipe.clip_skip))
+        if pipeline_class == StableDiffusionPipeline.__name__:
+            before_drawing += FOR_CLIP_SKIP
         arguments += f", clip_skip={recipe.clip_skip}"
+    drawn_with = f" Draw with {clip_skip_in_words(recipe.clip_skip)}." if recipe.clip_skip else ""
     imported = f"DDIMScheduler, {pipeline_class}" if predicts_score else pipeline_class
     content = f"""---
 {data.to_yaml()}
@@ -173,7 +176,7 @@ def write_model_card(
 # {repo_id}
 
 {"A LoRA, trained on" if recipe.trains_lora else "Made from"} **{made_from}** with **{with_data or "its own images"}**
-by sd-recipes. All settings are in `recipe.yaml`.
+by sd-recipes. All settings are in `recipe.yaml`.{drawn_with}
 
 {learned}
 {pictures}

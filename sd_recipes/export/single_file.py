@@ -10,21 +10,30 @@ from typing import Any
 import torch
 
 from sd_recipes import assets
+from sd_recipes.assets import Generation
 from sd_recipes.errors import RecipeError
 from sd_recipes.export.safetensors_file import cast, model_spec, write_tensors
 from sd_recipes.model.components import Components
+from sd_recipes.model.lora_files import lora_parts
 from sd_recipes.model.original_layout import original_tensors
 
 logger = logging.getLogger(__name__)
 
+ARCHITECTURES: dict[Generation, str] = {  # as the standard calls them
+    1: "stable-diffusion-v1",
+    2: "stable-diffusion-v2-768-v",
+    "XL": "stable-diffusion-xl-v1-base",
+}
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"  # whose names the tensors have
 # Empty tensors by whose names programs know what a file does not say otherwise.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 # What a file cannot say, and programs take for granted: settings of the UNet, and of the noise schedule.
 OF_THE_UNET = (
     "block_out_channels", "layers_per_block", "down_block_types", "up_block_types", "cross_attention_dim",
-    "attention_head_dim", "in_channels", "out_channels", "use_linear_projection",
+    "attention_head_dim", "in_channels", "out_channels", "use_linear_projection", "transformer_layers_per_block",
+    "addition_time_embed_dim", "projection_class_embeddings_input_dim",
 )  # fmt: skip
+DEFAULTS = {"use_linear_projection": False, "transformer_layers_per_block": 1}
 OF_THE_SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 
 
@@ -40,7 +49,7 @@ def export_single_file(
     generation = generation_of(components)
     predicts = components.scheduler.config.prediction_type
     tensors: dict[str, torch.Tensor] = {}
-    for part in ("unet", "vae", "text_encoder"):
+    for part in ("vae", *lora_parts(components)):
         module = getattr(components, part)
         tensors |= original_tensors(part, module.state_dict(), module.config, generation)
     tensors = cast(tensors, dtype)
@@ -68,30 +77,31 @@ def check_can_be_one_file(components: Components) -> None:
         )
 
 
-def generation_of(components: Any) -> int:
-    """Of Stable Diffusion: 2 for OpenCLIP's text encoder, by its activation, else 1."""
+def generation_of(components: Any) -> Generation:
+    """Of Stable Diffusion: XL has two text encoders; 2 has OpenCLIP's, which its activation tells; else 1."""
+    if hasattr(components, "text_encoder_2"):
+        return "XL"
     return 2 if components.text_encoder.config.hidden_act == "gelu" else 1
 
 
 def architecture_of(components: Components) -> str:
     """The standard's name of the model's kind."""
-    if generation_of(components) == 1:
-        return "stable-diffusion-v1"
-    return "stable-diffusion-v2-" + (
-        "768-v" if components.scheduler.config.prediction_type == "v_prediction" else "512"
-    )
+    generation = generation_of(components)
+    if generation == 2 and components.scheduler.config.prediction_type != "v_prediction":
+        return "stable-diffusion-v2-512"
+    return ARCHITECTURES[generation]
 
 
 def say_what_is_lost(components: Components, path: Path) -> None:
     """Warn of what other programs will take to be otherwise."""
     generation, scheduler = generation_of(components), components.scheduler.config
     folder = assets.CONFIGURATIONS[generation]
-    usual = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    usual = {**DEFAULTS, **json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))}
     schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    unusual = [name for name in OF_THE_UNET if _plain(components.unet.config[name]) != _plain(usual.get(name, False))]
+    unusual = [name for name in OF_THE_UNET if _plain(components.unet.config[name]) != _plain(usual.get(name))]
     if unusual:
         logger.warning(
-            "The UNet is not that of Stable Diffusion %d (%s): programs that take no configuration cannot read %s, as "
+            "The UNet is not that of Stable Diffusion %s (%s): programs that take no configuration cannot read %s, as "
             "diffusers does with `config=` and this one with --base.", generation, ", ".join(unusual), path.name,
         )  # fmt: skip
     if odd := [name for name in OF_THE_SCHEDULE if scheduler[name] != schedule[name]]:

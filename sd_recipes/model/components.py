@@ -47,6 +47,7 @@ CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel", "clip_text_model", "clip"),
+    "text_encoder_2": ("CLIPTextModelWithProjection", "clip_text_model", "clip"),
 }
 # What makes a scheduler's last timestep pure noise, and lets sampling begin there.
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

@@ -69,6 +69,7 @@ class TrainedPart:
     rebuild: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module] | None = None
     # What it leaves in the run's folder of its whole evaluated tensors, besides its place in the pipeline.
     export: Callable[[Mapping[str, torch.Tensor], Path], None] | None = None
+    is_whole: bool = True  # all of the module is its own, what is frozen of it too; not so a LoRA
     average: AveragedWeights | None = None
     snapshots: dict[str, AveragedWeights] = field(default_factory=dict)  # with --ema_snapshots, by suffix
     prepared: torch.nn.Module = field(init=False)  # as accelerate prepares it, for training steps to call
@@ -83,8 +84,11 @@ class TrainedPart:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its state by name: of a LoRA, which lies in the layers of a frozen model, not the model's."""
+        named = self.module.state_dict()
+        if self.is_whole:
+            return named
         frozen = {name for name, each in self.module.named_parameters() if not each.requires_grad}
-        return {name: each for name, each in self.module.state_dict().items() if name not in frozen}
+        return {name: each for name, each in named.items() if name not in frozen}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take on the state of `tensors`, which returned it, on another device or elsewhere sharded."""
@@ -206,7 +210,10 @@ class TrainState:
         texts: dict[str, str] = {}
         for part in self.parts.values():
             folders = {part.name: part.tensors()}
-            folders |= {part.name + suffix: average.named_tensors() for suffix, average in part.averages.items()}
+            folders |= {
+                part.name + suffix: part.tensors() | average.named_tensors()
+                for suffix, average in part.averages.items()
+            }
             for folder, named in folders.items():
                 tensors[f"{folder}/{part.weights_file}"] = dict(named)
                 texts[f"{folder}/{CONFIG}"] = part.config
@@ -239,8 +246,7 @@ class TrainState:
                 if tensor.shape != here[name].shape:
                     raise ValueError(f"{name} of {file} is {[*tensor.shape]} and the model's {[*here[name].shape]}")
         of_optimizer = _unflat({**tensors[OPTIMIZER], **values["optimizer"]})
-        # What had no gradient so far, such as layers that --clip_skip leaves out, has no state.
-        if not of_optimizer.keys() <= self.parameters.keys():
+        if of_optimizer and of_optimizer.keys() != self.parameters.keys():
             raise ValueError(
                 f"the optimizer's state has {len(of_optimizer)} parameters, of which the model, with "
                 f"{len(self.parameters)}, has {len(of_optimizer.keys() & self.parameters.keys())}"

@@ -200,7 +200,7 @@ def test_a_tokenizer_takes_the_length_of_the_text_encoder(
     path.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
     config = config_for(model)
     with caplog.at_level(logging.INFO, logger="sd_recipes"):
-        assert family_of(config).load_tokenizer(config).model_max_length == 16
+        assert family_of(config).load_tokenizers(config)[0].model_max_length == 16
     assert "length is the text encoder's: 16 tokens" in caplog.text
 
 
