@@ -60,7 +60,7 @@ def test_a_key_of_a_recipe_file_is_answered_too(tmp_path: Path) -> None:
         ("network_dim: 16\n", "network_dim is sd-scripts' name: here it is --lora_rank"),
         (
             '{"training_method": "LORA"}',
-            "training_method is OneTrainer's name: here it is --lora_rank 16 trains a LoRA",
+            "training_method is OneTrainer's name: here it is --lora_rank 16 for a LoRA",
         ),
         ("lora_rnak: 16\n", r"unknown key 'lora_rnak' \(nearest: lora_rank\)"),
     ):
