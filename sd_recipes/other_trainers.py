@@ -259,7 +259,7 @@ ONE_TRAINER: dict[str, str] = {
     "concept.text.keep_tags_count": "--keep_tags",
     "concept.text.tag_dropout_probability": "--caption_tag_dropout_rate",
     "concept.text.tag_dropout_mode": "RANDOM is --caption_tag_dropout_rate; FULL and RANDOM WEIGHTED are not here",
-    "concept.text.tag_dropout_special_tags": "--keep_tokens_separator, which marks in the captions what is never left out",
+    "concept.text.tag_dropout_special_tags": "--keep_tokens_separator, which marks in captions what always stays",
     "concept.text.caps_randomize_enable": "CLIP's tokenizer does not tell capitals from other letters",
     "concept.image.enable_crop_jitter": "--crop random, which is the default",
     "concept.image.enable_random_flip": "--random_flip",
