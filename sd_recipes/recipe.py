@@ -5,6 +5,7 @@ that it needs. A flag, a key of a recipe file and an attribute share one name.
 This module imports neither torch nor diffusers, so that a mistake on the command line is reported at once.
 """
 
+import itertools
 import math
 import re
 from typing import Annotated, Any, Literal, cast
@@ -112,6 +113,11 @@ def sampler_class_name(name: str) -> str:
     return known[plain]
 
 
+def clip_skip_in_words(clip_skip: int) -> str:
+    """What other programs call a --clip_skip, of which some count the last layer too."""
+    return f"clip_skip={clip_skip} in diffusers, Clip skip {clip_skip + 1} in A1111"
+
+
 def setting(default: Any, on_resume: OnResume, description: str, **constraints: Any) -> Any:
     """A field of a section: its default, what a change means for a resumed run, its help, and its range."""
     return Field(default, description=description, json_schema_extra={"on_resume": on_resume}, **constraints)
@@ -138,9 +144,14 @@ def _also_called(settings: Any, name: str, other: str) -> Any:
 class Section(BaseModel):
     """Settings that belong together. A section's docstring is `Title: description.`, which help and docs show."""
 
-    # A ValidationError would print the input, which may hold a password.
+    # A ValidationError would print the input, which may hold a password. Validators are built when one is first needed:
+    # those of all sections took half of the time in which a mistake in a flag is answered.
     model_config = ConfigDict(
-        extra="forbid", validate_assignment=False, protected_namespaces=(), hide_input_in_errors=True
+        extra="forbid",
+        validate_assignment=False,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+        defer_build=True,
     )
 
     @field_validator("*")
@@ -210,6 +221,12 @@ class ModelConfig(Section):
         None, "compared", "Revision of the UNet only (deprecated: use --variant non_ema)."
     )
     cache_dir: str | None = setting(None, "free", "Where downloads are cached.")
+    clip_skip: int | None = setting(
+        None,
+        "refused",
+        "Leave out so many of the text encoder's last layers, as diffusers counts: 1 is A1111's and sd-scripts' 2.",
+        ge=1,
+    )
     train_from_scratch: bool = setting(False, "compared", "Start from a UNet with random weights.")
     unet_config: str | None = setting(
         None, "compared", "JSON file with the UNet's configuration (needs --train_from_scratch)."
@@ -412,11 +429,39 @@ class CaptionConfig(Section):
     caption_template: str | None = setting(
         None, "warned", 'Caption made from columns, such as "a photo of {name}", instead of a caption column.'
     )
+    caption_prefix: str | None = setting(None, "warned", "What comes before every caption, and a space.")
+    caption_suffix: str | None = setting(None, "warned", "What comes after every caption and a space.")
+    enable_wildcard: bool = setting(
+        False, "warned", "Draw one of a, b and c for {a|b|c} in a caption, anew for every sample; {{ and }} are braces."
+    )
     shuffle_tags: bool = setting(False, "warned", "Shuffle the parts of a caption, split at --tag_separator.")
-    keep_tags: int = setting(0, "warned", "With --shuffle_tags, leave this many leading parts in place.", ge=0)
+    caption_tag_dropout_rate: Number = setting(
+        0.0, "warned", "Fraction of a caption's parts that are left out, each by itself.", ge=0, le=1
+    )
+    keep_tags: int = setting(
+        0,
+        "warned",
+        "With --shuffle_tags or --caption_tag_dropout_rate, leave this many leading parts in place.",
+        ge=0,
+    )
     tag_separator: str = setting(",", "warned", "What separates the tags of a caption.", min_length=1)
+    keep_tokens_separator: str | None = setting(
+        None,
+        "warned",
+        "A mark in captions, such as |||: tags before it, and after a second one, stay in place. Trained without it.",
+        min_length=1,
+    )
+    secondary_separator: str | None = setting(
+        None,
+        "warned",
+        "What joins tags that move and are left out together, such as ;;;. Trained as --tag_separator.",
+        min_length=1,
+    )
     caption_dropout: Number = setting(
         0.0, "warned", "Fraction of captions replaced by the empty one, for classifier-free guidance.", ge=0, le=1
+    )
+    caption_dropout_every_n_epochs: int = setting(
+        0, "warned", "Train every so many epochs on the empty caption alone; 0: none of them.", ge=0
     )
     proportion_empty_prompts: Number | None = setting(
         None, "free", "Same as --caption_dropout, as diffusers' SDXL script calls it.", ge=0, le=1
@@ -488,8 +533,18 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
             raise ValueError(f"--center_crop contradicts --crop {self.crop}: drop one")
         if self.caption_columns and self.caption_template:
             raise ValueError("--caption_columns and --caption_template both say what the caption is: drop one")
-        if self.keep_tags and not self.shuffle_tags:
-            raise ValueError("--keep_tags needs --shuffle_tags: add it, or drop --keep_tags")
+        if self.keep_tags and not (self.shuffle_tags or self.caption_tag_dropout_rate):
+            raise ValueError(
+                "--keep_tags needs --shuffle_tags or --caption_tag_dropout_rate: add one, or drop --keep_tags"
+            )
+        names = ("tag_separator", "keep_tokens_separator", "secondary_separator")
+        separators = {name: value for name in names if (value := getattr(self, name)) is not None}
+        for one, other in itertools.permutations(separators, 2):
+            if separators[one] in separators[other]:
+                raise ValueError(
+                    f"--{other} {separators[other]!r} holds --{one} {separators[one]!r}, so that captions could be "
+                    "read in two ways: choose another"
+                )
         if self.streaming and len(self.sources) > 1 and self.sources[0].weight == "rows":
             raise ValueError(
                 "the weight `rows` in data_sources, which kohya's dataset.toml gives, needs their numbers, and streams "

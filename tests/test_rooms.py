@@ -15,7 +15,7 @@ PACKAGE = ROOT / "sd_recipes"
 FLOORS = [
     ["__init__"],
     ["errors", "assets", "redaction", "reading", "sizes", "writing"],
-    ["recipe", "kohya"],
+    ["recipe", "kohya", "other_trainers"],
     ["flags"],
     ["runtime"],
     ["data"],

@@ -146,7 +146,8 @@ def recipe_of(target: Target, targets: list[Target], config: Evaluation) -> Reci
     is_lora = lora is not None and lora.name == LORA_FILE
     if target.weights is None and not is_lora:
         model = str(target.run) if target.run else target.name
-        changes = {**OF_THE_BASE, **changes, "pretrained_model_name_or_path": model}
+        own = {"clip_skip": settings_of(target.run, {}).get("clip_skip")} if target.run else {}
+        changes = {**OF_THE_BASE, **own, **changes, "pretrained_model_name_or_path": model}
     elif target.run and (target.run != first_run or is_lora):
         own = settings_of(target.run, {})
         if is_lora:  # which says by itself what it is
@@ -248,7 +249,8 @@ def draw(built: Run, prompts: list[str], at_once: int) -> list[Image.Image]:
             pipeline = drawing_pipeline(validator.family, validator.components, built.recipe.validation_sampler)
             # The same noise for all, whatever their runs' seeds.
             recipe = built.recipe.model_copy(update={"seed": PICTURE_SEED})
-            work = partial(draw_pictures, pipeline, prompts, recipe, validator.picture_size, numbers)
+            ask = partial(validator.family.prompt_arguments, validator.components)
+            work = partial(draw_pictures, pipeline, ask, prompts, recipe, validator.picture_size, numbers)
             own = dict(zip(numbers, AtOnce(at_once, "pictures").attempt(work) or [], strict=False))
     drawn = {number: picture for each in all_gather(own) for number, picture in each.items()}
     stop_request.check(STOPPED)

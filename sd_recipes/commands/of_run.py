@@ -177,10 +177,12 @@ def _load(target: Target, weights: str | None, flags: Mapping[str, Any]) -> Load
     if target.run and (product := product_of(target.run)).name == LORA_FILE:
         base = load_base(target.run, flags, {})
         return replace(base, lora=open_lora(product, str(product), base.parts))
-    config = ModelConfig(**{**flags, "pretrained_model_name_or_path": str(target.run or target.name)})
+    recipe = build_recipe(settings_of(target.run, {})) if target.run else None
+    own = {"clip_skip": recipe.clip_skip} if recipe else {}  # which a pipeline's files do not say
+    config = ModelConfig(**{**own, **flags, "pretrained_model_name_or_path": str(target.run or target.name)})
     family = family_of(config)
     components = family.load(config, load_scheduler(config), family.load_tokenizers(config))
-    return LoadedModel(family, components, build_recipe(settings_of(target.run, {})) if target.run else None)
+    return LoadedModel(family, components, recipe)
 
 
 def load_base(run: Path, flags: Mapping[str, Any], changes: Mapping[str, Any]) -> LoadedModel:

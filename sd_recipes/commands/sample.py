@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sd_recipes.data.held_out import choose
 from sd_recipes.data.training_data import load_training_data
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.evaluation.pictures import (
+    Ask,
     comparison_grid,
     decoded_one_by_one,
     drawing_pipeline,
@@ -64,7 +66,8 @@ def sample(config: Sampling) -> None:
         size: tuple[int, int] | None = None
         for number, name in enumerate(config.models, 1):
             folder = output_dir / f"model-{number}" if config.compare else output_dir
-            model = load_model(name, config.weights, config.model, "--compare" if config.compare else MODEL)
+            flags = config.model if config.clip_skip is None else {**config.model, "clip_skip": config.clip_skip}
+            model = load_model(name, config.weights, flags, "--compare" if config.compare else MODEL)
             if size is None:
                 size = size_of(model, config)
                 for picture in pictures_in(output_dir):  # of an earlier call: not before something takes their place
@@ -179,7 +182,9 @@ def draw_with(
     pipeline.set_progress_bar_config(desc=f"Drawing with {last.name}", leave=False)
     folder.mkdir(exist_ok=True)
     pictures = []
-    for number, picture in enumerate(draw(pipeline, prompts, config, size)):
+    ask = partial(model.family.prompt_arguments, model.components)
+    clip_skip = model.components.clip_skip
+    for number, picture in enumerate(draw(pipeline, ask, prompts, config, size)):
         width, height = picture.size
         values = {
             "Steps": config.steps,
@@ -187,6 +192,7 @@ def draw_with(
             "CFG scale": config.guidance_scale,
             "Seed": config.seed + number,
             "Size": f"{width}x{height}",
+            "Clip skip": None if clip_skip is None else clip_skip + 1,
             **about,
         }
         text = parameters_text(prompts[number] + words, config.negative_prompt, values)
@@ -195,7 +201,7 @@ def draw_with(
     return pictures
 
 
-def draw(pipeline: Any, prompts: list[str], config: Sampling, size: tuple[int, int]) -> Iterator[Image.Image]:
+def draw(pipeline: Any, ask: Ask, prompts: list[str], config: Sampling, size: tuple[int, int]) -> Iterator[Image.Image]:
     """A picture of `size` (height, width) for each prompt, `--batch_size` of them at a time. Raises RecipeError."""
     height, width = size
     with decoded_one_by_one(pipeline.vae):
@@ -203,7 +209,7 @@ def draw(pipeline: Any, prompts: list[str], config: Sampling, size: tuple[int, i
             numbers = range(start, min(start + config.batch_size, len(prompts)))
             try:
                 yield from pipeline(
-                    [prompts[number] for number in numbers],
+                    **ask([prompts[number] for number in numbers]),
                     negative_prompt=[config.negative_prompt] * len(numbers) if config.negative_prompt else None,
                     height=height,
                     width=width,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,17 @@ def drawing_pipeline(
     return pipeline
 
 
+Ask = Callable[[list[str]], Mapping[str, Any]]  # a pipeline's arguments by which it draws prompts
+
+
 def draw_pictures(
-    pipeline: Any, prompts: Sequence[str], recipe: Recipe, size: tuple[int, int], numbers: Sequence[int], at_once: int
+    pipeline: Any,
+    ask: Ask,
+    prompts: Sequence[str],
+    recipe: Recipe,
+    size: tuple[int, int],
+    numbers: Sequence[int],
+    at_once: int,
 ) -> list[Image.Image]:
     """Pictures of `size` (height, width) for those of the prompts with these numbers, `at_once` of them at a time.
 
@@ -51,7 +60,7 @@ def draw_pictures(
         for start in range(0, len(numbers), at_once):
             some = numbers[start : start + at_once]
             pictures += pipeline(
-                [prompts[number] for number in some],
+                **ask([prompts[number] for number in some]),
                 height=height,
                 width=width,
                 num_inference_steps=recipe.validation_inference_steps,

@@ -47,6 +47,7 @@ class Fit:
 
     def __init__(self, config: ModelConfig) -> None:
         self.from_scratch = config.train_from_scratch
+        self.clip_skip = config.clip_skip
         self.place = "the model's unet/config.json" if self.from_scratch else "the model's parts do not fit"
         if config.unet_config:
             self.place = f"--unet_config {config.unet_config}"
@@ -83,6 +84,14 @@ class Fit:
             raise RecipeError(
                 f"the tokenizer has {len(tokenizer)} tokens, and the text encoder knows {text_encoder.vocab_size}: use "
                 "the two of one model"
+            )
+
+    def check_clip_skip(self, num_layers: int) -> None:
+        """Raises RecipeError if more are to be left out than these layers of a text encoder."""
+        if self.clip_skip is not None and self.clip_skip > num_layers:
+            raise RecipeError(
+                f"--clip_skip {self.clip_skip} is more than the {num_layers} layers of the model's text encoder that "
+                "can be left out: use 1, which A1111 calls 2, or drop it"
             )
 
     def way_out(self, setting: str, value: int) -> str:

@@ -61,6 +61,7 @@ class Components:
     vae: AutoencoderKL
     scheduler: DDPMScheduler  # of training
     sampler: SchedulerMixin  # of the pipeline
+    clip_skip: int | None = field(default=None, kw_only=True)  # how many of a text model's last layers are left out
     # The frozen parts as they were loaded, if they run rounded to another type; see `placement.keep_as_loaded`.
     as_loaded: dict[str, Any] = field(default_factory=dict, kw_only=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -58,6 +58,10 @@ class Family(ABC):
 
         With a graph, where a text model is trained and gradients are on.
         """
+
+    def prompt_arguments(self, components: Components, prompts: list[str]) -> dict[str, Any]:
+        """The arguments by which this family's pipeline, made of the components, draws prompts."""
+        return {"prompt": prompts}
 
     def without_effect(self, components: Components) -> Mapping[str, tuple[str, ...]]:
         """By text model, how the names of its modules begin that no text state depends on: they are not trained."""

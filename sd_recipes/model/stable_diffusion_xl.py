@@ -75,6 +75,7 @@ class StableDiffusionXL(Family):
             sampler=load_sampler(config, scheduler),
             **{part: model.requires_grad_(False).eval() for part, model in text_models.items()},
             **dict(zip(("tokenizer", "tokenizer_2"), tokenizers or (None, None), strict=True)),
+            clip_skip=config.clip_skip,
             zeros_for_empty=source_of(config, "text_encoder_2").pipeline_settings.get(
                 "force_zeros_for_empty_prompt", True
             ),
@@ -85,6 +86,8 @@ class StableDiffusionXL(Family):
     def encode_text(self, components: Components, input_ids: torch.Tensor) -> TextStates:
         """The penultimate hidden states of both text models side by side, and the projection of the second's last one.
 
+        With --clip_skip those of so many layers before the penultimate, as diffusers' pipeline has them.
+
         Of a caption in chunks the projection is that of the first. Of an empty caption both are zeros where the model
         is sampled so: that is what it was trained with in their place (`force_zeros_for_empty_prompt`).
         """
@@ -94,7 +97,7 @@ class StableDiffusionXL(Family):
         outputs = [
             model(in_chunks(model, ids), output_hidden_states=True) for model, ids in zip(models, of_both, strict=True)
         ]
-        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        states = torch.cat([output.hidden_states[-2 - (components.clip_skip or 0)] for output in outputs], dim=-1)
         pooled = outputs[1].text_embeds
         states = states.reshape(len(input_ids), -1, states.shape[-1])
         pooled = pooled.reshape(len(input_ids), -1, pooled.shape[-1])[:, 0]
@@ -105,10 +108,14 @@ class StableDiffusionXL(Family):
         return {"encoder_hidden_states": states, "text_embeds": pooled}
 
     def without_effect(self, components: Components) -> Mapping[str, tuple[str, ...]]:
-        """What follows the first text model's penultimate states."""
+        """What follows the first text model's states; the second's are all needed for its projection."""
         assert isinstance(components, StableDiffusionXLComponents)
-        last = components.text_encoder.config.num_hidden_layers - 1
-        return {"text_encoder": (f"encoder.layers.{last}.", "final_layer_norm.")}
+        num_layers = components.text_encoder.config.num_hidden_layers
+        left_out = range(num_layers - 1 - (components.clip_skip or 0), num_layers)
+        return {"text_encoder": (*(f"encoder.layers.{number}." for number in left_out), "final_layer_norm.")}
+
+    def prompt_arguments(self, components: Components, prompts: list[str]) -> dict[str, Any]:
+        return {"prompt": prompts, "clip_skip": components.clip_skip}
 
     def conditioning(self, states: TextStates, batch: Batch) -> Conditioning:
         """With the time ids (B, 6), float32: original size, crop corner and target size (section 2.2), in pixels.
@@ -138,6 +145,7 @@ def _check_fit(components: StableDiffusionXLComponents, config: ModelConfig) -> 
     fit.check_channels(unet, components.vae.config)
     fit.check_text_states(unet, first.hidden_size + second.hidden_size, "the two text encoders' states together")
     fit.check_no_other_condition(unet, "class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim")
+    fit.check_clip_skip(min(first.num_hidden_layers, second.num_hidden_layers) - 1)
     if unet.addition_embed_type != "text_time":
         raise RecipeError(
             f"{fit.place}: addition_embed_type is {unet.addition_embed_type}, and an SDXL UNet takes sizes and a "

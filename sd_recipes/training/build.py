@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from sd_recipes.checkpoints.format import Manifest
 from sd_recipes.checkpoints.resume import finish_epoch, global_batch_size
 from sd_recipes.data.batches import Batch, BatchBuilder, TrainingBatches
+from sd_recipes.data.captions import UNDISTURBED
 from sd_recipes.data.held_out import HELD_OUT_SEED
 from sd_recipes.data.latent_store import (
     LatentStore,
@@ -45,7 +46,7 @@ from sd_recipes.model.latents import LatentEncoder, bearable_dtype, decode_witho
 from sd_recipes.model.lora import add_lora, trained_lora
 from sd_recipes.model.lora_files import peft_settings
 from sd_recipes.model.placement import apply_memory_format, keep_as_loaded, move_models
-from sd_recipes.recipe import ObjectiveConfig, Recipe, odd_settings
+from sd_recipes.recipe import ObjectiveConfig, Recipe, clip_skip_in_words, odd_settings
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import wait_for_all
@@ -436,7 +437,7 @@ def build_validator(
     sets = {}
     if data.held_out is not None and data.watched is not None:
         sets = {HELD_OUT: data.held_out, TRAIN: data.watched}
-    plain = {"center_crop": True, "crop": None, "random_flip": False, "caption_dropout": 0.0, "shuffle_tags": False}
+    plain = {"center_crop": True, "crop": None, "random_flip": False, **UNDISTURBED}
     plain_recipe = recipe.model_copy(update=plain)
     watched = WatchedRows(sets, plain_recipe) if sets else None
     prompts = recipe.validation_prompts or []
@@ -516,12 +517,18 @@ def describe(run: Run) -> str:
         "optimizer steps": steps,
         "trainable parameters": trained,
         "predicts": run.model.objective.prediction_type,
+        **({"text states": _text_states_in_words(run.recipe.clip_skip)} if run.recipe.clip_skip else {}),
         "device": f"{accelerator.device}, {accelerator.mixed_precision} mixed precision"
         + (f", compiled by {backend} (torch dynamo) of {configuration()}" if backend != "no" else "")
         + (f", sharded over {accelerator.num_processes} processes (FSDP2)" if accelerator.is_fsdp2 else ""),
         "seed": run.recipe.seed,
     }
     return "\n".join(f"  {name:<21}{value}" for name, value in lines.items())
+
+
+def _text_states_in_words(clip_skip: int) -> str:
+    layers = "the last layer" if clip_skip == 1 else f"the last {clip_skip} layers"
+    return f"without {layers} of the text encoder: draw with {clip_skip_in_words(clip_skip)}"
 
 
 def num_epochs(run: Run, order: Order) -> float:
