@@ -20,7 +20,7 @@ OF_PASSES = ("encoding", "forward", "backward")
 OF_UPDATE = ("clipping", "optimizer", "average")  # phases that know neither batch nor activations
 # Settings that the passes of a step do not depend on, but for memory that is there in all of its phases.
 AVERAGES = {"use_ema", "ema_snapshots"}
-STATE = {"optimizer", "use_8bit_adam", *AVERAGES}
+STATE = {"optimizer", "use_8bit_adam", "optimizer_kwargs", *AVERAGES}
 UNTRACED = {"offload_ema", "memory"}  # the first is put in afterwards, the other decides nothing by itself
 
 
