@@ -207,7 +207,7 @@ def test_schedule_free_trains_one_point_and_leaves_another(
     whole = in_two_parts(settings)
     assert_equal(weights(plain), weights(whole))
     forget_accelerator()
-    run(Recipe(**settings, **IN_TWO_PARTS))  # nothing is left but to export
+    run(Recipe(**(settings | IN_TWO_PARTS)))  # nothing is left but to export
     x = {}
     for step in (3, 5):
         saved = tmp_path / "run" / f"checkpoint-{step}"
@@ -241,17 +241,17 @@ def test_two_processes_are_one(settings: dict[str, Any], tmp_path: Path, optimiz
 # ------------------------------------------------------------------------------------------------ memory
 
 
-def test_the_plan_counts_their_states(tiny_pipeline: Path) -> None:
-    """In multiples of the weights: AdamW's two moments, Lion's one, Prodigy's two, s and p0, schedule-free's two."""
-    sizes = {}
-    for optimizer in ("adamw", "lion", "prodigy", SCHEDULE_FREE, "torch.optim.NAdam"):
-        recipe = recipe_of(optimizer=optimizer).model_copy(
-            update={"pretrained_model_name_or_path": str(tiny_pipeline), "resolution": 32, "train_batch_size": 1}
-        )
-        plan = plan_memory(recipe, "cpu")
-        sizes[optimizer] = plan.moments["optimizer"].by_kind[OPTIMIZER] / plan.moments["optimizer"].by_kind["weights"]
-    expected = {"adamw": 2, "lion": 1, "prodigy": 4, SCHEDULE_FREE: 2, "torch.optim.NAdam": 2}
-    assert sizes == pytest.approx(expected, rel=0.05)
+@pytest.mark.parametrize(
+    ("optimizer", "number"),
+    [("lion", 1), ("prodigy", 4), pytest.param(SCHEDULE_FREE, 2, marks=pytest.mark.slow),
+     pytest.param("torch.optim.NAdam", 2, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_the_plan_counts_their_states(tiny_pipeline: Path, optimizer: str, number: int) -> None:
+    """In multiples of the weights: Lion's moment, Prodigy's two with s and p0, schedule-free's second one and z."""
+    recipe = recipe_of(optimizer=optimizer, resolution=32, train_batch_size=1)
+    recipe = recipe.model_copy(update={"pretrained_model_name_or_path": str(tiny_pipeline)})
+    at_its_step = plan_memory(recipe, "cpu").moments["optimizer"].by_kind
+    assert at_its_step[OPTIMIZER] / at_its_step["weights"] == pytest.approx(number, rel=0.05)
 
 
 def test_what_they_do_not_go_with_is_not_proposed() -> None:

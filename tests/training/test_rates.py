@@ -61,7 +61,7 @@ def test_patterns_that_help_nobody(settings: dict[str, Any], pattern: str, words
 
 
 def test_frozen_parameters_take_part_in_nothing_and_a_checkpoint_is_whole(
-    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    settings: dict[str, Any], tmp_path: Path
 ) -> None:
     settings |= {"param_groups": GROUPS, "use_ema": True, "lr_scheduler": "cosine", "max_train_steps": 5,
                  "checkpointing_steps": 3}  # fmt: skip
@@ -83,15 +83,22 @@ def test_frozen_parameters_take_part_in_nothing_and_a_checkpoint_is_whole(
     assert_equal(weights(whole), weights(resumed))
     assert_equal(average(whole).named_tensors(), average(resumed).named_tensors())
 
+
+@pytest.mark.slow
+def test_groups_that_changed_go_on_by_name(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    settings |= {"use_ema": True, "max_train_steps": 5, "checkpointing_steps": 3}
+    begun = train(settings, param_groups=GROUPS)
+    saved = load_file(begun.output_dir / "checkpoint-3" / "unet" / UNET_WEIGHTS)
     thawed = train(settings, param_groups=[{"pattern": "*.attn2.*", "learning_rate": 0}],
                    resume_from_checkpoint="checkpoint-3")  # fmt: skip
     assert "--param_groups is " in caplog.text
-    moved = {name for name, each in weights(thawed).items() if not torch.equal(each, load_file(saved / "unet" /
-             UNET_WEIGHTS)[name])}  # fmt: skip
-    assert moved == {name for name in fresh if ".attn2." not in name}
-    steps = {name: state["step"].item() for name, state in by_name(thawed).items()}
-    assert {steps[f"unet/{name}"] for name in frozen} == {2}, "they begin"
-    assert {steps[f"unet/{name}"] for name in names & moved} == {5}, "these go on"
+    assert "the run continues with the new value" in caplog.text
+    moved = {name for name, each in weights(thawed).items() if not torch.equal(each, saved[name])}
+    assert moved == {name for name in saved if ".attn2." not in name}
+    trained_before = {name.removeprefix("unet/") for name in begun.state.parameters}
+    steps = {name.removeprefix("unet/"): state["step"].item() for name, state in by_name(thawed).items()}
+    assert {steps[name] for name in moved - trained_before} == {2}, "they begin"
+    assert {steps[name] for name in moved & trained_before} == {5}, "these go on"
 
 
 def by_name(run: Run) -> dict[str, Any]:
@@ -101,8 +108,9 @@ def by_name(run: Run) -> dict[str, Any]:
 @pytest.mark.slow
 def test_groups_of_a_lora_and_of_its_text_encoder(settings: dict[str, Any]) -> None:
     groups = [
-        {"pattern": "unet_lora.*.attn2.*", "learning_rate": 0}, {"pattern": "text_encoder_lora.*", "learning_rate": 1e-5},
-    ]  # fmt: skip
+        {"pattern": "unet_lora.*.attn2.*", "learning_rate": 0},
+        {"pattern": "text_encoder_lora.*", "learning_rate": 1e-5},
+    ]
     settings |= {"lora_rank": 2, "lora_text_encoder": True, "param_groups": groups, "checkpointing_steps": 2}
     whole = train(settings)
     assert {rate for name, rate in rates(whole).items() if name.startswith("text")} == {1e-5}
@@ -114,6 +122,7 @@ def test_groups_of_a_lora_and_of_its_text_encoder(settings: dict[str, Any]) -> N
         assert bool(frozen) == (part.name == "unet_lora")
 
 
+@pytest.mark.slow
 def test_the_plan_counts_no_state_of_what_is_frozen(tiny_pipeline: Path) -> None:
     recipe = Recipe(pretrained_model_name_or_path=str(tiny_pipeline), train_data_dir="x", resolution=32, use_ema=True)
     groups = Recipe(**recipe.model_dump(exclude={"param_groups"}), param_groups=GROUPS)
