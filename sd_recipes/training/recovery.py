@@ -179,6 +179,7 @@ def versions_of(optimizer: Any) -> tuple[list[int], dict[torch.Tensor, list[Any]
     states = {
         parameter: [times_changed(each) if isinstance(each, torch.Tensor) else each for each in state.values()]
         for parameter, state in optimizer.state.items()
+        if state  # a mere look at it may have left an empty one
     }
     return weights, states
 

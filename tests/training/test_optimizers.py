@@ -181,9 +181,16 @@ def in_two_parts(settings: dict[str, Any]) -> Run:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["lion", "lion8bit", "torch.optim.NAdam", "schedulefree.RAdamScheduleFree"])
-def test_a_run_goes_on_to_the_bit(settings: dict[str, Any], optimizer: str) -> None:
-    in_two_parts(settings | {"optimizer": optimizer})
+@pytest.mark.parametrize("changes", [
+    {"optimizer": "lion", "use_ema": True}, {"optimizer": "lion8bit", "gradient_accumulation_steps": 2},
+    {"optimizer": "torch.optim.NAdam"}, {"optimizer": "schedulefree.RAdamScheduleFree"},
+    {"optimizer": SCHEDULE_FREE, "train_text_encoder": True, "text_encoder_learning_rate": 1e-4},
+    {"optimizer": "prodigy", "lora_rank": 2, "lora_text_encoder": True, "learning_rate": 1.0},
+    {"optimizer": "lion", "mixed_precision": "bf16", "weights_dtype": "bf16"},
+    {"optimizer": "lion", "fused_backward_pass": True, "max_grad_norm": 0},
+])  # fmt: skip
+def test_a_run_goes_on_to_the_bit(settings: dict[str, Any], changes: dict[str, Any]) -> None:
+    in_two_parts(settings | changes)
 
 
 def test_prodigys_estimate_goes_on_and_is_logged(settings: dict[str, Any], tmp_path: Path) -> None:
