@@ -19,7 +19,7 @@ from sd_recipes.checkpoints.format import step_of
 from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
 from sd_recipes.flags import load_recipe, recipe_text
-from sd_recipes.memory.plan import plan_memory
+from sd_recipes.memory.plan import Untraceable, plan_memory
 from sd_recipes.memory.remedies import BF16_WEIGHTS, EIGHT_BIT, FUSED_BACKWARD
 from sd_recipes.memory.step import OPTIMIZER
 from sd_recipes.recipe import Recipe, odd_settings
@@ -260,6 +260,13 @@ def test_the_plan_counts_their_states(tiny_pipeline: Path, optimizer: str, numbe
     recipe = recipe.model_copy(update={"pretrained_model_name_or_path": str(tiny_pipeline)})
     at_its_step = plan_memory(recipe, "cpu").moments["optimizer"].by_kind
     assert at_its_step[OPTIMIZER] / at_its_step["weights"] == pytest.approx(number, rel=0.05)
+
+
+def test_one_that_cannot_step_without_values_is_not_planned_and_trains_all_the_same(tiny_pipeline: Path) -> None:
+    recipe = recipe_of(optimizer="odd_optimizers.LooksAtNumbers", resolution=32, train_batch_size=1)
+    check_optimizer(recipe, CPU)
+    with pytest.raises(Untraceable, match=r"LooksAtNumbers cannot be planned, .*\(.*Error: .*\): plan with"):
+        plan_memory(recipe.model_copy(update={"pretrained_model_name_or_path": str(tiny_pipeline)}), "cpu")
 
 
 def test_what_they_do_not_go_with_is_not_proposed() -> None:
