@@ -107,6 +107,25 @@ def test_sdxls_unet_is_divided_too(
     assert_equal(unet.state_dict(), saved(tmp_path / "two", 3, "unet_ema"))
 
 
+@pytest.mark.slow
+def test_a_divided_run_has_the_rates_of_the_whole_one_and_leaves_frozen_weights_alone(
+    settings: dict[str, Any], fsdp: dict[str, str], tmp_path: Path
+) -> None:
+    groups = {"*.down_blocks.*": 0.0, "*.attn2.*": 0.02}
+    one = train(
+        settings, train_batch_size=4, gradient_accumulation_steps=1, output_dir=str(tmp_path / "one"),
+        param_groups=[{"pattern": pattern, "learning_rate": rate} for pattern, rate in groups.items()],
+    )  # fmt: skip
+    assert any(not each.requires_grad for each in one.model.components.unet.parameters())
+    words = [f"{pattern}={rate}" for pattern, rate in groups.items()]
+    flags = [*flags_of(settings | {"output_dir": tmp_path / "two"}), "--param_groups", *words]
+    finish(start(torchrun(2), *flags, script="tests/record_samples.py", **fsdp))
+    assert_close(weights(one), saved(tmp_path / "two", 6, "unet"))
+    assert_close(average(one).named_tensors(), {
+        name: each for name, each in saved(tmp_path / "two", 6, "unet_ema").items() if name in average(one).names
+    })  # fmt: skip
+
+
 def test_a_divided_gradient_is_the_mean_over_the_usable_rows(
     settings: dict[str, Any], fsdp: dict[str, str], tmp_path: Path
 ) -> None:
