@@ -281,7 +281,7 @@ def _flag_kind(annotation: Any) -> tuple[type, list[str] | None, bool]:
         annotation = typing.get_args(annotation)[0]
     if typing.get_origin(annotation) is Literal:
         return str, list(typing.get_args(annotation)), False
-    if typing.get_origin(annotation) is list:
+    if typing.get_origin(annotation) in (list, dict):  # a mapping as NAME=VALUE, which its section reads
         return str, None, True
     return annotation, None, False
 

@@ -10,9 +10,22 @@ import math
 import re
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from sd_recipes.errors import nearest
+from sd_recipes.optimizers import (
+    EIGHT_BIT_ADAMW,
+    OF_BITSANDBYTES,
+    OPTIMIZERS,
+    PRODIGY,
+    SCHEDULE_FREE,
+    check_kwargs,
+    check_name,
+    is_class,
+    read_kwargs,
+    read_param_groups,
+    unread_flags,
+)
 from sd_recipes.redaction import LEFT_OUT, has_login, in_texts, redacted
 from sd_recipes.sizes import bytes_of
 
@@ -566,6 +579,9 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
         return self
 
 
+ENDS = ("earlier", "later")  # of a model's timesteps
+
+
 class ObjectiveConfig(Section):
     """Objective: what the UNet learns to predict, and how noise and errors are weighted."""
 
@@ -613,6 +629,19 @@ class ObjectiveConfig(Section):
     logit_std: Number = setting(
         1.0, "warned", "Standard deviation of the logit-normal's normal.", gt=0, allow_inf_nan=False
     )
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = setting(
+        "none",
+        "warned",
+        "Draw some timesteps more often: the first ones, the last (noisiest) ones, or a range of them.",
+    )
+    timestep_bias_multiplier: Number = setting(
+        1.0, "warned", "How many times as often they are drawn.", gt=0, allow_inf_nan=False
+    )
+    timestep_bias_portion: Number = setting(
+        0.25, "warned", "Which share of all timesteps they are, if they are the earlier or the later ones.", gt=0, le=1
+    )
+    timestep_bias_begin: int = setting(0, "warned", "Where the range of them begins.", ge=0)
+    timestep_bias_end: int = setting(1000, "warned", "Where that range ends, itself not in it.", ge=1)
     min_timestep: int = setting(0, "warned", "The first timestep that is trained.", ge=0)
     max_timestep: int | None = setting(
         None, "warned", "Where the trained timesteps end, itself not among them; if not given, at the last one.", ge=1
@@ -659,6 +688,17 @@ class ObjectiveConfig(Section):
                 f"--timesteps_by_error and --timestep_sampling {self.timestep_sampling} both say which timesteps are "
                 "drawn: drop one"
             )
+        if self.timestep_bias_strategy != "none" and (self.timesteps_by_error or self.timestep_sampling != "uniform"):
+            other = "timesteps_by_error" if self.timesteps_by_error else f"timestep_sampling {self.timestep_sampling}"
+            raise ValueError(
+                f"--timestep_bias_strategy {self.timestep_bias_strategy} and --{other} both say which timesteps are "
+                "drawn: drop one"
+            )
+        if self.timestep_bias_strategy == "range" and self.timestep_bias_end <= self.timestep_bias_begin:
+            raise ValueError(
+                f"--timestep_bias_begin {self.timestep_bias_begin} leaves no timestep before --timestep_bias_end "
+                f"{self.timestep_bias_end}: lower one or raise the other"
+            )
         if self.timesteps_by_error and self.learned_uncertainty:
             raise ValueError(
                 "--learned_uncertainty makes the loss alike at all timesteps, so that --timesteps_by_error has nothing "
@@ -675,12 +715,23 @@ class ObjectiveConfig(Section):
             ("huber_schedule", "--loss_type huber", self.loss_type != "l2"),
             ("logit_mean", "--timestep_sampling logit_normal", self.timestep_sampling == "logit_normal"),
             ("logit_std", "--timestep_sampling logit_normal", self.timestep_sampling == "logit_normal"),
+            ("timestep_bias_multiplier", "--timestep_bias_strategy later", self.timestep_bias_strategy != "none"),
+            ("timestep_bias_portion", "--timestep_bias_strategy later", self.timestep_bias_strategy in ENDS),
+            ("timestep_bias_begin", "--timestep_bias_strategy range", self.timestep_bias_strategy == "range"),
+            ("timestep_bias_end", "--timestep_bias_strategy range", self.timestep_bias_strategy == "range"),
             ("multires_noise_discount", "--multires_noise_iterations 6", self.multires_noise_iterations > 0),
         ):
             value = getattr(self, name)
             if not is_read and value != type(self).model_fields[name].default:
                 raise ValueError(f"--{name} {value} is not read without {needs}: add it, or drop --{name}")
         return self
+
+
+class ParamGroup(Section):
+    """Parameters with a learning rate of their own: those whose PART.NAME in a checkpoint matches the pattern."""
+
+    pattern: str = Field(min_length=1)
+    learning_rate: Number = Field(ge=0, allow_inf_nan=False)
 
 
 class OptimConfig(Section):
@@ -690,13 +741,30 @@ class OptimConfig(Section):
     gradient_accumulation_steps: int = setting(1, "compared", "Micro-batches per optimizer step.", ge=1)
     num_train_epochs: int = setting(100, "compared", "Passes over the data.", ge=1)
     max_train_steps: int | None = setting(None, "compared", "Optimizer steps; overrides --num_train_epochs.", ge=1)
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd", "adafactor"] = setting(
+    optimizer: Annotated[str, AfterValidator(check_name)] = setting(
         "adamw",
         "refused",
-        "Optimizer; the paged one's state moves to the host's memory where the GPU has no room.",
+        f"{', '.join(OPTIMIZERS)}, or a class of an installed package, such as torch.optim.RAdam (docs/optimizers.md).",
+        examples=[*OPTIMIZERS],
+    )
+    optimizer_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(read_kwargs), AfterValidator(check_kwargs)] = (
+        setting(
+            None,
+            "refused",
+            "Settings of the optimizer itself, as its class calls them: d_coef=0.5 betas=0.9,0.99. They take the place "
+            "of what other flags say.",
+        )
+    )
+    param_groups: Annotated[list[ParamGroup] | None, BeforeValidator(read_param_groups)] = setting(
+        None,
+        "warned",
+        "Learning rates of parameters by their names: '*.attn2.*=1e-5'. The first pattern that matches a name counts; "
+        "with rate 0 the parameters are frozen.",
     )
     use_8bit_adam: bool = setting(False, "free", "Same as --optimizer adamw8bit (bitsandbytes).")
-    learning_rate: Number = setting(1e-4, "warned", "Learning rate after the warm-up.", ge=0)
+    learning_rate: Number = setting(
+        1e-4, "warned", "Learning rate after the warm-up; 1, if not given, for --optimizer prodigy.", ge=0
+    )
     scale_lr: bool = setting(False, "warned", "Multiply the learning rate by the global batch size.")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
@@ -736,9 +804,34 @@ class OptimConfig(Section):
     foreach_ema: bool = setting(False, "free", "Accepted; the average is always updated with foreach operations.")
 
     @property
-    def is_8bit(self) -> bool:
-        """Whether bitsandbytes' optimizers are used."""
-        return self.optimizer in ("adamw8bit", "paged_adamw8bit")
+    def needs_contiguous_weights(self) -> bool:
+        """Whether the optimizer makes weights contiguous, as bitsandbytes' do, or may take it for granted."""
+        return self.optimizer in OF_BITSANDBYTES or is_class(self.optimizer)
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_rate(cls, settings: Any) -> Any:
+        """Prodigy finds the learning rate, of which its own is a factor."""
+        if isinstance(settings, dict) and settings.get("optimizer") == PRODIGY:
+            return {"learning_rate": 1.0, **settings}
+        return settings
+
+    @model_validator(mode="after")
+    def optimizer_agrees(self) -> "OptimConfig":
+        for name in unread_flags(self.optimizer):
+            value = getattr(self, name)
+            if value != OptimConfig.model_fields[name].default:
+                raise ValueError(
+                    f"--{name} {value} is not read by --optimizer {self.optimizer}: drop it, or use --optimizer_kwargs"
+                )
+        if self.optimizer == SCHEDULE_FREE and (self.use_ema or self.ema_snapshots):
+            raise ValueError(
+                f"{'--use_ema' if self.use_ema else '--ema_snapshots'} averages the weights, which --optimizer "
+                f"{SCHEDULE_FREE} does by itself: drop one"
+            )
+        if self.optimizer == PRODIGY and self.scale_lr:
+            raise ValueError(f"--scale_lr multiplies a learning rate, which --optimizer {PRODIGY} finds: drop one")
+        return self
 
 
 class MemoryConfig(Section):
@@ -1027,7 +1120,7 @@ class Recipe(
             )
         if self.train_from_scratch and self.non_ema_revision:
             raise ValueError("--train_from_scratch loads no UNet, so --non_ema_revision contradicts it: drop one")
-        if self.use_8bit_adam and not self.is_8bit:
+        if self.use_8bit_adam and self.optimizer not in EIGHT_BIT_ADAMW:
             raise ValueError(f"--use_8bit_adam contradicts --optimizer {self.optimizer}: drop one of them")
         if self.ema_length != DIFFUSERS_LENGTH and self.ema_decay != OptimConfig.model_fields["ema_decay"].default:
             raise ValueError(
@@ -1049,8 +1142,11 @@ class Recipe(
         trackers = {"tensorboard", "wandb", "comet_ml", "all", "none"}
         if self.report_to not in trackers:
             raise ValueError(f"--report_to {redacted(self.report_to)!r} is not one of: {', '.join(sorted(trackers))}")
-        if self.is_8bit and self.channels_last == "always":
-            raise ValueError("--channels_last always contradicts AdamW8bit, which makes weights contiguous: use auto")
+        if self.needs_contiguous_weights and self.channels_last == "always":
+            raise ValueError(
+                f"--channels_last always contradicts --optimizer {self.optimizer}, which needs contiguous weights: use "
+                "auto"
+            )
         if self.gradient_checkpointing and self.gradient_checkpointing_blocks:
             raise ValueError(
                 "--gradient_checkpointing recomputes all blocks, and --gradient_checkpointing_blocks "
@@ -1093,6 +1189,16 @@ def odd_settings(recipe: Recipe) -> list[str]:
         odd.append(
             f"--micro_batch {recipe.micro_batch} does nothing, for a batch has --train_batch_size "
             f"{recipe.train_batch_size} images."
+        )
+    if recipe.optimizer == PRODIGY and not 0.5 <= recipe.learning_rate <= 2:
+        odd.append(
+            f"--learning_rate {recipe.learning_rate:g} multiplies the rate that --optimizer {PRODIGY} finds by itself: "
+            "its authors leave it at 1, and change d_coef by --optimizer_kwargs where that rate is too small or large."
+        )
+    if recipe.optimizer == SCHEDULE_FREE and not recipe.lr_scheduler.startswith("constant"):
+        odd.append(
+            f"--lr_scheduler {recipe.lr_scheduler} lowers a rate that --optimizer {SCHEDULE_FREE} needs constant, for "
+            "its average of the weights takes the place of a schedule: use constant, or constant_with_warmup."
         )
     if recipe.offload_ema and not (recipe.use_ema or recipe.ema_snapshots):
         odd.append("--offload_ema does nothing without --use_ema or --ema_snapshots.")

@@ -33,7 +33,7 @@ from sd_recipes.redaction import shown
 BASE_VERSIONS = {
     "stable-diffusion-v1": "sd_v1",
     "stable-diffusion-v2-512": "sd_v2",
-    "stable-diffusion-v2-768-v": "sd_v2_768_v",
+    "stable-diffusion-v2-768-v": "sd_v2_v",
     "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
 }
 # What a file says of its tensors, which is no longer true in other keys.

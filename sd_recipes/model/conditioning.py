@@ -12,7 +12,7 @@ TextStates = Mapping[str, torch.Tensor]  # what the text models say, (B, …) ea
 # What the UNet is conditioned on besides noisy latents and timesteps, (B, …) each, by its argument's name.
 Conditioning = Mapping[str, torch.Tensor]
 ADDED = ("text_embeds", "time_ids")  # those that UNets of diffusers take within `added_cond_kwargs`
-MAX_TEXT_BYTES = 2**30  # of kept text states: about 9,000 captions of CLIP-L in bf16
+MAX_TEXT_BYTES = 2**30  # of kept text states: in bf16 about 9,000 captions of CLIP-L, or 3,400 of SDXL
 
 
 def unet_arguments(conditioning: Conditioning) -> dict[str, Any]:

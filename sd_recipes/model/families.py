@@ -29,11 +29,11 @@ def family_of(config: ModelConfig) -> Family:
     if isinstance(model, SingleFile):
         logger.info("%s is %s.", model.place, model.recognised.words)
     missing, generation = model.recognised.missing, model.recognised.generation
-    if config.base and missing:
-        base = open_source(config.base, "--base", config)
-        generation = _common_generation(model, base)
-        logger.info("%s of --base %s is used.", ", ".join(missing), config.base)
-    elif config.base and not isinstance(model, SingleFile):
+    if config.base and (missing or isinstance(model, SingleFile)):
+        generation = _common_generation(model, open_source(config.base, "--base", config))
+        used = ", ".join(missing) or "the configuration"
+        logger.info("%s of --base %s is used.", used, config.base)
+    elif config.base:
         logger.warning("--base %s is not used: %s has all parts of a model.", config.base, model.place)
     return FAMILIES[generation]()
 

@@ -32,6 +32,7 @@ DISTILLED = {
     "lightning": "a Lightning model",
     "lcm": LCM,
     "hyper[-_ ]?sd": "a Hyper-SD model",
+    "dmd2?": "a DMD model",
 }
 TOLD_BY = ("modelspec.title", "modelspec.architecture")  # metadata that name a model
 
@@ -60,7 +61,7 @@ def of_file(name: str, shapes: Mapping[str, Shape], metadata: Mapping[str, str])
     stated = next((other for key in TOLD_BY if (other := distilled_by_name(metadata.get(key, "")))), None)
     if stated or not (by_name := distilled_by_name(name)):
         return stated or found
-    return Recognised(f"{by_name.words} by its name", way_out=f"{by_name.way_out}, or rename the file if it is none")
+    return Recognised(f"by its name {by_name.words}", way_out=f"{by_name.way_out}, or rename the file if it is none")
 
 
 def distilled_by_name(name: str) -> Recognised | None:
@@ -192,7 +193,12 @@ def _stable_diffusion(shapes: Mapping[str, Shape]) -> Recognised | None:
     if len(found) == (4 if is_xl else 3):
         words = f"a checkpoint of Stable Diffusion {generation} in one file"
     else:
-        names = {"unet": "a UNet", "vae": "a VAE", "text_encoder": "a text encoder", "text_encoder_2": "the second one"}
+        names = {
+            "unet": "a UNet",
+            "vae": "a VAE",
+            "text_encoder": "a text encoder",
+            "text_encoder_2": "a second text encoder",
+        }
         some = " and ".join(names[part] for part in found)
         words = f"{some} of SDXL" if is_xl else some
         words += " alone" if len(found) == 1 else ""

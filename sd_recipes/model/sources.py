@@ -479,7 +479,10 @@ class SingleFile(Source):
         """Whose configuration this file has: --base's, for --vae that of the model's own VAE, or one of the package."""
         model, base = self.config.pretrained_model_name_or_path or "", self.config.base
         if self.flag == "--vae" and "vae" in (source := open_source(model, MODEL, self.config)).recognised.parts:
-            return source
+            is_alone = self.recognised.parts == {"vae"}
+            # Of another family's model it is not: the scale of its latents is another.
+            if is_alone or (self.recognised.generation == "XL") == (source.recognised.generation == "XL"):
+                return source
         if self.flag != "--base" and base:
             return open_source(base, "--base", self.config)
         return Folder(self.flag, str(assets.CONFIGURATIONS[self.recognised.generation]), self.config)

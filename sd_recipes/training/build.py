@@ -62,8 +62,11 @@ from sd_recipes.training.fused_backward import FusedBackward, check_fused_backwa
 from sd_recipes.training.guard import Guard
 from sd_recipes.training.objective import DenoisingLoss, NoiseSchedule
 from sd_recipes.training.optim import build_optimizer, build_schedule
+from sd_recipes.training.optimizer_check import check_combinations, check_optimizer
 from sd_recipes.training.quiet_loss import QuietLoss
+from sd_recipes.training.rates import set_rates
 from sd_recipes.training.row_losses import RowLosses
+from sd_recipes.training.schedule_free import EvaluationWeights, has_modes
 from sd_recipes.training.state import SNAPSHOTS, TrainedPart, TrainState
 from sd_recipes.training.timestep_errors import TimestepErrors
 from sd_recipes.training.uncertainty import CONFIG, LEARNING_RATE, Uncertainty
@@ -141,6 +144,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     manifest = checkpoint and checkpoint[1]
     for words in odd_settings(recipe):
         logger.warning("%s", words)
+    check_optimizer(recipe, accelerator.device)
     family = family_of(recipe)
     # The smallest parts first, so that a missing model is reported soon: for tokenizers, which the data checks need,
     # transformers would keep asking an unreachable Hub for minutes.
@@ -285,8 +289,8 @@ def build_model(
     """Put the models where the run needs them; returns them, and what is trained of them."""
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
     # bitsandbytes makes parameters contiguous at their first step, after its state has taken on their layout, and FSDP
-    # shards only contiguous ones.
-    contiguous = recipe.is_8bit or accelerator.is_fsdp2
+    # shards only contiguous ones. What optimizers of other packages take for granted is not known.
+    contiguous = recipe.needs_contiguous_weights or accelerator.is_fsdp2
     encoder = build_encoder(recipe, components.vae, accelerator, vae_dtype)
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
     parts = trained_parts(recipe, family, components, batch_size)
@@ -304,6 +308,7 @@ def build_model(
         seed=recipe.seed,
         step_number=lambda: state.progress.global_step,
     )
+    check_combinations(optimizer, recipe)
     fused_backward = FusedBackward(optimizer) if recipe.fused_backward_pass else None
     schedule = build_schedule(optimizer, recipe, num_steps)
     check_wrapped_classes(accelerator, components.unet)
@@ -319,6 +324,8 @@ def build_model(
         part.prepared = module
         if recipe.use_ema:
             part.average = AveragedWeights(part.parameters, recipe)
+        elif has_modes(optimizer):
+            part.average = EvaluationWeights(part.parameters, optimizer)
         if recipe.ema_snapshots:
             part.snapshots = {
                 suffix: AveragedWeights(part.parameters, recipe, length) for suffix, length in SNAPSHOTS.items()
@@ -393,6 +400,7 @@ def trained_parts(recipe: Recipe, family: Family, components: Components, batch_
     for component, learning_rate in learning_rates.items():
         part = make(component, getattr(components, component).train(), learning_rate)
         parts[part.name] = part
+    set_rates(list(parts.values()), recipe.param_groups or [], factor)
     if recipe.learned_uncertainty:
         parts[UNCERTAINTY] = uncertainty_part(components.scheduler, components.unet.device)
     return parts

@@ -25,7 +25,7 @@ def odd_run(run: Run) -> list[str]:
 def odd_rates(run: Run) -> list[str]:
     """Of the learning rate: one that is never reached, and a warm-up without effect."""
     recipe, num_steps, warmup = run.recipe, run.num_steps, run.recipe.lr_warmup_steps
-    if recipe.learning_rate == 0:
+    if recipe.learning_rate == 0 and not recipe.param_groups:
         return ["--learning_rate 0 trains nothing: give one above 0, such as 1e-5."]
     if recipe.lr_scheduler == "constant":
         if warmup and is_given(recipe, "lr_warmup_steps"):

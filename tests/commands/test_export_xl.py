@@ -191,6 +191,27 @@ def test_what_predicts_v_says_so(tmp_path: Path) -> None:
     assert metadata_of(tmp_path / "v.safetensors")["modelspec.prediction_type"] == "v"
 
 
+def test_a_lora_of_full_size_is_known_by_its_names(tmp_path: Path) -> None:
+    """It needs no base to go from kohya's keys to diffusers' and back: of the ten blocks deep in the UNet."""
+    tensors = {}
+    for place in ("input_blocks_7_1", "middle_block_1", "output_blocks_0_1"):
+        for depth in range(10):
+            name = f"lora_unet_{place}_transformer_blocks_{depth}_attn2_to_k"
+            tensors[f"{name}.lora_down.weight"] = torch.full((1, 2048), 0.5)
+            tensors[f"{name}.lora_up.weight"] = torch.ones(1280, 1)
+            tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    first, second, third = (tmp_path / f"{number}.safetensors" for number in range(3))
+    save_file(tensors, first)
+    exported(first, "--to", "lora", "--output", second)
+    names = {name.partition(".lora_")[0] for name in load_file(second)}
+    assert len(names) == 30
+    assert "unet.down_blocks.2.attentions.0.transformer_blocks.9.attn2.to_k" in names
+    assert "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k" in names
+    exported(second, "--to", "kohya_lora", "--dtype", "fp32", "--output", third)
+    assert_equal(load_file(third), tensors)
+    assert metadata_of(third)["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+
+
 def test_loras_of_the_other_family_are_refused(model: Path, lora: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     sd, out = build_tiny_pipeline(tmp_path / "sd"), tmp_path / "x.safetensors"
     for words in (

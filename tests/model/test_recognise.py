@@ -101,11 +101,12 @@ def test_a_file_of_another_kind_is_named(
 @pytest.mark.parametrize(
     ("name", "metadata", "words"),
     [
-        ("sdxl_turbo_fp16", {}, "is a Turbo model, distilled to draw in a few steps by its name: training would undo"),
-        ("dreamerXL_v21TurboDPMSDE", {}, "is a Turbo model"),
-        ("sdxl_lightning_4step", {}, "is a Lightning model"),
-        ("my-LCM", {}, "is a latent consistency model (LCM)"),
-        ("Hyper-SDXL-8steps", {}, "is a Hyper-SD model"),
+        ("sdxl_turbo_fp16", {}, "is by its name a Turbo model, distilled to draw in a few steps: training would undo"),
+        ("dreamerXL_v21TurboDPMSDE", {}, "is by its name a Turbo model"),
+        ("sdxl_lightning_4step", {}, "is by its name a Lightning model"),
+        ("my-LCM", {}, "is by its name a latent consistency model (LCM)"),
+        ("Hyper-SDXL-8steps", {}, "is by its name a Hyper-SD model"),
+        ("dmd2_sdxl_4step_unet", {}, "is by its name a DMD model"),
         ("x", {"modelspec.title": "SDXL Turbo"}, "is a Turbo model, distilled to draw in a few steps: training would"),
         ("x", {"modelspec.architecture": "stable-diffusion-xl-turbo-v1"}, "is a Turbo model"),
         ("turbojet_turbostyle", {"modelspec.title": "Enlightning"}, None),

@@ -287,7 +287,7 @@ def test_a_file_that_is_something_else_is_called_what_it_is(
 
 
 def pickled(model: Path) -> Path:
-    for part in WEIGHTS:
+    for part in ("unet", "vae", "text_encoder"):
         path = model / part / WEIGHTS[part]
         torch.save(
             load_file(path), path.with_name("pytorch_model.bin" if part == "text_encoder" else f"{path.stem}.bin")

@@ -16,10 +16,8 @@ from test_lora_files import assert_same_change, in_memory
 from tiny_models import build_tiny_pipeline
 from xl_loras import drawn_merged, drawn_with, load, picture, random_lora
 
-from sd_recipes.commands.export import outline_of
 from sd_recipes.model.lora_files import (
     diffusers_tensors,
-    generation_of_lora,
     kohya_tensors,
     layer_shapes,
     lora_parts,
@@ -129,20 +127,3 @@ def test_a_lora_of_the_other_family_is_refused_for_what_it_is(model: Path, tmp_p
     of_sd = in_memory({f"{reads}.lora_down.weight": torch.zeros(2, 768), f"{reads}.lora_up.weight": torch.zeros(64, 2)})
     with pytest.raises(UnfittingWeights, match="of Stable Diffusion 1, and this one is Stable Diffusion XL"):
         read_lora(of_sd, layer_shapes(lora_parts(xl)), xl.unet.config)
-
-
-def test_a_lora_of_full_size_is_known_and_fits_by_its_names() -> None:
-    parts = outline_of("XL")
-    shapes = layer_shapes(parts)
-    names = {
-        f"lora_unet_{place}_transformer_blocks_{depth}_attn2_to_k"
-        for place in ("input_blocks_7_1", "middle_block_1", "output_blocks_0_1") for depth in range(10)
-    }  # fmt: skip
-    tensors = {f"{name}.lora_down.weight": torch.zeros(1, 2048) for name in names}
-    tensors |= {f"{name}.lora_up.weight": torch.zeros(1280, 1) for name in names}
-    weights = in_memory(tensors)
-    assert generation_of_lora(weights.shapes) == "XL"
-    found = read_lora(weights, shapes, parts["unet"].config)["unet"]
-    assert len(found) == 30
-    assert "down_blocks.2.attentions.0.transformer_blocks.9.attn2.to_k" in found
-    assert "up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k" in found

@@ -11,12 +11,13 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from single_files import config_of, original_unet, part_of, single_file
 from tiny_models import build_tiny_pipeline, build_tiny_xl_pipeline
-from training_runs import assert_equal
+from training_runs import assert_equal, train
 
 from sd_recipes import assets
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import load_scheduler, load_vae
 from sd_recipes.model.families import family_of
+from sd_recipes.model.sources import source_of
 from sd_recipes.model.stable_diffusion_xl import StableDiffusionXL
 from sd_recipes.recipe import ModelConfig
 
@@ -112,15 +113,19 @@ def test_a_unet_alone_is_filled_in_from_a_base_of_its_kind(
     assert_equal(components.unet.state_dict(), unet)
     assert_equal(components.text_encoder_2.state_dict(), part_of(model, "text_encoder_2"))
     sd = build_tiny_pipeline(tmp_path / "sd")
-    with pytest.raises(RecipeError, match="name a base of its own kind"):
-        load(file, base=sd)
+    whole = file_of(tmp_path / "whole.safetensors", model)
+    for name, base in ((file, sd), (whole, sd), (single_file(tmp_path / "sd.safetensors", sd), model)):
+        with pytest.raises(RecipeError, match="name a base of its own kind"):
+            load(name, base=base)
 
 
-def test_its_vae_has_the_scale_of_its_own_model(model: Path, other: Path, tmp_path: Path) -> None:
+def test_its_vae_has_the_scale_of_its_own_family(model: Path, other: Path, tmp_path: Path) -> None:
     file = file_of(tmp_path / "m.safetensors", other)
     vae = load_vae(ModelConfig(pretrained_model_name_or_path=str(model), vae=str(file)))
     assert_equal(vae.state_dict(), part_of(other, "vae"))
     assert vae.config.scaling_factor == 0.13025
+    sd = ModelConfig(pretrained_model_name_or_path=str(build_tiny_pipeline(tmp_path / "sd")), vae=str(file))
+    assert source_of(sd, "vae").read_config("vae")["scaling_factor"] == 0.13025
 
 
 @pytest.mark.parametrize(
@@ -143,3 +148,18 @@ def test_its_configuration_is_the_published_one() -> None:
     config = config_of(assets.CONFIGURATIONS["XL"], "unet")
     assert config["transformer_layers_per_block"] == [1, 2, 10]
     assert config["projection_class_embeddings_input_dim"] == 1280 + 6 * config["addition_time_embed_dim"]
+
+
+@pytest.mark.slow
+def test_a_run_from_one_file_is_that_from_the_folder_to_the_bit(
+    xl_settings: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    """Of all that is trained: memory is laid out the same, so that sums are rounded the same."""
+    file = file_of(tmp_path / "m.safetensors", model)
+    changes = {"train_text_encoder": True, "max_train_steps": 2}
+    first = train(xl_settings, **changes, output_dir=str(tmp_path / "folder"))
+    second = train({**xl_settings, "pretrained_model_name_or_path": str(file), "base": str(model)}, **changes)
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        one, other = (getattr(each.model.components, part).state_dict() for each in (first, second))
+        assert_equal(one, other)
+        assert not all(torch.equal(value, part_of(model, part)[name]) for name, value in one.items())

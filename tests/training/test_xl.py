@@ -11,12 +11,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from launching import finish, flags_of, start, torchrun
 from outside import draw, draw_as_validation, exported, loss_of_pictures
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from shortages import shorten
 from training_runs import Run, assert_equal, build, fit_from, train, weights
 
 from sd_recipes.commands.of_run import load_model, merge_loras
 from sd_recipes.errors import RecipeError
+from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.training.build import UNET_WEIGHTS
 
 TEXT: dict[str, Any] = {"train_text_encoder": True, "use_ema": True, "caption_dropout": 0.3}
@@ -76,6 +77,14 @@ def test_all_that_matters_moves_and_stock_diffusers_has_and_draws_it(
     assert_equal(loaded.text_encoder.state_dict(), stock.text_encoder.state_dict())
 
 
+def with_layers_without_effect(file: Path) -> Path:
+    tensors = load_file(file)
+    for kind, shape in (("A", (4, 24)), ("B", (24, 4))):
+        tensors[f"text_encoder.text_model.encoder.layers.1.self_attn.q_proj.lora_{kind}.weight"] = torch.zeros(shape)
+    save_file(tensors, file.with_name("more.safetensors"))
+    return file.with_name("more.safetensors")
+
+
 @pytest.mark.parametrize("changes", [{"use_ema": True}, LORA], ids=["full", "lora"])
 def test_stock_diffusers_draws_the_validations_pixels(
     xl_settings: dict[str, Any], tiny_xl_pipeline: Path, changes: dict[str, Any]
@@ -87,6 +96,10 @@ def test_stock_diffusers_draws_the_validations_pixels(
     if "lora_rank" in changes:
         again = build(xl_settings, lora_weights=str(run.output_dir), lora_text_encoder=True)
         np.testing.assert_allclose(draw_as_validation(again), own, atol=1e-3)
+        # diffusers' script has layers in its files that the UNet does not see, and that nothing changed.
+        file = with_layers_without_effect(run.output_dir / LORA_FILE)
+        more = build(xl_settings, lora_weights=str(file), lora_text_encoder=True)
+        assert list(more.state.parameters) == list(again.state.parameters)
         merged = load_model(str(run.output_dir), None, {})
         merge_loras(merged, [])
         np.testing.assert_allclose(draw(merged.family.build_pipeline(merged.components)), own, atol=1e-3)
