@@ -16,7 +16,7 @@ FLOORS = [
     ["__init__"],
     ["errors", "assets", "redaction", "reading", "sizes", "writing"],
     ["optimizers"],
-    ["recipe", "kohya"],
+    ["recipe", "kohya", "other_trainers"],
     ["flags"],
     ["runtime"],
     ["data"],

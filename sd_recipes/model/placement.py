@@ -14,6 +14,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import Components
 from sd_recipes.model.family import Family
 from sd_recipes.model.lora import lora_layers
+from sd_recipes.model.narrow_heads import widen_narrow_heads
 from sd_recipes.recipe import MemoryConfig
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,11 @@ def move_models(
     """
     unet = components.unet
     for model in (unet, *(getattr(components, name) for name in family.text_models)):
+        is_trained_whole = any(each.requires_grad for each in model.parameters()) and not lora_layers(model)
         for parameter in model.parameters():
             if config.weights_dtype == "bf16" and parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
-            elif not parameter.requires_grad:
+            elif not parameter.requires_grad and not is_trained_whole:  # otherwise it is saved with what is trained
                 parameter.data = parameter.data.to(dtype)
         model.to(device)
     if not contiguous_unet:
@@ -62,6 +64,8 @@ def move_models(
         for text_model in trained_text_models(family, components):
             # What a frozen layer gives to one with a LoRA needs no gradient, which the other kind takes for an end.
             text_model.activation_checkpointing_enable({"use_reentrant": False})
+    if device.type == "cpu":
+        widen_narrow_heads(unet)
     if config.enable_xformers_memory_efficient_attention:
         if importlib.util.find_spec("xformers"):
             unet.enable_xformers_memory_efficient_attention()

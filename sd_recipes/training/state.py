@@ -77,6 +77,7 @@ class TrainedPart:
     rebuild: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module] | None = None
     # What it leaves in the run's folder of its whole evaluated tensors, besides its place in the pipeline.
     export: Callable[[Mapping[str, torch.Tensor], Path], None] | None = None
+    is_whole: bool = True  # all of the module is its own, what is frozen of it too; not so a LoRA
     average: Average | None = None
     snapshots: dict[str, Average] = field(default_factory=dict)  # with --ema_snapshots, by suffix
     # With --param_groups, rates other than `learning_rate`, by parameter; above 0, for `freeze` takes care of the rest.
@@ -87,7 +88,8 @@ class TrainedPart:
     def __post_init__(self) -> None:
         self.prepared = self.module
         # Of a LoRA, which lies in the layers of a frozen model.
-        self._of_others = {name for name, each in self.module.named_parameters() if not each.requires_grad}
+        frozen = {name for name, each in self.module.named_parameters() if not each.requires_grad}
+        self._of_others = set() if self.is_whole else frozen
 
     def freeze(self, names: Iterable[str]) -> None:
         """Train these of its parameters no more; they remain part of its state."""
