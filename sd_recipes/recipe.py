@@ -383,6 +383,43 @@ class ImageConfig(Section):
         return self.crop or ("center" if self.center_crop else "random")
 
 
+class MaskConfig(Section):
+    """Masks: which parts of a picture are learned."""
+
+    masked_loss: bool = setting(
+        False,
+        "warned",
+        "Learn what is white in a picture's mask: of --mask_column, or a-mask.png beside a.png; pictures without one "
+        "count as a whole.",
+    )
+    mask_column: str = setting("mask", "warned", "Column with the mask, its path, or its bytes in base64.")
+    mask_from_alpha: bool = setting(
+        False,
+        "warned",
+        "A picture's mask is its opacity, unless it has one of its own; switches --masked_loss on.",
+    )
+    unmasked_weight: Number = setting(
+        0.0, "warned", "How much of the loss counts where a mask is black; where it is white, all of it.", ge=0, lt=1
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def masks_are_switched_on(cls, settings: Any) -> Any:
+        """`--mask_from_alpha` asks for `--masked_loss`."""
+        if isinstance(settings, dict) and settings.get("mask_from_alpha") is True:
+            return {**settings, "masked_loss": True}
+        return settings
+
+    @model_validator(mode="after")
+    def masks_agree(self) -> "MaskConfig":
+        if not self.masked_loss:
+            for name in ("mask_column", "unmasked_weight"):
+                value = getattr(self, name)
+                if value != MaskConfig.model_fields[name].default:
+                    raise ValueError(f"--{name} {value} is not read without --masked_loss: add it, or drop --{name}")
+        return self
+
+
 class CaptionConfig(Section):
     """Captions: which text goes with a picture, and what happens to missing and long captions."""
 
@@ -427,7 +464,7 @@ class CacheConfig(Section):
     )
 
 
-class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
+class DataSettings(DataConfig, ImageConfig, MaskConfig, CaptionConfig, CacheConfig):
     """The data settings that training and `inspect` share: where rows come from, and what is made of them."""
 
     @model_validator(mode="after")
@@ -842,8 +879,8 @@ class HubConfig(Section):
 
 ONLY_IN_FILES = {"data_sources"}  # settings that have no flag
 SECTIONS: tuple[type[Section], ...] = (
-    RunConfig, ModelConfig, TextEncoderConfig, LoraConfig, DataConfig, ImageConfig, CaptionConfig, CacheConfig,
-    ObjectiveConfig, OptimConfig, MemoryConfig, CheckpointConfig, ValidationConfig, HubConfig,
+    RunConfig, ModelConfig, TextEncoderConfig, LoraConfig, DataConfig, ImageConfig, MaskConfig, CaptionConfig,
+    CacheConfig, ObjectiveConfig, OptimConfig, MemoryConfig, CheckpointConfig, ValidationConfig, HubConfig,
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from sd_recipes.data.checks import check_bad_rows_again, check_held_out, check_r
 from sd_recipes.data.first_words import NUM_EXAMPLES, example_captions, first_words
 from sd_recipes.data.guard import guarded
 from sd_recipes.data.held_out import FixedRows, choose, divide_streams, held_out_numbers, warn_of_rows_in_both
+from sd_recipes.data.masks import has_mask, masks_in_words
 from sd_recipes.data.order import Order, plans_of_order
 from sd_recipes.data.rows import SourceRows, join_rows, load_held_out_rows, load_sources, load_streams
 from sd_recipes.data.shards import Shards, with_bytes
@@ -80,6 +81,9 @@ def load_training_data(
             for stream in streams:
                 checked_rows = check_stream(stream.rows, recipe, tokenizer)
                 examples = examples or example_captions(checked_rows[:NUM_EXAMPLES], recipe)
+                if recipe.masked_loss:
+                    number = sum(has_mask(row, recipe) for row in checked_rows)
+                    stream.recognised.notes.append(f"masks: {number} of its first {len(checked_rows)} rows have one")
         bad_rows = BadRows(output_dir, recipe.max_bad_rows, None, rank, writes=not recipe.dry_run)
         if rank == 0:
             say(first_words(recipe, [stream.recognised for stream in streams], None, examples, held_out))
@@ -98,6 +102,8 @@ def load_training_data(
     rows = join_rows([part.rows for part in parts], recipe.max_train_samples, seed)
     if rank == 0:
         examples = example_captions(rows, recipe)
+        if recipe.masked_loss:
+            parts[0].recognised.notes.append(masks_in_words(rows, recipe))
         say(first_words(recipe, [part.recognised for part in parts], len(rows), examples, held_out))
     if len(rows) < sum(lengths):
         if weights:

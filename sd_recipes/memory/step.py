@@ -272,6 +272,7 @@ def blank_batch(recipe: Recipe, family: Family, components: Components, size: in
         crop_corner=torch.zeros(size, 2, dtype=torch.int64),
         target_size=torch.zeros(size, 2, dtype=torch.int64),
         weights=torch.ones(size),
+        latent_weights=torch.ones(size, 1, height, width) if recipe.masked_loss else None,
         names=("",) * size,
         plan=MicroBatch(
             rows=numbers,

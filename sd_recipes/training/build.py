@@ -100,7 +100,9 @@ class Model:
         errors = self.timestep_errors
         timesteps = batch.timesteps if errors is None else errors.timesteps(batch.timestep_u)
         noises = batch.noise, batch.input_noise
-        losses = self.objective.undivided(self.unet, latents, conditioning, timesteps, *noises)
+        losses = self.objective.undivided(
+            self.unet, latents, conditioning, timesteps, *noises, latent_weights=batch.latent_weights
+        )
         self.quiet_loss.add(batch, timesteps, losses.detach())
         if errors is None:
             return self.objective.divided(losses, timesteps)
