@@ -64,21 +64,19 @@ TAGS = "every tag of a caption is there from the first step on"
 SIDES = "buckets have about as many pixels as the resolution, in shapes from --bucket_step"
 HELD_OUT = "what is held out is a split of the data: --validation_split NAME"
 NOT_MAPPED: dict[str, tuple[Any, str]] = {
-    "alpha_mask": (False, "transparency is laid over white, and the loss counts every pixel"),
     "cache_info": (False, "sizes and captions are read anew by every run"),
     "caption_dropout_every_n_epochs": (0, "captions are dropped at random, by caption_dropout_rate"),
     "caption_prefix": ("", "write it into the captions"),
     "caption_suffix": ("", "write it into the captions"),
     "caption_tag_dropout_rate": (0, "captions are dropped as a whole, by caption_dropout_rate"),
     "color_aug": (False, "colours are left as they are"),
-    "conditioning_data_dir": (None, "ControlNets are not trained"),
+    "conditioning_data_dir": (
+        None,
+        "ControlNets are not trained; masks are put beside their pictures, as a-mask.png, for --masked_loss",
+    ),
     "custom_attributes": ({}, "nothing would read them"),
     "enable_wildcard": (False, "{a|b} is left as it is; of a caption file's lines one is drawn in any case"),
     "face_crop_aug_range": (None, "crops do not look for faces"),
-    "is_reg": (
-        False,
-        "its pictures count like all others, num_repeats times an epoch, and are not repeated to match their number",
-    ),
     "keep_tokens_separator": ("", "which tags stay in place is told by their number: keep_tokens"),
     "max_bucket_reso": (None, SIDES),
     "min_bucket_reso": (None, SIDES),
@@ -115,6 +113,7 @@ def _max_upscale(no_upscale: bool) -> float:
 
 # Settings of the whole run: the key's counterpart, how its value is translated, and kohya's default.
 OF_THE_RUN: dict[str, tuple[str, Callable[[Any], Any], Any]] = {
+    "alpha_mask": ("mask_from_alpha", bool, False),
     "batch_size": ("train_batch_size", int, 1),
     "bucket_no_upscale": ("max_upscale", _max_upscale, False),
     "bucket_reso_steps": ("bucket_step", int, 64),
@@ -251,6 +250,8 @@ class _Reading:
         """The entry of data_sources."""
         keys = subset.keys
         source = {"weight": "rows", "repeats": keys.get("num_repeats", 1)}
+        if keys.get("is_reg"):
+            source["is_reg"] = True
         folder = subset.own.get("image_dir")
         if folder is not None and not Path(folder).expanduser().is_dir():
             raise _Mistake(f"{subset.place}.image_dir {folder}: no such folder")

@@ -153,16 +153,20 @@ class DenoisingLoss:
         noise: Tensor,
         input_noise: Tensor | None = None,
         latent_weights: Tensor | None = None,
+        teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """(B,) loss of each image before a learned uncertainty divides it, float32.
 
         `input_noise` differs from `noise` under input perturbation (Ning et al. 2023, algorithm 1): the UNet sees the
         perturbed noise and has to predict the other. The loss is the mean over an image's latent, weighted by
-        `latent_weights`, (B, 1, h, w) with mean 1, where they are given.
+        `latent_weights`, (B, 1, h, w) with mean 1, where they are given. A `teacher` gives the target, (B, C, h, w),
+        from noisy latents and timesteps.
         """
         noisy_latents = self.schedule.add_noise(latents, noise if input_noise is None else input_noise, timesteps)
         target = self.target(self.schedule, latents, noise, timesteps)
-        if self.rectify is not None:
+        if teacher is not None:
+            target = teacher(noisy_latents, timesteps)
+        elif self.rectify is not None:
             noisy_latents, target = self.rectify(unet, noisy_latents, target, conditioning, timesteps)
         prediction = unet(noisy_latents, timesteps, **conditioning, return_dict=False)[0]
         error = at(self.error_scale, timesteps) * (prediction.float() - target.float())
