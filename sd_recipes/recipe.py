@@ -413,7 +413,7 @@ class MaskConfig(Section):
 
 
 class PriorConfig(Section):
-    """Prior preservation: pictures of a class beside the trained ones, so that the model keeps what it knows of it."""
+    """Prior preservation: pictures of a class beside the trained ones, so that it is kept."""
 
     class_data_dir: str | None = setting(
         None, "compared", "Folder of class pictures: one of them is trained beside every picture of the data."
