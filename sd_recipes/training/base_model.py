@@ -18,7 +18,7 @@ from sd_recipes.data.batches import Batch
 from sd_recipes.model.components import Components
 from sd_recipes.model.family import Family
 from sd_recipes.model.lora import without_lora
-from sd_recipes.model.placement import trained_text_models
+from sd_recipes.model.placement import apply_memory_format, trained_text_models
 from sd_recipes.recipe import Recipe
 
 
@@ -63,4 +63,5 @@ def base_model(
         for name in ("unet", *family.text_models)
         if any(getattr(components, name) is each for each in trained)
     }
+    apply_memory_format(copies["unet"], recipe, device, dtype)
     return BaseModel(family, replace(components, **copies), copies["unet"], tuple(copies.values()), (), dtype)

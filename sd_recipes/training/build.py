@@ -521,6 +521,7 @@ def describe(run: Run) -> str:
     lines = {
         **({"resumes from": f"{run.checkpoint[0]}"} if run.checkpoint else {}),
         "global batch": batch_in_words(run),
+        **({"class pictures": f"{data.class_rows.num_rows:,}, one beside each image"} if data.class_rows else {}),
         "optimizer steps": steps,
         "trainable parameters": trained,
         "predicts": run.model.objective.prediction_type,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from launching import finish, flags_of, start, torchrun
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,6 +22,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.class_pictures import draw_class_pictures
 from sd_recipes.memory.plan import plan_memory
 from sd_recipes.memory.step import FROZEN
+from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
 from sd_recipes.training.build import UNET_WEIGHTS
@@ -315,15 +316,25 @@ def test_mistakes_about_the_model_and_the_folder(prior: dict[str, Any], tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_and_draw_once(prior: dict[str, Any], tmp_path: Path, tiny_pipeline: Path) -> None:
-    """From the first class picture to a pipeline that stock diffusers loads."""
+@pytest.mark.parametrize("changes", [{}, {**MODEL, "lora_rank": 2}], ids=["pictures", "model"])
+def test_two_processes_are_one_and_draw_once(
+    prior: dict[str, Any], tmp_path: Path, tiny_pipeline: Path, changes: dict[str, Any]
+) -> None:
+    """From the first class picture to a pipeline, or a LoRA, that stock diffusers loads and draws with."""
     prior |= {
         "class_data_dir": str(tmp_path / "drawn"), "num_class_images": 3, "validation_inference_steps": 2,
-        "optimizer": "sgd", "learning_rate": 0.01, "max_train_steps": 3, "train_batch_size": 1,
+        "optimizer": "sgd", "learning_rate": 0.01, "max_train_steps": 3, "train_batch_size": 1, **changes,
     }  # fmt: skip
     finish(start(torchrun(2), *flags_of(prior)))
-    assert Counter(path.name for path in (tmp_path / "drawn").iterdir()).total() == 3
-    assert_leaves_as_it_came(tmp_path / "run", tiny_pipeline)
-    one = weights(train(prior, train_batch_size=2, output_dir=str(tmp_path / "one")))
-    two = load_file(tmp_path / "run" / "unet" / UNET_WEIGHTS)
-    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    assert len(list((tmp_path / "drawn").iterdir())) == 3
+    one = {"train_batch_size": 2, "output_dir": str(tmp_path / "one")}
+    finish(start(torchrun(1), *flags_of({**prior, **one})))
+    file = LORA_FILE if changes else f"unet/{UNET_WEIGHTS}"
+    by_one, by_two = (load_file(tmp_path / name / file) for name in ("one", "run"))
+    assert all(torch.allclose(by_one[name], by_two[name], atol=1e-5) for name in by_one)
+    if not changes:
+        assert_leaves_as_it_came(tmp_path / "run", tiny_pipeline)
+        return
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipeline.load_lora_weights(tmp_path / "run")
+    assert pipeline("a disc", num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
