@@ -170,7 +170,7 @@ class TracedStep:
         for name in ("unet", "vae", *self.family.text_models):
             module = getattr(self.components, name)
             tracer.name(FROZEN, [*module.parameters(), *module.buffers()])
-        for module in self.model.base.copies if self.model.base else ():
+        for module in self.model.frozen.copies if self.model.frozen else ():
             tracer.name(FROZEN, [*module.parameters(), *module.buffers()])
         tracer.name(WEIGHTS, state.parameters.values())
         for parameter in state.parameters.values():

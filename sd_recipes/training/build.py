@@ -55,9 +55,9 @@ from sd_recipes.runtime.launcher import DYNAMO, configuration
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import Tracker
-from sd_recipes.training.base_model import BaseModel, base_model
 from sd_recipes.training.dropout import has_dropout
 from sd_recipes.training.ema import AveragedWeights, release_before_steps
+from sd_recipes.training.frozen_model import FrozenModel, frozen_model
 from sd_recipes.training.fused_backward import FusedBackward, check_fused_backward
 from sd_recipes.training.guard import Guard
 from sd_recipes.training.objective import DenoisingLoss, NoiseSchedule
@@ -95,14 +95,14 @@ class Model:
     quiet_loss: QuietLoss
     timestep_errors: TimestepErrors | None  # by which timesteps are drawn, instead of those that a batch has
     steps_in_backward: bool  # with --fused_backward_pass
-    base: BaseModel | None  # whose predictions are the targets of class pictures, with --prior_preservation model
+    frozen: FrozenModel | None  # whose predictions are the targets of class pictures, with --prior_preservation model
 
     def losses(self, latents: torch.Tensor, conditioning: Conditioning, batch: Batch) -> torch.Tensor:
         """(B,) loss of each image of a batch on the device, whose latents are (B, C, h, w)."""
         errors = self.timestep_errors
         timesteps = batch.timesteps if errors is None else errors.timesteps(batch.timestep_u)
         noises = batch.noise, batch.input_noise
-        teacher = partial(self.base.predict, batch) if self.base is not None and batch.plan.is_class else None
+        teacher = partial(self.frozen.predict, batch) if self.frozen is not None and batch.plan.is_class else None
         losses = self.objective.undivided(
             self.unet,
             latents,
@@ -293,7 +293,7 @@ def build_model(
     # shards only contiguous ones.
     contiguous = recipe.is_8bit or accelerator.is_fsdp2
     encoder = build_encoder(recipe, components.vae, accelerator)
-    base = base_model(recipe, family, components, device, dtype) if recipe.prior_preservation == "model" else None
+    frozen = frozen_model(recipe, family, components, device, dtype) if recipe.prior_preservation == "model" else None
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
     parts = trained_parts(recipe, family, components, batch_size)
     num_train_timesteps = components.scheduler.config.num_train_timesteps
@@ -357,7 +357,7 @@ def build_model(
         quiet_loss=quiet_loss,
         timestep_errors=timestep_errors,
         steps_in_backward=recipe.fused_backward_pass,
-        base=base and base.called_as(part_of(parts, "unet").prepared),
+        frozen=frozen and frozen.called_as(part_of(parts, "unet").prepared),
     )
     return model, state
 

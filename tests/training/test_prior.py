@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_runs import assert_equal, assert_leaves_as_it_came, build, fit_from, train, weights
 
+from sd_recipes.commands.cache import fill_cache
 from sd_recipes.commands.train import show
 from sd_recipes.data.class_rows import CLASS_POSITIONS, ClassRows
 from sd_recipes.data.order import MicroBatch, Order, plans_of_order
@@ -145,6 +146,15 @@ def test_resuming_caching_and_splitting(prior: dict[str, Any], tmp_path: Path, c
     assert all(torch.allclose(split[name], whole[name], atol=1e-5) for name in whole)
 
 
+@pytest.mark.parametrize("buckets", [{}, {"aspect_ratio_buckets": True, "bucket_step": 32}], ids=["square", "buckets"])
+def test_the_cache_command_encodes_class_pictures_too(prior: dict[str, Any], buckets: dict[str, Any]) -> None:
+    prior |= {"center_crop": True, "cache_latents": "disk", "mixed_precision": "no", **buckets}
+    forget_accelerator()
+    fill_cache(Recipe(**prior))
+    step = next(iter(build(prior).batches(0, 1)))
+    assert [len(batch.to_encode) for batch in step] == [0] * len(step)
+
+
 def test_a_bad_class_picture_is_a_bad_row(prior: dict[str, Any]) -> None:
     (Path(prior["class_data_dir"]) / "3.png").write_bytes(b"")
     run = build(prior, max_bad_rows=1, train_batch_size=8)
@@ -191,10 +201,10 @@ def test_it_predicts_as_before_training(prior: dict[str, Any], changes: dict[str
         run.model.components.unet.train()
         return found
 
-    assert run.model.base is not None
+    assert run.model.frozen is not None
 
     def base(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return run.model.base.predict(batch, noisy, timesteps)
+        return run.model.frozen.predict(batch, noisy, timesteps)
 
     before = predicted_by(base)
     torch.testing.assert_close(before, predicted_by(trained), atol=1e-5, rtol=1e-4)

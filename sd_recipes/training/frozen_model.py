@@ -23,7 +23,7 @@ from sd_recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class FrozenModel:
     """The family's components as they were loaded, and how its UNet is called."""
 
     family: Family
@@ -33,7 +33,7 @@ class BaseModel:
     with_lora: tuple[torch.nn.Module, ...]  # whose LoRA is left out in a prediction
     dtype: torch.dtype
 
-    def called_as(self, unet: Callable[..., Any]) -> BaseModel:
+    def called_as(self, unet: Callable[..., Any]) -> FrozenModel:
         """Of a run whose UNet is prepared as `unet`, which it calls too, unless it has a copy."""
         return self if self.copies else replace(self, unet=unet)
 
@@ -51,17 +51,17 @@ class BaseModel:
         return prediction.float()
 
 
-def base_model(
+def frozen_model(
     recipe: Recipe, family: Family, components: Components, device: torch.device, dtype: torch.dtype
-) -> BaseModel:
+) -> FrozenModel:
     """What `components` are as they were loaded; to be called before they are moved, and trained."""
     trained = [components.unet, *trained_text_models(family, components)]
     if recipe.trains_lora:
-        return BaseModel(family, components, components.unet, (), tuple(trained), torch.float32)
+        return FrozenModel(family, components, components.unet, (), tuple(trained), torch.float32)
     copies: dict[str, Any] = {
         name: copy.deepcopy(getattr(components, name)).to(device, dtype).requires_grad_(False).eval()
         for name in ("unet", *family.text_models)
         if any(getattr(components, name) is each for each in trained)
     }
     apply_memory_format(copies["unet"], recipe, device, dtype)
-    return BaseModel(family, replace(components, **copies), copies["unet"], tuple(copies.values()), (), dtype)
+    return FrozenModel(family, replace(components, **copies), copies["unet"], tuple(copies.values()), (), dtype)
