@@ -163,6 +163,8 @@ class PictureFolder:
                 words = f"{suffix} files are passed over (--caption_extension {suffix} reads them)"
                 self._note(words, self.listing.with_suffix(suffix))
         unknown = [name for name in self.columns if name not in (LABEL, *TEXT_COLUMNS)]
+        if own is not None and not self.config.caption_template:  # a whole caption, whatever other sources call theirs
+            unknown = []
         if unknown and side.suffix != ".json":
             raise RecipeError(
                 f"{self.source.flag} has a text in each {side.suffix} file, the column `text`, and is asked for "

@@ -165,6 +165,17 @@ def test_a_bad_class_picture_is_a_bad_row(prior: dict[str, Any]) -> None:
     assert all(value.isfinite().all() for value in run.model.components.unet.parameters())
 
 
+def test_the_class_prompt_is_a_caption_by_any_name(prior: dict[str, Any], tmp_path: Path) -> None:
+    """Where the other rows have theirs in a column of another name."""
+    lines = (Path(prior["train_data_dir"]) / "metadata.jsonl").read_text().replace('"text"', '"words"')
+    table = tmp_path / "words.jsonl"
+    table.write_text(lines)
+    named = {"train_data_dir": None, "dataset_name": str(table), "image_root": prior["train_data_dir"]}
+    run = build({**prior, **named}, caption_column="words")
+    assert run.data.rows is not None
+    assert run.data.rows["words"] == [*(f"disc number {number}" for number in range(8)), *["a disc"] * 5]
+
+
 def test_class_pictures_are_not_part_of_an_epoch(prior: dict[str, Any]) -> None:
     run = build(prior, max_train_steps=None, num_train_epochs=2, validation_split="2")
     assert run.num_steps == 6, "of six rows, in batches of two"
