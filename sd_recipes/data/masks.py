@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -17,6 +16,9 @@ from sd_recipes.data.columns import LATENT_MASK, MASK
 from sd_recipes.data.images import ImageError, has_alpha, open_alpha, open_mask, place_crop
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import DataSettings, MaskConfig
+
+if TYPE_CHECKING:
+    import torch
 
 CHUNK = 256
 
@@ -95,6 +97,8 @@ def weights_of_masks(
     w + (1 - w) m, of m from 0 for black to 1 for white and w of --unmasked_weight, over its own mean: a small subject
     counts as much as a picture without a mask, all of whose weights are 1.
     """
+    import torch  # here, since inspection's workers can do without
+
     weights = np.ones((len(masks), 1, *latent_shape[1:]), dtype=np.float32)
     for own, mask in zip(weights, masks, strict=True):
         if mask is not None and not is_black(mask):
