@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -149,6 +148,8 @@ def comparison_grid(columns: list[list[Image.Image]], names: list[str], captions
 
 def _font(size: float) -> ImageFont.FreeTypeFont:
     """matplotlib's own, which has characters that Pillow's lacks."""
+    import matplotlib  # takes long to import, and a run begins without it
+
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
