@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.pictures import draw_pictures, drawing_pipeline, save_whole
 from sd_recipes.model.components import load_scheduler
 from sd_recipes.model.families import family_of
+from sd_recipes.model.latents import bearable_dtype, decode_without_autocast
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import broadcast
@@ -83,10 +85,15 @@ def _draw_missing(recipe: Recipe, accelerator: Accelerator) -> None:
     free = (number for number in itertools.count() if not _path(folder, number).exists())
     numbers = list(itertools.islice(free, missing))
     family = family_of(recipe)
-    components = family.load(recipe, load_scheduler(recipe), family.load_tokenizer(recipe))
+    components = family.load(recipe, load_scheduler(recipe), family.load_tokenizers(recipe))
     dtype = DTYPES[accelerator.mixed_precision]
-    for name in ("unet", "vae", *family.text_models):
+    for name in ("unet", *family.text_models):
         getattr(components, name).to(accelerator.device, dtype)
+    vae_dtype = bearable_dtype(components.vae, dtype, accelerator.device)
+    components.vae.to(accelerator.device, vae_dtype)
+    if vae_dtype != dtype:
+        decode_without_autocast(components.vae)  # which takes the UNet's latents in its own type
+    ask = partial(family.prompt_arguments, components)
     pipeline = drawing_pipeline(family, components, recipe.validation_sampler)
     side = square_side(recipe) - square_side(recipe) % 8  # which the pipeline takes
     prompts = [recipe.class_prompt] * (numbers[-1] + 1)
@@ -95,7 +102,7 @@ def _draw_missing(recipe: Recipe, accelerator: Accelerator) -> None:
     def draw(number: int) -> list[Image.Image]:
         some = numbers[:number]
         return draw_pictures(
-            pipeline, prompts, recipe, (side, side), some, number, bar="Denoising steps", stopped=STOPPED
+            pipeline, ask, prompts, recipe, (side, side), some, number, bar="Denoising steps", stopped=STOPPED
         )
 
     try:

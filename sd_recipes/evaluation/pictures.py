@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from sd_recipes.writing import replacing
 
 BROKEN_OFF = "in the middle of a validation, which is abandoned"
 
+Ask = Callable[[list[str]], Mapping[str, Any]]  # a pipeline's arguments by which it draws prompts
+
 
 def drawing_pipeline(
     family: Family, components: Components, sampler: str | None = None, flags: tuple[str, str] = VALIDATION_FLAGS
@@ -38,6 +40,7 @@ def drawing_pipeline(
 
 def draw_pictures(
     pipeline: Any,
+    ask: Ask,
     prompts: Sequence[str],
     recipe: Recipe,
     size: tuple[int, int],
@@ -60,7 +63,7 @@ def draw_pictures(
         for start in range(0, len(numbers), at_once):
             some = numbers[start : start + at_once]
             pictures += pipeline(
-                [prompts[number] for number in some],
+                **ask([prompts[number] for number in some]),
                 height=height,
                 width=width,
                 num_inference_steps=recipe.validation_inference_steps,

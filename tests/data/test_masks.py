@@ -319,3 +319,9 @@ def test_a_mask_is_not_looked_for_outside_of_the_folder(masked_folder: Path, tmp
     row = load_rows(config_of(masked_folder))[0]
     with pytest.raises(BadRow, match=r"its mask cannot be read: .*secret.png"):
         mask_of(row, (32, 40), config_of(masked_folder))
+
+
+def test_a_stream_has_masks_too(masked: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    batch = first_batch(build(masked, streaming=True, center_crop=True, train_batch_size=8))
+    assert sorted(float(own.amax()) for own in batch.latent_weights) == [1.0] + [2.0] * 7
+    assert "masks: 7 of its first 8 rows have one" in capsys.readouterr().out
