@@ -16,6 +16,7 @@ import torch
 
 from sd_recipes.data.batches import Batch
 from sd_recipes.model.components import Components
+from sd_recipes.model.conditioning import unet_arguments
 from sd_recipes.model.family import Family
 from sd_recipes.model.lora import without_lora
 from sd_recipes.model.placement import apply_memory_format, trained_text_models
@@ -46,7 +47,7 @@ class FrozenModel:
             states = self.family.encode_text(self.components, batch.input_ids)
             conditioning = self.family.conditioning(states, batch)
             prediction: torch.Tensor = self.unet(
-                noisy_latents.to(self.dtype), timesteps, **conditioning, return_dict=False
+                noisy_latents.to(self.dtype), timesteps, **unet_arguments(conditioning), return_dict=False
             )[0]
         return prediction.float()
 

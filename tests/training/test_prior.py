@@ -23,6 +23,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.class_pictures import draw_class_pictures
 from sd_recipes.memory.plan import plan_memory
 from sd_recipes.memory.step import FROZEN
+from sd_recipes.model.conditioning import unet_arguments
 from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
@@ -208,7 +209,7 @@ def test_it_predicts_as_before_training(prior: dict[str, Any], changes: dict[str
         run.model.components.unet.eval()
         states = run.model.encode_text(batch.input_ids)
         conditioning = run.model.family.conditioning(states, batch)
-        found = run.model.unet(noisy, timesteps, **conditioning, return_dict=False)[0].detach()
+        found = run.model.unet(noisy, timesteps, **unet_arguments(conditioning), return_dict=False)[0].detach()
         run.model.components.unet.train()
         return found
 
