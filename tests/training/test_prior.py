@@ -225,9 +225,13 @@ def test_it_predicts_as_before_training(prior: dict[str, Any], changes: dict[str
     assert not torch.allclose(before, predicted_by(trained), atol=1e-3)
 
 
-def test_what_it_teaches_is_its_prediction(prior: dict[str, Any]) -> None:
+@pytest.mark.parametrize("pipeline", ["tiny_pipeline", "tiny_xl_pipeline"])
+def test_what_it_teaches_is_its_prediction(
+    prior: dict[str, Any], pipeline: str, request: pytest.FixtureRequest
+) -> None:
     """At first there is nothing to learn from class pictures, whatever their weight."""
-    prior |= {"lora_rank": 2, **MODEL}
+    model = str(request.getfixturevalue(pipeline))
+    prior |= {"lora_rank": 2, "pretrained_model_name_or_path": model, **MODEL}
     assert first_loss(prior) == first_loss(prior, prior_loss_weight=10.0)
 
 
