@@ -309,6 +309,7 @@ class DataSource(Section):
     caption_extension: str | None = None
     caption_column: str | None = None
     caption: str | None = None  # of pictures without one of their own
+    is_reg: bool = False  # class pictures, for prior preservation
 
     @property
     def flag(self) -> str:
@@ -316,6 +317,14 @@ class DataSource(Section):
         if self.dataset_name is not None:
             return f"--dataset_name {self.dataset_name}"
         return f"--train_data_dir {self.train_data_dir}"
+
+
+class ClassSource(DataSource):
+    """The folder that --class_data_dir names."""
+
+    @property
+    def flag(self) -> str:
+        return f"--class_data_dir {self.train_data_dir}"
 
 
 # Settings that say where rows come from, if data_sources do not; the first two name the place.
@@ -385,23 +394,6 @@ class DataConfig(Section):
     )
     dataloader_num_workers: int = setting(0, "free", "Number of loader processes; 0 reads ahead in a thread.", ge=0)
 
-    @property
-    def sources(self) -> list[DataSource]:
-        """The sources to mix; a single one if it is given by flags."""
-        if self.data_sources:
-            return self.data_sources
-        return [
-            DataSource(
-                dataset_name=self.dataset_name,
-                dataset_config_name=self.dataset_config_name,
-                dataset_revision=self.dataset_revision,
-                train_data_dir=self.train_data_dir,
-                train_split=self.train_split,
-                image_root=self.image_root,
-                caption_extension=self.caption_extension,
-            )
-        ]
-
 
 class ImageConfig(Section):
     """Images: how pictures are brought to the training size."""
@@ -430,6 +422,81 @@ class ImageConfig(Section):
     def cropping(self) -> str:
         """`random`, `center` or `none`."""
         return self.crop or ("center" if self.center_crop else "random")
+
+
+class MaskConfig(Section):
+    """Masks: which parts of a picture are learned."""
+
+    masked_loss: bool = setting(
+        False,
+        "warned",
+        "Learn what is white in a picture's mask: of --mask_column, or a-mask.png beside a.png; pictures without one "
+        "count as a whole.",
+    )
+    mask_column: str = setting("mask", "warned", "Column with the mask, its path, or its bytes in base64.")
+    mask_from_alpha: bool = setting(
+        False,
+        "warned",
+        "A picture's mask is its opacity, unless it has one of its own; switches --masked_loss on.",
+    )
+    unmasked_weight: Number = setting(
+        0.0, "warned", "How much of the loss counts where a mask is black; where it is white, all of it.", ge=0, lt=1
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def masks_are_switched_on(cls, settings: Any) -> Any:
+        """`--mask_from_alpha` asks for `--masked_loss`."""
+        if isinstance(settings, dict) and settings.get("mask_from_alpha") is True:
+            return {**settings, "masked_loss": True}
+        return settings
+
+    @model_validator(mode="after")
+    def masks_agree(self) -> "MaskConfig":
+        if not self.masked_loss:
+            for name in ("mask_column", "unmasked_weight"):
+                value = getattr(self, name)
+                if value != MaskConfig.model_fields[name].default:
+                    raise ValueError(f"--{name} {value} is not read without --masked_loss: add it, or drop --{name}")
+        return self
+
+
+class PriorConfig(Section):
+    """Prior preservation: pictures of a class beside the trained ones, so that it is kept."""
+
+    class_data_dir: str | None = setting(
+        None, "compared", "Folder of class pictures: one of them is trained beside every picture of the data."
+    )
+    class_prompt: str | None = setting(None, "warned", "Caption of the class pictures that have none of their own.")
+    num_class_images: int | None = setting(
+        None,
+        "free",
+        "Let the model draw class pictures by --class_prompt before the run, until --class_data_dir has so many.",
+        ge=1,
+    )
+    prior_loss_weight: Number = setting(
+        1.0, "warned", "Weight of a class picture's loss, where that of a trained one is 1.", gt=0, allow_inf_nan=False
+    )
+    prior_preservation: Literal["pictures", "model"] = setting(
+        "pictures",
+        "warned",
+        "What class pictures teach: themselves, or what the model predicted of them before it was trained.",
+    )
+
+    @model_validator(mode="after")
+    def class_pictures_agree(self) -> "PriorConfig":
+        if self.class_data_dir is None:
+            for name in ("class_prompt", "num_class_images"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(
+                        f"--{name} {value} is of class pictures, and there is no folder for them: add --class_data_dir"
+                    )
+        if self.num_class_images is not None and self.class_prompt is None:
+            raise ValueError(
+                f"--num_class_images {self.num_class_images} are drawn by a caption: add --class_prompt, such as "
+                "'a photo of a dog'"
+            )
+        return self
 
 
 class CaptionConfig(Section):
@@ -512,8 +579,36 @@ class CacheConfig(Section):
     )
 
 
-class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
+class DataSettings(DataConfig, ImageConfig, MaskConfig, PriorConfig, CaptionConfig, CacheConfig):
     """The data settings that training and `inspect` share: where rows come from, and what is made of them."""
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """The sources to mix, a single one if it is given by flags; and after them those of class pictures."""
+        sources = self.data_sources or [
+            DataSource(
+                dataset_name=self.dataset_name,
+                dataset_config_name=self.dataset_config_name,
+                dataset_revision=self.dataset_revision,
+                train_data_dir=self.train_data_dir,
+                train_split=self.train_split,
+                image_root=self.image_root,
+                caption_extension=self.caption_extension,
+            )
+        ]
+        if self.class_data_dir is not None:
+            own = ClassSource(train_data_dir=self.class_data_dir, caption=self.class_prompt, is_reg=True)
+            sources = [*sources, own]
+        return sorted(sources, key=lambda source: source.is_reg)
+
+    @property
+    def trained_sources(self) -> list[DataSource]:
+        """The sources but for those of class pictures."""
+        return [source for source in self.sources if not source.is_reg]
+
+    @property
+    def has_class_pictures(self) -> bool:
+        return len(self.trained_sources) < len(self.sources)
 
     @model_validator(mode="after")
     def settings_agree(self) -> "DataSettings":
@@ -536,7 +631,11 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
         for source in self.sources:
             if source.dataset_name is None and source.dataset_revision is not None:
                 raise ValueError(f"{source.flag} has no revisions: drop --dataset_revision")
-        if len({source.weight == "rows" for source in self.sources}) > 1:
+        if not self.trained_sources:
+            raise ValueError(
+                "all data_sources hold class pictures (is_reg), and there is none that they could come beside: add one"
+            )
+        if len({source.weight == "rows" for source in self.trained_sources}) > 1:
             raise ValueError(
                 "data_sources of the recipe file give some a weight and some `rows`: give all of them one or the other"
             )
@@ -558,6 +657,23 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
                     f"--{other} {separators[other]!r} holds --{one} {separators[one]!r}, so that captions could be "
                     "read in two ways: choose another"
                 )
+        for source in self.sources:
+            if source.is_reg and source.weight not in (1.0, "rows"):
+                raise ValueError(
+                    f"the weight {source.weight:g} of {source.flag} is not read, since one of its class pictures comes "
+                    "beside every trained one: use --prior_loss_weight"
+                )
+        if not self.has_class_pictures:
+            for name in ("prior_loss_weight", "prior_preservation"):
+                if (value := getattr(self, name)) != PriorConfig.model_fields[name].default:
+                    raise ValueError(
+                        f"--{name} {value} is of class pictures, and there are none: add --class_data_dir, or drop it"
+                    )
+        elif self.streaming:
+            raise ValueError(
+                "class pictures (--class_data_dir, is_reg) come beside known rows, which a stream has not: drop "
+                "--streaming"
+            )
         if self.streaming and len(self.sources) > 1 and self.sources[0].weight == "rows":
             raise ValueError(
                 "the weight `rows` in data_sources, which kohya's dataset.toml gives, needs their numbers, and streams "
@@ -1017,8 +1133,9 @@ class HubConfig(Section):
 
 ONLY_IN_FILES = {"data_sources"}  # settings that have no flag
 SECTIONS: tuple[type[Section], ...] = (
-    RunConfig, ModelConfig, TextEncoderConfig, LoraConfig, DataConfig, ImageConfig, CaptionConfig, CacheConfig,
-    ObjectiveConfig, OptimConfig, MemoryConfig, CheckpointConfig, ValidationConfig, HubConfig,
+    RunConfig, ModelConfig, TextEncoderConfig, LoraConfig, DataConfig, ImageConfig, MaskConfig, PriorConfig,
+    CaptionConfig, CacheConfig, ObjectiveConfig, OptimConfig, MemoryConfig, CheckpointConfig, ValidationConfig,
+    HubConfig,
 )  # fmt: skip
 
 
@@ -1161,6 +1278,22 @@ class Recipe(
             raise ValueError(
                 "--fused_backward_pass frees each gradient at once, which --gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps} adds up: use a larger --train_batch_size, or drop one"
+            )
+        if self.fused_backward_pass and self.has_class_pictures:
+            raise ValueError(
+                "--fused_backward_pass steps within one backward pass, and class pictures (--class_data_dir, is_reg) "
+                "take another: drop one"
+            )
+        for name, value in (("num_class_images", None), ("prior_preservation", "pictures")):
+            if self.train_from_scratch and getattr(self, name) != value:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} needs what the model knows before it is trained, which with "
+                    "--train_from_scratch is nothing: drop one"
+                )
+        if self.prior_preservation == "model" and self.rescale_betas_zero_snr:
+            raise ValueError(
+                "--prior_preservation model asks the model as it was, which does not know the noise of "
+                "--rescale_betas_zero_snr: use --prior_preservation pictures, or drop one"
             )
         if self.fused_backward_pass and self.micro_batch not in (None, self.train_batch_size):
             raise ValueError(

@@ -85,7 +85,7 @@ def fill_cache(recipe: Recipe) -> Path:
         store=store,
     )
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    plans = list(_plans(data.order, recipe.train_batch_size, **place))
+    plans = list(_plans(data.order, len(data.rows), recipe.train_batch_size, **place))
     batches = TrainingBatches(
         builder,
         lambda *_: iter(plans),
@@ -162,9 +162,12 @@ def rows_of_no_data(files: list[Path], rows: datasets.Dataset, columns: list[str
     return sum(number for number in cached.values() if number > 0)
 
 
-def _plans(order: Order, batch_size: int, *, rank: int, world_size: int) -> Iterator[MicroBatch]:
-    """Every row once, in the order of the data set, in batches of one size; each process has its share."""
-    buckets = np.zeros(order.num_rows, dtype=int) if order.buckets is None else order.buckets
+def _plans(order: Order, num_rows: int, batch_size: int, *, rank: int, world_size: int) -> Iterator[MicroBatch]:
+    """Every row once, class pictures too, in the order of the data set and in batches of one size.
+
+    Each process has its share.
+    """
+    buckets = np.zeros(num_rows, dtype=int) if order.buckets is None else order.buckets
     done = 0
     for bucket, size in enumerate(order.sizes):
         rows = np.flatnonzero(buckets == bucket)[rank::world_size]

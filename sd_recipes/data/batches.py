@@ -18,10 +18,11 @@ import torch
 
 from sd_recipes.data.bad_rows import BadRow, row_name
 from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
-from sd_recipes.data.columns import SIZE_COLUMNS
+from sd_recipes.data.columns import LATENT_MASK, MASK, SIZE_COLUMNS
 from sd_recipes.data.draws import PLAIN, Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
 from sd_recipes.data.latent_store import SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
+from sd_recipes.data.masks import check_shows_white, fit_mask, is_black, mask_of, mirrored, weights_of_masks
 from sd_recipes.data.noise import training_noise
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import RecipeError
@@ -61,6 +62,7 @@ class Batch:
     crop_corner: torch.Tensor  # (B, 2) int64: of the crop in the scaled picture, mirrored where that is
     target_size: torch.Tensor  # (B, 2) int64: of the images
     weights: torch.Tensor  # (B,) float32: 0 for a row that cannot be used
+    latent_weights: torch.Tensor | None  # (B, 1, h, w) float32, 1 on average: of the errors in an image, by its mask
     names: tuple[str, ...]  # of the B rows, for people
     plan: MicroBatch
     bad: tuple[tuple[str, str], ...]  # (name, reason) of the rows that cannot be used
@@ -199,6 +201,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             for position, stratum in zip(plan.positions, plan.strata, strict=True)
         ]
         images = _Images(plan.size, latent_shape, len(drawn))
+        masks: list[np.ndarray | None] = [None] * len(drawn)
         captions_config = self._captions_config(plan.epoch)
         captions: list[str] = []
         weights = torch.full((len(drawn),), plan.weight)
@@ -209,7 +212,9 @@ class BatchBuilder(torch.utils.data.Dataset):
             names.append(name)
             try:
                 caption = self._caption(row, captions_config, drawn[place], name)
-                self._add_image(images, place, row, drawn[place])
+                masks[place] = self._add_image(images, place, row, drawn[place])
+                if is_black(masks[place]):  # in this crop: in the next one there may be something to learn
+                    weights[place] = 0
             except BadRow as error:
                 bad.append((name, str(error)))
                 weights[place] = 0
@@ -243,6 +248,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             ),
             target_size=torch.tensor([plan.size] * len(drawn)),
             weights=weights,
+            latent_weights=weights_of_masks(masks, latent_shape, self.config) if self.config.masked_loss else None,
             names=tuple(names),
             plan=plan,
             bad=tuple(bad),
@@ -296,36 +302,57 @@ class BatchBuilder(torch.utils.data.Dataset):
             check_provenance(found, self.provenance)
             self._known_provenances.add(found)
 
-    def _add_image(self, images: _Images, place: int, row: Row, drawn: Draws) -> None:
-        """The row's moments where they are known, otherwise its pixels. Raises ImageError."""
+    def _add_image(self, images: _Images, place: int, row: Row, drawn: Draws) -> np.ndarray | None:
+        """Add the row's moments where they are known, otherwise its pixels; returns its mask, (h, w) uint8.
+
+        Raises ImageError, and BadRow for the mask.
+        """
+        flips = self._flips(drawn)
         if "moments" in row:
             self._check_provenance(row["made_by"])
-            images.add_moments(place, row, flip=self._flips(drawn))
-            return
+            images.add_moments(place, row, flip=flips)
+            return self._kept_mask(row, flip=flips)
         encoded, config = row[self.config.image_column], self.config
         record: Row = {}
         if self.store is not None:
             try:
-                key = row_key(encoded)
+                key = row_key(encoded, row.get(MASK))
             except (OSError, TypeError) as error:
                 raise ImageError(f"no image: {error}") from error
             kept = self.store.find(key)
             if kept is not None:
-                images.add_moments(place, kept, flip=self._flips(drawn))
-                return
+                images.add_moments(place, kept, flip=flips)
+                return self._kept_mask(kept, flip=flips)
             record = {"key": key, **{name: row[name] for name in self.captions}}
         height, width = images.size
         image, original_size = open_with_size(
             encoded, at_least=(width, height), max_megapixels=config.max_image_megapixels
         )
+        mask = mask_of(row, original_size, config) if config.masked_loss else None
+        fitted = None
+        if mask is not None:
+            fitted = fit_mask(mask, original_size, images.size, images.latent_shape[1:], self._crop_u(drawn))
+            if config.cropping != "random":
+                check_shows_white(fitted)
         pixels = fit_image(
             image,
             images.size,
             interpolation=config.image_interpolation_mode,
             crop_u=self._crop_u(drawn),
-            flip=self._flips(drawn) and self.store is None,
+            flip=flips and self.store is None,
         )
+        if self.store is not None and config.masked_loss:
+            record[LATENT_MASK] = None if fitted is None else fitted.tobytes()
         images.add_pixels(place, pixels, original_size, record)
+        return mirrored(fitted) if flips else fitted
+
+    def _kept_mask(self, row: Row, *, flip: bool) -> np.ndarray | None:
+        """The mask (h, w) that is kept with a row's moments."""
+        if not self.config.masked_loss or row[LATENT_MASK] is None:
+            return None
+        shape = self.latent_shape((row["height"], row["width"]))[1:]
+        mask = np.frombuffer(row[LATENT_MASK], dtype=np.uint8).reshape(shape)
+        return mirrored(mask) if flip else mask
 
 
 class _Images:

@@ -2,7 +2,8 @@
 
 FOLDER/KEY/                 KEY stands for all that the moments depend on; another VAE, size or crop has another
   made_by.json              the same in words
-  RANK-TIME-NUMBER.arrow    up to 2,048 rows: key, four sizes, moments, moments_flipped, the captions, made_by
+  RANK-TIME-NUMBER.arrow    up to 2,048 rows: key, four sizes, moments, moments_flipped, the captions, made_by, and
+                            with --masked_loss the mask at the latent's size
 
 A row's key is a hash of its image's bytes, or of the file's path, size and modification time, so a changed
 picture is a miss and never a wrong hit. Files are written under another name, synced and renamed; a kill loses
@@ -31,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from sd_recipes.data.columns import SIZE_COLUMNS
+from sd_recipes.data.columns import LATENT_MASK, SIZE_COLUMNS
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import DataSettings
 from sd_recipes.runtime.agreement import wait_for_all
@@ -47,8 +48,10 @@ PARTIAL = ".partial"  # of a file that is being written, and locked
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def row_key(encoded: dict[str, Any]) -> bytes:
-    """16 bytes that name an image {"bytes", "path"}; raises OSError if its file is not there."""
+def row_key(encoded: dict[str, Any], mask: dict[str, Any] | None = None) -> bytes:
+    """16 bytes that name an image {"bytes", "path"}, and its mask; raises OSError if a file is not there."""
+    if mask is not None:
+        return hashlib.blake2b(row_key(encoded) + row_key(mask), digest_size=16).digest()
     if encoded["bytes"] is not None:
         return hashlib.blake2b(encoded["bytes"], digest_size=16).digest()
     found = os.stat(encoded["path"])
@@ -86,6 +89,7 @@ def provenance_of(
         "flips": config.random_flip,
         "dtype": config.latent_cache_dtype,
         **({"tiling": True} if tiling else {}),
+        **({"masks": "with alpha" if config.mask_from_alpha else "without alpha"} if config.masked_loss else {}),
     }
 
 
@@ -109,6 +113,16 @@ def check_provenance(found: str, wanted: dict[str, Any]) -> None:
         )
     if wanted["flips"] and not made["flips"]:
         raise RecipeError("the moments of this data set are not mirrored: drop --random_flip")
+    if "masks" in wanted and wanted["masks"] != made.get("masks"):
+        raise RecipeError(
+            f"the moments of this data set were made {_masks_in_words(made)}, and this run wants them "
+            f"{_masks_in_words(wanted)}: change the flags, or make them again with `sd-recipes cache`"
+        )
+
+
+def _masks_in_words(provenance: dict[str, Any]) -> str:
+    masks = {"with alpha": "with masks, also of --mask_from_alpha", "without alpha": "with masks of --masked_loss"}
+    return masks.get(provenance.get("masks", ""), "without masks")
 
 
 def check_one_provenance(found: list[str], wanted: dict[str, Any]) -> None:
@@ -195,6 +209,9 @@ class LatentStore:
         self.provenance = words
         self.dtype = STORED[provenance["dtype"]]
         self.keeps_flips = provenance["flips"]
+        self.kept_columns = ["moments", "moments_flipped", "made_by", *SIZE_COLUMNS]
+        if "masks" in provenance:
+            self.kept_columns.append(LATENT_MASK)
         self.folder = folder / hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
         self.rank = rank
         self.failure: str | None = None  # why nothing can be added
@@ -293,8 +310,7 @@ class LatentStore:
                 self._tables[file] = open_cached(self._files[file])
             table = self._tables[file]
             if table.column("key")[row].as_py() == key:
-                wanted = ("moments", "moments_flipped", "made_by", *SIZE_COLUMNS)
-                return {name: table.column(name)[row].as_py() for name in wanted}
+                return {name: table.column(name)[row].as_py() for name in self.kept_columns}
             place += 1
         return None
 
@@ -439,11 +455,9 @@ class _Writer:
         if not self._rows:
             return
         table = pa.Table.from_pylist(self._rows)
-        table = table.set_column(
-            table.schema.get_field_index("moments_flipped"),
-            "moments_flipped",
-            table.column("moments_flipped").cast(pa.binary()),
-        )
+        for name in {"moments_flipped", LATENT_MASK} & set(table.column_names):  # where all are None, of no type yet
+            number = table.schema.get_field_index(name)
+            table = table.set_column(number, name, table.column(name).cast(pa.binary()))
         final = self.folder / f"{self.prefix}-{self.number:05d}.arrow"
         temporary = final.with_suffix(PARTIAL)
         with _held(temporary) as file:

@@ -237,7 +237,14 @@ class Validator:
         states = self.family.encode_text(self.components, batch.input_ids)
         conditioning = self.family.conditioning(states, batch)
         with self.accelerator.autocast():
-            return self.objective(self.components.unet, latents, conditioning, batch.timesteps, batch.noise)
+            return self.objective(
+                self.components.unet,
+                latents,
+                conditioning,
+                batch.timesteps,
+                batch.noise,
+                latent_weights=batch.latent_weights,
+            )
 
     def _add_pictures(self, share: Share) -> None:
         """Add this process's pictures. Raises Stopped."""

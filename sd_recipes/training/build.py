@@ -58,6 +58,7 @@ from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import Tracker
 from sd_recipes.training.dropout import has_dropout
 from sd_recipes.training.ema import AveragedWeights, release_before_steps
+from sd_recipes.training.frozen_model import FrozenModel, frozen_model
 from sd_recipes.training.fused_backward import FusedBackward, check_fused_backward
 from sd_recipes.training.guard import Guard
 from sd_recipes.training.objective import DenoisingLoss, NoiseSchedule
@@ -98,13 +99,23 @@ class Model:
     quiet_loss: QuietLoss
     timestep_errors: TimestepErrors | None  # by which timesteps are drawn, instead of those that a batch has
     steps_in_backward: bool  # with --fused_backward_pass
+    frozen: FrozenModel | None  # whose predictions are the targets of class pictures, with --prior_preservation model
 
     def losses(self, latents: torch.Tensor, conditioning: Conditioning, batch: Batch) -> torch.Tensor:
         """(B,) loss of each image of a batch on the device, whose latents are (B, C, h, w)."""
         errors = self.timestep_errors
         timesteps = batch.timesteps if errors is None else errors.timesteps(batch.timestep_u)
         noises = batch.noise, batch.input_noise
-        losses = self.objective.undivided(self.unet, latents, conditioning, timesteps, *noises)
+        teacher = partial(self.frozen.predict, batch) if self.frozen is not None and batch.plan.is_class else None
+        losses = self.objective.undivided(
+            self.unet,
+            latents,
+            conditioning,
+            timesteps,
+            *noises,
+            latent_weights=batch.latent_weights,
+            teacher=teacher,
+        )
         self.quiet_loss.add(batch, timesteps, losses.detach())
         if errors is None:
             return self.objective.divided(losses, timesteps)
@@ -182,7 +193,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
         vae_dtype=vae_dtype,
         batch_size=batch_size,
         num_steps=num_steps,
-        num_rows=data.num_rows,
+        num_rows=None if data.rows is None else len(data.rows),
     )
     store = open_store(recipe, provenance, accelerator)
     tracker = Tracker(accelerator, recipe)
@@ -208,7 +219,8 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
             plans(data, recipe, rank=accelerator.process_index, world_size=accelerator.num_processes),
             num_workers=recipe.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
-            read_ahead=micro_batches_of_step(recipe, batch_size, accelerator.num_processes),
+            read_ahead=micro_batches_of_step(recipe, batch_size, accelerator.num_processes)
+            * (2 if recipe.has_class_pictures else 1),
         ),
         store=store,
         model=model,
@@ -292,6 +304,7 @@ def build_model(
     # shards only contiguous ones. What optimizers of other packages take for granted is not known.
     contiguous = recipe.needs_contiguous_weights or accelerator.is_fsdp2
     encoder = build_encoder(recipe, components.vae, accelerator, vae_dtype)
+    frozen = frozen_model(recipe, family, components, device, dtype) if recipe.prior_preservation == "model" else None
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
     parts = trained_parts(recipe, family, components, batch_size)
     num_train_timesteps = components.scheduler.config.num_train_timesteps
@@ -358,6 +371,7 @@ def build_model(
         quiet_loss=quiet_loss,
         timestep_errors=timestep_errors,
         steps_in_backward=recipe.fused_backward_pass,
+        frozen=frozen and frozen.called_as(part_of(parts, "unet").prepared),
     )
     return model, state
 
@@ -522,6 +536,7 @@ def describe(run: Run) -> str:
     lines = {
         **({"resumes from": f"{run.checkpoint[0]}"} if run.checkpoint else {}),
         "global batch": batch_in_words(run),
+        **({"class pictures": f"{data.class_rows.num_rows:,}, one beside each image"} if data.class_rows else {}),
         "optimizer steps": steps,
         "trainable parameters": trained,
         "predicts": run.model.objective.prediction_type,

@@ -152,15 +152,16 @@ def backward(
 ) -> tuple[torch.Tensor, float]:
     """Add the gradient of a whole step to the parameters.
 
-    Returns this process's share of the loss, on the device, and which part of the global batch's rows could be used,
-    the same on all processes. Gradient and loss are sums over those rows, divided by the global batch's size.
+    Returns this process's share of the loss, on the device, and which part of the step's rows could be used, the same
+    on all processes. Gradient and loss are sums over those rows, divided by the global batch's size; class pictures
+    come on top, with their weight.
 
     accelerate divides by the accumulation steps, and FSDP averages over processes. Multiplied by both and divided by
     the global batch's size, the gradient is the mean over its samples, even for an epoch's last batch, whose
     micro-batches are fewer and uneven.
     """
     own_usable = sum(int(batch.weights.count_nonzero()) for batch in micro_batches)
-    num_usable = begin_sum(own_usable)
+    counts = begin_sum(own_usable, sum(len(batch.weights) for batch in micro_batches if batch.plan.weight))
     total = torch.zeros((), device=accelerator.device)
     scale = accelerator.gradient_accumulation_steps * (accelerator.num_processes if accelerator.is_fsdp2 else 1)
     if model.dropout_seed is not None:
@@ -178,7 +179,8 @@ def backward(
         elif own_usable:  # all rows of the step; their gradient has to be the mean, since it is used at once
             accelerator.backward(loss * (batch.plan.global_batch_size / own_usable))
         total += loss.detach()
-    return total, num_usable()[0] / micro_batches[-1].plan.global_batch_size
+    num_usable, num_rows = counts()
+    return total, num_usable / num_rows
 
 
 def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, usable: float = 1.0) -> float:

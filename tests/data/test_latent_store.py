@@ -12,6 +12,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from sd_recipes.data.latent_store import (
     remove_memory_folder,
     row_key,
 )
-from sd_recipes.data.order import GlobalBatch, share
+from sd_recipes.data.order import share
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import load_vae
 from sd_recipes.recipe import Recipe
@@ -163,7 +164,8 @@ def test_a_reader_waits_until_the_epoch_before_is_written(tmp_path: Path) -> Non
 def test_a_row_that_only_stands_in_is_kept_by_the_process_that_trains_on_it(settings: dict[str, Any]) -> None:
     run = build(settings, cache_latents="disk", center_crop=True)
     assert run.store is not None
-    alone = GlobalBatch(np.array([3]), position=0, ends_epoch=True, epoch=0, size=(32, 32))
+    assert run.data.order is not None
+    alone = replace(next(run.data.order.batches_from(0)), rows=np.array([3]), places=np.array([0]), num_samples=1)
     for rank, files in ((1, 0), (0, 1)):
         (plan,) = share(alone, rank=rank, world_size=2, micro_batch_size=4)
         batch = run.batches.builder[plan]
