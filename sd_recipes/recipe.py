@@ -149,9 +149,9 @@ def _also_called(settings: Any, name: str, other: str) -> Any:
         return settings
     if settings.get(name, settings[other]) not in (None, settings[other]):
         raise ValueError(
-            f"--{other} {settings[other]} is another name of --{name}, which is {settings[name]}: drop one of them"
+            redacted(f"--{other} {settings[other]} is another name of --{name}, which is {settings[name]}: drop one")
         )
-    return {**settings, name: settings[other]}
+    return {**{key: value for key, value in settings.items() if key != other}, name: settings[other]}
 
 
 class Section(BaseModel):
@@ -455,9 +455,8 @@ class MaskConfig(Section):
     def masks_agree(self) -> "MaskConfig":
         if not self.masked_loss:
             for name in ("mask_column", "unmasked_weight"):
-                value = getattr(self, name)
-                if value != MaskConfig.model_fields[name].default:
-                    raise ValueError(f"--{name} {value} is not read without --masked_loss: add it, or drop --{name}")
+                if getattr(self, name) != MaskConfig.model_fields[name].default:
+                    raise ValueError(f"--{name} is not read without --masked_loss: add it, or drop --{name}")
         return self
 
 
@@ -487,9 +486,9 @@ class PriorConfig(Section):
     def class_pictures_agree(self) -> "PriorConfig":
         if self.class_data_dir is None:
             for name in ("class_prompt", "num_class_images"):
-                if (value := getattr(self, name)) is not None:
+                if getattr(self, name) is not None:
                     raise ValueError(
-                        f"--{name} {value} is of class pictures, and there is no folder for them: add --class_data_dir"
+                        f"--{name} is of class pictures, and there is no folder for them: add --class_data_dir"
                     )
         if self.num_class_images is not None and self.class_prompt is None:
             raise ValueError(
