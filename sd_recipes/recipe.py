@@ -334,7 +334,13 @@ class DataConfig(Section):
     max_bad_rows: int | None = setting(
         None, "free", "Stop when more rows than this are unusable; if not given, at 1 % of the rows.", ge=0
     )
-    dataloader_num_workers: int = setting(0, "free", "Number of loader processes; 0 reads ahead in a thread.", ge=0)
+    dataloader_num_workers: int | None = setting(
+        None,
+        "free",
+        "Number of loader processes; 0 reads ahead in a thread. If not given, 0 on a CPU, and on a GPU one for each "
+        "core of a training process, at most 8.",
+        ge=0,
+    )
 
     @property
     def sources(self) -> list[DataSource]:

@@ -30,6 +30,7 @@ from sd_recipes.data.latent_store import (
 from sd_recipes.data.order import Order
 from sd_recipes.data.sizes import square_side
 from sd_recipes.data.training_data import TrainingData, load_training_data, plans
+from sd_recipes.data.workers import num_workers_of
 from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.metrics import ImageTextScore
 from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN, FixedSamples
@@ -201,7 +202,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
                 **builder_settings,
             ),
             plans(data, recipe, rank=accelerator.process_index, world_size=accelerator.num_processes),
-            num_workers=recipe.dataloader_num_workers,
+            num_workers=num_workers_of(recipe, accelerator.device.type),
             pin_memory=accelerator.device.type == "cuda",
             read_ahead=micro_batches_of_step(recipe, batch_size, accelerator.num_processes),
         ),

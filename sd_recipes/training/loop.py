@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -26,6 +25,7 @@ from sd_recipes.export.run_page import write_run_page
 from sd_recipes.export.run_rows import SHOWN
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import StopAgreement, all_gather, begin_sum, broadcast, wait_for_all
+from sd_recipes.runtime.cores import share_of_cores
 from sd_recipes.runtime.fsdp import full_tensor
 from sd_recipes.runtime.memory import another_phase, fragmented_gb, peak_memory_gb
 from sd_recipes.runtime.out_of_memory import done_once, once_more, unchanged
@@ -61,7 +61,7 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
         best_weights.keep(best.loss)  # a kill came before they were written
     if any_rank_stopping(wait=True):
         raise stop_request.stopped(f"at step {progress.global_step}, before another step")
-    meter = Meter(accelerator.device, progress, remedy(recipe, accelerator.num_processes))
+    meter = Meter(accelerator.device, progress, remedy(recipe, run.batches.num_workers))
     recovery = Recovery(run)
     saved_step = progress.global_step
     steps_left = 0 if stops_early(run, best) else run.num_steps - progress.global_step
@@ -400,12 +400,11 @@ def length_flag(recipe: Recipe) -> str:
     return "--num_train_epochs" if recipe.max_train_steps is None else "--max_train_steps"
 
 
-def remedy(recipe: Recipe, num_processes: int) -> str:
-    """What to do about a loader that is slower than the model."""
+def remedy(recipe: Recipe, num_workers: int) -> str:
+    """What to do about a loader of so many processes that is slower than the model."""
     remedies = []
-    workers = max(1, (os.cpu_count() or 1) // num_processes)
-    if recipe.dataloader_num_workers < workers:
-        remedies.append(f"--dataloader_num_workers {workers}")
+    if num_workers < (cores := share_of_cores()):
+        remedies.append(f"--dataloader_num_workers {cores}")
     if recipe.cache_latents == "off" and not recipe.streaming:
         fixed = "" if recipe.cropping != "random" else " --center_crop"
         remedies.append(f"--cache_latents disk{fixed}")
