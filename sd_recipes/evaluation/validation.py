@@ -34,7 +34,7 @@ from sd_recipes.evaluation.sample_errors import (
 )
 from sd_recipes.evaluation.watched_rows import WatchedRows
 from sd_recipes.model.components import Components
-from sd_recipes.model.family import Family
+from sd_recipes.model.family import Family, TextStates
 from sd_recipes.model.latents import LatentEncoder
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted
@@ -219,6 +219,7 @@ class Validator:
                 partial(
                     samples.errors,
                     self._latents,
+                    partial(self.family.encode_text, self.components),
                     self._losses,
                     self.accelerator.device,
                     bar=self.accelerator.is_local_main_process,
@@ -233,8 +234,7 @@ class Validator:
     def _latents(self, batch: Batch) -> torch.Tensor:
         return self.encoder.sample(batch.all_moments(self.encoder.encode), batch.posterior_noise)
 
-    def _losses(self, latents: torch.Tensor, batch: Batch) -> torch.Tensor:
-        states = self.family.encode_text(self.components, batch.input_ids)
+    def _losses(self, latents: torch.Tensor, states: TextStates, batch: Batch) -> torch.Tensor:
         conditioning = self.family.conditioning(states, batch)
         with self.accelerator.autocast():
             return self.objective(self.components.unet, latents, conditioning, batch.timesteps, batch.noise)
