@@ -697,7 +697,19 @@ class MemoryConfig(Section):
     channels_last: Literal["auto", "always", "never"] = setting(
         "auto", "warned", "Memory format of UNet and VAE; auto: channels last, except for float32 on a GPU."
     )
-    compile_unet: bool = setting(False, "warned", "Compile the UNet with torch.compile.")
+    cudnn_benchmark: bool = setting(
+        False,
+        "warned",
+        "Let cuDNN time its convolutions for each shape and take the fastest, which may be another one in the next "
+        "run: what is repeated or resumed then is the same up to rounding.",
+    )
+    compile: Literal["blocks", "unet", "graphs"] | None = setting(
+        None,
+        "warned",
+        "Compile the UNet with torch.compile: its blocks, the whole of it, or the whole of it as CUDA graphs "
+        "(docs/gpu.md).",
+    )
+    compile_unet: bool = setting(False, "free", "Same as --compile unet.")
     memory: str | None = setting(
         None,
         "free",
@@ -880,6 +892,14 @@ class Recipe(
 
     @model_validator(mode="before")
     @classmethod
+    def name_what_is_compiled(cls, settings: Any) -> Any:
+        """`--compile_unet` is another way to say `--compile unet`."""
+        if isinstance(settings, dict) and settings.get("compile_unet") is True and settings.get("compile") is None:
+            return {**settings, "compile": "unet"}
+        return settings
+
+    @model_validator(mode="before")
+    @classmethod
     def name_the_rank(cls, settings: Any) -> Any:
         """`--rank` is another way to say `--lora_rank`."""
         if isinstance(settings, dict) and settings.get("rank") is not None and settings.get("lora_rank") is None:
@@ -953,6 +973,8 @@ class Recipe(
             raise ValueError("--train_from_scratch loads no UNet, so --non_ema_revision contradicts it: drop one")
         if self.use_8bit_adam and not self.is_8bit:
             raise ValueError(f"--use_8bit_adam contradicts --optimizer {self.optimizer}: drop one of them")
+        if self.compile_unet and self.compile != "unet":
+            raise ValueError(f"--compile_unet contradicts --compile {self.compile}: drop one of them")
         if self.ema_length != DIFFUSERS_LENGTH and self.ema_decay != OptimConfig.model_fields["ema_decay"].default:
             raise ValueError(
                 f"--ema_decay {self.ema_decay} contradicts --ema_length {self.ema_length}, which gives the decays: "
@@ -1017,6 +1039,11 @@ def odd_settings(recipe: Recipe) -> list[str]:
         odd.append(
             f"--micro_batch {recipe.micro_batch} does nothing, for a batch has --train_batch_size "
             f"{recipe.train_batch_size} images."
+        )
+    if recipe.cudnn_benchmark and recipe.aspect_ratio_buckets:
+        odd.append(
+            "--cudnn_benchmark times every convolution anew for each of the sizes of --aspect_ratio_buckets, which may "
+            "take longer than it saves."
         )
     if recipe.offload_ema and not (recipe.use_ema or recipe.ema_snapshots):
         odd.append("--offload_ema does nothing without --use_ema or --ema_snapshots.")

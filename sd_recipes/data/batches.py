@@ -21,7 +21,7 @@ from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
 from sd_recipes.data.columns import SIZE_COLUMNS
 from sd_recipes.data.draws import PLAIN, Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
-from sd_recipes.data.latent_store import SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
+from sd_recipes.data.latent_store import END, SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
 from sd_recipes.data.noise import training_noise
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import RecipeError
@@ -31,7 +31,6 @@ from sd_recipes.runtime.signals import outlive_signals
 RECIPE_ERROR = f"{RecipeError.__module__}.{RecipeError.__qualname__}"
 SMALL = 2**14  # bytes of a tensor that a worker sends through its pipe: sharing memory takes longer
 READ_AHEAD = 2  # micro-batches, of the reading thread and of each worker process
-END = 2**62  # an epoch that is never reached
 
 Row = dict[str, Any]
 Encode = Callable[[torch.Tensor], torch.Tensor]  # uint8 pixels (U, 3, H, W) to moments (U, 2C, h, w)
@@ -405,7 +404,7 @@ class TrainingBatches:
             if (first := next(plans, None)) is None:
                 return
             # An epoch may have fewer micro-batches than there are workers: some begin with a later one.
-            self.builder.store.start_at(first.epoch)
+            self.builder.store.start_at(first.epoch, is_within=samples_seen > 0)
             plans = itertools.chain([first], plans)
         if self.num_workers == 0:
             yield from self._read_ahead(plans)

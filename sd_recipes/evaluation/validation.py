@@ -196,14 +196,18 @@ class Validator:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within this context UNet and text encoder evaluate, the UNet on the device: it may have been gathered."""
+        """Within this context UNet and text encoder evaluate, the UNet on the device: it may have been gathered.
+
+        A compiled one is not, since it would be compiled anew for every shape that is evaluated.
+        """
         models = [self.components.unet.to(self.accelerator.device)]
         models += [getattr(self.components, name) for name in self.family.text_models]
         were_training = [model for model in models if model.training]
         for model in were_training:
             model.eval()
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             for model in were_training:
                 model.train()

@@ -38,6 +38,7 @@ from sd_recipes.evaluation.uncertainty_plot import draw_uncertainty
 from sd_recipes.evaluation.validation import Validator
 from sd_recipes.evaluation.watched_rows import WatchedRows
 from sd_recipes.model.checks import check_pictures, check_recipe_fits, check_schedule
+from sd_recipes.model.compilation import compile_unet, in_steps
 from sd_recipes.model.components import Components, latent_shape_of, load_scheduler
 from sd_recipes.model.conditioning import CachedText, Conditioning
 from sd_recipes.model.families import family_of
@@ -74,6 +75,8 @@ NOT_BEGUN = "while it was loading, before its first step"
 # Of a part's folder in a checkpoint: by diffusers' name, or by transformers'.
 UNET_WEIGHTS, WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 UNCERTAINTY = "uncertainty"
+SIZES_OF_STREAM = 32  # of pictures that a compiled UNet meets, where nobody knows
+COMPILED = {"blocks": "the UNet's blocks", "unet": "the UNet", "graphs": "the UNet, as CUDA graphs"}
 LORA = "_lora"  # suffix of the parts that are LoRAs of a component
 
 
@@ -86,7 +89,7 @@ class Model:
 
     family: Family
     components: Components
-    unet: torch.nn.Module  # as a training step calls it: autocast, or sharded
+    unet: Callable[..., Any]  # as a training step calls it: autocast, compiled, or sharded
     exchange: GradientExchange  # of all that is trained
     encoder: LatentEncoder
     encode_text: Callable[[torch.Tensor], TextStates]  # of input_ids in the host's memory
@@ -179,6 +182,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
         batch_size=batch_size,
         num_steps=num_steps,
         num_rows=data.num_rows,
+        num_sizes=SIZES_OF_STREAM if data.order is None else len(data.order.sizes),
     )
     store = open_store(recipe, provenance, accelerator)
     tracker = Tracker(accelerator, recipe)
@@ -275,14 +279,20 @@ def build_model(
     batch_size: int,
     num_steps: int,
     num_rows: int | None,
+    num_sizes: int = 1,
 ) -> tuple[Model, TrainState]:
-    """Put the models where the run needs them; returns them, and what is trained of them."""
+    """Put the models where the run needs them; returns them, and what is trained of them.
+
+    `num_sizes` is of pictures.
+    """
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
     # bitsandbytes makes parameters contiguous at their first step, after its state has taken on their layout, and FSDP
     # shards only contiguous ones.
     contiguous = recipe.is_8bit or accelerator.is_fsdp2
     encoder = build_encoder(recipe, components.vae, accelerator)
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
+    if recipe.compile:
+        compile_unet(components.unet, recipe.compile, num_sizes=num_sizes)
     parts = trained_parts(recipe, family, components, batch_size)
     num_train_timesteps = components.scheduler.config.num_train_timesteps
     quiet_loss = QuietLoss(num_train_timesteps, recipe, None if num_rows is None else RowLosses(num_rows))
@@ -328,10 +338,11 @@ def build_model(
         fused_backward=fused_backward,
     )
     encode_text = text_encoding(recipe, family, components, state)
+    unet = part_of(parts, "unet").prepared
     model = Model(
         family=family,
         components=components,
-        unet=part_of(parts, "unet").prepared,
+        unet=in_steps(unet) if recipe.compile == "graphs" else unet,
         exchange=GradientExchange(
             [parameter for part in parts.values() for parameter in part.parameters.values()],
             is_needed=accelerator.num_processes > 1 and not accelerator.is_fsdp2,
@@ -444,7 +455,7 @@ def build_validator(
         logger.info("Validation pictures have %d x %d pixels.", picture_side, picture_side)
     score = None
     if recipe.validation_clip_model and accelerator.is_main_process:
-        score = ImageTextScore(recipe.validation_clip_model, recipe.cache_dir)
+        score = ImageTextScore(recipe.validation_clip_model, accelerator.device, recipe.cache_dir)
     # Plain, so that runs with different weightings and tricks can be compared by it.
     plain_objective = ObjectiveConfig(prediction_type=model.objective.prediction_type)
     own = slice(accelerator.process_index, None, accelerator.num_processes)
@@ -517,6 +528,7 @@ def describe(run: Run) -> str:
         "predicts": run.model.objective.prediction_type,
         "device": f"{accelerator.device}, {accelerator.mixed_precision} mixed precision"
         + (f", compiled by {backend} (torch dynamo) of {configuration()}" if backend != "no" else "")
+        + (f", compiled: {COMPILED[run.recipe.compile]}" if run.recipe.compile else "")
         + (f", sharded over {accelerator.num_processes} processes (FSDP2)" if accelerator.is_fsdp2 else ""),
         "seed": run.recipe.seed,
     }

@@ -127,7 +127,8 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
                 if state.quiet_loss.is_full:
                     guard.look()
             if run.store and plan.ends_epoch:
-                run.store.end_epoch(plan.epoch)
+                order = run.data.order
+                run.store.end_epoch(plan.epoch, has_all_rows=order is not None and order.has_all_rows)
                 run.model.encoder.rest()
             if is_validated:
                 best = validate(run, best_weights)
