@@ -167,6 +167,12 @@ class RunConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "free", "Where to train; `auto` leaves it to accelerate.")
     allow_tf32: bool = setting(False, "warned", "Use TF32 in matrix products and convolutions (Ampere GPUs and later).")
+    profile_steps: int = setting(
+        0,
+        "free",
+        "Profile this many steps, from the fourth on: a trace and a table by phase in OUTPUT_DIR/profile.",
+        ge=0,
+    )
     local_rank: int = setting(-1, "free", "Accepted for old launchers; LOCAL_RANK in the environment is used.")
 
 

@@ -44,7 +44,7 @@ NOT_TRAINED: dict[str, Any] = {
     "ema_snapshots_limit": None, "compile": None, "compile_unet": False, "weights_dtype": "float32",
     "fused_backward_pass": False, "cache_latents": "off", "check_data": "off", "report_to": "none",
     "validation_prompts": None, "validation_clip_model": None, "validation_pictures": 0, "early_stopping": None,
-    "export": "end",
+    "export": "end", "profile_steps": 0,
 }  # fmt: skip
 # Where a checkpoint has a part's weights of each kind: suffixes of folders, the first that is there counts.
 KINDS_IN_CHECKPOINT: dict[str | None, tuple[str, ...]] = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo
+import torch.compiler.config
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
@@ -33,7 +33,7 @@ def compile_unet(unet: Any, how: str, *, num_sizes: int) -> None:
     blocks = [module for module in unet.modules() if isinstance(module, REPEATED)] if how == "blocks" else [unet]
     for block in blocks:
         block.compile(**compiler_arguments(how))
-    config, num_programs = torch._dynamo.config, len(blocks) * num_sizes * BATCH_SIZES
+    config, num_programs = torch.compiler.config, len(blocks) * num_sizes * BATCH_SIZES
     config.recompile_limit = max(config.recompile_limit, num_programs)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, num_programs)
     if how == "graphs":

@@ -68,6 +68,7 @@ from sd_recipes.training.row_losses import RowLosses
 from sd_recipes.training.state import SNAPSHOTS, TrainedPart, TrainState
 from sd_recipes.training.timestep_errors import TimestepErrors
 from sd_recipes.training.uncertainty import CONFIG, LEARNING_RATE, Uncertainty
+from sd_recipes.training.utilisation import Utilisation
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +99,15 @@ class Model:
     quiet_loss: QuietLoss
     timestep_errors: TimestepErrors | None  # by which timesteps are drawn, instead of those that a batch has
     steps_in_backward: bool  # with --fused_backward_pass
+    utilisation: Utilisation | None  # on a GPU, or if a run is profiled
 
     def losses(self, latents: torch.Tensor, conditioning: Conditioning, batch: Batch) -> torch.Tensor:
         """(B,) loss of each image of a batch on the device, whose latents are (B, C, h, w)."""
         errors = self.timestep_errors
         timesteps = batch.timesteps if errors is None else errors.timesteps(batch.timestep_u)
         noises = batch.noise, batch.input_noise
+        if self.utilisation:
+            self.utilisation.note(latents, conditioning)
         losses = self.objective.undivided(self.unet, latents, conditioning, timesteps, *noises)
         self.quiet_loss.add(batch, timesteps, losses.detach())
         if errors is None:
@@ -356,6 +360,11 @@ def build_model(
         quiet_loss=quiet_loss,
         timestep_errors=timestep_errors,
         steps_in_backward=recipe.fused_backward_pass,
+        utilisation=(
+            Utilisation(components.unet, accelerator, allow_tf32=recipe.allow_tf32)
+            if device.type == "cuda" or recipe.profile_steps
+            else None
+        ),
     )
     return model, state
 

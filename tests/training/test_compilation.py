@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.compiler.config
 from diffusers import StableDiffusionPipeline
 from training_runs import assert_equal, build, fit_from, losses, train, weights
 
@@ -21,11 +22,11 @@ from sd_recipes.recipe import Recipe
 
 @pytest.fixture(autouse=True)
 def _compiler_is_left_as_it_was() -> Iterator[None]:
-    config = torch._dynamo.config
+    config = torch.compiler.config
     was = config.recompile_limit, config.accumulated_recompile_limit
-    torch._dynamo.reset()
+    torch.compiler.reset()
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
     config.recompile_limit, config.accumulated_recompile_limit = was
 
 
