@@ -89,9 +89,7 @@ class Profiler:
     def close(self, number: int) -> None:
         """After the step before `number`: write the trace and the table of what was profiled until here."""
         if self.num_steps and self._begun is None:
-            logger.warning(
-                "--profile_steps: nothing was profiled, since the run ended with its first %d steps", WARM_UP
-            )
+            logger.warning("--profile_steps profiled nothing: the run made no more than its first %d steps.", WARM_UP)
         if (profile := self._stop()) is None:
             return
         assert self._begun is not None

@@ -1,4 +1,6 @@
-"""How much of a device a run uses: its model's arithmetic against the device's peak (Chowdhery et al. 2022, appendix B).
+"""How much of a device a run uses: the model's arithmetic against the device's peak.
+
+Chowdhery et al. 2022, appendix B, model FLOPs utilization.
 
 Counted is the UNet's forward and backward pass, whatever else a step computes: not the VAE and the text encoder, the
 optimizer, or what gradient checkpointing recomputes.

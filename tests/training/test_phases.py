@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from training_runs import assert_equal, train, weights
 
 from sd_recipes.runtime.trackers import read_metrics
@@ -49,7 +51,7 @@ def test_a_run_that_is_too_short_says_that_nothing_was_profiled(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         run = train(settings, max_train_steps=2, profile_steps=1)
-    assert "--profile_steps: nothing was profiled, since the run ended with its first 3 steps" in caplog.text
+    assert "--profile_steps profiled nothing: the run made no more than its first 3 steps." in caplog.text
     assert not (run.output_dir / "profile").exists()
 
 
@@ -80,15 +82,15 @@ def test_what_a_gpu_does_belongs_to_the_phase_that_asked_for_it() -> None:
     ]  # fmt: skip
 
 
-def test_the_arithmetic_of_an_image_is_that_of_all_products(settings: dict[str, Any]) -> None:
-    run = train(settings, profile_steps=1, max_train_steps=4)
-    unet = run.model.components.unet
+def test_the_arithmetic_of_an_image_is_that_of_all_products(tiny_pipeline: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
     latents = torch.zeros(3, 4, 16, 16)
     conditioning = {"encoder_hidden_states": torch.zeros(3, 32, unet.config.cross_attention_dim)}
     counted = flops_of(unet, latents, conditioning)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         unet(latents, torch.zeros(3, dtype=torch.int64), **conditioning, return_dict=False)[0].sum().backward()
-    assert 3 * counted == pytest.approx(counter.get_total_flops(), rel=0.02)  # the first layer needs no gradient back
+    assert 3 * counted == pytest.approx(counter.get_total_flops(), rel=0.05)
+    # Captions and the first layer need no gradient back: 4 % of this UNet, and 0.1 % of Stable Diffusion 1.5's.
     unet.requires_grad_(False)
     assert flops_of(unet, latents, conditioning) == counted * 2 // 3
 
