@@ -26,6 +26,7 @@ from sd_recipes.data.noise import training_noise
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import CaptionConfig, ObjectiveConfig, Recipe
+from sd_recipes.runtime.host_memory import pinned_like
 from sd_recipes.runtime.signals import outlive_signals
 
 RECIPE_ERROR = f"{RecipeError.__module__}.{RecipeError.__qualname__}"
@@ -45,7 +46,7 @@ class Batch:
     """
 
     pixels: torch.Tensor  # (U, 3, H, W) uint8, of the rows in `to_encode`
-    to_encode: torch.Tensor  # (U,) int64: the places in the batch whose moments are still to be made
+    to_encode: torch.Tensor  # (U,) int64, ascending: the places in the batch whose moments are still to be made
     moments: torch.Tensor | None  # (B, 2C, h, w) float32 of the other rows; None if there are none
     flip: torch.Tensor  # (B,) bool: still to be mirrored, where the store keeps both
     input_ids: torch.Tensor  # (B, L) int64
@@ -91,7 +92,10 @@ class Batch:
         return moments
 
     def in_parts_of(self, size: int) -> list[Batch]:
-        """The same samples with the same draws in batches of at most `size`, as even as possible."""
+        """The same samples with the same draws in batches of at most `size`, as even as possible.
+
+        Views, so that pinned memory stays pinned.
+        """
         return self.split(math.ceil(len(self.weights) / size))
 
     def split(self, number: int) -> list[Batch]:
@@ -100,7 +104,7 @@ class Batch:
         return [self._part(start, end, is_last=end == bounds[-1]) for start, end in itertools.pairwise(bounds)]
 
     def _part(self, start: int, end: int, *, is_last: bool) -> Batch:
-        live = (self.to_encode >= start) & (self.to_encode < end)
+        live = slice(*torch.searchsorted(self.to_encode, torch.tensor([start, end])).tolist())
         plan = replace(
             self.plan,
             rows=self.plan.rows[start:end],
@@ -109,8 +113,8 @@ class Batch:
             is_last=self.plan.is_last and is_last,
             examples=None if self.plan.examples is None else self.plan.examples[start:end],
         )
-        own: dict[str, Any] = {"plan": plan, "pixels": self.pixels[live], "to_encode": self.to_encode[live] - start}
-        own["records"] = [self.records[number] for number in live.nonzero()[:, 0].tolist()]
+        own: dict[str, Any] = {"plan": plan, "pixels": self.pixels[live], "records": self.records[live]}
+        own["to_encode"] = pinned_like(self.to_encode[live] - start, self.to_encode)
         own["bad"] = self.bad if start == 0 else ()
         for name in (field.name for field in fields(self) if field.name not in own):
             whole = getattr(self, name)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from sd_recipes.runtime.host_memory import pinned_like
+
 TextStates = Mapping[str, torch.Tensor]  # what the text models say, (B, …) each
 Conditioning = Mapping[str, Any]  # keyword arguments of the UNet besides noisy latents and timesteps
 MAX_TEXT_BYTES = 2**30  # of kept text states: about 9,000 captions of CLIP-L in bf16
@@ -42,7 +44,7 @@ class CachedText:
         keys = [row.numpy().tobytes() for row in input_ids]
         new = [place for place, key in enumerate(keys) if key not in self.states]
         if new:
-            encoded = self.encode(input_ids[new])
+            encoded = self.encode(pinned_like(input_ids[new], input_ids))
             self.device = next(iter(encoded.values())).device
             for number, place in enumerate(new):
                 # A copy each: a slice would keep the whole batch's tensor alive.
