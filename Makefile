@@ -34,7 +34,7 @@ quickstart-lora: $(READY)  ## the same by a LoRA
 	$(LAUNCH) --config quickstart_lora
 
 test: $(READY) lint  ## run lint, type checks and the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'  # a process per core
 
 test-slow: $(READY)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

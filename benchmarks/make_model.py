@@ -1,10 +1,11 @@
-"""Generate a model with random weights, and pictures, for the benchmarks.
+"""Generate a model with random weights, and pictures, for the benchmarks; `emoji` takes both from the package.
 
 python benchmarks/make_model.py --shape sd15 --work_dir /tmp/benchmark
 """
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from PIL import Image
 
 SHAPES = {
     # UNet widths, text width, VAE widths, heads, resolution, batch, steps, warm-up steps
+    "micro": ([16, 16, 16, 16], 64, [16, 16, 16, 16], 2, 32, 4, 12, 4),
     "tiny": ([32, 64, 64, 64], 64, [16, 16, 32, 32], 8, 64, 4, 12, 4),
     "quarter": ([80, 160, 320, 320], 192, [32, 64, 128, 128], 8, 256, 4, 12, 4),
+    "emoji": (None, None, None, None, 64, 32, 200, 20),  # the embedded base and its pictures
     "sd15": ([320, 640, 1280, 1280], 768, [128, 256, 512, 512], 8, 512, 16, 40, 10),
     "sd2": ([320, 640, 1280, 1280], 1024, [128, 256, 512, 512], [5, 10, 20, 20], 512, 16, 40, 10),
 }
@@ -84,8 +87,28 @@ def build_pictures(folder: Path, number: int, side: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
+def copy_emoji(folder: Path, split: str = "train") -> None:
+    """The embedded base, and the emoji of a split as PNGs with captions, as diffusers' script reads them."""
+    import pyarrow.parquet
+
+    from sd_recipes.assets import resolve
+
+    shutil.copytree(resolve("sd-recipes/tiny-emoji"), folder / "model")
+    (folder / "pictures").mkdir()
+    lines = []
+    for path in sorted(Path(resolve("sd-recipes/emoji")).glob(f"data/{split}-*.parquet")):
+        for row in pyarrow.parquet.read_table(path).to_pylist():
+            name = f"{len(lines):04d}.png"
+            (folder / "pictures" / name).write_bytes(row["image"]["bytes"])
+            lines.append(json.dumps({"file_name": name, "text": row["text"]}))
+    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
 def build(shape: str, folder: Path, resolution: int | None = None) -> None:
     """Write folder/model and folder/pictures."""
+    if shape == "emoji":
+        copy_emoji(folder)
+        return
     *_, usual_resolution, batch, _, _ = SHAPES[shape]
     build_model(shape, folder / "model")
     build_pictures(folder / "pictures", max(64, 2 * batch), resolution or usual_resolution)

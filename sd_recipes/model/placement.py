@@ -16,6 +16,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import Components
 from sd_recipes.model.family import Family
 from sd_recipes.model.lora import lora_layers
+from sd_recipes.model.narrow_heads import widen_narrow_heads
 from sd_recipes.recipe import MemoryConfig
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ def move_models(
         for text_model in trained_text_models(family, components):
             # What a frozen layer gives to one with a LoRA needs no gradient, which the other kind takes for an end.
             text_model.activation_checkpointing_enable({"use_reentrant": False})
+    if device.type == "cpu":
+        widen_narrow_heads(unet)
     if config.enable_xformers_memory_efficient_attention:
         if importlib.util.find_spec("xformers"):
             unet.enable_xformers_memory_efficient_attention()

@@ -337,7 +337,7 @@ def validate(run: Run, best_weights: BestWeights) -> Best | None:
 
     Every process has to call it.
     """
-    with another_phase():
+    with another_phase(run.accelerator.device):
         best = run.validator(run.state, run.tracker)
     if best and best.step == run.state.progress.global_step and run.recipe.keep_best:
         best_weights.keep(best.loss)
