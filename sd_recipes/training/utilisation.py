@@ -49,16 +49,13 @@ def flops_of(unet: Any, latents: torch.Tensor, conditioning: Mapping[str, Any]) 
     same configuration without memory.
     """
 
-    def of_one(value: Any) -> Any:
-        return value[:1].to("meta") if isinstance(value, torch.Tensor) else value
-
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         same = UNet2DConditionModel.from_config(dict(unet.config))
-        named = {name: of_one(value).float() if name == "encoder_hidden_states" else of_one(value)
+        named = {name: value.to("meta", torch.float32) if isinstance(value, torch.Tensor) else value
                  for name, value in conditioning.items()}  # fmt: skip
-        same(of_one(latents).float(), torch.zeros(1, dtype=torch.int64), **named)
+        same(latents.to("meta", torch.float32), torch.zeros(len(latents), dtype=torch.int64), **named)
     is_trained = any(each.requires_grad for name, each in unet.named_parameters() if ".lora_" not in name)
-    return int(counter.get_total_flops()) * (3 if is_trained else 2)
+    return int(counter.get_total_flops()) // len(latents) * (3 if is_trained else 2)
 
 
 class Utilisation:
