@@ -344,7 +344,7 @@ class DataConfig(Section):
         None,
         "free",
         "Number of loader processes; 0 reads ahead in a thread. If not given, 0 on a CPU, and on a GPU one for each "
-        "core of a training process, at most 8.",
+        "core of a training process, at most 8, for which shared memory has room.",
         ge=0,
     )
 

@@ -48,14 +48,20 @@ def flops_of(unet: Any, latents: torch.Tensor, conditioning: Mapping[str, Any]) 
     A backward pass takes twice a forward pass; where the UNet's own weights are frozen, once. Counted on a UNet of the
     same configuration without memory.
     """
-
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         same = UNet2DConditionModel.from_config(dict(unet.config))
-        named = {name: value.to("meta", torch.float32) if isinstance(value, torch.Tensor) else value
-                 for name, value in conditioning.items()}  # fmt: skip
-        same(latents.to("meta", torch.float32), torch.zeros(len(latents), dtype=torch.int64), **named)
+        same(on_meta(latents), torch.zeros(len(latents), dtype=torch.int64), **on_meta(conditioning))
     is_trained = any(each.requires_grad for name, each in unet.named_parameters() if ".lora_" not in name)
     return int(counter.get_total_flops()) // len(latents) * (3 if is_trained else 2)
+
+
+def on_meta(value: Any) -> Any:
+    """Tensors without memory, numbers in float32; also those within mappings."""
+    if isinstance(value, Mapping):
+        return {name: on_meta(each) for name, each in value.items()}
+    if isinstance(value, torch.Tensor):
+        return value.to("meta", torch.float32 if value.is_floating_point() else value.dtype)
+    return value
 
 
 class Utilisation:

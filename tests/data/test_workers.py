@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,16 @@ def test_a_gpu_has_workers_and_a_cpu_a_thread_unless_a_number_is_given(
     monkeypatch.setattr(cores, "num_cores", lambda: num_cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert num_workers_of(Recipe(**settings, dataloader_num_workers=given), device) == expected
+
+
+@pytest.mark.parametrize(("megabytes", "expected"), [(64, 2), (10, 0), (10_000, 8)])
+def test_shared_memory_has_room_for_what_workers_read_ahead(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, megabytes: int, expected: int
+) -> None:
+    monkeypatch.setattr(cores, "num_cores", lambda: 16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=megabytes * 10**6))
+    recipe = Recipe(**settings | {"resolution": 512, "train_batch_size": 8})
+    assert num_workers_of(recipe, "cuda") == expected
 
 
 def test_a_run_goes_on_with_other_workers_to_the_bit_and_without_a_word(
