@@ -18,9 +18,9 @@ from sd_recipes.data.batches import Batch
 from sd_recipes.training import loop
 from sd_recipes.training.build import Run
 
-aten = torch.ops.aten
 # Each has to know values, or how many there are, before the host can go on.
-WAITING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero, aten._unique2}
+WAITING = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.is_nonzero"}
+BY_INDEX = {"aten.index", "aten.index_put", "aten.index_put_"}  # which waits for the number of a mask's places
 STEPS = 4  # of which the first and the last are logged
 
 
@@ -38,9 +38,9 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
         is_on_device = any(getattr(each, "is_on_device", False) for each in tensors)
-        indices = args[1] if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) else []
+        indices = args[1] if str(func.overloadpacket) in BY_INDEX else []
         by_mask = any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in indices)
-        if is_on_device and (func.overloadpacket in WAITING or by_mask):
+        if is_on_device and (str(func.overloadpacket) in WAITING or by_mask):
             frames = [frame for frame in traceback.extract_stack() if "/sd_recipes/" in frame.filename]
             self.found[f"{func} in {frames[-1].name}"] += 1
         result = func(*args, **(kwargs or {}))
