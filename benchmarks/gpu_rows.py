@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from make_model import build
+from make_xl_model import XL_SHAPES
 
 from sd_recipes.checkpoints.saver import BackgroundSaver
 from sd_recipes.commands.train import resolve, train_to_end
@@ -75,12 +76,29 @@ ROWS = {
     "bf16, no clipping": "--mixed_precision bf16 --max_grad_norm 0",
 }
 
+LEAST = (
+    "--mixed_precision bf16 --weights_dtype bf16 --use_8bit_adam --fused_backward_pass --max_grad_norm 0 "
+    "--gradient_checkpointing"
+)
+XL_ROWS = {  # of SDXL, at batch 1
+    "bf16, LoRA of rank 16": "--mixed_precision bf16 --lora_rank 16 --learning_rate 1e-4",
+    "bf16, LoRA, checkpointing": "--mixed_precision bf16 --lora_rank 16 --learning_rate 1e-4 --gradient_checkpointing",
+    "bf16, LoRA, text encoders too": "--mixed_precision bf16 --lora_rank 16 --lora_text_encoder --learning_rate 1e-4 "
+    "--gradient_checkpointing",
+    "fp16, LoRA, checkpointing": "--mixed_precision fp16 --lora_rank 16 --learning_rate 1e-4 --gradient_checkpointing",
+    "bf16, 8-bit AdamW, checkpointing": "--mixed_precision bf16 --use_8bit_adam --gradient_checkpointing",
+    "the same, batch 4": "--mixed_precision bf16 --use_8bit_adam --gradient_checkpointing --train_batch_size 4",
+    "the same, moments kept": "--mixed_precision bf16 --use_8bit_adam --gradient_checkpointing --cache_latents memory "
+    "--center_crop",
+    "bf16, the least": LEAST,
+}
 
-def flags_of(folder: Path, device: str, steps: int, row: str) -> list[str]:
+
+def flags_of(folder: Path, device: str, steps: int, batch_size: int, row: str) -> list[str]:
     """The command line of a row; what the row says comes last, and counts."""
     common = (
         f"--pretrained_model_name_or_path {folder}/model --train_data_dir {folder}/pictures --cache_dir {folder}/cache "
-        f"--train_batch_size 8 --max_train_steps {steps} --lr_warmup_steps 0 "
+        f"--train_batch_size {batch_size} --max_train_steps {steps} --lr_warmup_steps 0 "
         f"--learning_rate 1e-5 --seed 0 --report_to none --device {device} --output_dir {folder}/out --overwrite"
     )
     flags = [*common.split(), *row.split()]
@@ -125,16 +143,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="sd15")
     parser.add_argument("--work_dir", type=Path, required=True)
-    parser.add_argument("--resolution", default="512")
+    parser.add_argument("--resolution", default=None, help="512, or 1024 for SDXL")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default="", help="a regular expression: the rows whose names it is found in")
     parser.add_argument("--budget", type=float, default=300, help="seconds after which no new row begins")
     args = parser.parse_args()
     folder = args.work_dir / args.shape
+    rows, batch_size, usual = (XL_ROWS, 1, 1024) if args.shape in XL_SHAPES else (ROWS, 8, 512)
+    resolution = args.resolution or str(usual)
     spawn = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
     if not (folder / "model").exists():
-        building = spawn.Process(target=build, args=(args.shape, folder, int(args.resolution)))
+        building = spawn.Process(target=build, args=(args.shape, folder, int(resolution)))
         building.start()
         building.join()
     begun, failed = time.monotonic(), False
@@ -142,7 +162,7 @@ def main() -> None:
         f"{'':<34} {'images/s':>8} {'allocated':>10} {'reserved':>9} {'MFU, %':>6} {'wait':>6} {'loss':>8}   GiB; "
         f"{args.shape}"
     )
-    chosen = {name: row for name, row in ROWS.items() if re.search(args.only, name)}
+    chosen = {name: row for name, row in rows.items() if re.search(args.only, name)}
     for name, row in chosen.items():
         if time.monotonic() - begun > args.budget:
             print(f"{name:<34} left out: {args.budget:.0f} s are over", flush=True)
@@ -150,7 +170,7 @@ def main() -> None:
         shutil.rmtree(folder / "out", ignore_errors=True)
         started = time.monotonic()
         receiving, sending = spawn.Pipe(duplex=False)
-        flags = [*flags_of(folder, args.device, args.steps, row), "--resolution", args.resolution]
+        flags = [*flags_of(folder, args.device, args.steps, batch_size, row), "--resolution", resolution]
         process = spawn.Process(target=measure_into, args=(sending, flags))
         process.start()
         sending.close()

@@ -4,11 +4,13 @@ python benchmarks/make_model.py --shape sd15 --work_dir /tmp/benchmark
 """
 
 import argparse
+import io
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+from make_xl_model import XL_SHAPES, build_xl_model
 from PIL import Image
 
 SHAPES = {
@@ -88,7 +90,7 @@ def build_pictures(folder: Path, number: int, side: int) -> None:
 
 
 def copy_emoji(folder: Path, split: str = "train") -> None:
-    """The embedded base, and the emoji of a split as PNGs with captions, as diffusers' script reads them."""
+    """The embedded base, and the emoji of a split with captions, as diffusers' script reads them: it knows no alpha."""
     import pyarrow.parquet
 
     from sd_recipes.assets import resolve
@@ -99,7 +101,9 @@ def copy_emoji(folder: Path, split: str = "train") -> None:
     for path in sorted(Path(resolve("sd-recipes/emoji")).glob(f"data/{split}-*.parquet")):
         for row in pyarrow.parquet.read_table(path).to_pylist():
             name = f"{len(lines):04d}.png"
-            (folder / "pictures" / name).write_bytes(row["image"]["bytes"])
+            picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            Image.alpha_composite(white, picture).convert("RGB").save(folder / "pictures" / name)
             lines.append(json.dumps({"file_name": name, "text": row["text"]}))
     (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
@@ -109,6 +113,10 @@ def build(shape: str, folder: Path, resolution: int | None = None) -> None:
     if shape == "emoji":
         copy_emoji(folder)
         return
+    if shape in XL_SHAPES:
+        build_xl_model(shape, folder / "model")
+        build_pictures(folder / "pictures", 64, resolution or 1024)
+        return
     *_, usual_resolution, batch, _, _ = SHAPES[shape]
     build_model(shape, folder / "model")
     build_pictures(folder / "pictures", max(64, 2 * batch), resolution or usual_resolution)
@@ -116,7 +124,7 @@ def build(shape: str, folder: Path, resolution: int | None = None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--shape", choices=[*SHAPES, *XL_SHAPES], required=True)
     parser.add_argument("--work_dir", type=Path, required=True)
     arguments = parser.parse_args()
     build(arguments.shape, arguments.work_dir / arguments.shape)

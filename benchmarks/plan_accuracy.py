@@ -32,7 +32,7 @@ from sd_recipes.memory.tracer import Tracer
 from sd_recipes.model.components import load_scheduler
 from sd_recipes.model.families import family_of
 from sd_recipes.recipe import Recipe
-from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
+from sd_recipes.runtime.accelerator import DTYPES, forget_accelerator, start_accelerator
 from sd_recipes.training.build import build_model, choose_trained
 from sd_recipes.training.loop import backward, update
 
@@ -115,14 +115,21 @@ def measure(recipe: Recipe) -> Measured:
     cuda = accelerator.device.type == "cuda"
     torch.manual_seed(0)
     family = family_of(recipe)
-    components = family.load(recipe, load_scheduler(recipe), None, weights=False)
+    components = family.load(recipe, load_scheduler(recipe), (), weights=False)
     choose_trained(recipe, family, components)
     for name in ("unet", "vae", *family.text_models):
         draw_weights(getattr(components, name), accelerator.device)
     tracer = Tracer(torch.device("cpu"), block=64)
     number = recipe.train_batch_size
     model, state = build_model(
-        recipe, family, components, accelerator, batch_size=number, num_steps=STEPS, num_rows=None
+        recipe,
+        family,
+        components,
+        accelerator,
+        vae_dtype=DTYPES[accelerator.mixed_precision],
+        batch_size=number,
+        num_steps=STEPS,
+        num_rows=None,
     )
     frozen = [getattr(components, name) for name in ("vae", *family.text_models)]
     if not cuda:

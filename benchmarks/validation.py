@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -42,9 +44,10 @@ def main() -> None:
     ])  # fmt: skip
     check_output_dir(folder / "validated")
     accelerator = start_accelerator(recipe)
-    recipe, checkpoint = resolve(recipe, accelerator, None)
-    run = build_run(recipe, accelerator, checkpoint)
-    restore(run)
+    with redirect_stdout(sys.stderr):  # what a run says is not of the table
+        recipe, checkpoint = resolve(recipe, accelerator, None)
+        run = build_run(recipe, accelerator, checkpoint)
+        restore(run)
     run.state.progress.global_step = 1  # before the first step no pictures are drawn
     for words in ("first", "next", "next"):
         if accelerator.device.type == "cuda":

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from sd_recipes.errors import RecipeError, nearest, one_line
 from sd_recipes.kohya import read_dataset_config
+from sd_recipes.other_trainers import named_elsewhere
 from sd_recipes.reading import StrangeFile, open_regular, read_text
 from sd_recipes.recipe import OF_ONE_SOURCE, ONLY_IN_FILES, SECTIONS, Recipe, Section, heading
 from sd_recipes.redaction import LEFT_OUT, in_texts, redacted, without_folders
@@ -140,7 +141,11 @@ def read_recipe_file(name: str) -> dict[str, Any]:
         raise RecipeError(f"--config {path}: a recipe is a list of `key: value` lines, not a {type(settings).__name__}")
     for key in settings:
         if key not in Recipe.model_fields:
-            raise RecipeError(f"--config {path}: unknown key {key!r}{nearest(str(key), Recipe.model_fields)}")
+            elsewhere = named_elsewhere(str(key), [f"--{name}" for name in Recipe.model_fields])
+            words = (
+                f"{key} {elsewhere}" if elsewhere else f"unknown key {key!r}{nearest(str(key), Recipe.model_fields)}"
+            )
+            raise RecipeError(f"--config {path}: {words}")
     settings.pop("config", None)
     return settings
 
@@ -148,6 +153,7 @@ def read_recipe_file(name: str) -> dict[str, Any]:
 # What a resolved recipe leaves out: how this run was started, and what a repetition must not do again.
 NOT_OF_THE_RUN = {
     "config", "dataset_config", "dry_run", "hub_token", "local_rank", "use_8bit_adam", "compile_unet", "rank",
+    "pretrained_vae_model_name_or_path", "proportion_empty_prompts",
     "resume_from_checkpoint", "overwrite", "push_to_hub",
 }  # fmt: skip
 
@@ -275,15 +281,22 @@ def _flag_kind(annotation: Any) -> tuple[type, list[str] | None, bool]:
         annotation = typing.get_args(annotation)[0]
     if typing.get_origin(annotation) is Literal:
         return str, list(typing.get_args(annotation)), False
-    if typing.get_origin(annotation) is list:
+    if typing.get_origin(annotation) in (list, dict):  # a mapping as NAME=VALUE, which its section reads
         return str, None, True
     return annotation, None, False
 
 
 def parse_flags(argv: list[str], parser: Parser) -> dict[str, Any]:
-    """The flags that were given, by name. Raises RecipeError for an unknown flag, with the nearest name."""
+    """The flags that were given, by name. Raises RecipeError for an unknown one, with the nearest name.
+
+    Or with what another trainer's flags are here, all of them at once.
+    """
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
+        names = dict.fromkeys(word.split("=")[0] for word in unknown if word.startswith("--"))
+        elsewhere = {name: named_elsewhere(name.removeprefix("--"), parser.flags) for name in names}
+        if any(elsewhere.values()):
+            raise RecipeError(". ".join(f"{name} {words}" for name, words in elsewhere.items() if words))
         name = unknown[0].split("=")[0]
         raise RecipeError(f"unknown flag {name}{nearest(name, parser.flags)}; --help lists all")
     return vars(flags)

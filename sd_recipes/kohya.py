@@ -66,24 +66,17 @@ HELD_OUT = "what is held out is a split of the data: --validation_split NAME"
 NOT_MAPPED: dict[str, tuple[Any, str]] = {
     "alpha_mask": (False, "transparency is laid over white, and the loss counts every pixel"),
     "cache_info": (False, "sizes and captions are read anew by every run"),
-    "caption_dropout_every_n_epochs": (0, "captions are dropped at random, by caption_dropout_rate"),
-    "caption_prefix": ("", "write it into the captions"),
-    "caption_suffix": ("", "write it into the captions"),
-    "caption_tag_dropout_rate": (0, "captions are dropped as a whole, by caption_dropout_rate"),
     "color_aug": (False, "colours are left as they are"),
     "conditioning_data_dir": (None, "ControlNets are not trained"),
     "custom_attributes": ({}, "nothing would read them"),
-    "enable_wildcard": (False, "{a|b} is left as it is; of a caption file's lines one is drawn in any case"),
     "face_crop_aug_range": (None, "crops do not look for faces"),
     "is_reg": (
         False,
         "its pictures count like all others, num_repeats times an epoch, and are not repeated to match their number",
     ),
-    "keep_tokens_separator": ("", "which tags stay in place is told by their number: keep_tokens"),
     "max_bucket_reso": (None, SIDES),
     "min_bucket_reso": (None, SIDES),
     "network_multiplier": (1, "networks beside the model are not trained"),
-    "secondary_separator": ("", "tags are split at caption_separator alone"),
     "skip_image_resolution": (None, "small pictures are not skipped; `sd-recipes inspect` lists them"),
     "token_warmup_min": (1, TAGS),
     "token_warmup_step": (0, TAGS),
@@ -113,19 +106,30 @@ def _max_upscale(no_upscale: bool) -> float:
     return 1.0
 
 
+def _text_or_none(text: str) -> str | None:
+    return text or None
+
+
 # Settings of the whole run: the key's counterpart, how its value is translated, and kohya's default.
 OF_THE_RUN: dict[str, tuple[str, Callable[[Any], Any], Any]] = {
     "batch_size": ("train_batch_size", int, 1),
     "bucket_no_upscale": ("max_upscale", _max_upscale, False),
     "bucket_reso_steps": ("bucket_step", int, 64),
+    "caption_dropout_every_n_epochs": ("caption_dropout_every_n_epochs", int, 0),
     "caption_dropout_rate": ("caption_dropout", float, 0),
+    "caption_prefix": ("caption_prefix", _text_or_none, ""),
     "caption_separator": ("tag_separator", str, ","),
+    "caption_suffix": ("caption_suffix", _text_or_none, ""),
+    "caption_tag_dropout_rate": ("caption_tag_dropout_rate", float, 0),
     "enable_bucket": ("aspect_ratio_buckets", bool, False),
+    "enable_wildcard": ("enable_wildcard", bool, False),
     "flip_aug": ("random_flip", bool, False),
     "keep_tokens": ("keep_tags", int, 0),
+    "keep_tokens_separator": ("keep_tokens_separator", _text_or_none, ""),
     "random_crop": ("crop", lambda is_random: "random" if is_random else "center", False),
     "resize_interpolation": ("image_interpolation_mode", INTERPOLATION.__getitem__, None),
     "resolution": ("resolution", _resolution, None),
+    "secondary_separator": ("secondary_separator", _text_or_none, ""),
     "shuffle_caption": ("shuffle_tags", bool, False),
 }
 
@@ -241,10 +245,10 @@ class _Reading:
                 self._map(key)
         if "center_crop" in decided:
             self.settings.pop("crop", None)
-        shuffles = decided.get("shuffle_tags", self.settings.get("shuffle_tags"))
-        if self.settings.get("keep_tags") and not shuffles:
+        moving = ("shuffle_tags", "caption_tag_dropout_rate")
+        if self.settings.get("keep_tags") and not any(decided.get(name, self.settings.get(name)) for name in moving):
             self.settings.pop("keep_tags")
-            self._tell("keep_tokens", "without shuffle_caption, tags stay where they are")
+            self._tell("keep_tokens", "without shuffle_caption or caption_tag_dropout_rate, all tags stay")
         return self.settings, list(dict.fromkeys(self.lines))  # what stands in a dataset is told once
 
     def _source(self, subset: _Subset) -> dict[str, Any]:

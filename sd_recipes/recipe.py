@@ -5,13 +5,27 @@ that it needs. A flag, a key of a recipe file and an attribute share one name.
 This module imports neither torch nor diffusers, so that a mistake on the command line is reported at once.
 """
 
+import itertools
 import math
 import re
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from sd_recipes.errors import nearest
+from sd_recipes.optimizers import (
+    EIGHT_BIT_ADAMW,
+    OF_BITSANDBYTES,
+    OPTIMIZERS,
+    PRODIGY,
+    SCHEDULE_FREE,
+    check_kwargs,
+    check_name,
+    is_class,
+    read_kwargs,
+    read_param_groups,
+    unread_flags,
+)
 from sd_recipes.redaction import LEFT_OUT, has_login, in_texts, redacted
 from sd_recipes.sizes import bytes_of
 
@@ -112,6 +126,11 @@ def sampler_class_name(name: str) -> str:
     return known[plain]
 
 
+def clip_skip_in_words(clip_skip: int) -> str:
+    """What other programs call a --clip_skip, of which some count the last layer too."""
+    return f"clip_skip={clip_skip} in diffusers, Clip skip {clip_skip + 1} in A1111"
+
+
 def setting(default: Any, on_resume: OnResume, description: str, **constraints: Any) -> Any:
     """A field of a section: its default, what a change means for a resumed run, its help, and its range."""
     return Field(default, description=description, json_schema_extra={"on_resume": on_resume}, **constraints)
@@ -124,12 +143,28 @@ def on_resume(name: str) -> OnResume:
     return cast(OnResume, extra["on_resume"])
 
 
+def _also_called(settings: Any, name: str, other: str) -> Any:
+    """Settings in which `other`, another script's name of the setting `name`, counts for it. Raises ValueError."""
+    if not isinstance(settings, dict) or settings.get(other) is None:
+        return settings
+    if settings.get(name, settings[other]) not in (None, settings[other]):
+        raise ValueError(
+            f"--{other} {settings[other]} is another name of --{name}, which is {settings[name]}: drop one of them"
+        )
+    return {**settings, name: settings[other]}
+
+
 class Section(BaseModel):
     """Settings that belong together. A section's docstring is `Title: description.`, which help and docs show."""
 
-    # A ValidationError would print the input, which may hold a password.
+    # A ValidationError would print the input, which may hold a password. Validators are built when one is first needed:
+    # those of all sections took half of the time in which a mistake in a flag is answered.
     model_config = ConfigDict(
-        extra="forbid", validate_assignment=False, protected_namespaces=(), hide_input_in_errors=True
+        extra="forbid",
+        validate_assignment=False,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+        defer_build=True,
     )
 
     @field_validator("*")
@@ -187,6 +222,9 @@ class ModelConfig(Section):
     vae: str | None = setting(
         None, "warned", "Another VAE than the model's: a file, a folder, or a Hub id, of a VAE or of a pipeline."
     )
+    pretrained_vae_model_name_or_path: str | None = setting(
+        None, "free", "Same as --vae, as diffusers' SDXL scripts call it."
+    )
     base: str | None = setting(
         None,
         "warned",
@@ -202,10 +240,21 @@ class ModelConfig(Section):
         None, "compared", "Revision of the UNet only (deprecated: use --variant non_ema)."
     )
     cache_dir: str | None = setting(None, "free", "Where downloads are cached.")
+    clip_skip: int | None = setting(
+        None,
+        "refused",
+        "Leave out so many of the text encoder's last layers, as diffusers counts: 1 is A1111's and sd-scripts' 2.",
+        ge=1,
+    )
     train_from_scratch: bool = setting(False, "compared", "Start from a UNet with random weights.")
     unet_config: str | None = setting(
         None, "compared", "JSON file with the UNet's configuration (needs --train_from_scratch)."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_vae(cls, settings: Any) -> Any:
+        return _also_called(settings, "vae", "pretrained_vae_model_name_or_path")
 
 
 class TextEncoderConfig(Section):
@@ -405,11 +454,42 @@ class CaptionConfig(Section):
     caption_template: str | None = setting(
         None, "warned", 'Caption made from columns, such as "a photo of {name}", instead of a caption column.'
     )
+    caption_prefix: str | None = setting(None, "warned", "What comes before every caption, and a space.")
+    caption_suffix: str | None = setting(None, "warned", "What comes after every caption and a space.")
+    enable_wildcard: bool = setting(
+        False, "warned", "Draw one of a, b and c for {a|b|c} in a caption, anew for every sample; {{ and }} are braces."
+    )
     shuffle_tags: bool = setting(False, "warned", "Shuffle the parts of a caption, split at --tag_separator.")
-    keep_tags: int = setting(0, "warned", "With --shuffle_tags, leave this many leading parts in place.", ge=0)
+    caption_tag_dropout_rate: Number = setting(
+        0.0, "warned", "Fraction of a caption's parts that are left out, each by itself.", ge=0, le=1
+    )
+    keep_tags: int = setting(
+        0,
+        "warned",
+        "With --shuffle_tags or --caption_tag_dropout_rate, leave this many leading parts in place.",
+        ge=0,
+    )
     tag_separator: str = setting(",", "warned", "What separates the tags of a caption.", min_length=1)
+    keep_tokens_separator: str | None = setting(
+        None,
+        "warned",
+        "A mark in captions, such as |||: tags before it, and after a second one, stay in place. Trained without it.",
+        min_length=1,
+    )
+    secondary_separator: str | None = setting(
+        None,
+        "warned",
+        "What joins tags that move and are left out together, such as ;;;. Trained as --tag_separator.",
+        min_length=1,
+    )
     caption_dropout: Number = setting(
         0.0, "warned", "Fraction of captions replaced by the empty one, for classifier-free guidance.", ge=0, le=1
+    )
+    caption_dropout_every_n_epochs: int = setting(
+        0, "warned", "Train every so many epochs on the empty caption alone; 0: none of them.", ge=0
+    )
+    proportion_empty_prompts: Number | None = setting(
+        None, "free", "Same as --caption_dropout, as diffusers' SDXL script calls it.", ge=0, le=1
     )
     blank_captions: Literal["skip", "empty", "error"] = setting(
         "skip",
@@ -422,6 +502,11 @@ class CaptionConfig(Section):
     caption_chunks: int = setting(
         3, "warned", "With --long_captions chunk, the number of chunks per caption; longer ones are truncated.", ge=1
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_dropout(cls, settings: Any) -> Any:
+        return _also_called(settings, "caption_dropout", "proportion_empty_prompts")
 
 
 class CacheConfig(Section):
@@ -473,8 +558,18 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
             raise ValueError(f"--center_crop contradicts --crop {self.crop}: drop one")
         if self.caption_columns and self.caption_template:
             raise ValueError("--caption_columns and --caption_template both say what the caption is: drop one")
-        if self.keep_tags and not self.shuffle_tags:
-            raise ValueError("--keep_tags needs --shuffle_tags: add it, or drop --keep_tags")
+        if self.keep_tags and not (self.shuffle_tags or self.caption_tag_dropout_rate):
+            raise ValueError(
+                "--keep_tags needs --shuffle_tags or --caption_tag_dropout_rate: add one, or drop --keep_tags"
+            )
+        names = ("tag_separator", "keep_tokens_separator", "secondary_separator")
+        separators = {name: value for name in names if (value := getattr(self, name)) is not None}
+        for one, other in itertools.permutations(separators, 2):
+            if separators[one] in separators[other]:
+                raise ValueError(
+                    f"--{other} {separators[other]!r} holds --{one} {separators[one]!r}, so that captions could be "
+                    "read in two ways: choose another"
+                )
         if self.streaming and len(self.sources) > 1 and self.sources[0].weight == "rows":
             raise ValueError(
                 "the weight `rows` in data_sources, which kohya's dataset.toml gives, needs their numbers, and streams "
@@ -494,6 +589,9 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
                 "--cache_latents keeps one crop of an image, and the crop is random: add --center_crop or --crop none"
             )
         return self
+
+
+ENDS = ("earlier", "later")  # of a model's timesteps
 
 
 class ObjectiveConfig(Section):
@@ -543,6 +641,19 @@ class ObjectiveConfig(Section):
     logit_std: Number = setting(
         1.0, "warned", "Standard deviation of the logit-normal's normal.", gt=0, allow_inf_nan=False
     )
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = setting(
+        "none",
+        "warned",
+        "Draw some timesteps more often: the first ones, the last (noisiest) ones, or a range of them.",
+    )
+    timestep_bias_multiplier: Number = setting(
+        1.0, "warned", "How many times as often they are drawn.", gt=0, allow_inf_nan=False
+    )
+    timestep_bias_portion: Number = setting(
+        0.25, "warned", "Which share of all timesteps they are, if they are the earlier or the later ones.", gt=0, le=1
+    )
+    timestep_bias_begin: int = setting(0, "warned", "Where the range of them begins.", ge=0)
+    timestep_bias_end: int = setting(1000, "warned", "Where that range ends, itself not in it.", ge=1)
     min_timestep: int = setting(0, "warned", "The first timestep that is trained.", ge=0)
     max_timestep: int | None = setting(
         None, "warned", "Where the trained timesteps end, itself not among them; if not given, at the last one.", ge=1
@@ -589,6 +700,17 @@ class ObjectiveConfig(Section):
                 f"--timesteps_by_error and --timestep_sampling {self.timestep_sampling} both say which timesteps are "
                 "drawn: drop one"
             )
+        if self.timestep_bias_strategy != "none" and (self.timesteps_by_error or self.timestep_sampling != "uniform"):
+            other = "timesteps_by_error" if self.timesteps_by_error else f"timestep_sampling {self.timestep_sampling}"
+            raise ValueError(
+                f"--timestep_bias_strategy {self.timestep_bias_strategy} and --{other} both say which timesteps are "
+                "drawn: drop one"
+            )
+        if self.timestep_bias_strategy == "range" and self.timestep_bias_end <= self.timestep_bias_begin:
+            raise ValueError(
+                f"--timestep_bias_begin {self.timestep_bias_begin} leaves no timestep before --timestep_bias_end "
+                f"{self.timestep_bias_end}: lower one or raise the other"
+            )
         if self.timesteps_by_error and self.learned_uncertainty:
             raise ValueError(
                 "--learned_uncertainty makes the loss alike at all timesteps, so that --timesteps_by_error has nothing "
@@ -605,12 +727,23 @@ class ObjectiveConfig(Section):
             ("huber_schedule", "--loss_type huber", self.loss_type != "l2"),
             ("logit_mean", "--timestep_sampling logit_normal", self.timestep_sampling == "logit_normal"),
             ("logit_std", "--timestep_sampling logit_normal", self.timestep_sampling == "logit_normal"),
+            ("timestep_bias_multiplier", "--timestep_bias_strategy later", self.timestep_bias_strategy != "none"),
+            ("timestep_bias_portion", "--timestep_bias_strategy later", self.timestep_bias_strategy in ENDS),
+            ("timestep_bias_begin", "--timestep_bias_strategy range", self.timestep_bias_strategy == "range"),
+            ("timestep_bias_end", "--timestep_bias_strategy range", self.timestep_bias_strategy == "range"),
             ("multires_noise_discount", "--multires_noise_iterations 6", self.multires_noise_iterations > 0),
         ):
             value = getattr(self, name)
             if not is_read and value != type(self).model_fields[name].default:
                 raise ValueError(f"--{name} {value} is not read without {needs}: add it, or drop --{name}")
         return self
+
+
+class ParamGroup(Section):
+    """Parameters with a learning rate of their own: those whose PART.NAME in a checkpoint matches the pattern."""
+
+    pattern: str = Field(min_length=1)
+    learning_rate: Number = Field(ge=0, allow_inf_nan=False)
 
 
 class OptimConfig(Section):
@@ -620,13 +753,30 @@ class OptimConfig(Section):
     gradient_accumulation_steps: int = setting(1, "compared", "Micro-batches per optimizer step.", ge=1)
     num_train_epochs: int = setting(100, "compared", "Passes over the data.", ge=1)
     max_train_steps: int | None = setting(None, "compared", "Optimizer steps; overrides --num_train_epochs.", ge=1)
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd", "adafactor"] = setting(
+    optimizer: Annotated[str, AfterValidator(check_name)] = setting(
         "adamw",
         "refused",
-        "Optimizer; the paged one's state moves to the host's memory where the GPU has no room.",
+        f"{', '.join(OPTIMIZERS)}, or a class of an installed package, such as torch.optim.RAdam (docs/optimizers.md).",
+        examples=[*OPTIMIZERS],
+    )
+    optimizer_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(read_kwargs), AfterValidator(check_kwargs)] = (
+        setting(
+            None,
+            "refused",
+            "Settings of the optimizer itself, as its class calls them: d_coef=0.5 betas=0.9,0.99. They take the place "
+            "of what other flags say.",
+        )
+    )
+    param_groups: Annotated[list[ParamGroup] | None, BeforeValidator(read_param_groups)] = setting(
+        None,
+        "warned",
+        "Learning rates of parameters by their names: '*.attn2.*=1e-5'. The first pattern that matches a name counts; "
+        "with rate 0 the parameters are frozen.",
     )
     use_8bit_adam: bool = setting(False, "free", "Same as --optimizer adamw8bit (bitsandbytes).")
-    learning_rate: Number = setting(1e-4, "warned", "Learning rate after the warm-up.", ge=0)
+    learning_rate: Number = setting(
+        1e-4, "warned", "Learning rate after the warm-up; 1, if not given, for --optimizer prodigy.", ge=0
+    )
     scale_lr: bool = setting(False, "warned", "Multiply the learning rate by the global batch size.")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
@@ -666,9 +816,34 @@ class OptimConfig(Section):
     foreach_ema: bool = setting(False, "free", "Accepted; the average is always updated with foreach operations.")
 
     @property
-    def is_8bit(self) -> bool:
-        """Whether bitsandbytes' optimizers are used."""
-        return self.optimizer in ("adamw8bit", "paged_adamw8bit")
+    def needs_contiguous_weights(self) -> bool:
+        """Whether the optimizer makes weights contiguous, as bitsandbytes' do, or may take it for granted."""
+        return self.optimizer in OF_BITSANDBYTES or is_class(self.optimizer)
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_rate(cls, settings: Any) -> Any:
+        """Prodigy finds the learning rate, of which its own is a factor."""
+        if isinstance(settings, dict) and settings.get("optimizer") == PRODIGY:
+            return {"learning_rate": 1.0, **settings}
+        return settings
+
+    @model_validator(mode="after")
+    def optimizer_agrees(self) -> "OptimConfig":
+        for name in unread_flags(self.optimizer):
+            value = getattr(self, name)
+            if value != OptimConfig.model_fields[name].default:
+                raise ValueError(
+                    f"--{name} {value} is not read by --optimizer {self.optimizer}: drop it, or use --optimizer_kwargs"
+                )
+        if self.optimizer == SCHEDULE_FREE and (self.use_ema or self.ema_snapshots):
+            raise ValueError(
+                f"{'--use_ema' if self.use_ema else '--ema_snapshots'} averages the weights, which --optimizer "
+                f"{SCHEDULE_FREE} does by itself: drop one"
+            )
+        if self.optimizer == PRODIGY and self.scale_lr:
+            raise ValueError(f"--scale_lr multiplies a learning rate, which --optimizer {PRODIGY} finds: drop one")
+        return self
 
 
 class MemoryConfig(Section):
@@ -977,7 +1152,7 @@ class Recipe(
             )
         if self.train_from_scratch and self.non_ema_revision:
             raise ValueError("--train_from_scratch loads no UNet, so --non_ema_revision contradicts it: drop one")
-        if self.use_8bit_adam and not self.is_8bit:
+        if self.use_8bit_adam and self.optimizer not in EIGHT_BIT_ADAMW:
             raise ValueError(f"--use_8bit_adam contradicts --optimizer {self.optimizer}: drop one of them")
         if self.compile_unet and self.compile != "unet":
             raise ValueError(f"--compile_unet contradicts --compile {self.compile}: drop one of them")
@@ -1001,8 +1176,11 @@ class Recipe(
         trackers = {"tensorboard", "wandb", "comet_ml", "all", "none"}
         if self.report_to not in trackers:
             raise ValueError(f"--report_to {redacted(self.report_to)!r} is not one of: {', '.join(sorted(trackers))}")
-        if self.is_8bit and self.channels_last == "always":
-            raise ValueError("--channels_last always contradicts AdamW8bit, which makes weights contiguous: use auto")
+        if self.needs_contiguous_weights and self.channels_last == "always":
+            raise ValueError(
+                f"--channels_last always contradicts --optimizer {self.optimizer}, which needs contiguous weights: use "
+                "auto"
+            )
         if self.gradient_checkpointing and self.gradient_checkpointing_blocks:
             raise ValueError(
                 "--gradient_checkpointing recomputes all blocks, and --gradient_checkpointing_blocks "
@@ -1050,6 +1228,16 @@ def odd_settings(recipe: Recipe) -> list[str]:
         odd.append(
             "--cudnn_benchmark times every convolution anew for each of the sizes of --aspect_ratio_buckets, which may "
             "take longer than it saves."
+        )
+    if recipe.optimizer == PRODIGY and not 0.5 <= recipe.learning_rate <= 2:
+        odd.append(
+            f"--learning_rate {recipe.learning_rate:g} multiplies the rate that --optimizer {PRODIGY} finds by itself: "
+            "its authors leave it at 1, and change d_coef by --optimizer_kwargs where that rate is too small or large."
+        )
+    if recipe.optimizer == SCHEDULE_FREE and not recipe.lr_scheduler.startswith("constant"):
+        odd.append(
+            f"--lr_scheduler {recipe.lr_scheduler} lowers a rate that --optimizer {SCHEDULE_FREE} needs constant, for "
+            "its average of the weights takes the place of a schedule: use constant, or constant_with_warmup."
         )
     if recipe.offload_ema and not (recipe.use_ema or recipe.ema_snapshots):
         odd.append("--offload_ema does nothing without --use_ema or --ema_snapshots.")

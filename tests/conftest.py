@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build_image_folder, build_tiny_pipeline
+from tiny_models import build_image_folder, build_tiny_pipeline, build_tiny_xl_pipeline
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,6 +16,11 @@ torch.set_num_threads(1)  # tiny models only lose by a second thread
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_pipeline(tmp_path_factory.mktemp("model") / "tiny-pipeline")
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_xl_pipeline(tmp_path_factory.mktemp("models") / "tiny-xl")
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +69,8 @@ def settings(tiny_pipeline: Path, image_folder: Path, tmp_path: Path) -> dict[st
         "validation_pictures": 0,
         "validation_samples": 16,
     }
+
+
+@pytest.fixture
+def xl_settings(settings: dict[str, Any], tiny_xl_pipeline: Path) -> dict[str, Any]:
+    return {**settings, "pretrained_model_name_or_path": str(tiny_xl_pipeline)}

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from sd_recipes.assets import Generation
 from sd_recipes.model.original_layout import open_clip_name, unet_name, vae_name
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
 }
 
 
@@ -40,17 +42,29 @@ def original_vae(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any])
     return original
 
 
-def original_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Stable Diffusion 1's text encoder, in transformers' names of that time."""
-    prefix = "cond_stage_model.transformer.text_model."
+def original_text(
+    generation: Generation, tensors: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The text encoder of Stable Diffusion 1 or 2, or both of XL."""
+    if generation == 1:
+        return original_clip(tensors, "cond_stage_model.transformer.text_model.")
+    if generation == 2:
+        return with_unused_layer(original_open_clip(tensors, "cond_stage_model.model."))
+    assert second is not None
+    first = original_clip(tensors, "conditioner.embedders.0.transformer.text_model.")
+    return {**first, **original_open_clip(second, "conditioner.embedders.1.model.")}
+
+
+def original_clip(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """In transformers' names of that time."""
     original = {f"{prefix}{name}": value for name, value in tensors.items()}
     num_positions = tensors["embeddings.position_embedding.weight"].shape[0]
     return {**original, f"{prefix}embeddings.position_ids": torch.arange(num_positions)[None]}
 
 
-def original_open_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Stable Diffusion 2's text encoder: three projections in one tensor, and a last layer that is not used."""
-    prefix, original = "cond_stage_model.model.", {}
+def original_open_clip(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """With three projections in one tensor, and the text's projection as a matrix from the right."""
+    original = {f"{prefix}logit_scale": torch.zeros(())}
     for name, value in tensors.items():
         if ".k_proj." in name or ".v_proj." in name:
             continue
@@ -58,21 +72,24 @@ def original_open_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.T
         if ".q_proj." in name:
             old = old.replace("q_proj.", "in_proj_")
             value = torch.cat([tensors[name.replace(".q_proj.", f".{each}_proj.")] for each in "qkv"])
-        original[prefix + old] = value
+        original[prefix + old] = value.T if old == "text_projection" else value
+    return original
+
+
+def with_unused_layer(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With a last layer and a projection, which Stable Diffusion 2 does not use."""
     layers = {int(name.split("resblocks.")[1].split(".")[0]) for name in original if "resblocks." in name}
     last, unused = f"resblocks.{max(layers)}.", f"resblocks.{max(layers) + 1}."
-    original |= {
-        name.replace(last, unused): torch.zeros_like(value) for name, value in original.items() if last in name
-    }
-    width = tensors["final_layer_norm.weight"].shape[0]
-    return {**original, f"{prefix}text_projection": torch.zeros(width, width), f"{prefix}logit_scale": torch.zeros(())}
+    copied = {name.replace(last, unused): torch.zeros_like(value) for name, value in original.items() if last in name}
+    width = original["cond_stage_model.model.ln_final.weight"].shape[0]
+    return {**original, **copied, "cond_stage_model.model.text_projection": torch.zeros(width, width)}
 
 
 def single_file(
     path: Path,
     pipeline: Path,
     *,
-    generation: int = 1,
+    generation: Generation = 1,
     parts: tuple[str, ...] = ("unet", "vae", "text_encoder"),
     dtype: torch.dtype | None = None,
     metadata: dict[str, str] | None = None,
@@ -85,8 +102,8 @@ def single_file(
     if "vae" in parts:
         tensors |= original_vae(part_of(pipeline, "vae"), config_of(pipeline, "vae"))
     if "text_encoder" in parts:
-        text = part_of(pipeline, "text_encoder")
-        tensors |= original_clip(text) if generation == 1 else original_open_clip(text)
+        second = part_of(pipeline, "text_encoder_2") if generation == "XL" else None
+        tensors |= original_text(generation, part_of(pipeline, "text_encoder"), second)
     kept = {
         name: value if dtype is None or not value.is_floating_point() else value.to(dtype)
         for name, value in tensors.items()

@@ -14,7 +14,7 @@ from tiny_models import build_image_folder, training_scheduler
 from training_runs import assert_equal, average, build, fit_from, losses, train, weights
 
 from sd_recipes.model.latents import encode_pixels
-from sd_recipes.model.stable_diffusion import last_hidden_states
+from sd_recipes.model.stable_diffusion import hidden_states
 from sd_recipes.training.build import UNET_WEIGHTS
 
 
@@ -58,7 +58,7 @@ def test_the_loop_equals_a_float64_run_of_the_algorithm(settings: dict[str, Any]
             latents = (
                 mean + (0.5 * logvar).exp() * batch.posterior_noise.double()
             ) * components.vae.config.scaling_factor
-            states = last_hidden_states(components.text_encoder, batch.input_ids)
+            states = hidden_states(components.text_encoder, batch.input_ids)
             t = a[batch.timesteps][:, None, None, None]
             noise = batch.noise.double()
             noisy = t.sqrt() * latents + (1 - t).sqrt() * noise

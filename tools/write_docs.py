@@ -1,11 +1,14 @@
-"""Write the generated parts of the documentation: docs/flags.md and the schema of recipe files.
+"""Write the generated parts of the documentation: flags, other trainers' names, and the schema of recipe files.
 
 python tools/write_docs.py
 """
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from sd_recipes.flags import SHIPPED_RECIPES, recipe_schema
+from sd_recipes.other_trainers import ONE_TRAINER, SD_SCRIPTS
 from sd_recipes.recipe import ONLY_IN_FILES, SECTIONS, heading, on_resume
 
 ROOT = Path(__file__).parent.parent
@@ -32,9 +35,27 @@ def flags_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_names(page: Path, settings: Mapping[str, str], dashes: str = "") -> str:
+    """A page with the table of another trainer's settings between its two marks."""
+    before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- names -->\n")
+    _, end, after = rest.partition("<!-- end of names -->")
+    assert mark, page
+    assert end, page
+    quoted = {name: re.sub(r"--[a-z]\w*", r"`\g<0>`", here) for name, here in settings.items()}
+    rows = [f"| `{dashes}{name}` | {here} |" for name, here in quoted.items()]
+    return before + mark + "\n".join(["| there | here |", "|---|---|", *rows, end]) + after
+
+
 def pages() -> dict[Path, str]:
     """Path and content of every generated file."""
-    return {ROOT / "docs" / "flags.md": flags_page(), SHIPPED_RECIPES / "schema.json": recipe_schema()}
+    docs = ROOT / "docs"
+    kohya, one_trainer = docs / "from_kohya.md", docs / "from_onetrainer.md"
+    return {
+        docs / "flags.md": flags_page(),
+        kohya: with_names(kohya, SD_SCRIPTS, "--"),
+        one_trainer: with_names(one_trainer, ONE_TRAINER),
+        SHIPPED_RECIPES / "schema.json": recipe_schema(),
+    }
 
 
 if __name__ == "__main__":

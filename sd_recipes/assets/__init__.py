@@ -2,6 +2,7 @@
 and what models in one file lack."""
 
 from pathlib import Path
+from typing import Literal
 
 FOLDER = Path(__file__).parent
 ASSETS = {
@@ -9,9 +10,14 @@ ASSETS = {
     "sd-recipes/tiny-emoji": FOLDER / "tiny-emoji",
     "sd-recipes/tiny-clip": FOLDER / "tiny-clip",
 }
-# What models in one file do not hold: CLIP's tokenizer, and the configurations of Stable Diffusion 1 and 2.
+Generation = Literal[1, 2, "XL"]  # of Stable Diffusion
+# What models in one file do not hold: CLIP's tokenizer, and the configurations of Stable Diffusion 1, 2 and XL.
 CLIP_TOKENIZER = FOLDER / "clip-tokenizer"
-CONFIGURATIONS = {1: FOLDER / "stable-diffusion-1", 2: FOLDER / "stable-diffusion-2"}
+CONFIGURATIONS: dict[Generation, Path] = {
+    1: FOLDER / "stable-diffusion-1",
+    2: FOLDER / "stable-diffusion-2",
+    "XL": FOLDER / "stable-diffusion-xl",
+}
 
 
 def resolve(name: str) -> str:

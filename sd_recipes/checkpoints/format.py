@@ -2,7 +2,7 @@
 
 checkpoint-500/
   PART/                  a trained part; unet/ loads as a UNet2DConditionModel
-  PART_ema/              its averaged weights, likewise, with --use_ema
+  PART_ema/              its averaged weights, likewise, with --use_ema or a schedule-free optimizer
   optimizer.safetensors  the optimizer's tensors, named PART/PARAMETER/KEY
   state.json             position, schedule, loss scaler and the optimizer's other values
   manifest.json          which run this belongs to, and size and SHA-256 of every other file; written last

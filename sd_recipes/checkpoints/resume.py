@@ -94,6 +94,7 @@ class StateFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
     progress: Progress
     optimizer: dict[str, Any]
+    frozen: list[str] = []  # an earlier version froze none
     schedule_step: int = Field(ge=0)
     scaler: dict[str, Any] | None
     averages: dict[str, Annotated[int, Field(ge=0)]]

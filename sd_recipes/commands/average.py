@@ -32,7 +32,7 @@ from sd_recipes.flags import build_recipe
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.console import hide_library_bars, say
-from sd_recipes.runtime.output_dir import check_output_dir
+from sd_recipes.runtime.output_dir import check_is_folder_of, check_output_dir
 from sd_recipes.training.build import Run, build_run
 from sd_recipes.training.profiles import Combination, Profile, combine, gamma_of
 from sd_recipes.training.state import SNAPSHOTS
@@ -71,7 +71,7 @@ def average(config: Averaging) -> None:
     run_dir = Path(config.run)
     snapshots = find_snapshots(run_dir, config.step)
     output_dir = Path(config.output_dir) if config.output_dir else run_dir / "averaged"
-    check_is_free(output_dir)
+    check_is_folder_of(RESULTS, output_dir)
     recipe = recipe_of(run_dir, config)
     stored = [each for path in snapshots for each in read_snapshot(path)]
     if not stored:  # the loss scaler has skipped all steps so far
@@ -132,14 +132,6 @@ def find_snapshots(run_dir: Path, step: int | None) -> list[Path]:
     if step is not None and step not in steps:
         raise RecipeError(f"--step {step}: {run_dir} has kept no averages then, but at {', '.join(map(str, steps))}")
     return snapshots if step is None else snapshots[: steps.index(step) + 1]
-
-
-def check_is_free(output_dir: Path) -> None:
-    """Raises RecipeError if the folder holds anything but what this command wrote."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise RecipeError(f"--output_dir {output_dir} is not a folder: choose another")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / RESULTS).is_file():
-        raise RecipeError(f"--output_dir {output_dir} holds something else: choose a new or an empty folder")
 
 
 def recipe_of(run_dir: Path, config: Averaging) -> Recipe:

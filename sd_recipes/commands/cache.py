@@ -26,6 +26,7 @@ from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.export.hub import PushError
 from sd_recipes.model.components import latent_shape_of, load_scheduler, load_vae
 from sd_recipes.model.families import family_of
+from sd_recipes.model.latents import bearable_dtype
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import shown
 from sd_recipes.runtime.accelerator import DTYPES, start_accelerator
@@ -59,9 +60,9 @@ def fill_cache(recipe: Recipe) -> Path:
     output_dir = Path(recipe.output_dir)
     check_output_dir(output_dir)
     family = family_of(recipe)
-    scheduler, tokenizer = load_scheduler(recipe), family.load_tokenizer(recipe)
+    scheduler, tokenizers = load_scheduler(recipe), family.load_tokenizers(recipe)
     data = load_training_data(
-        recipe, tokenizer, seed=recipe.seed or 0, global_batch_size=1, rank=accelerator.process_index
+        recipe, tokenizers[0], seed=recipe.seed or 0, global_batch_size=1, rank=accelerator.process_index
     )
     assert data.rows is not None
     assert data.order is not None
@@ -69,16 +70,17 @@ def fill_cache(recipe: Recipe) -> Path:
         raise RecipeError("this data set is a latent cache already: train on it")
 
     vae = load_vae(recipe)
+    vae_dtype = bearable_dtype(vae, DTYPES[accelerator.mixed_precision], accelerator.device)
     # Of the weights as they were loaded
-    provenance = provenance_of(recipe, vae, DTYPES[accelerator.mixed_precision], tiling=recipe.vae_tiling)
-    encoder = build_encoder(recipe, vae, accelerator)
+    provenance = provenance_of(recipe, vae, vae_dtype, tiling=recipe.vae_tiling)
+    encoder = build_encoder(recipe, vae, accelerator, vae_dtype)
     folder = Path(recipe.latent_cache_dir or output_dir / "latents")
     store = LatentStore(folder, provenance, accelerator.process_index)
     builder = BatchBuilder(
         data.rows,
         recipe,
         seed=0,
-        tokenize=partial(family.tokenize, tokenizer),
+        tokenize=partial(family.tokenize, tokenizers),
         latent_shape=latent_shape_of(vae),
         num_train_timesteps=scheduler.config.num_train_timesteps,
         store=store,

@@ -15,6 +15,7 @@ from sd_recipes.redaction import redacted
 from sd_recipes.runtime.allocator import set_up_allocator
 from sd_recipes.runtime.console import has_utf8, mistakes_in_one_line, print_anything, set_up_console, speak_utf8
 from sd_recipes.runtime.hub_access import check_hub_access
+from sd_recipes.runtime.imports import import_diffusers
 from sd_recipes.runtime.signals import stop_request
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ def started(argv: list[str] | None, command: Command) -> Iterator[Recipe]:
             )
         with stop_request.listening():
             check_hub_access(recipe)
+            import_diffusers()
             yield recipe
 
 

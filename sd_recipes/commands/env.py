@@ -28,6 +28,7 @@ SHOWN = (
 )  # fmt: skip
 OPTIONAL = {
     "bitsandbytes": "--use_8bit_adam", "xformers": "--enable_xformers_memory_efficient_attention",
+    "prodigyopt": "--optimizer prodigy", "schedulefree": "--optimizer schedule_free_adamw",
     "wandb": "--report_to wandb", "comet_ml": "--report_to comet_ml", "aiohttp": "streams of https:// addresses",
 }  # fmt: skip
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")

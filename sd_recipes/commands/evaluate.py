@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from sd_recipes.checkpoints.format import DamagedCheckpoint, verify_checkpoint
 from sd_recipes.commands.evaluate_settings import Evaluation
-from sd_recipes.commands.of_run import EXPORTED, NOT_TRAINED, Target, find_target, settings_of
+from sd_recipes.commands.of_run import EXPORTED, NOT_TRAINED, Target, find_target, product_of, settings_of
 from sd_recipes.data.held_out import choose
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.evaluation.bit_figures import bit_figures, error_table
@@ -49,7 +49,7 @@ from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.agreement import all_gather
 from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.out_of_memory import AtOnce
-from sd_recipes.runtime.output_dir import NO_ROOM
+from sd_recipes.runtime.output_dir import NO_ROOM, check_is_folder_of
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import EVALUATION, EVALUATION_RESULTS
 from sd_recipes.training.build import Run, build_run
@@ -135,13 +135,6 @@ def check_is_model(target: Target) -> None:
         )
 
 
-def product_of(run: Path) -> Path:
-    """The file by which a run's pipeline or LoRA is loaded. Raises RecipeError."""
-    settings = settings_of(run, {})
-    is_lora = settings.get("lora_rank") or settings.get("lora_weights")
-    return run / (LORA_FILE if is_lora else "model_index.json")
-
-
 def recipe_of(target: Target, targets: list[Target], config: Evaluation) -> Recipe:
     """A recipe that puts a target together, with the data and settings of the first run. Raises RecipeError.
 
@@ -153,7 +146,8 @@ def recipe_of(target: Target, targets: list[Target], config: Evaluation) -> Reci
     is_lora = lora is not None and lora.name == LORA_FILE
     if target.weights is None and not is_lora:
         model = str(target.run) if target.run else target.name
-        changes = {**OF_THE_BASE, **changes, "pretrained_model_name_or_path": model}
+        own = {"clip_skip": settings_of(target.run, {}).get("clip_skip")} if target.run else {}
+        changes = {**OF_THE_BASE, **own, **changes, "pretrained_model_name_or_path": model}
     elif target.run and (target.run != first_run or is_lora):
         own = settings_of(target.run, {})
         if is_lora:  # which says by itself what it is
@@ -173,10 +167,7 @@ def output_dir_of(config: Evaluation, targets: list[Target]) -> Path:
     """Where the results go. Raises RecipeError if that holds anything but earlier results."""
     run = next((target.run for target in targets if target.run), None)
     output_dir = Path(config.output_dir) if config.output_dir else (run or Path()) / EVALUATION
-    if output_dir.exists() and not output_dir.is_dir():
-        raise RecipeError(f"--output_dir {output_dir} is not a folder: choose another")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / EVALUATION_RESULTS).is_file():
-        raise RecipeError(f"--output_dir {output_dir} holds something else: choose a new or an empty folder")
+    check_is_folder_of(EVALUATION_RESULTS, output_dir)
     return output_dir
 
 
@@ -258,7 +249,8 @@ def draw(built: Run, prompts: list[str], at_once: int) -> list[Image.Image]:
             pipeline = drawing_pipeline(validator.family, validator.components, built.recipe.validation_sampler)
             # The same noise for all, whatever their runs' seeds.
             recipe = built.recipe.model_copy(update={"seed": PICTURE_SEED})
-            work = partial(draw_pictures, pipeline, prompts, recipe, validator.picture_size, numbers)
+            ask = partial(validator.family.prompt_arguments, validator.components)
+            work = partial(draw_pictures, pipeline, ask, prompts, recipe, validator.picture_size, numbers)
             own = dict(zip(numbers, AtOnce(at_once, "pictures").attempt(work) or [], strict=False))
     drawn = {number: picture for each in all_gather(own) for number, picture in each.items()}
     stop_request.check(STOPPED)

@@ -25,6 +25,7 @@ EVALUATE = Command(
 OF_VALIDATION = (
     "validation_split", "validation_rows", "validation_samples", "validation_inference_steps", "validation_sampler",
     "validation_guidance_scale", "seed", "mixed_precision", "device", "allow_pickle_weights", "variant", "vae", "base",
+    "clip_skip",
 )  # fmt: skip
 
 

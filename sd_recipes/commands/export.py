@@ -11,25 +11,28 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sd_recipes import assets
+from sd_recipes.assets import Generation
 from sd_recipes.checkpoints.format import remove
 from sd_recipes.checkpoints.saver import FAILURES
 from sd_recipes.commands.export_settings import Export
 from sd_recipes.commands.of_run import LoadedModel, load_base, load_model, lora_file, merge_loras
 from sd_recipes.errors import RecipeError, one_line
-from sd_recipes.export.lora import export_lora
+from sd_recipes.export.lora import LoraTarget, export_lora, origin_in, origin_of
 from sd_recipes.export.pipeline import export_pipeline
-from sd_recipes.export.safetensors_file import DTYPES
-from sd_recipes.export.single_file import architecture_of, check_can_be_one_file, export_single_file
+from sd_recipes.export.safetensors_file import DTYPES, encoder_layer
+from sd_recipes.export.single_file import ARCHITECTURES, check_can_be_one_file, export_single_file
 from sd_recipes.model.lora_extraction import extract_lora
 from sd_recipes.model.lora_files import Lora, generation_of_lora, open_lora, rank_of
 from sd_recipes.model.weight_files import open_weights
@@ -114,7 +117,10 @@ def write_model(config: Export, output: Path) -> None:
         dtype=config.dtype or "fp16",
         title=config.title or output.stem,
         resolution=model.resolution,
-        more={"modelspec.merged_from": ", ".join([shown(config.source), *merged])} if merged else {},
+        more={
+            **({"modelspec.merged_from": ", ".join([shown(config.source), *merged])} if merged else {}),
+            **encoder_layer(model.components.clip_skip),
+        },
     )
     say(f"single file     {output}\nsha256 (tensors) {digest}")
 
@@ -153,37 +159,48 @@ def folder_beside(output: Path) -> Iterator[Path]:
 # -------------------------------------------------------------------------------------------------- LoRAs
 
 
+@dataclass(frozen=True)
+class FoundLora:
+    """A LoRA, the model that it changes, and what is known of its origin, as metadata."""
+
+    lora: Lora
+    target: LoraTarget
+    origin: Mapping[str, str]
+
+
 def write_lora(config: Export, output: Path) -> None:
     """A LoRA of a run, of a file, or extracted. Raises RecipeError, OSError and SafetensorError."""
     file = lora_file(config.source)
-    predicts = None
-    if file is not None:
-        lora, architecture = of_file(file, config)
-    else:
-        model = load_model(config.source, config.weights, config.model, flag="")
-        architecture = architecture_of(model.components)
-        predicts = model.components.scheduler.config.prediction_type
-        lora = of_model(model, config)
-    if config.to == "kohya_lora" and any(
-        layer.magnitude is not None for part in lora.values() for layer in part.values()
-    ):
-        logger.warning(
-            "It is a DoRA: diffusers leaves its magnitudes out where the keys are kohya's: use --to lora there."
-        )
+    found = of_file(file, config) if file is not None else of_source(config)
+    if config.to == "kohya_lora":
+        say_what_diffusers_cannot_read(found.lora)
     digest = export_lora(
-        lora,
+        found.lora,
         output,
+        found.target,
         kohya=config.to == "kohya_lora",
         dtype=config.dtype or "fp16",
         title=config.title or output.stem,
-        architecture=architecture,
-        prediction_type=predicts,
+        origin=found.origin,
     )
-    say(f"LoRA            {output}\nrank            {rank_of(lora)}\nsha256 (tensors) {digest}")
+    say(f"LoRA            {output}\nrank            {rank_of(found.lora)}\nsha256 (tensors) {digest}")
 
 
-def of_file(file: Path, config: Export) -> tuple[Lora, str]:
-    """The LoRA in a file, and the architecture of its model: --base, or Stable Diffusion 1 or 2 of full size."""
+def say_what_diffusers_cannot_read(lora: Lora) -> None:
+    """Warn of what diffusers (0.42) makes nothing of in kohya's keys."""
+    if any(layer.magnitude is not None for layers in lora.values() for layer in layers.values()):
+        logger.warning(
+            "It is a DoRA: diffusers leaves its magnitudes out where the keys are kohya's: use --to lora there."
+        )
+    if "text_projection" in lora.get("text_encoder_2", {}):
+        logger.warning(
+            "It changes the second text encoder's text_projection, which ComfyUI reads in kohya's keys, but with which "
+            "diffusers refuses such a file: use --to lora there."
+        )
+
+
+def of_file(file: Path, config: Export) -> FoundLora:
+    """The LoRA in a file, for --base, or for Stable Diffusion 1, 2 or XL of full size. Raises RecipeError."""
     if config.rank is not None:
         raise RecipeError(f"--rank {config.rank}: {file} is a LoRA already, which is written as it is: drop --rank")
     if config.weights is not None:
@@ -191,19 +208,39 @@ def of_file(file: Path, config: Export) -> tuple[Lora, str]:
     if config.model and "base" not in config.model:
         flag = next(iter(config.model))
         raise RecipeError(f"--{flag} is about a model, and {file} is a LoRA: drop it, or name its model with --base")
+    opened = open_weights(file, str(file), allow_pickle=False)
+    origin = origin_in(opened.metadata)
     if base := config.model.get("base"):
         flags = {name: value for name, value in config.model.items() if name != "base"}
         model = load_model(base, None, flags, flag="--base")
-        return open_lora(file, str(file), model.parts), architecture_of(model.components)
-    generation = generation_of_lora(open_weights(file, str(file), allow_pickle=False).shapes)
+        return FoundLora(open_lora(file, str(file), model.parts), LoraTarget.of(model.components), origin)
+    generation = generation_of_lora(opened.shapes) or 1
+    parts = outline_of(generation)
+    lora = open_lora(file, str(file), parts, unfitting="name the model that it was trained on with --base")
+    xl_unet = parts["unet"].config if generation == "XL" else None
+    return FoundLora(lora, LoraTarget(ARCHITECTURES[generation], xl_unet=xl_unet), origin)
+
+
+def outline_of(generation: Generation) -> dict[str, Any]:
+    """The models that a LoRA may change, of full size and without weights."""
     folder = assets.CONFIGURATIONS[generation]
     with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
-    parts = {"unet": unet, "text_encoder": text_encoder}
-    unfitting = "name the model that it was trained on with --base"
-    lora = open_lora(file, str(file), parts, unfitting=unfitting)
-    return lora, f"stable-diffusion-{'v1' if generation == 1 else 'v2-768-v'}"
+        parts: dict[str, Any] = {
+            "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
+        }
+        if generation == "XL":
+            second = CLIPTextConfig.from_pretrained(folder / "text_encoder_2")
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(second)
+    return parts
+
+
+def of_source(config: Export) -> FoundLora:
+    """The LoRA of a run, or extracted from a model. Raises RecipeError."""
+    model = load_model(config.source, config.weights, config.model, flag="")
+    target = LoraTarget.of(model.components)
+    origin = origin_of(model.recipe) if model.recipe is not None else {}
+    return FoundLora(of_model(model, config), target, origin)
 
 
 def of_model(model: LoadedModel, config: Export) -> Lora:

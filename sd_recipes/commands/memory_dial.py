@@ -9,7 +9,7 @@ import torch
 
 from sd_recipes.commands.plan_settings import with_known_configuration
 from sd_recipes.errors import RecipeError, one_line
-from sd_recipes.memory.plan import MemoryPlan, Planner
+from sd_recipes.memory.plan import MemoryPlan, Planner, Untraceable
 from sd_recipes.memory.remedies import differing, fastest_that_fits, in_flags
 from sd_recipes.memory.show import fit_in_words, sum_in_words
 from sd_recipes.recipe import Recipe
@@ -38,9 +38,9 @@ def planned(recipe: Recipe) -> tuple[Recipe, MemoryPlan | None]:
             as_it_is = with_precision(with_known_configuration(recipe), device)
             planner = Planner(device, memory_here(device), num_processes=num_processes)
             plan = planner.plan(as_it_is, is_sharded=is_sharded)
-        except RecipeError:
-            raise
         except Exception as error:  # whatever it is: a run must not end because it cannot be foretold
+            if isinstance(error, RecipeError) and not isinstance(error, Untraceable):
+                raise
             logger.warning(
                 "What the run needs of memory cannot be told (%s: %s).", type(error).__name__, one_line(error)
             )

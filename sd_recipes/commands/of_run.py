@@ -28,6 +28,7 @@ from sd_recipes.model.lora_files import (
     Lora,
     is_lora,
     layer_shapes,
+    lora_parts,
     merge_lora,
     open_lora,
     read_lora,
@@ -52,8 +53,9 @@ KINDS_IN_CHECKPOINT: dict[str | None, tuple[str, ...]] = {
     **{suffix.removeprefix("_"): (suffix,) for suffix in SNAPSHOTS},
 }  # fmt: skip
 LATENTS = 64  # a side of what a UNet is meant for, if its configuration does not say
-EXPORTED = ("model_index.json", LORA_FILE)  # what a run has in its folder when it is done
-MODEL_PARTS = ("unet", "vae", "text_encoder")  # those of a pipeline that have weights
+PIPELINE_FILE = "model_index.json"
+EXPORTED = (PIPELINE_FILE, LORA_FILE)  # one of which a run has in its folder when it is done
+MODEL_PARTS = ("vae", *LORA_PARTS)  # those of a pipeline that have weights
 
 
 def settings_of(run_dir: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,6 +64,13 @@ def settings_of(run_dir: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     if not is_resolved_recipe(path):
         raise RecipeError(f"{path} is not as the run wrote it: start the run once more, which writes it")
     return {**read_recipe_file(str(path)), **NOT_TRAINED, "output_dir": str(run_dir), **changes}
+
+
+def product_of(run: Path) -> Path:
+    """The file by which a run's pipeline or LoRA is loaded once it is done. Raises RecipeError."""
+    settings = settings_of(run, {})
+    is_lora = settings.get("lora_rank") or settings.get("lora_weights")
+    return run / (LORA_FILE if is_lora else PIPELINE_FILE)
 
 
 # ------------------------------------------------------------------------------------------ what a name stands for
@@ -76,7 +85,7 @@ class Target:
     weights: Path | None = None  # a checkpoint, the best weights or averages; None for a model
 
 
-def find_target(name: str, weights: str, exported: tuple[str, ...] = ("model_index.json",)) -> Target:
+def find_target(name: str, weights: str, exported: tuple[str, ...] = (PIPELINE_FILE,)) -> Target:
     """What a name stands for; a run for its pipeline, or for its newest checkpoint if that is not as far.
 
     `weights` is `evaluated`, or says which are wanted: a run has them in its newest checkpoint, and the `best` in a
@@ -136,12 +145,12 @@ class LoadedModel:
     @property
     def parts(self) -> dict[str, Any]:
         """What a LoRA may change."""
-        return {part: getattr(self.components, part) for part in LORA_PARTS}
+        return lora_parts(self.components)
 
     def check_range(self, dtype: str) -> None:
         """Raises RecipeError for weights that a type (fp32, fp16, bf16) cannot hold."""
-        for part in MODEL_PARTS:
-            check_range(getattr(self.components, part).state_dict(prefix=f"{part}."), dtype)
+        for part, module in {"vae": self.components.vae, **self.parts}.items():
+            check_range(module.state_dict(prefix=f"{part}."), dtype)
 
 
 def load_model(name: str, weights: str | None, flags: Mapping[str, Any], flag: str = MODEL) -> LoadedModel:
@@ -166,13 +175,15 @@ def _load(target: Target, weights: str | None, flags: Mapping[str, Any]) -> Load
     if weights is not None:
         holds = "is a run that has kept no checkpoint" if target.run else "is a model, with one kind of weights"
         raise RecipeError(f"--weights {weights}: {target.name} {holds}: drop --weights")
-    if target.run and not (target.run / EXPORTED[0]).is_file():
+    if target.run and (product := product_of(target.run)).name == LORA_FILE:
         base = load_base(target.run, flags, {})
-        return replace(base, lora=open_lora(target.run, str(target.run / LORA_FILE), base.parts))
-    config = ModelConfig(**{**flags, "pretrained_model_name_or_path": str(target.run or target.name)})
+        return replace(base, lora=open_lora(product, str(product), base.parts))
+    recipe = build_recipe(settings_of(target.run, {})) if target.run else None
+    own = {"clip_skip": recipe.clip_skip} if recipe else {}  # which a pipeline's files do not say
+    config = ModelConfig(**{**own, **flags, "pretrained_model_name_or_path": str(target.run or target.name)})
     family = family_of(config)
-    components = family.load(config, load_scheduler(config), family.load_tokenizer(config))
-    return LoadedModel(family, components, build_recipe(settings_of(target.run, {})) if target.run else None)
+    components = family.load(config, load_scheduler(config), family.load_tokenizers(config))
+    return LoadedModel(family, components, recipe)
 
 
 def load_base(run: Path, flags: Mapping[str, Any], changes: Mapping[str, Any]) -> LoadedModel:
@@ -180,7 +191,7 @@ def load_base(run: Path, flags: Mapping[str, Any], changes: Mapping[str, Any]) -
     recipe = build_recipe(settings_of(run, {**flags, **changes}))
     try:
         family = family_of(recipe)
-        components = family.load(recipe, load_scheduler(recipe), family.load_tokenizer(recipe))
+        components = family.load(recipe, load_scheduler(recipe), family.load_tokenizers(recipe))
     except RecipeError as error:
         raise RecipeError(
             f"{error} ({run / 'recipe.yaml'} says so; its relative paths begin where the run was started)"
@@ -194,30 +205,56 @@ def _load_weights(target: Target, weights: str | None, flags: Mapping[str, Any])
     path = target.weights
     assert path is not None
     assert target.run is not None
-    try:
-        folders = _part_folders(target, path, verify_checkpoint(path), weights)
-    except (DamagedCheckpoint, OSError) as error:
-        raise RecipeError(f"{target.name} cannot be used ({one_line(error)}): name another checkpoint") from error
+    found = _tensors_in(target, path, weights)
     if weights is not None and (weights == "best") != (path.parent.name == BEST):
         way_out = f"name {target.run}" if weights == "best" else "drop --weights"
         raise RecipeError(f"--weights {weights}: {target.name} holds weights of another kind: {way_out}")
-    of_scratch = settings_of(target.run, {}).get("train_from_scratch") and "unet" in folders
-    changes = {"unet_config": str(folders["unet"] / CONFIG)} if of_scratch else {}
-    base = load_base(target.run, flags, changes)
+    of_scratch = settings_of(target.run, {}).get("train_from_scratch") and "unet" in found
+    base = load_base(target.run, flags, {"unet_config": str(found["unet"].folder / CONFIG)} if of_scratch else {})
     lora: dict[str, Any] = {}
-    for part, folder in folders.items():
-        file = next(folder.glob("*.safetensors"))
+    for part, each in found.items():
         try:
-            found = open_weights(file, f"{folder.name}/{file.name}", allow_pickle=False)
-            if is_lora(found.shapes):
-                lora |= read_lora(
-                    _as_lora_file(found, part, folder), layer_shapes(base.parts), base.components.unet.config
-                )
+            if is_lora(each.tensors.shapes):
+                lora |= each.lora_of(base)
             else:
-                fill(getattr(base.components, part), found, part)
+                fill(getattr(base.components, part), each.tensors, part)
         except (UnreadableWeights, SafetensorError, OSError) as error:
             raise RecipeError(f"{target.name} does not fit its run's model ({one_line(error)})") from error
     return LoadedModel(base.family, base.components, base.recipe, lora or None)
+
+
+@dataclass(frozen=True)
+class PartInCheckpoint:
+    """The weights of one part of a model, or of its LoRA, and the folder that they lie in."""
+
+    part: str
+    folder: Path
+    tensors: Weights
+
+    def lora_of(self, model: LoadedModel) -> Lora:
+        """The LoRA that it is, for a model. Raises UnreadableWeights.
+
+        A checkpoint has it by peft's names with its settings beside it; a file of it has both in one.
+        """
+        settings = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+        metadata = {ADAPTER_METADATA: json.dumps({f"{self.part}.{name}": value for name, value in settings.items()})}
+        renamed = self.tensors.renamed({f"{self.part}.{name}": name for name in self.tensors.shapes})
+        return read_lora(replace(renamed, metadata=metadata), layer_shapes(model.parts), model.parts["unet"].config)
+
+
+def _tensors_in(target: Target, path: Path, weights: str | None) -> dict[str, PartInCheckpoint]:
+    """What a checkpoint has of each part in weights of that kind. Raises RecipeError."""
+    try:
+        folders = _part_folders(target, path, verify_checkpoint(path), weights)
+        files = {part: next(folder.glob("*.safetensors")) for part, folder in folders.items()}
+        return {
+            part: PartInCheckpoint(
+                part, file.parent, open_weights(file, f"{file.parent.name}/{file.name}", allow_pickle=False)
+            )
+            for part, file in files.items()
+        }
+    except (DamagedCheckpoint, UnreadableWeights, OSError) as error:
+        raise RecipeError(f"{target.name} cannot be used ({one_line(error)}): name another checkpoint") from error
 
 
 def _part_folders(target: Target, path: Path, manifest: Manifest, weights: str | None) -> dict[str, Path]:
@@ -236,25 +273,24 @@ def _part_folders(target: Target, path: Path, manifest: Manifest, weights: str |
     return folders
 
 
-def _as_lora_file(weights: Weights, part: str, folder: Path) -> Weights:
-    """A LoRA's tensors in a checkpoint, by peft's names with its settings beside them, as a file of it has them."""
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    metadata = {ADAPTER_METADATA: json.dumps({f"{part}.{name}": value for name, value in settings.items()})}
-    renamed = weights.renamed({f"{part}.{name}": name for name in weights.shapes})
-    return Weights(renamed.place, renamed.shapes, renamed.read, metadata)
-
-
 def lora_file(name: str) -> Path | None:
-    """The file, if that is what a name stands for: a LoRA, or the folder of one that is no run."""
+    """The file, if that is what a name stands for: a LoRA, or the folder of one that is no run.
+
+    Raises RecipeError for one in a checkpoint, which has its settings, and maybe more of it, in other files.
+    """
     path = Path(name).expanduser()
     if path.is_dir() and (path / LORA_FILE).is_file() and not holds_run(path):
         return path / LORA_FILE
     if not path.is_file():
         return None
     try:
-        return path if is_lora(open_weights(path, path.name, allow_pickle=False).shapes) else None
+        if not is_lora(open_weights(path, path.name, allow_pickle=False).shapes):
+            return None
     except UnreadableWeights:  # which is told when it is loaded as a model
         return None
+    if (path.parent.parent / MANIFEST).is_file():
+        raise RecipeError(f"{name} is the LoRA of one model in a checkpoint: name the checkpoint, {path.parent.parent}")
+    return path
 
 
 def merge_loras(model: LoadedModel, files: list[tuple[str, float]]) -> None:
@@ -271,17 +307,12 @@ def merge_loras(model: LoadedModel, files: list[tuple[str, float]]) -> None:
 
 def _open(name: str, model: LoadedModel) -> Lora:
     """The LoRA in a file, in a folder of one, or in a checkpoint of a run that trains one. Raises RecipeError."""
-    path = Path(name).expanduser()
+    place, path = f"--lora {name}", Path(name).expanduser()
     if not (path / MANIFEST).is_file():
-        return open_lora(name, f"--lora {name}", model.parts)
-    target = find_target(name, "evaluated")
+        file = lora_file(name)
+        return open_lora(file or name, place, model.parts)
+    found = _tensors_in(Target(place, None, path), path, None)
     try:
-        folders = _part_folders(target, path, verify_checkpoint(path), None)
-        files = {part: (folder, next(folder.glob("*.safetensors"))) for part, folder in folders.items()}
-        lora: dict[str, Any] = {}
-        for part, (folder, file) in files.items():
-            found = open_weights(file, f"{folder.name}/{file.name}", allow_pickle=False)
-            lora |= read_lora(_as_lora_file(found, part, folder), layer_shapes(model.parts), model.parts["unet"].config)
-    except (DamagedCheckpoint, UnreadableWeights, SafetensorError, OSError) as error:
-        raise RecipeError(f"--lora {name} cannot be used ({one_line(error)}): name another") from error
-    return lora
+        return {part: layers for each in found.values() for part, layers in each.lora_of(model).items()}
+    except (UnreadableWeights, SafetensorError, OSError) as error:
+        raise RecipeError(f"{place} cannot be used ({one_line(error)}): name another") from error

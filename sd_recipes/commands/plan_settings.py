@@ -35,7 +35,12 @@ STABLE_DIFFUSION_2 = tuple(
     for owner in ("sd2-community", "stabilityai")
     for version in ("", "-base", "-1", "-1-base")
 )
-PUBLISHED = {**dict.fromkeys(STABLE_DIFFUSION_1, 1), **dict.fromkeys(STABLE_DIFFUSION_2, 2)}
+STABLE_DIFFUSION_XL = ("stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-base-0.9")
+PUBLISHED: dict[str, assets.Generation] = {
+    **dict.fromkeys(STABLE_DIFFUSION_1, 1),
+    **dict.fromkeys(STABLE_DIFFUSION_2, 2),
+    **dict.fromkeys(STABLE_DIFFUSION_XL, "XL"),
+}
 
 
 class PlanConfig(Section):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sd_recipes.data.held_out import choose
 from sd_recipes.data.training_data import load_training_data
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.evaluation.pictures import (
+    Ask,
     comparison_grid,
     decoded_one_by_one,
     drawing_pipeline,
@@ -42,6 +44,7 @@ from sd_recipes.model.sources import MODEL
 from sd_recipes.redaction import in_texts, redacted, shown
 from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.out_of_memory import is_out_of_memory
+from sd_recipes.runtime.output_dir import check_is_folder
 
 FLAGS = ("--sampler", "--steps")
 PICTURE = re.compile(r"\d{5,}-\d+\.png|grid\.png")  # names of what is written
@@ -51,7 +54,7 @@ HASH_DIGITS, LORA_HASH_DIGITS = 10, 12  # of a SHA-256, as A1111 shows them
 def sample(config: Sampling) -> None:
     """Draw what `config` says; write the pictures and a grid of them. Raises RecipeError."""
     output_dir = Path(config.output_dir).expanduser()
-    check_is_free(output_dir, config)
+    check_has_no_pictures(output_dir, config)
     device = device_of(config)
     for name in config.models:  # before the first one is drawn with
         find_target(name, config.weights or "evaluated", EXPORTED)
@@ -60,14 +63,15 @@ def sample(config: Sampling) -> None:
     columns: list[list[Image.Image]] = []
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        for picture in pictures_in(output_dir):
-            picture.unlink()
         size: tuple[int, int] | None = None
         for number, name in enumerate(config.models, 1):
             folder = output_dir / f"model-{number}" if config.compare else output_dir
-            model = load_model(name, config.weights, config.model, "--compare" if config.compare else MODEL)
+            flags = config.model if config.clip_skip is None else {**config.model, "clip_skip": config.clip_skip}
+            model = load_model(name, config.weights, flags, "--compare" if config.compare else MODEL)
             if size is None:
                 size = size_of(model, config)
+                for picture in pictures_in(output_dir):  # of an earlier call: not before something takes their place
+                    picture.unlink()
                 if config.compare and not (config.resolution or (config.width and config.height)):
                     say(f"size            {size[1]}x{size[0]}, the first model's, for all: the noise is the same then")
             columns.append(draw_with(name, model, config, prompts, device, folder, size))
@@ -85,10 +89,9 @@ def sample(config: Sampling) -> None:
     say(f"pictures        {output_dir}\ngrid            {output_dir / 'grid.png'}")
 
 
-def check_is_free(output_dir: Path, config: Sampling) -> None:
+def check_has_no_pictures(output_dir: Path, config: Sampling) -> None:
     """Raises RecipeError for a file in the folder's place, and for pictures that would be written over."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise RecipeError(f"--output_dir {output_dir} is not a folder: choose another")
+    check_is_folder(output_dir)
     if not config.overwrite and next(pictures_in(output_dir), None):
         raise RecipeError(f"--output_dir {output_dir} has pictures already: choose another, or add --overwrite")
 
@@ -133,7 +136,7 @@ def captions_of(config: Sampling) -> list[str]:
     recipe = build_recipe(settings_of(run, {}))
     if not recipe.validation_split and config.captions == "held_out":
         raise RecipeError(f"--captions held_out: {run} holds no rows out: use --captions training")
-    tokenizer = family_of(recipe).load_tokenizer(recipe)
+    tokenizer, *_ = family_of(recipe).load_tokenizers(recipe)
     data = load_training_data(recipe, tokenizer, seed=recipe.seed or 0, global_batch_size=1, rank=0)
     rows = data.held_out if config.captions == "held_out" else data.watched
     if config.captions == "training" and data.rows is not None:
@@ -179,7 +182,9 @@ def draw_with(
     pipeline.set_progress_bar_config(desc=f"Drawing with {last.name}", leave=False)
     folder.mkdir(exist_ok=True)
     pictures = []
-    for number, picture in enumerate(draw(pipeline, prompts, config, size)):
+    ask = partial(model.family.prompt_arguments, model.components)
+    clip_skip = model.components.clip_skip
+    for number, picture in enumerate(draw(pipeline, ask, prompts, config, size)):
         width, height = picture.size
         values = {
             "Steps": config.steps,
@@ -187,6 +192,7 @@ def draw_with(
             "CFG scale": config.guidance_scale,
             "Seed": config.seed + number,
             "Size": f"{width}x{height}",
+            "Clip skip": None if clip_skip is None else clip_skip + 1,
             **about,
         }
         text = parameters_text(prompts[number] + words, config.negative_prompt, values)
@@ -195,7 +201,7 @@ def draw_with(
     return pictures
 
 
-def draw(pipeline: Any, prompts: list[str], config: Sampling, size: tuple[int, int]) -> Iterator[Image.Image]:
+def draw(pipeline: Any, ask: Ask, prompts: list[str], config: Sampling, size: tuple[int, int]) -> Iterator[Image.Image]:
     """A picture of `size` (height, width) for each prompt, `--batch_size` of them at a time. Raises RecipeError."""
     height, width = size
     with decoded_one_by_one(pipeline.vae):
@@ -203,8 +209,8 @@ def draw(pipeline: Any, prompts: list[str], config: Sampling, size: tuple[int, i
             numbers = range(start, min(start + config.batch_size, len(prompts)))
             try:
                 yield from pipeline(
-                    [prompts[number] for number in numbers],
-                    negative_prompt=[config.negative_prompt or ""] * len(numbers),
+                    **ask([prompts[number] for number in numbers]),
+                    negative_prompt=[config.negative_prompt] * len(numbers) if config.negative_prompt else None,
                     height=height,
                     width=width,
                     num_inference_steps=config.steps,

@@ -55,6 +55,12 @@ class DrawingConfig(Section):
         None, description="Sampler, such as euler_a, dpmsolver++ or unipc; if not given, the model's own."
     )
     steps: int = Field(30, ge=1, description="Steps of the sampler.")
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        description="Leave out so many of the text encoder's last layers, as diffusers counts: 1 is A1111's 2; if not "
+        "given, as the run was trained.",
+    )
     guidance_scale: Number = Field(7.5, ge=0, allow_inf_nan=False, description="How far to follow the prompt; 1: off.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the first picture; each further one has the next.")
     num_images: int = Field(1, ge=1, description="Pictures of each prompt.")

@@ -202,6 +202,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             for position, stratum in zip(plan.positions, plan.strata, strict=True)
         ]
         images = _Images(plan.size, latent_shape, len(drawn))
+        captions_config = self._captions_config(plan.epoch)
         captions: list[str] = []
         weights = torch.full((len(drawn),), plan.weight)
         bad = []
@@ -210,7 +211,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             name = row_name(number, row.get(self.config.image_column), streamed=plan.examples is not None)
             names.append(name)
             try:
-                caption = self._caption(row, drawn[place], name)
+                caption = self._caption(row, captions_config, drawn[place], name)
                 self._add_image(images, place, row, drawn[place])
             except BadRow as error:
                 bad.append((name, str(error)))
@@ -270,11 +271,18 @@ class BatchBuilder(torch.utils.data.Dataset):
     def _flips(self, drawn: Draws) -> bool:
         return self.config.random_flip and drawn.flip_u < 0.5
 
-    def _caption(self, row: Row, drawn: Draws, name: str) -> str:
+    def _captions_config(self, epoch: int) -> CaptionConfig:
+        """How captions are made in an epoch, counted from 0: in one of every so many, all of them are dropped."""
+        every = self.config.caption_dropout_every_n_epochs
+        if not every or (epoch + 1) % every:
+            return self.config
+        return self.config.model_copy(update={"caption_dropout": 1.0})
+
+    def _caption(self, row: Row, config: CaptionConfig, drawn: Draws, name: str) -> str:
         try:
-            return make_caption(row, self.config, drawn)
+            return make_caption(row, config, drawn)
         except CaptionError as error:
-            if self.config.blank_captions == "error":
+            if config.blank_captions == "error":
                 raise RecipeError(f"{name}: {error} (--blank_captions error)") from error
             raise
 

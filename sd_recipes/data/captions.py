@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import reprlib
 import string
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,8 @@ import numpy as np
 
 from sd_recipes.data.bad_rows import BadRow
 from sd_recipes.data.draws import Draws
+from sd_recipes.data.tags import arrange_tags
+from sd_recipes.data.wildcards import fill_wildcards
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import CaptionConfig
 
@@ -24,6 +25,10 @@ class CaptionError(BadRow):
     """A caption that cannot be used: missing or blank, not text, or too long; the message says which."""
 
 
+# Settings of a caption from which all that training leaves out or mixes up at random is taken away.
+UNDISTURBED = {
+    "caption_dropout": 0.0, "caption_dropout_every_n_epochs": 0, "caption_tag_dropout_rate": 0.0, "shuffle_tags": False,
+}  # fmt: skip
 DEFECT = "__defect__"  # the column that says why a reader could not make a row whole
 
 
@@ -35,7 +40,7 @@ def caption_columns(config: CaptionConfig) -> list[str]:
 
 
 def make_caption(row: dict[str, Any], config: CaptionConfig, drawn: Draws) -> str:
-    """The caption of a row, by the sample's draws: column, choice in a list, order of the tags, dropout.
+    """The caption of a row, by the sample's draws: column, choice in a list, wildcards, tags and their order, dropout.
 
     Blank columns, and blank members of a list, are not drawn while others are usable. In a template, lists of the
     same length are read at the same place. Raises CaptionError for a value that is not text and, unless blank captions
@@ -68,7 +73,15 @@ def make_caption(row: dict[str, Any], config: CaptionConfig, drawn: Draws) -> st
     else:
         options, rest_u = _pick([usable[column] for column in columns if usable[column]], drawn.caption_u)
         caption, _ = _pick(options, rest_u)
-    return _shuffled(caption, config, drawn) if config.shuffle_tags else caption
+    return worded(caption, config, drawn)
+
+
+def worded(text: str, config: CaptionConfig, drawn: Draws) -> str:
+    """A text of a row as a caption: with prefix and suffix, and with wildcards and tags as the sample draws them."""
+    caption = " ".join(filter(None, (config.caption_prefix, text, config.caption_suffix)))
+    if config.enable_wildcard:
+        caption = fill_wildcards(caption, drawn.wildcard_us())
+    return arrange_tags(caption, config, drawn)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], config: CaptionConfig) -> torch.Tensor:
@@ -161,27 +174,3 @@ def _pick(options: list[Any], u: float) -> tuple[Any, float]:
     place = u * len(options)
     number = min(int(place), len(options) - 1)
     return options[number], place - number
-
-
-def _shuffled(caption: str, config: CaptionConfig, drawn: Draws) -> str:
-    """The caption with its tags in the drawn order, except the leading ones to keep; separators stay in place."""
-    parts = _tags_and_separators(caption, config.tag_separator)
-    places = [place for place in range(0, len(parts), 2) if parts[place]][config.keep_tags :]
-    tags = [parts[place] for place in places]
-    for place, number in zip(places, np.argsort(drawn.tag_keys(len(tags))), strict=True):
-        parts[place] = tags[number]
-    return "".join(parts)
-
-
-def _tags_and_separators(caption: str, separator: str) -> list[str]:
-    """Tags and, between them, the separators with the space around them; joined, they are the stripped caption."""
-    caption = caption.strip()
-    parts: list[str] = []
-    begin = 0
-    # The space before a separator is stripped afterwards: a pattern that began with it would retry a long run of
-    # spaces from every place in it.
-    for found in re.finditer(rf"{re.escape(separator)}\s*", caption):
-        tag = caption[begin : found.start()]
-        parts += [tag.rstrip(), tag[len(tag.rstrip()) :] + found.group()]
-        begin = found.end()
-    return [*parts, caption[begin:]]

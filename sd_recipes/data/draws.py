@@ -7,6 +7,7 @@ handles the sample, and a resumed run needs no generator state.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from sd_recipes.recipe import ObjectiveConfig
 PLAIN = ObjectiveConfig()  # of what is no training, such as the held-out loss
 
 # One counter per purpose: a setting that needs one more draw leaves all the others unchanged.
-CHOICES, NOISE, POSTERIOR, OFFSET, PERTURBATION, TAGS, COARSE, DROPOUT = range(1, 9)
+CHOICES, NOISE, POSTERIOR, OFFSET, PERTURBATION, TAGS, COARSE, DROPOUT, TAG_DROPOUT, WILDCARDS = range(1, 11)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ class Draws:
     def tag_keys(self, num_tags: int) -> np.ndarray:
         """One sort key in [0, 1) per tag, (num_tags,); drawn on demand, since most captions need none."""
         return generator(self.seed, self.position, TAGS).random(num_tags)
+
+    def tag_dropout_us(self, num_tags: int) -> np.ndarray:
+        """One number in [0, 1) per tag, (num_tags,), by which it is left out; drawn on demand, like the keys."""
+        return generator(self.seed, self.position, TAG_DROPOUT).random(num_tags)
+
+    def wildcard_us(self) -> Iterator[float]:
+        """Numbers in [0, 1), one for each wildcard in the order in which they end; drawn on demand, like the keys."""
+        draws = generator(self.seed, self.position, WILDCARDS)
+        while True:
+            yield draws.random()
 
     def coarse_noise(self, level: int, shape: tuple[int, ...]) -> np.ndarray:
         """Noise for a level of the pyramid whose level above has `shape` (C, h, w): sides 2 to 4 times shorter, from 1.

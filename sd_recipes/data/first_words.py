@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sized
+from dataclasses import replace
 from typing import Any
 
 from sd_recipes.data.bad_rows import BadRow
@@ -18,15 +19,18 @@ FIRST = draw(0, 0, stratum=0, global_batch_size=1, latent_shape=(1, 1, 1), num_t
 
 
 def example_captions(rows: Any, config: DataSettings) -> list[str]:
-    """Captions of three rows spread over a data set, or of the first of a list of rows, as training makes them."""
-    config = config.model_copy(update={"caption_dropout": 0.0, "shuffle_tags": False})
+    """Captions of three rows spread over a data set, or of the first of a list of rows, as training draws them.
+
+    None is dropped as a whole, since that would show nothing.
+    """
+    config = config.model_copy(update={"caption_dropout": 0.0})
     places: Iterable[int] = range(len(rows))
     if len(rows) > NUM_EXAMPLES:
         places = [number * (len(rows) - 1) // (NUM_EXAMPLES - 1) for number in range(NUM_EXAMPLES)]
     found = []
-    for place in places:
+    for position, place in enumerate(places):
         try:
-            found.append(make_caption(rows[place], config, FIRST))
+            found.append(make_caption(rows[place], config, replace(FIRST, position=position)))
         except BadRow:
             continue
     return found

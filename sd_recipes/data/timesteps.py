@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from statistics import NormalDist
 
@@ -34,13 +35,43 @@ def logit_normal(u: float, num_train_timesteps: int, config: ObjectiveConfig) ->
     return int(num_train_timesteps / (1 + np.exp(-logit)))
 
 
-TIMESTEPS: dict[str, Callable[[float, int, ObjectiveConfig], int]] = {"uniform": uniform, "logit_normal": logit_normal}
+def biased(u: float, num_train_timesteps: int, config: ObjectiveConfig) -> int:
+    """Uniform, but for some timesteps that are drawn more often, as diffusers' SDXL script has it."""
+    trained, favoured = trained_timesteps(num_train_timesteps, config), favoured_timesteps(num_train_timesteps, config)
+    shares = _shares_up_to(trained, favoured, config.timestep_bias_multiplier)
+    return trained.start + int(np.searchsorted(shares, u, side="right"))
+
+
+def favoured_timesteps(num_train_timesteps: int, config: ObjectiveConfig) -> range:
+    """Of a model with so many, those that --timestep_bias_strategy names."""
+    number = int(config.timestep_bias_portion * num_train_timesteps)
+    return {
+        "none": range(0),
+        "earlier": range(number),
+        "later": range(num_train_timesteps - number, num_train_timesteps),
+        "range": range(config.timestep_bias_begin, config.timestep_bias_end),
+    }[config.timestep_bias_strategy]
+
+
+@functools.lru_cache
+def _shares_up_to(trained: range, favoured: range, multiplier: float) -> np.ndarray:
+    """For each trained timestep, the share of draws that lie below it or in it."""
+    weights = np.array([multiplier if timestep in favoured else 1.0 for timestep in trained])
+    return np.cumsum(weights) / weights.sum()
+
+
+TIMESTEPS: dict[str, Callable[[float, int, ObjectiveConfig], int]] = {
+    "uniform": uniform,
+    "logit_normal": logit_normal,
+    "biased": biased,
+}
 
 
 def timestep_at(u: float, num_train_timesteps: int, config: ObjectiveConfig) -> int:
     """The timestep below which a share u in [0, 1) of a run's timesteps lies."""
     trained = trained_timesteps(num_train_timesteps, config)
-    timestep = TIMESTEPS[config.timestep_sampling](u, num_train_timesteps, config)
+    distribution = config.timestep_sampling if config.timestep_bias_strategy == "none" else "biased"
+    timestep = TIMESTEPS[distribution](u, num_train_timesteps, config)
     return min(max(timestep, trained.start), trained.stop - 1)  # rounding may lead out
 
 
@@ -54,6 +85,11 @@ def check_timesteps(num_train_timesteps: int, config: ObjectiveConfig) -> None:
     if not trained:
         raise RecipeError(
             f"--min_timestep {config.min_timestep} is over the model's last one, {num_train_timesteps - 1}: lower it"
+        )
+    if config.timestep_bias_strategy == "range" and config.timestep_bias_end > num_train_timesteps:
+        raise RecipeError(
+            f"--timestep_bias_end {config.timestep_bias_end} is over the model's {num_train_timesteps} timesteps: "
+            "lower it"
         )
     if config.timestep_sampling == "logit_normal":
         start, end = _logit_normal_cdf(trained, num_train_timesteps, config)

@@ -26,6 +26,7 @@ from sd_recipes.evaluation.encoded_rows import CAPTIONS, NO_CAPTIONS, WORDS, Abo
 from sd_recipes.evaluation.sample_errors import HELD_OUT
 from sd_recipes.evaluation.timestep_sampling import TimestepSampling, knots
 from sd_recipes.evaluation.validation import Validator
+from sd_recipes.model.conditioning import unet_arguments
 from sd_recipes.runtime.agreement import all_gather
 from sd_recipes.runtime.signals import Stopped, stop_request
 
@@ -191,7 +192,9 @@ def _squared_errors(
 def _predict(validator: Validator, bar: tqdm, noisy_latents: Tensor, timesteps: Tensor, **conditioning: Any) -> Tensor:
     stop_request.check(COUNTING)
     with validator.accelerator.autocast():
-        prediction: Tensor = validator.components.unet(noisy_latents, timesteps, **conditioning, return_dict=False)[0]
+        prediction: Tensor = validator.components.unet(
+            noisy_latents, timesteps, **unet_arguments(conditioning), return_dict=False
+        )[0]
     if not prediction.isfinite().all():
         rounded = validator.accelerator.mixed_precision != "no"
         way_out = "evaluate with --mixed_precision no" if rounded else "its weights are broken: evaluate earlier ones"

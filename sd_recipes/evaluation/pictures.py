@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -21,6 +20,8 @@ from sd_recipes.runtime.signals import stop_request
 from sd_recipes.writing import replacing
 
 BROKEN_OFF = "in the middle of a validation, which is abandoned"
+
+Ask = Callable[[list[str]], Mapping[str, Any]]  # a pipeline's arguments by which it draws prompts
 
 
 def drawing_pipeline(
@@ -37,7 +38,13 @@ def drawing_pipeline(
 
 
 def draw_pictures(
-    pipeline: Any, prompts: Sequence[str], recipe: Recipe, size: tuple[int, int], numbers: Sequence[int], at_once: int
+    pipeline: Any,
+    ask: Ask,
+    prompts: Sequence[str],
+    recipe: Recipe,
+    size: tuple[int, int],
+    numbers: Sequence[int],
+    at_once: int,
 ) -> list[Image.Image]:
     """Pictures of `size` (height, width) for those of the prompts with these numbers, `at_once` of them at a time.
 
@@ -52,7 +59,7 @@ def draw_pictures(
         for start in range(0, len(numbers), at_once):
             some = numbers[start : start + at_once]
             pictures += pipeline(
-                [prompts[number] for number in some],
+                **ask([prompts[number] for number in some]),
                 height=height,
                 width=width,
                 num_inference_steps=recipe.validation_inference_steps,
@@ -140,6 +147,8 @@ def comparison_grid(columns: list[list[Image.Image]], names: list[str], captions
 
 def _font(size: float) -> ImageFont.FreeTypeFont:
     """matplotlib's own, which has characters that Pillow's lacks."""
+    import matplotlib  # takes long to import, and a run begins without it
+
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 

@@ -248,7 +248,8 @@ class Validator:
         numbers = range(len(self.prompts))[self._own]
         if numbers:
             pipeline = drawing_pipeline(self.family, self.components, self.recipe.validation_sampler)
-            draw = partial(draw_pictures, pipeline, self.prompts, self.recipe, self.picture_size, numbers)
+            ask = partial(self.family.prompt_arguments, self.components)
+            draw = partial(draw_pictures, pipeline, ask, self.prompts, self.recipe, self.picture_size, numbers)
             with self.accelerator.autocast():
                 pictures = self.pictures_at_once.attempt(draw)
             share.pictures = dict(zip(numbers, pictures or [], strict=False))

@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import filter_repo_objects
 
@@ -18,7 +19,7 @@ from sd_recipes.flags import recipe_text
 from sd_recipes.model.family import Family
 from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.model.weight_files import SUFFIXES
-from sd_recipes.recipe import Recipe
+from sd_recipes.recipe import Recipe, clip_skip_in_words
 from sd_recipes.redaction import in_texts, redacted, shown
 from sd_recipes.runtime.trackers import read_metrics
 
@@ -56,6 +57,12 @@ sigmas = (1 - pipeline.scheduler.alphas_cumprod).sqrt()
 pipeline.unet.register_forward_hook(lambda unet, inputs, outputs: (-sigmas[int(inputs[1])] * outputs[0],))
 settings = {"prediction_type": "epsilon", "clip_sample": False}
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **settings)
+"""
+# How a card's reader draws with a --clip_skip and Stable Diffusion 1 or 2.
+FOR_CLIP_SKIP = """
+# diffusers looks for a name that transformers has dropped (huggingface/diffusers#14124).
+if not hasattr(pipeline.text_encoder, "text_model"):
+    type(pipeline.text_encoder).text_model = property(lambda text_encoder: text_encoder)
 """
 
 
@@ -102,9 +109,10 @@ def _hub_id(name: str | None) -> str | None:
     return name
 
 
-def sample_command(model: str, prompt: str, lora: str | None = None) -> str:
+def sample_command(model: str, prompt: str, lora: str | None = None, clip_skip: int | None = None) -> str:
     """The command that draws a prompt with a model, whatever it predicts."""
     words = ["--pretrained_model_name_or_path", model, *(["--lora", lora] if lora else []), "--prompts", prompt]
+    words += ["--clip_skip", str(clip_skip)] if clip_skip else []
     return f"sd-recipes sample {shlex.join(words)}"
 
 
@@ -153,6 +161,13 @@ def write_model_card(
     pictures = "![samples](samples.png)\n" if (output_dir / "samples.png").is_file() else ""
     lora = LORA_FILE if recipe.trains_lora else None
     predicts_score = prediction_type == "score"
+    before_drawing = FROM_SCORES if predicts_score else ""
+    arguments = json.dumps(prompts[0])
+    if recipe.clip_skip:
+        if pipeline_class == StableDiffusionPipeline.__name__:
+            before_drawing += FOR_CLIP_SKIP
+        arguments += f", clip_skip={recipe.clip_skip}"
+    drawn_with = f" Draw with {clip_skip_in_words(recipe.clip_skip)}." if recipe.clip_skip else ""
     imported = f"DDIMScheduler, {pipeline_class}" if predicts_score else pipeline_class
     content = f"""---
 {data.to_yaml()}
@@ -161,7 +176,7 @@ def write_model_card(
 # {repo_id}
 
 {"A LoRA, trained on" if recipe.trains_lora else "Made from"} **{made_from}** with **{with_data or "its own images"}**
-by sd-recipes. All settings are in `recipe.yaml`.
+by sd-recipes. All settings are in `recipe.yaml`.{drawn_with}
 
 {learned}
 {pictures}
@@ -169,11 +184,11 @@ by sd-recipes. All settings are in `recipe.yaml`.
 from diffusers import {imported}
 
 {_loading(recipe, pipeline_class, repo_id, base or made_from)}
-{FROM_SCORES if predicts_score else ""}pipeline({json.dumps(prompts[0])}).images[0].save("image.png")
+{before_drawing}pipeline({arguments}).images[0].save("image.png")
 ```
 
 Or with sd-recipes, which also compares models and adds LoRAs:
 
-    {sample_command((base or made_from) if lora else repo_id, prompts[0], lora)}
+    {sample_command((base or made_from) if lora else repo_id, prompts[0], lora, recipe.clip_skip)}
 """
     ModelCard(redacted(content)).save(output_dir / "README.md")

@@ -6,16 +6,12 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sd_recipes.evaluation.figures import FIGURES
 from sd_recipes.evaluation.verdict import figures_by_step, judge
 from sd_recipes.runtime.trackers import list_samples, read_metrics, step_of
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +54,8 @@ def write_report(output_dir: Path, last_step: int | None = None) -> list[str]:
 
 def draw_loss_curve(figures: Mapping[str, dict[int, float]], path: Path) -> None:
     """Training loss by step with its running mean; held-out loss and that of training rows, the gap, the best step."""
+    from matplotlib.figure import Figure  # takes long to import, and a run begins without it
+
     training, held_out, training_rows = (
         figures.get(name, {}) for name in ("train_loss", "validation_loss", "train_subset_loss")
     )
@@ -65,7 +63,8 @@ def draw_loss_curve(figures: Mapping[str, dict[int, float]], path: Path) -> None
     # Centered, over a twentieth of the run: an average over the past alone would lag behind where the loss falls fast.
     reach = max(1, len(losses) // 40)
     smooth = [float(np.mean(losses[max(0, n - reach) : n + reach + 1])) for n in range(len(losses))]
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
+    figure = Figure(figsize=(8, 4.5), dpi=110)
+    axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss")
     axes.plot(steps, smooth, color="tab:blue", label="training loss, running mean")
     if held_out:
@@ -86,7 +85,6 @@ def draw_loss_curve(figures: Mapping[str, dict[int, float]], path: Path) -> None
     axes.legend()
     figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def read_picture(path: Path) -> Image.Image:

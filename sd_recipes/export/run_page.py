@@ -20,7 +20,7 @@ from sd_recipes.export.run_figures import curves, grids
 from sd_recipes.export.run_rows import rankings
 from sd_recipes.flags import MAX_RECIPE_BYTES, read_recipe_file
 from sd_recipes.reading import read_text
-from sd_recipes.recipe import Recipe
+from sd_recipes.recipe import Recipe, clip_skip_in_words
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.starts import read_starts
 from sd_recipes.runtime.trackers import read_incidents, read_metrics
@@ -181,12 +181,14 @@ def _settings(path: Path) -> dict[str, Any] | None:
 def _recipe(path: Path, settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """The settings that differ from the defaults as (name, value, default), and the whole file."""
     if settings is None:
-        return {"settings": None, "recipe": ""}
+        return {"settings": None, "recipe": "", "draw_with": None}
+    clip_skip = settings.get("clip_skip")
+    draw_with = clip_skip_in_words(clip_skip) if isinstance(clip_skip, int) else None
     defaults = {name: Recipe.model_fields[name].get_default() for name in settings}
     changed = [
         (name, _words(value), _words(defaults[name])) for name, value in settings.items() if value != defaults[name]
     ]
-    return {"settings": changed, "recipe": read_text(path.resolve(), MAX_RECIPE_BYTES)}
+    return {"settings": changed, "recipe": read_text(path.resolve(), MAX_RECIPE_BYTES), "draw_with": draw_with}
 
 
 def _words(value: Any) -> str:

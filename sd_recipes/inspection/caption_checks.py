@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from sd_recipes.data.bad_rows import BadRow
-from sd_recipes.data.captions import CaptionError, caption_columns, count_tokens, is_missing, make_caption
+from sd_recipes.data.captions import (
+    UNDISTURBED,
+    CaptionError,
+    caption_columns,
+    count_tokens,
+    is_missing,
+    make_caption,
+    worded,
+)
 from sd_recipes.data.draws import draw
 from sd_recipes.inspection.findings import BoundedCounter, Finding
 from sd_recipes.recipe import DataSettings
@@ -29,9 +37,7 @@ class CaptionSummary:
     def __init__(self, config: DataSettings, tokenizer: Any | None) -> None:
         self.config = config
         self.columns = caption_columns(config)
-        self._undisturbed = config.model_copy(
-            update={"caption_dropout": 0.0, "shuffle_tags": False, "blank_captions": "skip"}
-        )
+        self._undisturbed = config.model_copy(update={**UNDISTURBED, "blank_captions": "skip"})
         self.tokenizer = tokenizer
         self.num_captions = 0
         self.word_counts = np.zeros(LONGEST + 1, np.int64)  # captions by their number of words
@@ -73,13 +79,16 @@ class CaptionSummary:
         return findings + self._count_tokens(owners, captions)
 
     def captions_of(self, values: dict[str, Any]) -> list[str]:
-        """All captions that training may draw for a row; of a template, the first. Raises CaptionError if none."""
+        """All captions that training may draw for a row, in one order of their tags and with one choice of wildcards.
+
+        Of a template, the first. Raises CaptionError if there is none.
+        """
         made = make_caption(values, self._undisturbed, FIRST)
         if self.config.caption_template is not None:
             return [made]
         texts = (values[column] for column in self.columns)
         every = itertools.chain.from_iterable(text if isinstance(text, list) else [text] for text in texts)
-        return [text for text in every if text and text.strip()]
+        return [worded(text, self._undisturbed, FIRST) for text in every if text and text.strip()]
 
     def _check(self, row: int, name: str, values: dict[str, Any]) -> tuple[list[str], list[Finding]]:
         """The row's captions, and what is wrong with them."""

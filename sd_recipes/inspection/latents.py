@@ -31,7 +31,8 @@ def load_model(config: ModelConfig) -> Model:
     """The VAE, on the GPU if there is one, the tokenizer and the schedule. Raises RecipeError."""
     allow_tf32(False)  # the figures are those of float32
     vae = load_vae(config).to("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(vae, family_of(config).load_tokenizer(config), load_scheduler(config).alphas_cumprod.double().numpy())
+    tokenizer, *_ = family_of(config).load_tokenizers(config)
+    return Model(vae, tokenizer, load_scheduler(config).alphas_cumprod.double().numpy())
 
 
 def encode_picture(vae: AutoencoderKL, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -105,7 +105,7 @@ def _thumbnail(inspected: Inspected, row: int | None) -> str | None:
 
 
 def _caption(inspected: Inspected, row: int) -> str:
-    """The row's captions, as they are in the data set."""
+    """The row's captions, with their tags in order."""
     found = inspected.rows.read(row)
     if found is None:
         found = next((values for number, _, values in inspected.scan.samples if number == row), None)

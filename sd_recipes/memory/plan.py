@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.memory.overheads import CUDA_CONTEXT, GATHERED_BLOCKS, on_device, on_host
 from sd_recipes.memory.step import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, WEIGHTS, TracedStep
 from sd_recipes.memory.tracer import Moment
 from sd_recipes.model.latents import MAX_PIXELS
+from sd_recipes.optimizers import is_class
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import check_weights_dtype
 from sd_recipes.training.fused_backward import check_fused_backward
@@ -20,7 +22,7 @@ OF_PASSES = ("encoding", "forward", "backward")
 OF_UPDATE = ("clipping", "optimizer", "average")  # phases that know neither batch nor activations
 # Settings that the passes of a step do not depend on, but for memory that is there in all of its phases.
 AVERAGES = {"use_ema", "ema_snapshots"}
-STATE = {"optimizer", "use_8bit_adam", *AVERAGES}
+STATE = {"optimizer", "use_8bit_adam", "optimizer_kwargs", *AVERAGES}
 UNTRACED = {"offload_ema", "memory"}  # the first is put in afterwards, the other decides nothing by itself
 
 
@@ -67,6 +69,10 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         return self.capacity is None or self.total <= self.capacity
+
+
+class Untraceable(RecipeError):
+    """An optimizer of another package asks for values while it steps, which nothing has on the meta device."""
 
 
 class Planner:
@@ -184,14 +190,14 @@ class Planner:
         key = recipe.model_dump_json(exclude=UNTRACED | (AVERAGES if recipe.fused_backward_pass else STATE))
         if key not in self._passes:
             without = recipe.model_copy(update=dict.fromkeys(AVERAGES, False))
-            self._passes[key] = TracedStep(without, self.device, passes=True)
+            self._passes[key] = _traced(without, self.device, passes=True)
             self.told()
         return self._passes[key]
 
     def _traced_update(self, recipe: Recipe) -> TracedStep:
         key = _state_of(recipe)
         if key not in self._updates:
-            self._updates[key] = TracedStep(recipe, self.device, passes=False)
+            self._updates[key] = _traced(recipe, self.device, passes=False)
             self.told()
         return self._updates[key]
 
@@ -202,6 +208,19 @@ def plan_memory(recipe: Recipe, device: str, capacity: int | None = None, *, num
     Nothing is loaded but the model's configuration. Raises RecipeError if that is not there, or describes no model.
     """
     return Planner(device, capacity, num_processes=num_processes).plan(recipe)
+
+
+def _traced(recipe: Recipe, device: str, *, passes: bool) -> TracedStep:
+    """Raises Untraceable, and RecipeError."""
+    try:
+        return TracedStep(recipe, device, passes=passes)
+    except Exception as error:  # whatever the optimizer raises
+        if isinstance(error, RecipeError) or not is_class(recipe.optimizer):
+            raise
+        raise Untraceable(
+            f"--optimizer {recipe.optimizer} cannot be planned, since it does not step without values "
+            f"({type(error).__name__}: {one_line(error, 200)}): plan with an optimizer of as much state, such as adamw"
+        ) from error
 
 
 def _state_of(recipe: Recipe) -> str:

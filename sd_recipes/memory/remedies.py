@@ -8,6 +8,7 @@ from typing import Any
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.memory.plan import MemoryPlan, Planner
+from sd_recipes.optimizers import steps_one_by_one
 from sd_recipes.recipe import Recipe
 from sd_recipes.sizes import size_in_words
 
@@ -58,7 +59,9 @@ CHECKPOINTING = Remedy(
 EIGHT_BIT = Remedy(
     "8-bit AdamW",
     lambda recipe: (
-        {"optimizer": "adamw8bit"} if recipe.optimizer == "adamw" and recipe.channels_last != "always" else None
+        {"optimizer": "adamw8bit"}
+        if recipe.optimizer == "adamw" and not recipe.optimizer_kwargs and recipe.channels_last != "always"
+        else None
     ),
     "22 % longer steps at batch 8, less with accumulation",
     1.22,
@@ -81,7 +84,10 @@ BF16_WEIGHTS = Remedy(
     "weights in bf16 alone",
     lambda recipe: (
         {"weights_dtype": "bf16"}
-        if recipe.mixed_precision == "bf16" and recipe.weights_dtype == "float32" and not recipe.trains_lora
+        if recipe.mixed_precision == "bf16"
+        and recipe.weights_dtype == "float32"
+        and not recipe.trains_lora
+        and steps_one_by_one(recipe.optimizer)
         else None
     ),
     "23 % longer steps, and rounding",
@@ -91,7 +97,10 @@ FUSED_BACKWARD = Remedy(
     "steps in the backward pass",
     lambda recipe: (
         {"fused_backward_pass": True, "max_grad_norm": 0}
-        if not recipe.fused_backward_pass and recipe.mixed_precision != "fp16" and one_pass(recipe)
+        if not recipe.fused_backward_pass
+        and recipe.mixed_precision != "fp16"
+        and one_pass(recipe)
+        and steps_one_by_one(recipe.optimizer)
         else None
     ),
     "77 % longer steps, and no clipping",

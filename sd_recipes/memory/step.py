@@ -25,6 +25,7 @@ from sd_recipes.data.sizes import square_side
 from sd_recipes.memory.kernels import Kernels
 from sd_recipes.memory.tracer import META, Moment, Tracer
 from sd_recipes.model.components import Components, latent_shape_of, load_scheduler
+from sd_recipes.model.conditioning import unet_arguments
 from sd_recipes.model.families import family_of
 from sd_recipes.model.family import Family
 from sd_recipes.model.latents import decode_latents, encode_pixels, to_pixel_values
@@ -110,7 +111,7 @@ class TracedStep:
         self.kernels = Kernels(self.tracer, device)
         self.outline = Outline(recipe, self.tracer)
         self.family = family_of(recipe)
-        self.components = self.family.load(recipe, load_scheduler(recipe), None, weights=False)
+        self.components = self.family.load(recipe, load_scheduler(recipe), (), weights=False)
         choose_trained(recipe, self.family, self.components)
         with self.tracer, self.kernels:
             self._build()
@@ -163,6 +164,7 @@ class TracedStep:
             self.family,
             self.components,
             cast(Accelerator, self.outline),
+            vae_dtype=self._vae_dtype(),
             batch_size=batch_size,
             num_steps=2,
             num_rows=None,
@@ -190,6 +192,11 @@ class TracedStep:
             state.optimizer.register_step_pre_hook(lambda *_: tracer.begin("optimizer", muted=is_fused))
             state.optimizer.register_step_post_hook(lambda *_: tracer.begin("optimizer"))
         state.update_averages = tracer.in_phase("average", WORKSPACE, state.update_averages)
+
+    def _vae_dtype(self) -> torch.dtype:
+        dtype = DTYPES[self.outline.mixed_precision]
+        overflows = self.family.vae_overflows and self.components.vae.config.force_upcast
+        return torch.float32 if overflows and dtype == torch.float16 else dtype
 
     def _name_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:  # and not used already
@@ -245,7 +252,7 @@ class TracedStep:
         """What the UNet predicts of a batch."""
         conditioning = self.family.conditioning(self.family.encode_text(self.components, batch.input_ids), batch)
         predicted: torch.Tensor = self.components.unet(
-            batch.noise.to(META), batch.timesteps.to(META), **conditioning, return_dict=False
+            batch.noise.to(META), batch.timesteps.to(META), **unet_arguments(conditioning), return_dict=False
         )[0]
         return predicted
 
@@ -254,9 +261,9 @@ def blank_batch(recipe: Recipe, family: Family, components: Components, size: in
     """A step's only micro-batch, of `size` rows, in the host's memory: of the run's shapes, and all zeros."""
     side = square_side(recipe)
     channels, height, width = latent_shape_of(components.vae)((side, side))
-    text_model = getattr(components, family.text_models[0])
     chunks = recipe.caption_chunks if recipe.long_captions == "chunk" else 1
-    num_tokens = text_model.config.max_position_embeddings * chunks
+    text_models = [getattr(components, name) for name in family.text_models]
+    num_tokens = chunks * sum(each.config.max_position_embeddings for each in text_models)
     numbers = np.arange(size)
     noise = torch.zeros(size, channels, height, width)
     return Batch(

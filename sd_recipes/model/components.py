@@ -47,6 +47,7 @@ CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel", "clip_text_model", "clip"),
+    "text_encoder_2": ("CLIPTextModelWithProjection", "clip_text_model", "clip"),
 }
 # What makes a scheduler's last timestep pure noise, and lets sampling begin there.
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -60,6 +61,7 @@ class Components:
     vae: AutoencoderKL
     scheduler: DDPMScheduler  # of training
     sampler: SchedulerMixin  # of the pipeline
+    clip_skip: int | None = field(default=None, kw_only=True)  # how many of a text model's last layers are left out
     # The frozen parts as they were loaded, if they run rounded to another type; see `placement.keep_as_loaded`.
     as_loaded: dict[str, Any] = field(default_factory=dict, kw_only=True)
 

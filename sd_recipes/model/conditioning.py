@@ -11,8 +11,18 @@ import torch
 from sd_recipes.runtime.host_memory import pinned_like
 
 TextStates = Mapping[str, torch.Tensor]  # what the text models say, (B, …) each
-Conditioning = Mapping[str, Any]  # keyword arguments of the UNet besides noisy latents and timesteps
-MAX_TEXT_BYTES = 2**30  # of kept text states: about 9,000 captions of CLIP-L in bf16
+# What the UNet is conditioned on besides noisy latents and timesteps, (B, …) each, by its argument's name.
+Conditioning = Mapping[str, torch.Tensor]
+ADDED = ("text_embeds", "time_ids")  # those that UNets of diffusers take within `added_cond_kwargs`
+MAX_TEXT_BYTES = 2**30  # of kept text states: in bf16 about 9,000 captions of CLIP-L, or 3,400 of SDXL
+
+
+def unet_arguments(conditioning: Conditioning) -> dict[str, Any]:
+    """The keyword arguments with which a UNet of diffusers is called."""
+    arguments: dict[str, Any] = {name: each for name, each in conditioning.items() if name not in ADDED}
+    if added := {name: conditioning[name] for name in ADDED if name in conditioning}:
+        arguments["added_cond_kwargs"] = added
+    return arguments
 
 
 class CachedText:

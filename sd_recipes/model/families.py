@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import logging
 
+from sd_recipes.assets import Generation
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.family import Family
-from sd_recipes.model.recognise import PARTS
-from sd_recipes.model.sources import MODEL, SingleFile, open_source
+from sd_recipes.model.sources import MODEL, SingleFile, Source, open_source
 from sd_recipes.model.stable_diffusion import StableDiffusion
+from sd_recipes.model.stable_diffusion_xl import StableDiffusionXL
 from sd_recipes.recipe import ModelConfig
 
 logger = logging.getLogger(__name__)
 
+FAMILIES: dict[Generation, type[Family]] = {1: StableDiffusion, 2: StableDiffusion, "XL": StableDiffusionXL}
+
 
 def family_of(config: ModelConfig) -> Family:
-    """The family of the model that a recipe names. So far there is only one; this is where to tell several apart.
+    """The family of the model that a recipe names.
 
-    Raises RecipeError if there is no such model, or if it is of a kind that is not trained here.
+    Raises RecipeError if there is no such model, or if it is of a kind that is not trained here, or of another family
+    than its --base.
     """
     model = open_source(config.pretrained_model_name_or_path or "", MODEL, config)
     if model.recognised.parts == {"vae"}:
         raise RecipeError(f"{model.place} is a VAE alone: give it as --vae, and name a model to train here")
     if isinstance(model, SingleFile):
         logger.info("%s is %s.", model.place, model.recognised.words)
-    missing = [part for part in PARTS if part not in model.recognised.parts]
-    if config.base and missing:
-        logger.info("%s of --base %s is used.", ", ".join(missing), config.base)
-    elif config.base and not isinstance(model, SingleFile):
+    missing, generation = model.recognised.missing, model.recognised.generation
+    if config.base and (missing or isinstance(model, SingleFile)):
+        generation = _common_generation(model, open_source(config.base, "--base", config))
+        used = ", ".join(missing) or "the configuration"
+        logger.info("%s of --base %s is used.", used, config.base)
+    elif config.base:
         logger.warning("--base %s is not used: %s has all parts of a model.", config.base, model.place)
-    return StableDiffusion()
+    return FAMILIES[generation]()
+
+
+def _common_generation(model: Source, base: Source) -> Generation:
+    """Of a model that lacks parts, and the one that has them; only a UNet tells. Raises RecipeError."""
+    own, of_base = (FAMILIES[each.recognised.generation] for each in (model, base))
+    if "unet" in model.recognised.parts and own is not of_base:
+        own_name, base_name = (each.pipeline_class.__name__.removesuffix("Pipeline") for each in (own, of_base))
+        raise RecipeError(
+            f"{base.place} is a {base_name} model and {model.place} a {own_name} one: name a base of its own kind"
+        )
+    return base.recognised.generation

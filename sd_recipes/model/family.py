@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -23,27 +24,32 @@ class Family(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     text_models: ClassVar[tuple[str, ...]]  # attributes of the components: frozen unless trained, moved with them
     folders: ClassVar[tuple[str, ...]]  # of the exported pipeline
+    # Whether its VAEs overflow in float16, unless their configuration says otherwise, for a plan that has no weights.
+    vae_overflows: ClassVar[bool] = False
 
     @abstractmethod
-    def load_tokenizer(self, config: ModelConfig) -> CLIPTokenizer:
-        """The tokenizer, with which captions are checked before the model is loaded. Raises RecipeError."""
+    def load_tokenizers(self, config: ModelConfig) -> tuple[CLIPTokenizer, ...]:
+        """One of each text model; with the first, captions are checked before the model is loaded.
+
+        Raises RecipeError.
+        """
 
     @abstractmethod
-    def tokenize(self, tokenizer: CLIPTokenizer, captions: list[str], config: CaptionConfig) -> torch.Tensor:
-        """Captions to input_ids (B, L), in a loader's worker. Raises CaptionError."""
+    def tokenize(self, tokenizers: Sequence[CLIPTokenizer], captions: list[str], config: CaptionConfig) -> torch.Tensor:
+        """Captions to input_ids (B, L), all text models' in a row, in a loader's worker. Raises CaptionError."""
 
     @abstractmethod
     def load(
         self,
         config: ModelConfig,
         scheduler: DDPMScheduler,
-        tokenizer: CLIPTokenizer | None,
+        tokenizers: Sequence[CLIPTokenizer],
         *,
         weights: bool = True,
     ) -> Components:
         """All parts in float32, all but the UNet frozen, checked to fit together. Raises RecipeError.
 
-        Without `weights` they are on the meta device, of their configurations alone, and may lack the tokenizer.
+        Without `weights` they are on the meta device, of their configurations alone, and may lack the tokenizers.
         """
 
     @abstractmethod
@@ -53,9 +59,17 @@ class Family(ABC):
         With a graph, where a text model is trained and gradients are on.
         """
 
+    def prompt_arguments(self, components: Components, prompts: list[str]) -> dict[str, Any]:
+        """The arguments by which this family's pipeline, made of the components, draws prompts."""
+        return {"prompt": prompts}
+
+    def without_effect(self, components: Components) -> Mapping[str, tuple[str, ...]]:
+        """By text model, how the names of its modules begin that no text state depends on: they are not trained."""
+        return {}
+
     @abstractmethod
     def conditioning(self, states: TextStates, batch: Batch) -> Conditioning:
-        """What the UNet is called with, from a batch's text states and whatever else the batch carries."""
+        """What the UNet is conditioned on, from a batch's text states and whatever else the batch carries."""
 
     @abstractmethod
     def build_pipeline(self, components: Components) -> DiffusionPipeline:

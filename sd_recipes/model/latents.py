@@ -5,13 +5,19 @@ Split into a deterministic half, which can be kept for later epochs, and a rando
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 
+logger = logging.getLogger(__name__)
+
 MAX_PIXELS = 2**20  # that the VAE encodes at once: four images of 512²
+TRIAL_SIDE = 256  # pixels of the picture on which float16 is tried
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # bounds of diffusers' DiagonalGaussianDistribution
 
 
@@ -50,6 +56,37 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents (B, C, h, w) to gray levels 0 … 255, not rounded, (B, 3, H, W) float32."""
     pixel_values = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
     return (pixel_values.float().clamp(-1, 1) + 1) * 127.5
+
+
+@torch.no_grad()
+def bearable_dtype(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`dtype`, or float32 for a VAE whose activations overflow in float16: found by one picture there and back."""
+    if dtype != torch.float16:
+        return dtype
+    trial = copy.deepcopy(vae).to(device, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (1, 3, TRIAL_SIDE, TRIAL_SIDE), generator=generator, dtype=torch.uint8)
+    pixels[..., : TRIAL_SIDE // 2] = 255  # half of it noise, half of it white
+    moments = encode_pixels(trial, to_pixel_values(pixels.to(device), dtype))
+    decoded = trial.decode(moments.chunk(2, dim=1)[0].to(dtype)).sample
+    if moments.isfinite().all() and decoded.isfinite().all():
+        return dtype
+    logger.warning(
+        "This VAE's values overflow in fp16, as SDXL's first ones do: it runs in float32, which takes more time and "
+        "memory. Use --mixed_precision bf16, or a VAE that was mended, such as --vae madebyollin/sdxl-vae-fp16-fix."
+    )
+    return torch.float32
+
+
+def decode_without_autocast(vae: AutoencoderKL) -> None:
+    """Let it decode in its own type, wherever it is called from: autocast would round what overflows."""
+    decode = vae.decode
+
+    def decode_in_own_type(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = decode_in_own_type
 
 
 class LatentEncoder:

@@ -23,12 +23,12 @@ OTHER_NAMES = {
 }
 # Tensors that a file may hold besides, which say nothing of the part: positions, CLIP's other half, and what a VAE was
 # trained with.
+OF_CLIP = re.compile(r"(.*\.)?position_ids|(text|visual)_projection(\.weight)?|logit_scale|attn_mask|vision_model\.")
 HARMLESS = {
     "unet": re.compile(r"(?!)"),
     "vae": re.compile(r"loss\.|model_ema\."),
-    "text_encoder": re.compile(
-        r"(.*\.)?position_ids|(text|visual)_projection(\.weight)?|logit_scale|attn_mask|vision_model\."
-    ),
+    "text_encoder": OF_CLIP,
+    "text_encoder_2": OF_CLIP,
 }
 QUANTISED = re.compile(r"absmax|quant_state|scaled_fp8|\.scale_weight|qweight")  # what such weights come with
 

@@ -1,10 +1,11 @@
-"""LoRA: small changes to layers of the UNet and the text encoder, W + (α/r)·B·A (Hu et al. 2021), by peft.
+"""LoRA: small changes to layers of the UNet and the text encoders, W + (α/r)·B·A (Hu et al. 2021), by peft.
 
 Only A and B are trained, in float32; the layers themselves stay as they are.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,34 +16,40 @@ from peft.tuners.lora import LoraLayer
 
 from sd_recipes.errors import RecipeError, nearest
 from sd_recipes.model.components import Components
-from sd_recipes.model.lora_files import LORA_PARTS, open_lora, peft_settings
+from sd_recipes.model.family import Family
 from sd_recipes.model.lora_files import LoraLayer as FileLayer
+from sd_recipes.model.lora_files import lora_parts, open_lora, peft_settings
 from sd_recipes.recipe import LoraConfig, Recipe
 
 ADAPTER = "default"  # peft's name of it
 Layer = torch.nn.Linear | torch.nn.Conv2d  # that can be changed
-WORDS = {"unet": "UNet", "text_encoder": "text encoder"}
+WORDS = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 # What `attention` and `all` stand for: components of layers' names, and where in the UNet they may lie.
+OF_CLIP = ("q_proj", "k_proj", "v_proj", "out_proj")
 ATTENTION = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
-    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "text_encoder": OF_CLIP,
+    "text_encoder_2": OF_CLIP,
 }
-BLOCKS = {"unet": ("down_blocks.", "mid_block.", "up_blocks."), "text_encoder": ("",)}
+BLOCKS = {"unet": ("down_blocks.", "mid_block.", "up_blocks."), "text_encoder": ("",), "text_encoder_2": ("",)}
+
+logger = logging.getLogger(__name__)
 
 
-def add_lora(recipe: Recipe, components: Components) -> None:
+def add_lora(recipe: Recipe, family: Family, components: Components) -> None:
     """Freeze the models, and give their layers the changes that are trained: new ones, or those of --lora_weights.
 
     New ones change nothing at first (B is 0). Raises RecipeError.
     """
-    names = ("unet", "text_encoder") if recipe.lora_text_encoder else ("unet",)
+    names = ("unet", *family.text_models) if recipe.lora_text_encoder else ("unet",)
     modules: dict[str, torch.nn.Module] = {name: getattr(components, name) for name in names}
+    unused = family.without_effect(components)
     for module in modules.values():
         module.requires_grad_(False)
     if recipe.lora_weights is not None:
-        _load(recipe, components, modules)
+        _load(recipe, components, modules, unused)
     else:
-        _add_new(recipe, modules)
+        _add_new(recipe, modules, unused)
     for module in modules.values():
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(".lora_" in name)
@@ -72,9 +79,9 @@ def trained_lora(module: torch.nn.Module) -> dict[str, FileLayer]:
 # ------------------------------------------------------------------------------------------ new ones
 
 
-def _add_new(recipe: Recipe, modules: Mapping[str, torch.nn.Module]) -> None:
+def _add_new(recipe: Recipe, modules: Mapping[str, torch.nn.Module], unused: Mapping[str, tuple[str, ...]]) -> None:
     assert recipe.lora_rank is not None
-    layers = {name: _layers(module) for name, module in modules.items()}
+    layers = {name: _layers(module, unused.get(name, ())) for name, module in modules.items()}
     chosen = choose_layers(recipe.lora_targets or ["attention"], layers)
     for name, module in modules.items():
         _check_rank(recipe.lora_rank, layers[name], chosen[name], name)
@@ -89,8 +96,13 @@ def _add_new(recipe: Recipe, modules: Mapping[str, torch.nn.Module]) -> None:
         inject_adapter_in_model(config, module, adapter_name=ADAPTER)
 
 
-def _layers(module: torch.nn.Module) -> dict[str, Layer]:
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, Layer)}
+def _layers(module: torch.nn.Module, unused: tuple[str, ...] = ()) -> dict[str, Layer]:
+    """Those that can be changed, by name, but for those without effect."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, Layer) and not name.startswith(unused)
+    }
 
 
 def choose_layers(targets: Iterable[str], layers: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
@@ -112,7 +124,7 @@ def choose_layers(targets: Iterable[str], layers: Mapping[str, Iterable[str]]) -
             chosen[model] |= names
     for model, names in chosen.items():
         if not names:
-            way_out = ", or drop --lora_text_encoder" if model == "text_encoder" else ""
+            way_out = ", or drop --lora_text_encoder" if model != "unet" else ""
             raise RecipeError(
                 f"--lora_targets {' '.join(targets)} names no layer of the {WORDS[model]}: add attention, or its "
                 f"{ATTENTION[model][0]}{way_out}"
@@ -161,23 +173,42 @@ def _times(shape: Iterable[int]) -> str:
 # ------------------------------------------------------------------------------------------ of a file
 
 
-def _load(recipe: Recipe, components: Components, modules: Mapping[str, torch.nn.Module]) -> None:
+def _load(
+    recipe: Recipe,
+    components: Components,
+    modules: Mapping[str, torch.nn.Module],
+    unused: Mapping[str, tuple[str, ...]],
+) -> None:
     """Give the models the changes of --lora_weights. Raises RecipeError for a file that does not fit them."""
     place = f"--lora_weights {recipe.lora_weights}"
     lora = open_lora(
         recipe.lora_weights or "",
         place,
-        {part: getattr(components, part) for part in LORA_PARTS},
+        lora_parts(components),
         unfitting=f"choose a LoRA of {recipe.pretrained_model_name_or_path}",
         allow_pickle=recipe.allow_pickle_weights,
         pickled="add --allow_pickle_weights",
     )
     if "unet" not in lora:
-        raise RecipeError(f"{place} does not change the UNet: choose a LoRA of Stable Diffusion 1 or 2")
-    if lora.keys() - modules.keys():
-        raise RecipeError(f"{place} changes the text encoder too: add --lora_text_encoder")
-    if modules.keys() - lora.keys():
-        raise RecipeError(f"{place} does not change the text encoder: drop --lora_text_encoder")
+        raise RecipeError(f"{place} does not change the UNet: choose one that was trained on it")
+    there, wanted = lora.keys() - {"unet"}, modules.keys() - {"unet"}
+    if there and not wanted:
+        raise RecipeError(f"{place} changes the {_in_words(sorted(there))} too: add --lora_text_encoder")
+    if wanted and not there:
+        raise RecipeError(f"{place} does not change the {_in_words(sorted(wanted))}: drop --lora_text_encoder")
+    if missing := sorted(wanted - there):
+        raise RecipeError(
+            f"{place} changes one text encoder and not the {_in_words(missing)}, and such a LoRA is not gone on with: "
+            "choose another"
+        )
+    for part, prefixes in unused.items():
+        if left_out := [name for name in lora.get(part, ()) if name.startswith(prefixes)]:
+            logger.info(
+                "%s changes %d layers of the %s that no text state depends on (such as %s): they are left out.",
+                place, len(left_out), WORDS[part], left_out[0],
+            )  # fmt: skip
+            kept = {name: layer for name, layer in lora[part].items() if name not in left_out}
+            lora = {**lora, part: kept}
     for part, module in modules.items():
         settings = peft_settings(lora[part])
         _check_can_be_trained(place, part, lora[part], _layers(module))

@@ -12,6 +12,8 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.model.lora_files import Lora, LoraLayer
 
 OVERSAMPLING, ITERATIONS = 16, 4  # of the randomised SVD (Halko et al. 2011), with which it is exact to rounding
+CHANGED = (torch.nn.Linear, torch.nn.Conv2d)  # layers that a LoRA's file can change
+NOT_IN_FILES = ("text_projection.weight",)  # for which diffusers (0.42) has no name
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ def extract_lora(tuned: Mapping[str, torch.nn.Module], original: Mapping[str, to
         (part, name.removesuffix(".weight")): change
         for part, of_part in changes.items()
         for name, change in of_part.items()
-        if name.endswith(".weight") and change.ndim >= 2
+        if isinstance(tuned[part].get_submodule(name.rpartition(".")[0]), CHANGED)
+        and name.endswith(".weight")
+        and name not in NOT_IN_FILES
     }
     if not layers:
         raise RecipeError("no layer differs between the two models: there is nothing to extract")

@@ -1,8 +1,10 @@
-"""LoRA files: low-rank changes to a model's layers, under diffusers' names or kohya's, read, merged and written.
+"""LoRA files: low-rank changes to a model's layers, under several programs' names, read, merged and written.
 
     diffusers   unet.MODULE.lora_A.weight, unet.MODULE.lora_B.weight, and earlier names of the same
     kohya       lora_unet_MODULE.lora_down.weight, .lora_up.weight, .alpha; the module's dots are underscores
+    ComfyUI     diffusion_model.MODULE.lora_down.weight, .lora_up.weight, the UNet's modules as in single files
 
+kohya's scripts name the UNet's modules as diffusers does, but those of SDXL as single files do (`input_blocks_4_1_…`).
 Whoever wrote a file, its modules are found by their names without dots, among those of the model that it belongs to.
 """
 
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 
+from sd_recipes.assets import Generation
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.original_layout import unet_name
 from sd_recipes.model.recognise import of_tensors
@@ -34,12 +37,13 @@ from sd_recipes.model.weight_files import (
 
 LORA_FILE = LORA_WEIGHT_NAME_SAFE  # as diffusers calls it, in a folder
 ADAPTER_METADATA = LORA_ADAPTER_METADATA_KEY  # key of diffusers' metadata, peft's settings by part
-LORA_PARTS = ("unet", "text_encoder")
+LORA_PARTS = ("unet", "text_encoder", "text_encoder_2")
 PREFIXES = {
-    "unet": ("unet.", "lora_unet_"),
-    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
+    "unet": ("unet.", "lora_unet_", "diffusion_model."),
+    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_", "text_encoders.clip_l.transformer."),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_", "text_encoders.clip_g.transformer."),
 }
-OTHER_FAMILIES = ("text_encoder_2.", "lora_te2_", "lora_te3_", "transformer.", "lora_transformer_", "diffusion_model.")
+WIDTHS: dict[int, Generation] = {768: 1, 1024: 2, 2048: "XL"}  # of the text states that a UNet reads
 # What a tensor is, by the end of its name.
 ENDINGS = {
     "down": re.compile(r"(\.lora_A(\.\w+)?|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight"),
@@ -50,6 +54,12 @@ ENDINGS = {
 # Layers that diffusers' first LoRA files name otherwise.
 EARLIER_NAMES = {".processor": "", "self_attn.to_q": "self_attn.q_proj", "self_attn.to_k": "self_attn.k_proj",
                  "self_attn.to_v": "self_attn.v_proj", "self_attn.to_out": "self_attn.out_proj"}  # fmt: skip
+READS_TEXT = re.compile(r"attn2.to.k.*(down|lora_A)")
+ONLY_IN_XL = re.compile(
+    r"(text_encoder_2|lora_te2|text_encoders\.clip_g)[._]"
+    r"|.*(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks).*transformer_blocks[._]1[._]"
+)
+OTHER_FAMILIES = re.compile(r"(transformer|lora_transformer|lora_te3)[._]|.*(double|single|joint)_blocks")
 OTHER_KINDS = {"hada_w": "a LoHa", "lokr_": "a LoKr", "oft_": "an OFT"}  # by what is in their tensors' names
 
 
@@ -83,6 +93,11 @@ class LoraLayer:
         return self if alpha == self.alpha else replace(self, up=self.up.float() * (self.alpha / alpha), alpha=alpha)
 
 
+def lora_parts(components: Any) -> dict[str, torch.nn.Module]:
+    """The models of a pipeline that a LoRA may change, by part."""
+    return {part: getattr(components, part) for part in LORA_PARTS if hasattr(components, part)}
+
+
 Lora = Mapping[str, Mapping[str, LoraLayer]]  # by part and module
 LayerShapes = Mapping[str, Mapping[str, Shape]]  # of the weights of a model's layers, by part and module
 
@@ -104,10 +119,24 @@ def is_lora(names: Iterable[str]) -> bool:
     return any(_split(name) for name in names)
 
 
-def generation_of_lora(shapes: Mapping[str, Shape]) -> int:
-    """Of Stable Diffusion, by the width of the text states that the UNet's changes read; 1 if they read none."""
-    widths = {shape[1] for name, shape in shapes.items() if re.search(r"attn2.to.k.*(down|lora_A)", name) and shape[1:]}
-    return 2 if 1024 in widths else 1
+def generation_of_lora(shapes: Mapping[str, Shape]) -> Generation | None:
+    """Of Stable Diffusion, by what only SDXL has, or the width of the text states that the UNet's changes read.
+
+    None if the names and shapes do not tell.
+    """
+    if any(OTHER_FAMILIES.match(name) for name in shapes):
+        return None
+    if any(ONLY_IN_XL.match(name) for name in shapes):
+        return "XL"
+    found = (WIDTHS.get(shape[1]) for name, shape in shapes.items() if READS_TEXT.search(name) and shape[1:])
+    return next((each for each in found if each), None)
+
+
+def _generation_of_model(shapes: LayerShapes) -> Generation | None:
+    if "text_encoder_2" in shapes:
+        return "XL"
+    found = (WIDTHS.get(shape[1]) for name, shape in shapes["unet"].items() if name.endswith("attn2.to_k"))
+    return next((each for each in found if each), None)
 
 
 def _split(name: str) -> tuple[str, str] | None:
@@ -166,6 +195,10 @@ def read_lora(weights: Weights, shapes: LayerShapes, unet_config: Mapping[str, A
         raise UnreadableWeights(f"is {kind}: only LoRA and DoRA are read")
     if not is_lora(weights.shapes):
         raise UnreadableWeights(f"is not a LoRA, but {of_tensors(weights.shapes).words}: choose a LoRA")
+    its, models = generation_of_lora(weights.shapes), _generation_of_model(shapes)
+    if its and its != models and (models or its == "XL"):
+        words = f"Stable Diffusion {models}" if models else "not"
+        raise UnfittingWeights(f"is a LoRA of another model: of Stable Diffusion {its}, and this one is {words}")
     for name in weights.shapes:
         split = _split(name.removeprefix("base_model.model."))
         if split is None:
@@ -191,11 +224,10 @@ def read_lora(weights: Weights, shapes: LayerShapes, unet_config: Mapping[str, A
 
 def _part_of(module: str) -> tuple[str, str]:
     """The part that a file's module is of, and its name without prefix and dots."""
-    if not module.startswith(OTHER_FAMILIES):
-        for part, prefixes in PREFIXES.items():
-            for prefix in prefixes:
-                if module.startswith(prefix):
-                    return part, module.removeprefix(prefix).replace(".", "_")
+    for part, prefixes in PREFIXES.items():
+        for prefix in prefixes:
+            if module.startswith(prefix):
+                return part, module.removeprefix(prefix).replace(".", "_")
     return "", module
 
 
@@ -204,9 +236,18 @@ def _modules_by_name(part: str, modules: Iterable[str], unet_config: Mapping[str
     table: dict[str, str] = {}
     for module in modules:
         names = {module, module.removesuffix(".0")}  # `to_out.0` is `to_out` in diffusers' first files
-        names |= {unet_name(module, unet_config)} if part == "unet" else {f"text_model.{module}"}
+        names |= {_in_single_file(module, unet_config)} if part == "unet" else {_in_text_model(module)}
         table |= {name.replace(".", "_"): module for name in names}
     return table | {module.replace(".", "_"): module for module in modules}
+
+
+def _in_single_file(module: str, unet_config: Mapping[str, Any]) -> str:
+    return unet_name(f"{module}.weight", unet_config).removesuffix(".weight")
+
+
+def _in_text_model(module: str) -> str:
+    """A module as files name it: transformers has put a text encoder's layers under `text_model.`, or has not."""
+    return module if module.startswith("text_projection") else f"text_model.{module.removeprefix('text_model.')}"
 
 
 def _check_shapes(weights: Weights, names: Mapping[str, str], module: str, shape: Shape) -> None:
@@ -324,34 +365,42 @@ def diffusers_tensors(lora: Lora) -> dict[str, torch.Tensor]:
     tensors = {}
     for part, layers in lora.items():
         down, up = ".lora_A.weight", ".lora_B.weight"
-        if part == "text_encoder" and not any("self_attn" in module for module in layers):
+        if part != "unet" and not any("self_attn" in module for module in layers):
             down, up = ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"
         for module, layer in layers.items():
-            name = f"{part}.{'text_model.' if part == 'text_encoder' else ''}{module}"
+            name = f"{part}.{module if part == 'unet' else _in_text_model(module)}"
             tensors[name + down] = layer.down
             tensors[name + up] = layer.up
             if layer.magnitude is not None:
                 is_convolution = layer.down.ndim > 2
                 shape = (1, -1, *[1] * (layer.down.ndim - 2)) if is_convolution else (-1,)
                 # As transformers (5.23) and peft (0.21) look for it.
-                ending = ".weight" if part == "text_encoder" else ""
+                ending = "" if part == "unet" else ".weight"
                 tensors[f"{name}.lora_magnitude_vector{ending}"] = layer.magnitude.reshape(shape)
     return tensors
 
 
-def kohya_tensors(lora: Lora) -> dict[str, torch.Tensor]:
-    """By the names that kohya's scripts, A1111 and ComfyUI read.
+def kohya_tensors(lora: Lora, xl_unet: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    """By the names that kohya's scripts, A1111 and ComfyUI read; of SDXL, `xl_unet` is the configuration of its UNet.
 
-    diffusers' `convert_state_dict_to_kohya` writes the same for a UNet whose α is its rank; of other α, of DoRA and of
-    a text encoder that is not SDXL's it writes something else. All layers have one α: where they differ, diffusers
-    reads them wrongly (0.42).
+    diffusers' `convert_state_dict_to_kohya` writes the same for a UNet whose α is its rank, but of SDXL diffusers'
+    names; of other α, of DoRA and of a text encoder that is not SDXL's it writes something else. All layers have one
+    α: where they differ, diffusers reads them wrongly (0.42).
     """
     alpha = alpha_of(lora)
+    prefixes = {
+        "unet": "lora_unet_",
+        "text_encoder": "lora_te_" if xl_unet is None else "lora_te1_",
+        "text_encoder_2": "lora_te2_",
+    }
     tensors = {}
     for part, layers in lora.items():
-        prefix = "lora_unet_" if part == "unet" else "lora_te_text_model_"
         for module, layer in layers.items():
-            name = prefix + module.replace(".", "_")
+            if part == "unet":
+                name = module if xl_unet is None else _in_single_file(module, xl_unet)
+            else:
+                name = _in_text_model(module)
+            name = prefixes[part] + name.replace(".", "_")
             tensors[f"{name}.lora_down.weight"] = layer.down
             tensors[f"{name}.lora_up.weight"] = layer.with_alpha(alpha).up
             tensors[f"{name}.alpha"] = torch.tensor(alpha)

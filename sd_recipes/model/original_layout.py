@@ -13,19 +13,32 @@ from typing import Any
 
 import torch
 
-from sd_recipes.model.weight_files import Weights
+from sd_recipes.assets import Generation
+from sd_recipes.model.weight_files import Shape, Weights
 
+# Where a file of each generation of Stable Diffusion has its text encoders; under `model.` by OpenCLIP's names.
+TEXT_PREFIXES: dict[Generation, dict[str, str]] = {
+    1: {"text_encoder": "cond_stage_model.transformer."},
+    2: {"text_encoder": "cond_stage_model.model."},
+    "XL": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+}
 # Where a file holds the parts; the first prefix that it has counts. `""`: a file of that part alone.
 PREFIXES = {
     "unet": ("model.diffusion_model.", ""),
     "vae": ("first_stage_model.", "vae.", ""),
-    "text_encoder": ("cond_stage_model.transformer.", "cond_stage_model.model.", ""),
+    "text_encoder": (*(each["text_encoder"] for each in TEXT_PREFIXES.values()), ""),
+    "text_encoder_2": (TEXT_PREFIXES["XL"]["text_encoder_2"], ""),
 }
 
 UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "mid_block.resnets.0": "middle_block.0",
@@ -55,6 +68,7 @@ VAE_LAYERS = {
     "mid_block.resnets.1": "mid.block_2",
 }
 OPEN_CLIP_LAYERS = {
+    "text_projection.weight": "text_projection",  # transposed
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
     "final_layer_norm": "ln_final",
@@ -65,6 +79,7 @@ OPEN_CLIP_LAYERS = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
+TEXT_PROJECTION = "text_projection"
 IN_PROJ = re.compile(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)")  # OpenCLIP keeps the three in one tensor
 
 
@@ -105,7 +120,7 @@ def vae_name(name: str, config: Mapping[str, Any]) -> str:
 
 def open_clip_name(name: str) -> str:
     """`encoder.layers.0.self_attn.out_proj.bias` to `transformer.resblocks.0.attn.out_proj.bias`."""
-    return _replaced(name, OPEN_CLIP_LAYERS)
+    return _replaced(name.removeprefix("text_model."), OPEN_CLIP_LAYERS)
 
 
 def take_part(weights: Weights, part: str, config: Mapping[str, Any], names: Iterable[str]) -> Weights:
@@ -115,7 +130,7 @@ def take_part(weights: Weights, part: str, config: Mapping[str, Any], names: Ite
     """
     prefix = next((each for each in PREFIXES[part] if any(name.startswith(each) for name in weights.shapes)), "")
     found = weights.under(prefix)
-    if part == "text_encoder":
+    if part in TEXT_PREFIXES["XL"]:
         return _open_clip(found, names) if "token_embedding.weight" in found.shapes else found
     rename = unet_name if part == "unet" else vae_name
     old_of = {name: rename(name, config) for name in names}
@@ -126,25 +141,34 @@ def take_part(weights: Weights, part: str, config: Mapping[str, Any], names: Ite
 
 def _open_clip(weights: Weights, names: Iterable[str]) -> Weights:
     """OpenCLIP's text tower, but for its last layer if the module ends before it, as Stable Diffusion 2's does."""
-    old_of, thirds = {}, {}
+    old_of, thirds, transposed = {}, {}, set()
     for name in names:
         old = open_clip_name(name)
         if match := IN_PROJ.fullmatch(old):
             old, thirds[name] = f"{match[1]}in_proj_{match[3]}", "qkv".index(match[2])
+        if old == TEXT_PROJECTION:
+            transposed.add(name)
         if old in weights.shapes:
             old_of[name] = old
     taken = set(old_of.values())
-    layers = {name.split(".")[2] for name in old_of if name.startswith("encoder.layers.")}
+    layers = {old.split(".")[2] for old in taken if old.startswith("transformer.resblocks.")}
     last = f"transformer.resblocks.{len(layers)}."
     left = {name: name for name in weights.shapes if name not in taken and not name.startswith(last)}
     renamed = weights.renamed({**left, **old_of})
 
+    def shape_of(name: str) -> Shape:
+        shape = renamed.shapes[name]
+        if name in transposed:
+            return shape[::-1]
+        return (shape[0] // 3, *shape[1:]) if name in thirds else shape
+
     def read(name: str) -> torch.Tensor:
         tensor = renamed.read(name)
+        if name in transposed:
+            return tensor.T.contiguous()  # in another order of memory, a product would be rounded otherwise
         return tensor.chunk(3)[thirds[name]] if name in thirds else tensor
 
-    shapes = {name: (shape[0] // 3, *shape[1:]) if name in thirds else shape for name, shape in renamed.shapes.items()}
-    return Weights(weights.place, shapes, read, weights.metadata)
+    return Weights(weights.place, {name: shape_of(name) for name in renamed.shapes}, read, weights.metadata)
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -153,14 +177,16 @@ NUM_OPEN_CLIP_LAYERS = 24  # of which Stable Diffusion 2 uses all but the last
 
 
 def original_tensors(
-    part: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], generation: int
+    part: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], generation: Generation
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a part by the names, and in the shapes, that a file of Stable Diffusion 1 or 2 has them in."""
+    """The tensors of a part by the names, and in the shapes, that a file of that Stable Diffusion has them in."""
     if part == "unet":
         return {f"{PREFIXES[part][0]}{unet_name(name, config)}": value for name, value in tensors.items()}
     if part == "vae":
         return {f"{PREFIXES[part][0]}{vae_name(name, config)}": _as_vae(name, value) for name, value in tensors.items()}
-    return _original_clip(tensors) if generation == 1 else _original_open_clip(tensors)
+    prefix = TEXT_PREFIXES[generation][part]
+    original = _original_open_clip(tensors, generation) if prefix.endswith(".model.") else _original_clip(tensors)
+    return {prefix + name: value for name, value in original.items()}
 
 
 def _as_vae(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -170,30 +196,35 @@ def _as_vae(name: str, value: torch.Tensor) -> torch.Tensor:
 
 def _original_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """transformers' names of that time, and the positions that it counted on."""
-    prefix = f"{PREFIXES['text_encoder'][0]}text_model."
-    original = {prefix + name.removeprefix("text_model."): value for name, value in tensors.items()}
-    positions = torch.arange(len(original[f"{prefix}embeddings.position_embedding.weight"]))[None]
-    return {**original, f"{prefix}embeddings.position_ids": positions}
+    original = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in tensors.items()}
+    positions = torch.arange(len(original["text_model.embeddings.position_embedding.weight"]))[None]
+    return {**original, "text_model.embeddings.position_ids": positions}
 
 
-def _original_open_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With the last layer and the projection, which Stable Diffusion 2 does not use and strict programs look for.
+def _original_open_clip(tensors: Mapping[str, torch.Tensor], generation: Generation) -> dict[str, torch.Tensor]:
+    """OpenCLIP's text tower, with what strict programs look for, though nothing is drawn by it.
 
-    The layer is of zeros, and so changes nothing; the projection is the identity.
+    That is its temperature and, of Stable Diffusion 2, a last layer, of zeros, which changes nothing, and a projection,
+    which is the identity.
     """
-    prefix, original = PREFIXES["text_encoder"][1], {}
+    original = {}
     thirds: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
-        old = open_clip_name(name.removeprefix("text_model."))
+        old = open_clip_name(name)
         if match := IN_PROJ.fullmatch(old):
             thirds.setdefault(f"{match[1]}in_proj_{match[3]}", {})[match[2]] = value
         else:
-            original[old] = value
+            original[old] = value.T if old == TEXT_PROJECTION else value
     original |= {name: torch.cat([third[each] for each in "qkv"]) for name, third in thirds.items()}
+    original["logit_scale"] = torch.zeros(())
+    return original | _unused_layer(original) if generation == 2 else original
+
+
+def _unused_layer(original: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What Stable Diffusion 2 leaves out of OpenCLIP."""
     last, unused = (f"transformer.resblocks.{NUM_OPEN_CLIP_LAYERS - number}." for number in (2, 1))
+    added = {}
     if not any(name.startswith(unused) for name in original):
         copied = {name: value for name, value in original.items() if name.startswith(last)}
-        original |= {name.replace(last, unused): torch.zeros_like(value) for name, value in copied.items()}
-    width = original["ln_final.weight"].shape[0]
-    original |= {"text_projection": torch.eye(width), "logit_scale": torch.zeros(())}
-    return {prefix + name: value for name, value in original.items()}
+        added = {name.replace(last, unused): torch.zeros_like(value) for name, value in copied.items()}
+    return {**added, TEXT_PROJECTION: torch.eye(original["ln_final.weight"].shape[0])}

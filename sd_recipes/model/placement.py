@@ -47,10 +47,11 @@ def move_models(
     """
     unet = components.unet
     for model in (unet, *(getattr(components, name) for name in family.text_models)):
+        is_trained_whole = any(each.requires_grad for each in model.parameters()) and not lora_layers(model)
         for parameter in model.parameters():
             if config.weights_dtype == "bf16" and parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
-            elif not parameter.requires_grad:
+            elif not parameter.requires_grad and not is_trained_whole:  # otherwise it is saved with what is trained
                 parameter.data = parameter.data.to(dtype)
         model.to(device)
     if not contiguous_unet:

@@ -9,7 +9,7 @@ import re
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,11 +40,16 @@ logger = logging.getLogger(__name__)
 
 MODEL = "--pretrained_model_name_or_path"
 # Of a part's folder: its configuration, and the beginning of its weight files' names, as safetensors and as pickles.
-CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+CONFIGS = {
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
+}
 STEMS = {
     "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "text_encoder": ("model", "pytorch_model"),
+    "text_encoder_2": ("model", "pytorch_model"),
 }
 MAX_JSON_BYTES = 64 * 2**20  # of a configuration, or of the index of a part's shards
 HUB_VARIANTS = ("fp16", "bf16")  # tried where the plain files are missing; a folder shows which there are
@@ -77,8 +82,13 @@ class Source(ABC):
         """The tensors of a part, named as the module `names` them. Raises RecipeError."""
 
     @abstractmethod
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self, part: str) -> CLIPTokenizer:
         """Raises RecipeError."""
+
+    @property
+    @abstractmethod
+    def pipeline_settings(self) -> Mapping[str, Any]:
+        """What its model_index.json says; empty without one. Raises RecipeError."""
 
     def noise_schedule_hints(self) -> dict[str, Any]:
         """What the weights themselves say of the scheduler's settings."""
@@ -123,9 +133,7 @@ def lacks(model: Source) -> str:
     above = Path(model.name).expanduser().resolve().parent
     if isinstance(model, Folder) and (above / "model_index.json").is_file():
         return f"{name}, of the pipeline above it: name that one, {above}"
-    missing = [
-        part for part in PARTS if part not in model.recognised.parts and not (part == "vae" and model.config.vae)
-    ]
+    missing = [part for part in model.recognised.missing if not (part == "vae" and model.config.vae)]
     if isinstance(model, Folder):
         folders = ", ".join(f"{part}/" for part in missing)
         parts = f"the folder{'s' if len(missing) > 1 else ''} {folders}"
@@ -200,17 +208,31 @@ class Folder(Source):
             return recognise.of_part(self.read_json("config.json") or {})
         # Of a model whose UNet is not taken, it does not matter which one it has.
         takes_unet = self.flag != "--vae" and not (self.config.train_from_scratch and self.config.unet_config)
-        other = takes_unet and recognise.of_unet(self.read_json("unet/config.json") or {})
+        unet = (self.read_json("unet/config.json") or {}) if takes_unet else {}
+        other = recognise.of_unet(unet)
         index = self.read_json("model_index.json")
         found = recognise.of_pipeline(index) if index else self._recognise_without_index()
+        if recognise.is_xl_unet(unet):
+            found = replace(found, generation="XL")
+            other = other or self._distilled()
         return other if other and found.parts else self._with_parts_there(found)
+
+    def _distilled(self) -> Recognised | None:
+        """By sampler and name: the UNet of such a model is like any other."""
+        scheduler = self.read_json("scheduler/scheduler_config.json") or {}
+        if scheduler.get("_class_name") in ("LCMScheduler", "TCDScheduler"):
+            return recognise.distilled_by_name("lcm")
+        named = recognise.distilled_by_name(Path(self.name).name)
+        if named is None or scheduler.get("timestep_spacing") != "trailing":
+            return None
+        return replace(named, words=f"{named.words}, by its name and its sampler")
 
     def _recognise_without_index(self) -> Recognised:
         return recognise.of_plain_folder(self.path)
 
     def _with_parts_there(self, found: Recognised) -> Recognised:
         there = frozenset(part for part in found.parts if (self.path / part).is_dir())
-        return Recognised(found.words, there or found.parts, found.way_out)
+        return replace(found, parts=there or found.parts)
 
     def locate(self, relative: str) -> Path | None:
         """A file, or None if there is none of that name."""
@@ -323,20 +345,24 @@ class Folder(Source):
             self.cannot_load(part, f"the shard {name}, which {index} names, is missing: get the whole of the folder")
         return path
 
-    def tokenizer(self) -> CLIPTokenizer:
-        return self._from_pretrained(str(self.path))
+    @property
+    def pipeline_settings(self) -> Mapping[str, Any]:
+        return self.read_json("model_index.json") or {}
 
-    def _from_pretrained(self, name: str, **options: Any) -> CLIPTokenizer:
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        return self._from_pretrained(str(self.path), part)
+
+    def _from_pretrained(self, name: str, part: str, **options: Any) -> CLIPTokenizer:
         # Without its files, transformers makes a tokenizer that knows no words.
-        pair = ("tokenizer/vocab.json", "tokenizer/merges.txt")
-        if self.locate("tokenizer/tokenizer.json") is None and None in map(self.locate, pair):
-            self.cannot_load("tokenizer", f"there is neither tokenizer/tokenizer.json nor {' and '.join(pair)}")
+        pair = (f"{part}/vocab.json", f"{part}/merges.txt")
+        if self.locate(f"{part}/tokenizer.json") is None and None in map(self.locate, pair):
+            self.cannot_load(part, f"there is neither {part}/tokenizer.json nor {' and '.join(pair)}")
         try:
-            return CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
+            return CLIPTokenizer.from_pretrained(name, subfolder=part, **options)
         # transformers and huggingface_hub report an absent, broken or forbidden file with OSError, ValueError,
         # KeyError, RuntimeError or JSONDecodeError: no common base. All are about the model that the user named.
         except Exception as error:
-            self.cannot_load("tokenizer", f"(CLIPTokenizer): {one_line(error, 400)}", error)
+            self.cannot_load(part, f"(CLIPTokenizer): {one_line(error, 400)}", error)
 
 
 def _shards(index: Mapping[str, Any]) -> list[str]:
@@ -395,7 +421,8 @@ class HubRepository(Folder):
         if LORA_FILE in files:
             return Recognised("a LoRA", way_out="name the model that it was trained on")
         if present := frozenset(part for part in PARTS if any(file.startswith(f"{part}/") for file in files)):
-            return Recognised("a repository without model_index.json", present)
+            words = "a repository without model_index.json"
+            return Recognised(words, present, generation=recognise.generation_of(present))
         if single := next((file for file in files if file.endswith((".safetensors", ".ckpt"))), None):
             command = f"hf download {self.name} {shlex.quote(single)} --local-dir ."
             return Recognised("no pipeline, but a repository of files", way_out=f"get one with `{command}` and name it")
@@ -407,8 +434,8 @@ class HubRepository(Folder):
     def _variants(self, part: str) -> list[str]:
         return list(HUB_VARIANTS)
 
-    def tokenizer(self) -> CLIPTokenizer:
-        return self._from_pretrained(self.name, **self._options("tokenizer"))
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        return self._from_pretrained(self.name, part, **self._options(part))
 
     def cannot_load(self, part: str, words: object, error: Exception | None = None) -> NoReturn:
         if self.not_reached and self.not_reached is not error:
@@ -422,7 +449,7 @@ class HubRepository(Folder):
 class SingleFile(Source):
     """A checkpoint in one file, or a part of one, in Stable Diffusion's own layout or diffusers'.
 
-    Its configuration is that of --base or, without it, the one of Stable Diffusion 1 or 2 that comes with the package.
+    Its configuration is that of --base or, without it, the one of its Stable Diffusion that comes with the package.
     """
 
     way_out = "get the whole file, or name a --base that has its configuration"
@@ -444,13 +471,18 @@ class SingleFile(Source):
 
     @cached_property
     def recognised(self) -> Recognised:
-        return recognise.of_tensors(self.opened.shapes)
+        if self.flag == "--vae":
+            return recognise.of_tensors(self.opened.shapes)
+        return recognise.of_file(Path(self.name).stem, self.opened.shapes, self.opened.metadata)
 
     def configurations(self) -> Source:
         """Whose configuration this file has: --base's, for --vae that of the model's own VAE, or one of the package."""
         model, base = self.config.pretrained_model_name_or_path or "", self.config.base
         if self.flag == "--vae" and "vae" in (source := open_source(model, MODEL, self.config)).recognised.parts:
-            return source
+            is_alone = self.recognised.parts == {"vae"}
+            # Of another family's model it is not: the scale of its latents is another.
+            if is_alone or (self.recognised.generation == "XL") == (source.recognised.generation == "XL"):
+                return source
         if self.flag != "--base" and base:
             return open_source(base, "--base", self.config)
         return Folder(self.flag, str(assets.CONFIGURATIONS[self.recognised.generation]), self.config)
@@ -461,23 +493,28 @@ class SingleFile(Source):
     def weights(self, part: str, config: Mapping[str, Any], names: Iterable[str]) -> Weights:
         plain = {unwrapped(name): name for name in self.opened.shapes}
         found = take_part(self.opened.renamed(plain), part, config, names)
-        first = next(each for each in ("text_encoder", "vae", "unet") if each in self.recognised.parts)
-        if part == first and (changed := {new: old for new, old in plain.items() if new != old}):
+        if part == next(filter(self.recognised.parts.__contains__, LOADED)) and (
+            changed := {new: old for new, old in plain.items() if new != old}
+        ):
             say_unwrapped(self.place, changed)
         if part == "unet" and any(name.startswith("model_ema.") for name in self.opened.shapes):
             logger.info("%s also holds averaged weights (model_ema.); the plain ones are trained.", self.place)
         return found
 
-    def tokenizer(self) -> CLIPTokenizer:
+    @property
+    def pipeline_settings(self) -> Mapping[str, Any]:
+        return self.configurations().pipeline_settings
+
+    def tokenizer(self, part: str) -> CLIPTokenizer:
         if self.flag != "--base" and self.config.base:
-            return self.configurations().tokenizer()
-        return CLIPTokenizer.from_pretrained(str(assets.CLIP_TOKENIZER), **self.read_config("tokenizer"))
+            return self.configurations().tokenizer(part)
+        return CLIPTokenizer.from_pretrained(str(assets.CLIP_TOKENIZER), **self.read_config(part))
 
     def noise_schedule_hints(self) -> dict[str, Any]:
         """By the keys that trainers put into a file, by its metadata, and by what is known of Stable Diffusion 2."""
         shapes, metadata = self.opened.shapes, self.opened.metadata
         hints: dict[str, Any] = {}
-        stated = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_type") or ""
+        stated = next((metadata[key] for key in PREDICTION_KEYS if metadata.get(key)), "")
         if "v_pred" in shapes:
             hints["prediction_type"] = "v_prediction"
         elif stated.lower() in PREDICTION_TYPES:
@@ -493,6 +530,9 @@ class SingleFile(Source):
         return hints
 
 
+LOADED = ("text_encoder", "text_encoder_2", "vae", "unet")  # parts with weights, in that order
+# Metadata that say what a model predicts: the standard's, and those of earlier versions and of ComfyUI.
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_type", "modelspec.predict_key")
 PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon",
                     "sample": "sample"}  # fmt: skip
 GLOBAL_STEP_OF_BASE = 875000  # Stable Diffusion 2-base, which predicts epsilon; the others of its kind predict v

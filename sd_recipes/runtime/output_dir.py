@@ -46,6 +46,19 @@ def check_output_dir(output_dir: Path, *, writes: bool = True) -> None:
         raise RecipeError(f"--output_dir {output_dir} cannot be written: {error.strerror}; choose another") from None
 
 
+def check_is_folder(output_dir: Path) -> None:
+    """Raises RecipeError if something else is in its place."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise RecipeError(f"--output_dir {output_dir} is not a folder: choose another")
+
+
+def check_is_folder_of(results: str, output_dir: Path) -> None:
+    """Raises RecipeError if the folder holds anything but what a command wrote that leaves a file of that name."""
+    check_is_folder(output_dir)
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / results).is_file():
+        raise RecipeError(f"--output_dir {output_dir} holds something else: choose a new or an empty folder")
+
+
 def lock_output_dir(output_dir: Path) -> FileLock | None:
     """Take the folder's lock; None, with a warning, if the file system has no locks. Raises RecipeError."""
     lock = FileLock(output_dir / LOCK, timeout=0, fallback_to_soft=False)

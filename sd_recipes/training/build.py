@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from sd_recipes.checkpoints.format import Manifest
 from sd_recipes.checkpoints.resume import finish_epoch, global_batch_size
 from sd_recipes.data.batches import Batch, BatchBuilder, TrainingBatches
+from sd_recipes.data.captions import UNDISTURBED
 from sd_recipes.data.held_out import HELD_OUT_SEED
 from sd_recipes.data.latent_store import (
     LatentStore,
@@ -43,11 +44,11 @@ from sd_recipes.model.components import Components, latent_shape_of, load_schedu
 from sd_recipes.model.conditioning import CachedText, Conditioning
 from sd_recipes.model.families import family_of
 from sd_recipes.model.family import Family, TextStates
-from sd_recipes.model.latents import LatentEncoder
+from sd_recipes.model.latents import LatentEncoder, bearable_dtype, decode_without_autocast
 from sd_recipes.model.lora import add_lora, trained_lora
 from sd_recipes.model.lora_files import peft_settings
 from sd_recipes.model.placement import apply_memory_format, keep_as_loaded, move_models
-from sd_recipes.recipe import ObjectiveConfig, Recipe, odd_settings
+from sd_recipes.recipe import ObjectiveConfig, Recipe, clip_skip_in_words, odd_settings
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import wait_for_all
@@ -63,8 +64,11 @@ from sd_recipes.training.fused_backward import FusedBackward, check_fused_backwa
 from sd_recipes.training.guard import Guard
 from sd_recipes.training.objective import DenoisingLoss, NoiseSchedule
 from sd_recipes.training.optim import build_optimizer, build_schedule
+from sd_recipes.training.optimizer_check import check_combinations, check_optimizer
 from sd_recipes.training.quiet_loss import QuietLoss
+from sd_recipes.training.rates import set_rates
 from sd_recipes.training.row_losses import RowLosses
+from sd_recipes.training.schedule_free import EvaluationWeights, has_modes
 from sd_recipes.training.state import SNAPSHOTS, TrainedPart, TrainState
 from sd_recipes.training.timestep_errors import TimestepErrors
 from sd_recipes.training.uncertainty import CONFIG, LEARNING_RATE, Uncertainty
@@ -148,15 +152,16 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     manifest = checkpoint and checkpoint[1]
     for words in odd_settings(recipe):
         logger.warning("%s", words)
+    check_optimizer(recipe, accelerator.device)
     family = family_of(recipe)
-    # The smallest parts first, so that a missing model is reported soon: for the tokenizer, which the data checks need,
+    # The smallest parts first, so that a missing model is reported soon: for tokenizers, which the data checks need,
     # transformers would keep asking an unreachable Hub for minutes.
     scheduler = load_scheduler(recipe)
     check_schedule(recipe, scheduler)
-    tokenizer = family.load_tokenizer(recipe)
+    tokenizers = family.load_tokenizers(recipe)
     batch_size = global_batch_size(recipe, accelerator.num_processes, manifest)
     data = load_training_data(
-        recipe, tokenizer, seed=recipe.seed, global_batch_size=batch_size, rank=accelerator.process_index
+        recipe, tokenizers[0], seed=recipe.seed, global_batch_size=batch_size, rank=accelerator.process_index
     )
     if data.order and manifest:
         data.order = finish_epoch(data.order, manifest)
@@ -164,17 +169,16 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
 
     stop_request.check(NOT_BEGUN)
     torch.manual_seed(recipe.seed)  # initial weights of a UNet from scratch, or of a LoRA
-    components = family.load(recipe, scheduler, tokenizer)
+    components = family.load(recipe, scheduler, tokenizers)
     stop_request.check(NOT_BEGUN)
     check_recipe_fits(recipe, components)
     choose_trained(recipe, family, components)
     convert(recipe, components, is_new=checkpoint is None)
     check_pictures(recipe, components.sampler)
     provenance = None
+    vae_dtype = bearable_dtype(components.vae, DTYPES[accelerator.mixed_precision], accelerator.device)
     if data.provenances or recipe.cache_latents != "off":  # of the weights as they were loaded
-        provenance = provenance_of(
-            recipe, components.vae, DTYPES[accelerator.mixed_precision], tiling=recipe.vae_tiling
-        )
+        provenance = provenance_of(recipe, components.vae, vae_dtype, tiling=recipe.vae_tiling)
         check_one_provenance(data.provenances, provenance)
     if accelerator.is_main_process and accelerator.mixed_precision != "no" and not recipe.trains_lora:
         keep_as_loaded(family, components, trains_text=recipe.train_text_encoder)  # for the export
@@ -183,6 +187,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
         family,
         components,
         accelerator,
+        vae_dtype=vae_dtype,
         batch_size=batch_size,
         num_steps=num_steps,
         num_rows=data.num_rows,
@@ -191,7 +196,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     store = open_store(recipe, provenance, accelerator)
     tracker = Tracker(accelerator, recipe)
     builder_settings: dict[str, Any] = {
-        "tokenize": partial(family.tokenize, tokenizer),
+        "tokenize": partial(family.tokenize, tokenizers),
         "latent_shape": latent_shape_of(components.vae),
         "num_train_timesteps": scheduler.config.num_train_timesteps,
         "provenance": provenance,
@@ -228,10 +233,13 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
 def choose_trained(recipe: Recipe, family: Family, components: Components) -> None:
     """Let gradients reach what is trained besides the UNet, or a LoRA in its place. Raises RecipeError."""
     if recipe.trains_lora:
-        add_lora(recipe, components)
+        add_lora(recipe, family, components)
     elif recipe.train_text_encoder:
+        unused = family.without_effect(components)
         for name in family.text_models:
-            getattr(components, name).requires_grad_(True)
+            for parameter_name, parameter in getattr(components, name).named_parameters():
+                # What no loss depends on gets no gradient, and weight decay alone must not move it.
+                parameter.requires_grad_(not parameter_name.startswith(unused.get(name, ())))
 
 
 def convert(recipe: Recipe, components: Components, *, is_new: bool) -> None:
@@ -259,8 +267,8 @@ def steps_of_run(recipe: Recipe, order: Order | None, manifest: Manifest | None)
     return done + order.num_steps(recipe.num_train_epochs, samples_seen)
 
 
-def build_encoder(recipe: Recipe, vae: AutoencoderKL, accelerator: Accelerator) -> LatentEncoder:
-    dtype = DTYPES[accelerator.mixed_precision]
+def build_encoder(recipe: Recipe, vae: AutoencoderKL, accelerator: Accelerator, dtype: torch.dtype) -> LatentEncoder:
+    """The VAE in that type, as `bearable_dtype` found it."""
     if recipe.vae_slicing:
         vae.enable_slicing()
     if recipe.vae_tiling:
@@ -269,6 +277,8 @@ def build_encoder(recipe: Recipe, vae: AutoencoderKL, accelerator: Accelerator) 
             "--vae_tiling: images of more than %d pixels a side are encoded and decoded in tiles, and differ a little "
             "from whole ones; smaller ones are not.", vae.tile_sample_min_size,
         )  # fmt: skip
+    if dtype != DTYPES[accelerator.mixed_precision]:
+        decode_without_autocast(vae)
     encoder = LatentEncoder(vae, accelerator.device, dtype)
     apply_memory_format(vae, recipe, accelerator.device, dtype)
     return encoder
@@ -280,6 +290,7 @@ def build_model(
     components: Components,
     accelerator: Accelerator,
     *,
+    vae_dtype: torch.dtype,
     batch_size: int,
     num_steps: int,
     num_rows: int | None,
@@ -291,9 +302,9 @@ def build_model(
     """
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
     # bitsandbytes makes parameters contiguous at their first step, after its state has taken on their layout, and FSDP
-    # shards only contiguous ones.
-    contiguous = recipe.is_8bit or accelerator.is_fsdp2
-    encoder = build_encoder(recipe, components.vae, accelerator)
+    # shards only contiguous ones. What optimizers of other packages take for granted is not known.
+    contiguous = recipe.needs_contiguous_weights or accelerator.is_fsdp2
+    encoder = build_encoder(recipe, components.vae, accelerator, vae_dtype)
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
     if recipe.compile:
         compile_unet(components.unet, recipe.compile, num_sizes=num_sizes)
@@ -312,6 +323,7 @@ def build_model(
         seed=recipe.seed,
         step_number=lambda: state.progress.global_step,
     )
+    check_combinations(optimizer, recipe)
     fused_backward = FusedBackward(optimizer) if recipe.fused_backward_pass else None
     schedule = build_schedule(optimizer, recipe, num_steps)
     check_wrapped_classes(accelerator, components.unet)
@@ -327,6 +339,8 @@ def build_model(
         part.prepared = module
         if recipe.use_ema:
             part.average = AveragedWeights(part.parameters, recipe)
+        elif has_modes(optimizer):
+            part.average = EvaluationWeights(part.parameters, optimizer)
         if recipe.ema_snapshots:
             part.snapshots = {
                 suffix: AveragedWeights(part.parameters, recipe, length) for suffix, length in SNAPSHOTS.items()
@@ -407,6 +421,7 @@ def trained_parts(recipe: Recipe, family: Family, components: Components, batch_
     for component, learning_rate in learning_rates.items():
         part = make(component, getattr(components, component).train(), learning_rate)
         parts[part.name] = part
+    set_rates(list(parts.values()), recipe.param_groups or [], factor)
     if recipe.learned_uncertainty:
         parts[UNCERTAINTY] = uncertainty_part(components.scheduler, components.unet.device)
     return parts
@@ -424,7 +439,7 @@ def whole_part(component: str, module: Any, learning_rate: float) -> TrainedPart
 def lora_part(component: str, module: Any, learning_rate: float) -> TrainedPart:
     """The LoRA of a component."""
     config = json.dumps(peft_settings(trained_lora(module)), indent=1) + "\n"
-    return TrainedPart(component + LORA, module, WEIGHTS, config, learning_rate)
+    return TrainedPart(component + LORA, module, WEIGHTS, config, learning_rate, is_whole=False)
 
 
 def uncertainty_part(scheduler: DDPMScheduler, device: torch.device) -> TrainedPart:
@@ -451,7 +466,7 @@ def build_validator(
     sets = {}
     if data.held_out is not None and data.watched is not None:
         sets = {HELD_OUT: data.held_out, TRAIN: data.watched}
-    plain = {"center_crop": True, "crop": None, "random_flip": False, "caption_dropout": 0.0, "shuffle_tags": False}
+    plain = {"center_crop": True, "crop": None, "random_flip": False, **UNDISTURBED}
     plain_recipe = recipe.model_copy(update=plain)
     watched = WatchedRows(sets, plain_recipe) if sets else None
     prompts = recipe.validation_prompts or []
@@ -535,6 +550,7 @@ def describe(run: Run) -> str:
         "optimizer steps": steps,
         "trainable parameters": trained,
         "predicts": run.model.objective.prediction_type,
+        **({"text states": _text_states_in_words(run.recipe.clip_skip)} if run.recipe.clip_skip else {}),
         "device": f"{accelerator.device}, {accelerator.mixed_precision} mixed precision"
         + (f", compiled by {backend} (torch dynamo) of {configuration()}" if backend != "no" else "")
         + (f", compiled: {COMPILED[run.recipe.compile]}" if run.recipe.compile else "")
@@ -542,6 +558,11 @@ def describe(run: Run) -> str:
         "seed": run.recipe.seed,
     }
     return "\n".join(f"  {name:<21}{value}" for name, value in lines.items())
+
+
+def _text_states_in_words(clip_skip: int) -> str:
+    layers = "the last layer" if clip_skip == 1 else f"the last {clip_skip} layers"
+    return f"without {layers} of the text encoder: draw with {clip_skip_in_words(clip_skip)}"
 
 
 def num_epochs(run: Run, order: Order) -> float:

@@ -1,4 +1,4 @@
-"""AdamW with a state of 8 bits (Dettmers et al. 2022), by bitsandbytes; on a GPU it may be in pages.
+"""bitsandbytes' optimizers: AdamW with a state of 8 bits (Dettmers et al. 2022), on a GPU also in pages; and Lion.
 
 Paged state is the driver's managed memory: it moves to the host, and back when it is used, as room on the GPU asks.
 """
@@ -10,9 +10,10 @@ from typing import Any
 
 import bitsandbytes
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 
 
-class AdamW8bit(bitsandbytes.optim.AdamW8bit):
+class WithoutWaiting(Optimizer8bit):
     """bitsandbytes' own step waits for the GPU after every parameter, which only a paged state needs."""
 
     @torch.no_grad()
@@ -25,6 +26,18 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
                 if not self.state[parameter]:
                     self.init_state(group, parameter, number, place)
                 self.update_step(group, parameter, number, place)
+
+
+class AdamW8bit(WithoutWaiting, bitsandbytes.optim.AdamW8bit):
+    """AdamW with both moments in 8 bits."""
+
+
+class Lion(WithoutWaiting, bitsandbytes.optim.Lion):
+    """Lion, whose only state is a momentum (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms")."""
+
+
+class Lion8bit(WithoutWaiting, bitsandbytes.optim.Lion8bit):
+    """Lion with its momentum in 8 bits."""
 
 
 class PagedAdamW8bit(bitsandbytes.optim.PagedAdamW8bit):

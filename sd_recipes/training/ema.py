@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,45 @@ from sd_recipes.training.host_average import HostTensors
 from sd_recipes.training.profiles import decay_at, diffusers_decay_at, gamma_of
 
 
-class AveragedWeights:
+class Average(ABC):
+    """Weights of a trained part that are evaluated and exported in the place of those that are trained."""
+
+    num_updates = 0
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self.names, self.parameters = list(parameters), list(parameters.values())
+
+    @abstractmethod
+    def step(self) -> None:
+        """Follow an optimizer step."""
+
+    @abstractmethod
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """The averages under the parameters' names."""
+
+    @abstractmethod
+    def load(self, tensors: Mapping[str, torch.Tensor], num_updates: int) -> None:
+        """Restore what `named_tensors` returned, and the number of updates behind it."""
+
+    @contextmanager
+    def applied(self, module: torch.nn.Module) -> Iterator[None]:
+        """Within this context `module` has averages for parameters, and the parameters wait beside it.
+
+        They are the averages themselves where these are on the device: that takes no memory, and loses no bit where the
+        parameters are in bfloat16.
+        """
+        parameters = dict(zip(self.names, self.parameters, strict=True))
+        try:
+            for name, tensor in self.named_tensors().items():
+                own = parameters[name]
+                _set(module, name, torch.nn.Parameter(tensor.to(own.device), own.requires_grad))
+            yield
+        finally:
+            for name, own in parameters.items():
+                _set(module, name, own)
+
+
+class AveragedWeights(Average):
     """Average of named parameters, in float32, updated once per optimizer step.
 
     Its profile is a power function of the relative width `length`. For None it is the recipe's: a power function of
@@ -26,8 +65,7 @@ class AveragedWeights:
     def __init__(
         self, parameters: Mapping[str, torch.nn.Parameter], config: OptimConfig, length: float | None = None
     ) -> None:
-        self.names, self.parameters = list(parameters), list(parameters.values())
-        self.num_updates = 0
+        super().__init__(parameters)
         self.decay_at: Callable[[int], float]  # of an update, counted from 1
         if length is None and config.ema_length == DIFFUSERS_LENGTH:
             self.decay_at = partial(diffusers_decay_at, most=config.ema_decay)
@@ -61,30 +99,11 @@ class AveragedWeights:
         else:
             update(self.tensors, self.parameters)
 
-    @contextmanager
-    def applied(self, module: torch.nn.Module) -> Iterator[None]:
-        """Within this context `module` has averages for parameters, and the parameters wait beside it.
-
-        They are the averages themselves where these are on the device: that takes no memory, and loses no bit where the
-        parameters are in bfloat16.
-        """
-        parameters = dict(zip(self.names, self.parameters, strict=True))
-        try:
-            for name, tensor in self.named_tensors().items():
-                own = parameters[name]
-                _set(module, name, torch.nn.Parameter(tensor.to(own.device), own.requires_grad))
-            yield
-        finally:
-            for name, own in parameters.items():
-                _set(module, name, own)
-
     def named_tensors(self) -> dict[str, torch.Tensor]:
-        """The averages under the parameters' names."""
         self._wait()
         return dict(zip(self.names, self.tensors, strict=True))
 
     def load(self, tensors: Mapping[str, torch.Tensor], num_updates: int) -> None:
-        """Restore what `named_tensors` returned, and the number of updates behind it."""
         for name, here in self.named_tensors().items():
             here.copy_(shard_like(here, tensors[name]))
         self.num_updates = num_updates
@@ -94,12 +113,12 @@ class AveragedWeights:
             self.on_host.wait()
 
 
-def release_before_steps(optimizer: torch.optim.Optimizer, averages: Sequence[AveragedWeights]) -> None:
+def release_before_steps(optimizer: torch.optim.Optimizer, averages: Sequence[Average]) -> None:
     """Let every step of `optimizer` wait, on the device, for updates that still read the parameters."""
 
     def release(*_: object) -> None:
         for average in averages:
-            if average.on_host:
+            if isinstance(average, AveragedWeights) and average.on_host:
                 average.on_host.release()
 
     optimizer.register_step_pre_hook(release)

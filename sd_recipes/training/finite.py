@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from sd_recipes.errors import RunError
 from sd_recipes.training.state import TrainState
@@ -22,8 +23,8 @@ class TrainingDiverged(RunError):
 def are_finite(accelerator: Accelerator, tensors: Iterable[torch.Tensor]) -> bool:
     """The same answer on all processes, which all have to call it: each may hold a shard."""
     parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    are = torch.stack([part.isfinite().all().to(accelerator.device) for part in parts])
-    return accelerator.reduce((~are).sum(), "sum").item() == 0
+    largest = get_total_norm(parts, math.inf).to(accelerator.device)  # in few calls, however many tensors there are
+    return accelerator.reduce((~largest.isfinite()).float(), "sum").item() == 0
 
 
 def is_not_finite(grad_norm: float, loss: torch.Tensor, accelerator: Accelerator) -> bool:

@@ -36,6 +36,7 @@ from sd_recipes.training.build import UNCERTAINTY, Model, Run
 from sd_recipes.training.dropout import seed_dropout
 from sd_recipes.training.finite import TrainingDiverged, has_finite_weights, is_not_finite
 from sd_recipes.training.meter import MUCH_WAITING, Meter
+from sd_recipes.training.optimizer_state import effective_rate
 from sd_recipes.training.phases import Profiler, phase
 from sd_recipes.training.recovery import Recovery, Undone, out_of_memory, shortage_explained
 from sd_recipes.training.state import TrainState
@@ -241,6 +242,8 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     figures = {**meter.close(loss, progress), "lr": float(run.state.schedule.get_last_lr()[0])}
     if run.model.utilisation:
         figures |= run.model.utilisation.figures(figures["images_per_second"])
+    if (found := effective_rate(run.state.optimizer)) is not None:
+        figures["effective_lr"] = found
     if (quiet_loss := run.state.quiet_loss.close()) is not None:
         figures["quiet_loss"] = quiet_loss
     if run.data.num_rows:
@@ -264,7 +267,8 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
         figures["bad_rows"] = bad_rows
     run.tracker.log(figures, progress.global_step)
     loss_in_words = f"loss {figures['train_loss']:.4f}" if "train_loss" in figures else "no loss"
-    words = [loss_in_words, f"lr {figures['lr']:.2e}", f"{figures['images_per_second']:.1f} images/s"]
+    rate = figures.get("effective_lr", figures["lr"])
+    words = [loss_in_words, f"lr {rate:.2e}", f"{figures['images_per_second']:.1f} images/s"]
     if "mfu" in figures:
         words.append(f"{100 * figures['mfu']:.0f} % of the device")
     if figures["data_wait"] > MUCH_WAITING:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from sd_recipes.model.conditioning import Conditioning
+from sd_recipes.model.conditioning import Conditioning, unet_arguments
 from sd_recipes.model.predictions import PREDICTIONS
 from sd_recipes.recipe import ObjectiveConfig
 
@@ -160,7 +160,7 @@ class DenoisingLoss:
         target = self.target(self.schedule, latents, noise, timesteps)
         if self.rectify is not None:
             noisy_latents, target = self.rectify(unet, noisy_latents, target, conditioning, timesteps)
-        prediction = unet(noisy_latents, timesteps, **conditioning, return_dict=False)[0]
+        prediction = unet(noisy_latents, timesteps, **unet_arguments(conditioning), return_dict=False)[0]
         error = at(self.error_scale, timesteps) * (prediction.float() - target.float())
         return self.weights[timesteps] * self.loss(error, at(self.huber_c, timesteps)).mean(dim=(1, 2, 3))
 
@@ -192,7 +192,7 @@ class Dream:
     ) -> tuple[Tensor, Tensor]:
         """The rectified noisy latents and target, (B, C, h, w) each."""
         sigma = at(self.sigma, timesteps)
-        prediction = unet(noisy_latents, timesteps, **conditioning, return_dict=False)[0].float()
+        prediction = unet(noisy_latents, timesteps, **unet_arguments(conditioning), return_dict=False)[0].float()
         error = sigma**self.detail_preservation * (target - prediction)
         return noisy_latents + sigma * error, target + error
 

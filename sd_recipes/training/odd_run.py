@@ -9,6 +9,7 @@ from sd_recipes.recipe import Recipe
 from sd_recipes.training.build import Run, batch_in_words, num_epochs
 
 MANY_EPOCHS = 500
+FAR_SMALLER, FAR_LARGER = 0.7, 2.1  # of the side of the pictures that a model draws
 LARGE_SHARE = 1 / 5  # of the rows, in one batch
 # How many times as long a step takes on a CPU without bfloat16 instructions: with AVX-512, and with AVX2 only.
 SLOWER_IN_BF16 = "2 to 7"
@@ -18,13 +19,13 @@ def odd_run(run: Run) -> list[str]:
     """What is probably a mistake in a run that was put together, each with the remedy; nothing if it is over."""
     if run.checkpoint and run.checkpoint[1].step >= run.num_steps:
         return []
-    return [*odd_rates(run), *odd_length(run), *odd_validation(run), *odd_precision(run)]
+    return [*odd_rates(run), *odd_length(run), *odd_resolution(run), *odd_validation(run), *odd_precision(run)]
 
 
 def odd_rates(run: Run) -> list[str]:
     """Of the learning rate: one that is never reached, and a warm-up without effect."""
     recipe, num_steps, warmup = run.recipe, run.num_steps, run.recipe.lr_warmup_steps
-    if recipe.learning_rate == 0:
+    if recipe.learning_rate == 0 and not recipe.param_groups:
         return ["--learning_rate 0 trains nothing: give one above 0, such as 1e-5."]
     if recipe.lr_scheduler == "constant":
         if warmup and is_given(recipe, "lr_warmup_steps"):
@@ -72,6 +73,21 @@ def odd_length(run: Run) -> list[str]:
             f"long before that: use --{length} {enough} or less, or more rows."
         )
     return odd
+
+
+def odd_resolution(run: Run) -> list[str]:
+    """A size of pictures that the model was not made for, as its UNet's configuration says."""
+    recipe, components = run.recipe, run.model.components
+    latents = components.unet.config.sample_size
+    if recipe.train_from_scratch or not isinstance(latents, int):
+        return []
+    usual = latents * components.vae_scale_factor
+    if FAR_SMALLER * usual <= recipe.resolution <= FAR_LARGER * usual:
+        return []
+    return [
+        f"{shown(recipe, 'resolution')} is far from the {usual} pixels a side that the model draws at, and it has much "
+        f"to learn anew: use --resolution {usual}."
+    ]
 
 
 def odd_validation(run: Run) -> list[str]:

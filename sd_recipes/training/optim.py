@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from diffusers.optimization import get_scheduler
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import OptimConfig
 from sd_recipes.training.bf16_weights import Bf16Weights
+from sd_recipes.training.optimizer_classes import optimizer_class
+from sd_recipes.training.schedule_free import begin_training
 from sd_recipes.training.state import TrainedPart
 
 logger = logging.getLogger(__name__)
@@ -22,46 +25,29 @@ LAST_RATE = 1e-7  # of diffusers' polynomial schedule
 def build_optimizer(
     parts: Sequence[TrainedPart], config: OptimConfig, *, fused: bool | None, seed: int, step_number: Callable[[], int]
 ) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, with a group for each part, which has its own learning rate.
+    """The optimizer that `config` names, with a group for each learning rate of each part.
 
     `fused` asks for AdamW's single kernel, None for whatever torch takes: with a loss scaler the single kernel skips a
     step by itself, which cannot be seen from outside. bfloat16 parameters are rounded at random, as a function of
-    `seed` and of the number of the step that is being made. Raises RecipeError if bitsandbytes is needed and not
-    installed.
+    `seed` and of the number of the step that is being made. Raises RecipeError as `optimizer_class`, and if the
+    optimizer refuses the parameters.
     """
     groups: list[dict[str, Any]] = [
-        {"params": list(part.parameters.values()), "lr": part.learning_rate} for part in parts
+        {"params": list(group.parameters.values()), "lr": group.learning_rate}
+        for part in parts
+        for group in part.groups
     ]
-    kind, settings = optimizer_class(config, groups[0]["params"][0].device, fused)
-    if any(each.dtype == torch.bfloat16 for group in groups for each in group["params"]):
+    parameters = [each for group in groups for each in group["params"]]
+    kind = optimizer_class(config, parameters[0].device, fused)
+    if config.optimizer == "paged_adamw8bit" and parameters[0].device.type == "cpu":
+        logger.warning("Only a GPU has pages: on this device --optimizer paged_adamw8bit is adamw8bit.")
+    if any(each.dtype == torch.bfloat16 for each in parameters):
         rounding = {"seed": seed, "step_number": staticmethod(step_number)}
-        kind = type(f"Bf16{kind.__name__}", (Bf16Weights, kind), rounding)
+        kind = replace(kind, make=type(f"Bf16{kind.make.__name__}", (Bf16Weights, kind.make), rounding))
     # Also as the default of all groups: from it diffusers' polynomial schedule knows how far it may decay.
-    optimizer: torch.optim.Optimizer = kind(groups, lr=parts[0].learning_rate, **settings)
+    optimizer = kind(groups, parts[0].learning_rate)
+    begin_training(optimizer)
     return optimizer
-
-
-def optimizer_class(config: OptimConfig, device: torch.device, fused: bool | None) -> tuple[Any, dict[str, Any]]:
-    """The class of the optimizer on that device, and its settings."""
-    decay = {"weight_decay": config.adam_weight_decay}
-    if config.optimizer == "sgd":
-        return torch.optim.SGD, {"momentum": config.sgd_momentum, **decay}
-    if config.optimizer == "adafactor":
-        return torch.optim.Adafactor, decay
-    adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon, **decay}
-    if config.is_8bit:
-        try:
-            from sd_recipes.training import eight_bit
-        except ImportError as error:
-            flag = "--use_8bit_adam" if config.use_8bit_adam else f"--optimizer {config.optimizer}"
-            raise RecipeError(
-                f"{flag} needs bitsandbytes: pip install 'sd-recipes[bitsandbytes]', or drop the flag"
-            ) from error
-        paged = config.optimizer == "paged_adamw8bit" and device.type == "cuda"
-        if config.optimizer == "paged_adamw8bit" and device.type == "cpu":
-            logger.warning("Only a GPU has pages: on this device --optimizer paged_adamw8bit is adamw8bit.")
-        return eight_bit.PagedAdamW8bit if paged else eight_bit.AdamW8bit, adam
-    return torch.optim.AdamW, {"fused": fused, **adam}
 
 
 def build_schedule(

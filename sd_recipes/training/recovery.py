@@ -162,10 +162,13 @@ class Undone:
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer, self.before = optimizer, versions_of(optimizer)
+        self.groups = [dict(group) for group in optimizer.param_groups]
 
     def __call__(self) -> bool:
-        """Also removes the state of parameters that had none before."""
+        """Also removes the state of parameters that had none before, and what the groups have counted."""
         state = self.optimizer.state
+        for group, before in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group.update(before)
         new = {parameter: state.pop(parameter) for parameter in list(state) if parameter not in self.before[1]}
         return versions_of(self.optimizer) == self.before and not any(each.get("step", 0) for each in new.values())
 
@@ -176,6 +179,7 @@ def versions_of(optimizer: Any) -> tuple[list[int], dict[torch.Tensor, list[Any]
     states = {
         parameter: [times_changed(each) if isinstance(each, torch.Tensor) else each for each in state.values()]
         for parameter, state in optimizer.state.items()
+        if state  # a mere look at it may have left an empty one
     }
     return weights, states
 

@@ -7,19 +7,20 @@ and how a part is laid out on them, may change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field
 from torch.distributed.tensor import DTensor
 
 from sd_recipes.runtime.fsdp import gather, shard_like
-from sd_recipes.training.ema import AveragedWeights
+from sd_recipes.training.ema import Average
 from sd_recipes.training.fused_backward import FusedBackward
+from sd_recipes.training.optimizer_state import flat, load_by_name, state_by_name, unflat
 from sd_recipes.training.quiet_loss import QuietLoss
 from sd_recipes.training.timestep_errors import TimestepErrors
 
@@ -52,6 +53,13 @@ class Progress:
     stream_state: dict[str, Any] | None = None  # where this process's stream stands, if there is one
 
 
+class RateGroup(NamedTuple):
+    """Parameters of a part that have the same learning rate, by name."""
+
+    learning_rate: float
+    parameters: dict[str, torch.nn.Parameter]
+
+
 @dataclass
 class TrainedPart:
     """What is trained: a model of the pipeline, a LoRA of one, or the learned uncertainty, which ends with the run.
@@ -69,22 +77,43 @@ class TrainedPart:
     rebuild: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module] | None = None
     # What it leaves in the run's folder of its whole evaluated tensors, besides its place in the pipeline.
     export: Callable[[Mapping[str, torch.Tensor], Path], None] | None = None
-    average: AveragedWeights | None = None
-    snapshots: dict[str, AveragedWeights] = field(default_factory=dict)  # with --ema_snapshots, by suffix
+    is_whole: bool = True  # all of the module is its own, what is frozen of it too; not so a LoRA
+    average: Average | None = None
+    snapshots: dict[str, Average] = field(default_factory=dict)  # with --ema_snapshots, by suffix
+    # With --param_groups, rates other than `learning_rate`, by parameter; above 0, for `freeze` takes care of the rest.
+    own_rates: dict[str, float] = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)
     prepared: torch.nn.Module = field(init=False)  # as accelerate prepares it, for training steps to call
 
     def __post_init__(self) -> None:
         self.prepared = self.module
+        # Of a LoRA, which lies in the layers of a frozen model.
+        frozen = {name for name, each in self.module.named_parameters() if not each.requires_grad}
+        self._of_others = set() if self.is_whole else frozen
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Train these of its parameters no more; they remain part of its state."""
+        parameters = self.parameters
+        for name in names:
+            parameters[name].requires_grad_(False)
+            self.frozen.add(name)
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The trained ones, by name."""
         return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
 
+    @property
+    def groups(self) -> list[RateGroup]:
+        """The trained parameters by their learning rates, those with the part's own first."""
+        by_rate: dict[float, dict[str, torch.nn.Parameter]] = {self.learning_rate: {}}
+        for name, parameter in self.parameters.items():
+            by_rate.setdefault(self.own_rates.get(name, self.learning_rate), {})[name] = parameter
+        return [RateGroup(rate, parameters) for rate, parameters in by_rate.items() if parameters]
+
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Its state by name: of a LoRA, which lies in the layers of a frozen model, not the model's."""
-        frozen = {name for name, each in self.module.named_parameters() if not each.requires_grad}
-        return {name: each for name, each in self.module.state_dict().items() if name not in frozen}
+        """Its state by name, without what is not its own."""
+        return {name: each for name, each in self.module.state_dict().items() if name not in self._of_others}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take on the state of `tensors`, which returned it, on another device or elsewhere sharded."""
@@ -105,7 +134,7 @@ class TrainedPart:
             self.load(own)
 
     @property
-    def averages(self) -> dict[str, AveragedWeights]:
+    def averages(self) -> dict[str, Average]:
         """All averages, by suffix; they have seen the same updates."""
         return ({AVERAGE: self.average} if self.average else {}) | self.snapshots
 
@@ -142,12 +171,27 @@ class TrainState:
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """All trained parameters as PART/NAME, in the optimizer's order."""
+        """All trained parameters as PART/NAME."""
         return {
             f"{part.name}/{name}": parameter
             for part in self.parts.values()
             for name, parameter in part.parameters.items()
         }
+
+    @property
+    def optimized(self) -> dict[str, torch.nn.Parameter]:
+        """All trained parameters as PART/NAME, in the order of the optimizer's groups."""
+        return {
+            f"{part.name}/{name}": parameter
+            for part in self.parts.values()
+            for group in part.groups
+            for name, parameter in group.parameters.items()
+        }
+
+    @property
+    def frozen(self) -> set[str]:
+        """As PART/NAME, the parameters that --param_groups freezes."""
+        return {f"{part.name}/{name}" for part in self.parts.values() for name in part.frozen}
 
     def update_averages(self) -> None:
         for part in self.parts.values():
@@ -206,11 +250,12 @@ class TrainState:
         texts: dict[str, str] = {}
         for part in self.parts.values():
             folders = {part.name: part.tensors()}
-            folders |= {part.name + suffix: average.named_tensors() for suffix, average in part.averages.items()}
+            for suffix, average in part.averages.items():
+                folders[part.name + suffix] = folders[part.name] | average.named_tensors()
             for folder, named in folders.items():
-                tensors[f"{folder}/{part.weights_file}"] = dict(named)
+                tensors[f"{folder}/{part.weights_file}"] = named
                 texts[f"{folder}/{CONFIG}"] = part.config
-        optimizer = dict(_flat(self._optimizer_state()))
+        optimizer = dict(flat(state_by_name(self.optimizer, list(self.optimized))))
         tensors[OPTIMIZER] = {name: value for name, value in optimizer.items() if isinstance(value, torch.Tensor)}
         if self.timestep_errors:
             tensors[TIMESTEP_ERRORS] = self.timestep_errors.state_dict()
@@ -218,6 +263,7 @@ class TrainState:
             # Where a stream stands differs between the processes.
             "progress": {name: value for name, value in asdict(self.progress).items() if name != "stream_state"},
             "optimizer": {name: value for name, value in optimizer.items() if not isinstance(value, torch.Tensor)},
+            "frozen": sorted(self.frozen),
             "schedule_step": self.schedule.last_epoch,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "quiet_loss": self.quiet_loss.state_dict(),
@@ -238,8 +284,9 @@ class TrainState:
             for name, tensor in saved.items():
                 if tensor.shape != here[name].shape:
                     raise ValueError(f"{name} of {file} is {[*tensor.shape]} and the model's {[*here[name].shape]}")
-        of_optimizer = _unflat({**tensors[OPTIMIZER], **values["optimizer"]})
-        if of_optimizer and of_optimizer.keys() != self.parameters.keys():
+        of_optimizer = unflat({**tensors[OPTIMIZER], **values["optimizer"]})
+        # --param_groups may have frozen others then.
+        if of_optimizer and of_optimizer.keys() | values.get("frozen", []) != self.parameters.keys() | self.frozen:
             raise ValueError(
                 f"the optimizer's state has {len(of_optimizer)} parameters, of which the model, with "
                 f"{len(self.parameters)}, has {len(of_optimizer.keys() & self.parameters.keys())}"
@@ -251,16 +298,12 @@ class TrainState:
                 raise ValueError(f"it has no average of {part.name}")
 
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], values: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, with whole tensors.
-
-        It fits, as `check_state_dict` has shown. Learning rate, decay and the like stay those of this run, whose
-        settings may have changed.
-        """
+        """Restore what `state_dict` returned, with whole tensors. It fits, as `check_state_dict` has shown."""
         for part in self.parts.values():
             part.load(tensors[f"{part.name}/{part.weights_file}"])
             for suffix, average in part.averages.items():
                 average.load(tensors[f"{part.name}{suffix}/{part.weights_file}"], values["averages"][part.name])
-        self._load_optimizer({**tensors[OPTIMIZER], **values["optimizer"]})
+        load_by_name(self.optimizer, self.optimized, unflat({**tensors[OPTIMIZER], **values["optimizer"]}))
         self._load_schedule(values["schedule_step"])
         if self.timestep_errors:
             self.timestep_errors.load_state_dict(tensors[TIMESTEP_ERRORS])
@@ -270,62 +313,9 @@ class TrainState:
             self.quiet_loss.load_state_dict(values["quiet_loss"])
         self.progress = Progress(**values["progress"])
 
-    def _optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state by parameter; torch counts the parameters in the order of its groups."""
-        names = list(self.parameters)
-        return {names[number]: each for number, each in self.optimizer.state_dict()["state"].items()}
-
-    def _load_optimizer(self, flat: Mapping[str, Any]) -> None:
-        saved = _unflat(flat)
-        here = self.parameters
-        self.optimizer.load_state_dict(
-            {
-                "state": {
-                    number: _laid_out_as(parameter, saved[name])
-                    for number, (name, parameter) in enumerate(here.items())
-                    if name in saved
-                },
-                "param_groups": self.optimizer.state_dict()["param_groups"],
-            }
-        )
-
     def _load_schedule(self, step: int) -> None:
         schedule = self.schedule
         rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step, "_last_lr": rates})
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-
-def _laid_out_as(parameter: torch.Tensor, value: Any) -> Any:
-    """Shard tensors of the parameter's shape like it, or give them its memory format; in mappings too."""
-    if isinstance(value, Mapping):
-        return {key: _laid_out_as(parameter, each) for key, each in value.items()}
-    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-        return value
-    if isinstance(parameter, DTensor):
-        return shard_like(parameter, value)
-    # Fused optimizers walk the raw memory.
-    return torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
-
-
-# An optimizer's state flattened to one level: PART/PARAMETER/KEY, where a key's value may itself be a mapping.
-
-
-def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in state.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _unflat(flat: Mapping[str, Any]) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    for name, value in flat.items():
-        part, parameter, *parents, key = name.split("/")
-        place = state.setdefault(f"{part}/{parameter}", {})
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[key] = value
-    return state

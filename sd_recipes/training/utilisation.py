@@ -9,13 +9,14 @@ optimizer, or what gradient checkpointing recomputes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
+
+from sd_recipes.model.conditioning import Conditioning, unet_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def peak_of(device_name: str, precision: str) -> float | None:
     return found.get(precision)
 
 
-def flops_of(unet: Any, latents: torch.Tensor, conditioning: Mapping[str, Any]) -> int:
+def flops_of(unet: Any, latents: torch.Tensor, conditioning: Conditioning) -> int:
     """Floating-point operations of an image in a training step, from latents (B, C, h, w) and what goes with them.
 
     A backward pass takes twice a forward pass; where the UNet's own weights are frozen, once. Counted on a UNet of the
@@ -50,18 +51,15 @@ def flops_of(unet: Any, latents: torch.Tensor, conditioning: Mapping[str, Any]) 
     """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         same = UNet2DConditionModel.from_config(dict(unet.config))
-        same(on_meta(latents), torch.zeros(len(latents), dtype=torch.int64), **on_meta(conditioning))
+        named = {name: on_meta(each) for name, each in conditioning.items()}
+        same(on_meta(latents), torch.zeros(len(latents), dtype=torch.int64), **unet_arguments(named))
     is_trained = any(each.requires_grad for name, each in unet.named_parameters() if ".lora_" not in name)
     return int(counter.get_total_flops()) // len(latents) * (3 if is_trained else 2)
 
 
-def on_meta(value: Any) -> Any:
-    """Tensors without memory, numbers in float32; also those within mappings."""
-    if isinstance(value, Mapping):
-        return {name: on_meta(each) for name, each in value.items()}
-    if isinstance(value, torch.Tensor):
-        return value.to("meta", torch.float32 if value.is_floating_point() else value.dtype)
-    return value
+def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """As many numbers without memory, those with fractions in float32."""
+    return tensor.to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
 class Utilisation:
@@ -77,7 +75,7 @@ class Utilisation:
         if accelerator.device.type == "cuda":
             self.peak = peak_of(torch.cuda.get_device_name(accelerator.device), precision)
 
-    def note(self, latents: torch.Tensor, conditioning: Mapping[str, Any]) -> None:
+    def note(self, latents: torch.Tensor, conditioning: Conditioning) -> None:
         """Count the arithmetic of what a step feeds the UNet with, once; sizes of pictures have about one area."""
         if self.flops is None:
             self.flops = flops_of(self.unet, latents, conditioning)

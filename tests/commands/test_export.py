@@ -364,9 +364,28 @@ def test_a_run_of_a_lora_is_exported_as_one_or_merged(trained: Path, tmp_path: P
             pipeline = StableDiffusionPipeline.from_pretrained(model)
             pipeline.load_lora_weights(str(tmp_path / "x.safetensors"))
             np.testing.assert_allclose(picture(pipeline), expected, atol=2e-4)
+            found = metadata_of(tmp_path / "x.safetensors")
+            assert found["base_model"] == "model"
+            assert "lora_rank: 2" in found["recipe"]
+            assert str(tmp_path) not in found["recipe"]
         exported(source, "--to", "pipeline", "--output", tmp_path / "merged", "--overwrite")
         merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
         np.testing.assert_allclose(picture(merged), expected, atol=2e-4)
+    # Of the run's file too, and further on, what it says of its origin is kept, but not what is no longer true.
+    before = {"alpha": "4", "rank": "2"}.items()
+    assert metadata_of(run_dir / "pytorch_lora_weights.safetensors").items() >= before
+    sources = [run_dir / "pytorch_lora_weights.safetensors", tmp_path / "kohya.safetensors"]
+    for source, kind in zip(sources, ("kohya_lora", "lora"), strict=True):
+        exported(source, "--base", model, "--to", kind, "--output", tmp_path / f"{kind.partition('_')[0]}.safetensors")
+    found = metadata_of(tmp_path / "lora.safetensors")
+    assert found["base_model"] == "model"
+    assert "lora_rank: 2" in found["recipe"]
+    assert not {"alpha", "rank", "lora_adapter_metadata", "ss_network_dim"} & found.keys()
+    assert metadata_of(tmp_path / "kohya.safetensors")["ss_base_model_version"] == "sd_v1"
+    part = run_dir / "checkpoint-3" / "unet_lora" / "model.safetensors"
+    told = refused(part, "--to", "lora", "--output", tmp_path / "y.safetensors")
+    assert f"{part} is the LoRA of one model in a checkpoint: name the checkpoint, {run_dir / 'checkpoint-3'}" in told
+    assert "name the checkpoint" in refused(model, "--lora", part, "--to", "pipeline", "--output", tmp_path / "y")
 
 
 @pytest.mark.slow
@@ -462,7 +481,7 @@ def test_a_lora_of_another_model_is_refused(trained: Path, tmp_path: Path) -> No
         assert "name the model that it was trained on, or another LoRA" in told
     sdxl = tmp_path / "sdxl.safetensors"
     save_file({"lora_te2_text_model_x.lora_down.weight": torch.zeros(4, 8)}, sdxl)
-    assert "is a LoRA of another model: 1 of its 1" in refused(
+    assert "is a LoRA of another model: of Stable Diffusion XL, and this one is not: name the model" in refused(
         trained / "model", "--lora", sdxl, "--to", "pipeline", "--output", tmp_path / "x"
     )
     told = refused(wide, "--tuned_from", trained / "model", "--rank", 4, "--to", "lora", *out)

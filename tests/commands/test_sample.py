@@ -234,6 +234,8 @@ def test_pictures_are_not_written_over(trained: Path, tmp_path: Path) -> None:
     told = refused(*words, "--output_dir", tmp_path / "a")
     assert "has pictures already: choose another, or add --overwrite" in told
     assert_same(pictures_in(tmp_path / "a"), [before])
+    assert "drop --weights" in refused(*words, "--output_dir", tmp_path / "a", "--overwrite", "--weights", "raw")
+    assert_same(pictures_in(tmp_path / "a"), [before])  # before something takes its place
     (after,) = sampled(tmp_path / "a", trained / "model", "--prompts", "a disc", "--resolution", 32, "--overwrite")
     assert not np.array_equal(before, after)
     (tmp_path / "file").write_text("")

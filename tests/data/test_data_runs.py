@@ -18,7 +18,7 @@ from training_runs import assert_equal, losses, train, weights
 from sd_recipes.data.bad_rows import TooManyBadRows
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.conditioning import CachedText
-from sd_recipes.model.stable_diffusion import last_hidden_states
+from sd_recipes.model.stable_diffusion import hidden_states
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_cached_text_is_the_text(settings: dict[str, Any]) -> None:
     run = train(settings, max_train_steps=1)
     [[batch]] = run.batches(0, 1)
     cached = CachedText(partial(run.model.family.encode_text, run.model.components))
-    expected = last_hidden_states(run.model.components.text_encoder, batch.input_ids)
+    expected = hidden_states(run.model.components.text_encoder, batch.input_ids)
     for _ in range(2):
         torch.testing.assert_close(cached(batch.input_ids)["encoder_hidden_states"], expected)
     assert len(cached.states) == 4

@@ -123,3 +123,26 @@ def test_offset_and_pyramid_go_together_and_leave_the_white_noise_alone() -> Non
     np.testing.assert_allclose(both - pyramid, offset - white, atol=1e-6)
     tiny = draw(3, 1, **{**SIZE, "latent_shape": (4, 1, 1)})
     np.testing.assert_array_equal(training_noise(tiny, ObjectiveConfig(multires_noise_iterations=3)), tiny.noise)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "favoured"),
+    [
+        ({"timestep_bias_strategy": "earlier", "timestep_bias_portion": 0.2}, range(200)),
+        ({"timestep_bias_strategy": "later"}, range(750, 1000)),
+        ({"timestep_bias_strategy": "range", "timestep_bias_begin": 300, "timestep_bias_end": 500}, range(300, 500)),
+    ],
+)
+def test_biased_timesteps_are_as_frequent_as_diffusers_weights_say(strategy: dict, favoured: range) -> None:
+    config = ObjectiveConfig(**strategy, timestep_bias_multiplier=3.0, min_timestep=100)
+    weights = np.array([3.0 if timestep in favoured else 1.0 for timestep in range(1000)])
+    weights[:100] = 0
+    drawn = [timestep_at((number + 0.5) / 10_000, 1000, config) for number in range(10_000)]
+    counts = np.bincount(drawn, minlength=1000)
+    np.testing.assert_allclose(counts, 10_000 * weights / weights.sum(), atol=1.01)
+    assert drawn == sorted(drawn)
+
+
+def test_a_range_beyond_the_models_timesteps_is_refused() -> None:
+    with pytest.raises(RecipeError, match="--timestep_bias_end 1000 is over the model's 500 timesteps: lower it"):
+        check_timesteps(500, ObjectiveConfig(timestep_bias_strategy="range"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def drawing(settings: dict[str, Any]) -> Run:
 def draw(run: Run, sampler: str | None, numbers: list[int], at_once: int, **changes: Any) -> np.ndarray:
     pipeline = drawing_pipeline(run.model.family, run.model.components, sampler)
     recipe = run.recipe.model_copy(update=changes)
-    pictures = draw_pictures(pipeline, PROMPTS, recipe, (32, 32), numbers, at_once)
+    ask = partial(run.model.family.prompt_arguments, run.model.components)
+    pictures = draw_pictures(pipeline, ask, PROMPTS, recipe, (32, 32), numbers, at_once)
     return np.stack([np.asarray(picture).astype(int) for picture in pictures])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image
 
 from sd_recipes.evaluation.verdict import figures_by_step
@@ -18,11 +18,14 @@ from sd_recipes.export import report
 def figure(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Figures, as they were saved."""
     kept: list[Any] = []
-    monkeypatch.setattr(report.plt, "close", kept.append)
-    yield kept
-    monkeypatch.undo()
-    for each in kept:
-        plt.close(each)
+    savefig = Figure.savefig
+
+    def keep(self: Figure, *arguments: Any, **options: Any) -> None:
+        kept.append(self)
+        savefig(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return kept
 
 
 def figures(validations: dict[int, tuple[float, float | None]]) -> dict[str, dict[int, float]]:

@@ -80,12 +80,14 @@ def by_mem_tracker(recipe: Recipe, accuracy: ModuleType) -> int:
     forget_accelerator()
     accelerator = start_accelerator(recipe)
     family = family_of(recipe)
-    components = family.load(recipe, load_scheduler(recipe), None, weights=False)
+    components = family.load(recipe, load_scheduler(recipe), (), weights=False)
     choose_trained(recipe, family, components)
     modules = [getattr(components, name) for name in ("unet", "vae", *family.text_models)]
     for module in modules:
         accuracy.draw_weights(module, torch.device("cpu"))
-    model, state = build_model(recipe, family, components, accelerator, batch_size=8, num_steps=2, num_rows=None)
+    model, state = build_model(
+        recipe, family, components, accelerator, vae_dtype=torch.float32, batch_size=8, num_steps=2, num_rows=None
+    )
     tracker = MemTracker()
     tracker.track_external(*modules, state.optimizer.optimizer)
     batch = blank_batch(recipe, family, components, recipe.train_batch_size)

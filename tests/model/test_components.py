@@ -28,7 +28,7 @@ def load(pipeline: Path, unet_config: Path | None = None) -> Components:
         unet_config=unet_config and str(unet_config),
     )
     family = family_of(config)
-    return family.load(config, load_scheduler(config), family.load_tokenizer(config))
+    return family.load(config, load_scheduler(config), family.load_tokenizers(config))
 
 
 def one_line(error: pytest.ExceptionInfo[RecipeError]) -> str:

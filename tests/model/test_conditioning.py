@@ -7,18 +7,18 @@ from tiny_models import tiny_tokenizer
 from transformers import CLIPTextModel
 
 from sd_recipes.model.conditioning import CachedText
-from sd_recipes.model.stable_diffusion import last_hidden_states
+from sd_recipes.model.stable_diffusion import hidden_states
 
 
 def test_defect_9_the_text_cache_keeps_the_last_captions_up_to_a_number_of_bytes(tiny_pipeline: Path) -> None:
     text_encoder = CLIPTextModel.from_pretrained(tiny_pipeline, subfolder="text_encoder").eval()
     captions = [f"disc number {number}" for number in range(12)]
     input_ids = tiny_tokenizer()(captions, padding="max_length", max_length=16, return_tensors="pt").input_ids
-    expected = last_hidden_states(text_encoder, input_ids)
+    expected = hidden_states(text_encoder, input_ids)
     of_one = expected[0].nbytes
     encoded: list[int] = []
     text_encoder.register_forward_pre_hook(lambda model, inputs: encoded.append(len(inputs[0])))
-    cached = CachedText(lambda input_ids: {"encoder_hidden_states": last_hidden_states(text_encoder, input_ids)})
+    cached = CachedText(lambda input_ids: {"encoder_hidden_states": hidden_states(text_encoder, input_ids)})
     cached.max_bytes = 3 * of_one + 1
 
     def states(*rows: int) -> list[int]:

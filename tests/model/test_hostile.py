@@ -45,7 +45,7 @@ def change(path: Path, **values: Any) -> None:
 def load(model: Path) -> None:
     config = ModelConfig(pretrained_model_name_or_path=str(model))
     family = family_of(config)
-    family.load(config, load_scheduler(config), family.load_tokenizer(config))
+    family.load(config, load_scheduler(config), family.load_tokenizers(config))
 
 
 AUTO_CLASSES = ("AutoModel", "AutoConfig", "AutoTokenizer", "CLIPTextModel", "UNet2DConditionModel")

@@ -34,7 +34,7 @@ for name, settings in json.loads(sys.argv[1]).items():
     try:
         config = ModelConfig(**settings)
         family = family_of(config)
-        parts = family.load(config, load_scheduler(config), family.load_tokenizer(config))
+        parts = family.load(config, load_scheduler(config), family.load_tokenizers(config))
         for part in ("unet", "vae", "text_encoder"):
             save_file(getattr(parts, part).state_dict(), f"{name}-{part}.safetensors")
         answers[name] = ["loaded", *said]
@@ -105,7 +105,7 @@ def test_a_vae_of_its_own_repository(loaded: tuple[Path, dict[str, list[str]]], 
         ("notes", "someone/notes is a repository without a model"),
         ("file", "`hf download someone/file 'some model.safetensors' --local-dir .` and name it"),
         ("lora", "someone/lora is a LoRA: name the model that it was trained on"),
-        ("xl", "someone/xl is SDXL (StableDiffusionXLPipeline): only Stable Diffusion 1 and 2"),
+        ("xl", "someone/xl is a pipeline and lacks the folders text_encoder_2/, tokenizer_2/: add --base NAME"),
         ("absent", "someone/absent: cannot load"),
     ],
 )

@@ -32,6 +32,12 @@ PARTS_OF_SD1 = {
     "first_stage_model.encoder.conv_in.weight": (8, 3, 3, 3),
     "cond_stage_model.transformer.text_model.final_layer_norm.weight": (768,),
 }
+LABEL = "model.diffusion_model.label_emb.0.0.weight"
+PARTS_OF_XL = {
+    "first_stage_model.encoder.conv_in.weight": (8, 3, 3, 3),
+    "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (768,),
+    "conditioner.embedders.1.model.ln_final.weight": (1280,),
+}
 LORA = "a LoRA (small changes to a model, not a model): name the model that it was trained on"
 
 
@@ -43,14 +49,17 @@ LORA = "a LoRA (small changes to a model, not a model): name the model that it w
         ({CONV: (320, 5, 3, 3), **PARTS_OF_SD1}, "a depth-to-image model"),
         ({CONV: (256, 7, 3, 3), **PARTS_OF_SD1}, "an upscaling model"),
         ({CONV: (320, 4, 3, 3), "embedder.model.visual.proj": (1, 1)}, "an image-variation model (unCLIP)"),
-        (
-            {CONV: (320, 4, 3, 3), "conditioner.embedders.0.transformer.text_model.x": (1,),
-             "conditioner.embedders.1.model.ln_final.weight": (1280,), "first_stage_model.x": (1,)},
-            "SDXL: only Stable Diffusion 1 and 2 are trained here so far",
-        ),
-        ({CONV: (320, 4, 3, 3), "model.diffusion_model.label_emb.0.0.weight": (1280, 2816)}, "SDXL: only"),
-        ({"conv_in.weight": (320, 4, 3, 3), "add_embedding.linear_1.weight": (1280, 2816)}, "SDXL: only"),
         ({CONV: (384, 4, 3, 3), "conditioner.embedders.0.model.ln_final.weight": (1280,)}, "the refiner of SDXL"),
+        ({"conv_in.weight": (384, 4, 3, 3), "add_embedding.linear_1.weight": (1536, 2560)}, "the refiner of SDXL"),
+        ({CONV: (320, 9, 3, 3), LABEL: (1280, 2816), **PARTS_OF_XL}, "an inpainting model"),
+        ({CONV: (320, 8, 3, 3), LABEL: (1280, 2816), **PARTS_OF_XL}, "an instruct-pix2pix model"),
+        ({CONV: (320, 4, 3, 3), LABEL: (1280, 2816), **PARTS_OF_XL, "edm_mean": (4,)}, "a variant of SDXL that was"),
+        ({CONV: (320, 4, 3, 3), LABEL: (1280, 2816), "model.diffusion_model.time_embed.cond_proj.weight": (320, 256)},
+         "a latent consistency model (LCM), distilled to draw in a few steps"),
+        ({"conv_in.weight": (320, 4, 3, 3), "time_embedding.cond_proj.weight": (320, 256)}, "a latent consistency"),
+        ({CONV: (320, 8, 3, 3), LABEL: (1280, 768), "conditioner.embedders.0.open_clip.model.x": (1,),
+          "model.diffusion_model.input_blocks.1.0.time_stack.in_layers.0.weight": (320,)}, "an instruct-pix2pix"),
+        ({CONV: (320, 4, 3, 3), "embedder.model.visual.proj": (1, 1), LABEL: (1280, 2048)}, "an image-variation model"),
         ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (9, 9)}, "Stable Diffusion 3"),
         ({"transformer_blocks.0.norm1_context.linear.weight": (9, 9)}, "Stable Diffusion 3"),
         ({"double_blocks.0.img_attn.qkv.weight": (9, 9), "single_blocks.0.linear1.weight": (9, 9)}, "Flux"),
@@ -90,6 +99,37 @@ def test_a_file_of_another_kind_is_named(
 
 
 @pytest.mark.parametrize(
+    ("name", "metadata", "words"),
+    [
+        ("sdxl_turbo_fp16", {}, "is by its name a Turbo model, distilled to draw in a few steps: training would undo"),
+        ("dreamerXL_v21TurboDPMSDE", {}, "is by its name a Turbo model"),
+        ("sdxl_lightning_4step", {}, "is by its name a Lightning model"),
+        ("my-LCM", {}, "is by its name a latent consistency model (LCM)"),
+        ("Hyper-SDXL-8steps", {}, "is by its name a Hyper-SD model"),
+        ("dmd2_sdxl_4step_unet", {}, "is by its name a DMD model"),
+        ("x", {"modelspec.title": "SDXL Turbo"}, "is a Turbo model, distilled to draw in a few steps: training would"),
+        ("x", {"modelspec.architecture": "stable-diffusion-xl-turbo-v1"}, "is a Turbo model"),
+        ("turbojet_turbostyle", {"modelspec.title": "Enlightning"}, None),
+    ],
+)
+def test_a_model_of_few_steps_is_known_by_its_name(
+    tmp_path: Path, name: str, metadata: dict[str, str], words: str | None
+) -> None:
+    """Its tensors are those of any other; a VAE out of it is as good as one."""
+    file = tmp_path / f"{name}.safetensors"
+    shapes = {CONV: (320, 4, 3, 3), LABEL: (1280, 2816), **PARTS_OF_XL}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file, metadata)
+    if words is None:
+        family_of(ModelConfig(pretrained_model_name_or_path=str(file)))
+        return
+    said = refused(file)
+    assert said.startswith(f" {words}")
+    assert "choose the model that it was made from" in said
+    assert ("or rename the file if it is none" in said) == (not metadata)
+    source_of(ModelConfig(pretrained_model_name_or_path="x/y", vae=str(file)), "vae")
+
+
+@pytest.mark.parametrize(
     ("parts", "words"),
     [
         (("unet",), "is a UNet alone and lacks vae, text encoder, tokenizer, scheduler: add --base NAME"),
@@ -126,14 +166,15 @@ def change(path: Path, **values: Any) -> None:
 
 
 CLIP = ["transformers", "CLIPTextModelWithProjection"]
+OF_XL = {"addition_embed_type": "text_time"}
 
 
 @pytest.mark.parametrize(
     ("index", "unet", "words"),
     [
-        ({"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": CLIP}, {}, "SDXL (StableDiffusionXLPipeline)"),
         ({"text_encoder": [None, None], "text_encoder_2": CLIP}, {}, "the refiner of SDXL"),
-        ({}, {"addition_embed_type": "text_time"}, "SDXL (its UNet takes sizes and a second text state)"),
+        ({}, {**OF_XL, "projection_class_embeddings_input_dim": 2560}, "the refiner of SDXL"),
+        ({}, {"time_cond_proj_dim": 256}, "a latent consistency model (LCM)"),
         ({"_class_name": "StableDiffusionInpaintPipeline"}, {"in_channels": 9}, "an inpainting model"),
         ({}, {"in_channels": 9}, "an inpainting model"),
         ({}, {"in_channels": 8}, "an instruct-pix2pix model"),

@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from single_files import (
     WEIGHTS,
     config_of,
-    original_clip,
-    original_open_clip,
+    original_text,
     original_unet,
     original_vae,
     part_of,
@@ -26,13 +25,14 @@ from single_files import (
 )
 from tiny_models import build_tiny_pipeline
 from training_runs import assert_equal, assert_leaves_as_it_came, forget_accelerator
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sd_recipes import assets
 from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import Components, load_sampler, load_scheduler, load_vae
 from sd_recipes.model.families import family_of
+from sd_recipes.model.loading import HARMLESS
 from sd_recipes.model.original_layout import original_tensors, take_part
 from sd_recipes.model.weight_files import Weights
 from sd_recipes.recipe import ModelConfig, Recipe
@@ -46,7 +46,7 @@ def config_for(model: Path, **flags: Any) -> ModelConfig:
 def load(model: Path, **flags: Any) -> Components:
     config = config_for(model, **flags)
     family = family_of(config)
-    return family.load(config, load_scheduler(config), family.load_tokenizer(config))
+    return family.load(config, load_scheduler(config), family.load_tokenizers(config))
 
 
 def assert_parts_of(components: Components, pipeline: Path, *parts: str) -> None:
@@ -70,37 +70,8 @@ def test_the_layout_is_the_one_that_diffusers_reads(tiny_pipeline: Path, tmp_pat
         assert_equal(theirs.state_dict(), part_of(tiny_pipeline, part))
 
 
-@pytest.mark.parametrize("generation", [1, 2])
-def test_the_configurations_that_come_along_fit_checkpoints_of_full_size(generation: int) -> None:
-    """By names and shapes, with no memory: our names into the original layout, diffusers' converters out of it."""
-    folder = assets.CONFIGURATIONS[generation]
-    with init_empty_weights():
-        unet_config, vae_config = config_of(folder, "unet"), config_of(folder, "vae")
-        unet, vae = UNet2DConditionModel.from_config(unet_config), AutoencoderKL.from_config(vae_config)
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(config_of(folder, "text_encoder")))
-    # As counted in the checkpoints themselves.
-    assert [len(part.state_dict()) for part in (unet, vae)] == [686, 248]
-    assert len(text_encoder.state_dict()) == {1: 196, 2: 372}[generation]
-    assert sum(parameter.numel() for parameter in unet.parameters()) == {1: 859_520_964, 2: 865_910_724}[generation]
-
-    original = {
-        "unet": original_unet(unet.state_dict(), unet_config),
-        "vae": original_vae(vae.state_dict(), vae_config),
-    }
-    converted = {
-        "unet": single_file_utils.convert_ldm_unet_checkpoint(original["unet"], unet_config),
-        "vae": single_file_utils.convert_ldm_vae_checkpoint(original["vae"], vae_config),
-    }
-    for part, module in (("unet", unet), ("vae", vae)):
-        shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-        assert {name: tuple(value.shape) for name, value in converted[part].items()} == shapes
-        in_file = Weights("file", {name: tuple(value.shape) for name, value in original[part].items()}, {}.__getitem__)
-        assert take_part(in_file, part, module.config, shapes).shapes.keys() == shapes.keys()
-
-
-@pytest.mark.parametrize("generation", [1, 2])
-def test_what_is_written_of_full_size_has_every_tensor_of_the_originals(generation: int) -> None:
-    """Against the tests' own writer: names and shapes, and OpenCLIP's last layer, which programs look for."""
+def of_full_size(generation: assets.Generation) -> dict[str, Any]:
+    """The parts that have weights, by the configurations that come along, without memory."""
     folder = assets.CONFIGURATIONS[generation]
     with init_empty_weights():
         parts = {
@@ -108,16 +79,71 @@ def test_what_is_written_of_full_size_has_every_tensor_of_the_originals(generati
             "vae": AutoencoderKL.from_config(config_of(folder, "vae")),
             "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(config_of(folder, "text_encoder"))),
         }
+        if generation == "XL":
+            config = CLIPTextConfig.from_dict(config_of(folder, "text_encoder_2"))
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(config)
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("generation", "num_parameters", "num_tensors"),
+    [
+        (1, 859_520_964, [686, 248, 196]),
+        (2, 865_910_724, [686, 248, 372]),
+        ("XL", 2_567_463_684, [1680, 248, 196, 517]),
+    ],
+)
+def test_the_configurations_that_come_along_fit_checkpoints_of_full_size(
+    generation: assets.Generation, num_parameters: int, num_tensors: list[int]
+) -> None:
+    """By names and shapes, with no memory: our names into the original layout, diffusers' converters out of it."""
+    parts = of_full_size(generation)
+    # As counted in the checkpoints themselves.
+    assert [len(module.state_dict()) for module in parts.values()] == num_tensors
+    assert sum(parameter.numel() for parameter in parts["unet"].parameters()) == num_parameters
+
+    original = {
+        part: original_tensors(part, module.state_dict(), module.config, generation) for part, module in parts.items()
+    }
+    converted = {
+        "unet": single_file_utils.convert_ldm_unet_checkpoint(original["unet"], parts["unet"].config),
+        "vae": single_file_utils.convert_ldm_vae_checkpoint(original["vae"], parts["vae"].config),
+    }
+    if generation == "XL":
+        converted["text_encoder_2"] = single_file_utils.convert_open_clip_checkpoint(
+            parts["text_encoder_2"], original["text_encoder_2"], prefix="conditioner.embedders.1.model."
+        )
+    for part, module in parts.items():
+        shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        if part in converted:
+            assert {name: tuple(value.shape) for name, value in converted[part].items()} == shapes
+        in_file = Weights("file", {name: tuple(value.shape) for name, value in original[part].items()}, {}.__getitem__)
+        taken = take_part(in_file, part, module.config, shapes).shapes
+        if part == "text_encoder" and generation != 2:
+            taken = {name.removeprefix("text_model."): shape for name, shape in taken.items()}
+        left_over = {name for name in taken.keys() - shapes.keys() if not HARMLESS[part].match(name)}
+        assert not left_over
+        assert {name: taken[name] for name in shapes} == {
+            name: taken[name] if "attentions" in name and part == "vae" else shape for name, shape in shapes.items()
+        }
+
+
+@pytest.mark.parametrize("generation", [1, 2, "XL"])
+def test_what_is_written_of_full_size_has_every_tensor_of_the_originals(generation: assets.Generation) -> None:
+    """Against the tests' own writer: names and shapes, and OpenCLIP's last layer, which programs look for."""
+    parts = of_full_size(generation)
     tensors = {part: module.state_dict() for part, module in parts.items()}
     expected = original_unet(tensors["unet"], parts["unet"].config) | original_vae(tensors["vae"], parts["vae"].config)
-    expected |= (original_clip if generation == 1 else original_open_clip)(tensors["text_encoder"])
+    expected |= original_text(generation, tensors["text_encoder"], tensors.get("text_encoder_2"))
     written: dict[str, torch.Tensor] = {}
     for part, module in parts.items():
         written |= original_tensors(part, tensors[part], module.config, generation)
     assert {name: value.shape for name, value in written.items()} == {
         name: value.shape for name, value in expected.items()
     }
-    assert len(written) == {1: 686 + 248 + 197, 2: 686 + 248 + 24 * 12 + 6}[generation]
+    assert len(written) == {
+        1: 686 + 248 + 197, 2: 686 + 248 + 24 * 12 + 6, "XL": 1680 + 248 + 197 + 32 * 12 + 6
+    }[generation]  # fmt: skip
 
 
 def test_the_tokenizer_that_comes_along_is_clips(tmp_path: Path) -> None:
@@ -127,7 +153,7 @@ def test_the_tokenizer_that_comes_along_is_clips(tmp_path: Path) -> None:
         model |= {"first_stage_model.x": torch.zeros(1), "cond_stage_model.transformer.x": torch.zeros(1)}
         save_file(model, tmp_path / f"{generation}.safetensors")
         config = config_for(tmp_path / f"{generation}.safetensors")
-        tokenizer = family_of(config).load_tokenizer(config)
+        (tokenizer,) = family_of(config).load_tokenizers(config)
         assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
         assert tokenizer("It's naïve, 日本! 🙂").input_ids[1:6] == [585, 568, 1097, 35689, 563]
         assert (len(tokenizer), tokenizer.pad_token_id, tokenizer.model_max_length) == (49408, pad, 77)

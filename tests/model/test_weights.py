@@ -200,7 +200,7 @@ def test_a_tokenizer_takes_the_length_of_the_text_encoder(
     path.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
     config = config_for(model)
     with caplog.at_level(logging.INFO, logger="sd_recipes"):
-        assert family_of(config).load_tokenizer(config).model_max_length == 16
+        assert family_of(config).load_tokenizers(config)[0].model_max_length == 16
     assert "length is the text encoder's: 16 tokens" in caplog.text
 
 
@@ -287,7 +287,7 @@ def test_a_file_that_is_something_else_is_called_what_it_is(
 
 
 def pickled(model: Path) -> Path:
-    for part in WEIGHTS:
+    for part in ("unet", "vae", "text_encoder"):
         path = model / part / WEIGHTS[part]
         torch.save(
             load_file(path), path.with_name("pytorch_model.bin" if part == "text_encoder" else f"{path.stem}.bin")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from launching import finish, flags_of, launcher_environment, start, torchrun
 from safetensors.torch import load_file
 from test_distributed import CONFIGS, assert_close, losses, samples, saved
@@ -92,6 +92,38 @@ def test_a_divided_run_is_the_whole_one_and_goes_on_to_the_bit(
         UNet2DConditionModel.load_config(uninterrupted / "checkpoint-6" / "unet")["_class_name"]
         == "UNet2DConditionModel"
     )
+
+
+@pytest.mark.slow
+def test_sdxls_unet_is_divided_too(
+    settings: dict[str, Any], tiny_xl_pipeline: Path, fsdp: dict[str, str], tmp_path: Path
+) -> None:
+    settings |= {"pretrained_model_name_or_path": str(tiny_xl_pipeline), "max_train_steps": 3}
+    one = train(settings, train_batch_size=4, gradient_accumulation_steps=1, output_dir=str(tmp_path / "one"))
+    assert "sharded over 2 processes (FSDP2)" in run_divided(fsdp, 2, settings, output_dir=tmp_path / "two")
+    assert_close(weights(one), saved(tmp_path / "two", 3, "unet"))
+    assert_close(average(one).named_tensors(), saved(tmp_path / "two", 3, "unet_ema"))
+    unet = StableDiffusionXLPipeline.from_pretrained(tmp_path / "two").unet
+    assert_equal(unet.state_dict(), saved(tmp_path / "two", 3, "unet_ema"))
+
+
+@pytest.mark.slow
+def test_a_divided_run_has_the_rates_of_the_whole_one_and_leaves_frozen_weights_alone(
+    settings: dict[str, Any], fsdp: dict[str, str], tmp_path: Path
+) -> None:
+    groups = {"*.down_blocks.*": 0.0, "*.attn2.*": 0.02}
+    one = train(
+        settings, train_batch_size=4, gradient_accumulation_steps=1, output_dir=str(tmp_path / "one"),
+        param_groups=[{"pattern": pattern, "learning_rate": rate} for pattern, rate in groups.items()],
+    )  # fmt: skip
+    assert any(not each.requires_grad for each in one.model.components.unet.parameters())
+    words = [f"{pattern}={rate}" for pattern, rate in groups.items()]
+    flags = [*flags_of(settings | {"output_dir": tmp_path / "two"}), "--param_groups", *words]
+    finish(start(torchrun(2), *flags, script="tests/record_samples.py", **fsdp))
+    assert_close(weights(one), saved(tmp_path / "two", 6, "unet"))
+    assert_close(average(one).named_tensors(), {
+        name: each for name, each in saved(tmp_path / "two", 6, "unet_ema").items() if name in average(one).names
+    })  # fmt: skip
 
 
 def test_a_divided_gradient_is_the_mean_over_the_usable_rows(

@@ -64,7 +64,7 @@ def test_a_step_that_is_not_finite_leaves_all_but_the_position(settings: dict[st
 
 def spoil_caption_of(run: Run, caption: str) -> None:
     """Its states become NaN, whenever it comes."""
-    (ids,) = run.model.family.tokenize(run.model.components.tokenizer, [caption], run.recipe)
+    (ids,) = run.model.family.tokenize([run.model.components.tokenizer], [caption], run.recipe)
     encode: Callable[[torch.Tensor], Any] = run.model.encode_text
 
     def spoiled(input_ids: torch.Tensor) -> Any:

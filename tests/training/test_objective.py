@@ -258,6 +258,13 @@ def test_pseudo_huber_keeps_small_errors_that_a_difference_would_lose() -> None:
         ({"huber_c": 0.2}, "--huber_c 0.2 is not read without --loss_type huber"),
         ({"huber_schedule": "constant"}, "--huber_schedule constant is not read without --loss_type huber"),
         ({"logit_mean": 1}, "is not read without --timestep_sampling logit_normal"),
+        ({"timestep_bias_multiplier": 2}, "is not read without --timestep_bias_strategy later"),
+        (
+            {"timestep_bias_strategy": "later", "timestep_sampling": "logit_normal"},
+            "both say which timesteps are drawn",
+        ),
+        ({"timestep_bias_strategy": "range", "timestep_bias_begin": 1000}, "leaves no timestep before"),
+        ({"timestep_bias_strategy": "range", "timestep_bias_portion": 0.5}, "is not read without"),
         ({"multires_noise_discount": 0.5}, "is not read without --multires_noise_iterations 6"),
         ({"timestep_sampling": "logit_normal", "logit_mean": float("nan")}, "finite number"),
     ],
