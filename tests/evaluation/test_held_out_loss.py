@@ -120,7 +120,7 @@ def test_a_process_may_have_no_sample(settings: dict[str, Any]) -> None:
     assert sorted_table([of_set(table, "train", "raw") for table in found]).num_rows == 0
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_captions_are_encoded_once_and_the_errors_are_those_of_encoding_them_anew(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:

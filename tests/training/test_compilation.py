@@ -53,6 +53,7 @@ VALIDATED = {"validation_split": "train", "validation_steps": 1, "validation_pro
              "validation_inference_steps": 1}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_blocks_share_programs_that_validations_do_not_use(
     settings: dict[str, Any], programs: list[torch.fx.GraphModule], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -101,3 +101,11 @@ def test_the_arithmetic_of_an_image_is_that_of_all_products(tiny_pipeline: Path)
 ])  # fmt: skip
 def test_peaks_by_name(name: str, precision: str, expected: float | None) -> None:
     assert peak_of(name, precision) == expected
+
+
+@pytest.mark.slow
+def test_an_sdxl_run_is_counted_too(xl_settings: dict[str, Any]) -> None:
+    run = train(xl_settings, profile_steps=1, max_train_steps=4, lora_rank=2)
+    assert run.model.utilisation is not None
+    assert run.model.utilisation.flops
+    assert (run.output_dir / "profile" / "step-000004.txt").is_file()

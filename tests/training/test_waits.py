@@ -99,7 +99,8 @@ def between_logs(run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Co
 
 @pytest.mark.parametrize("changes", [
     {"use_ema": True, "snr_gamma": 5.0, "gradient_accumulation_steps": 2, "train_batch_size": 4, "micro_batch": 3},
-    {"lora_rank": 2, "lora_dropout": 0.1, "lora_text_encoder": True, "loss_type": "huber", "dream_training": True},
+    pytest.param({"lora_rank": 2, "lora_dropout": 0.1, "lora_text_encoder": True, "loss_type": "huber",
+                  "dream_training": True}, marks=pytest.mark.slow),
     {"cache_latents": "disk", "center_crop": True, "random_flip": True, "noise_offset": 0.1,
      "input_perturbation": 0.1, "max_train_steps": STEPS, "train_batch_size": 3, "micro_batch": 2},
     pytest.param({"learned_uncertainty": True, "prediction_type": "v_prediction"}, marks=pytest.mark.slow),
