@@ -133,4 +133,4 @@ def test_a_wait_and_a_copy_of_pageable_memory_would_be_noticed(
     monkeypatch.setattr(Batch, "pin_memory", lambda batch: batch)
     with between_logs(run, monkeypatch) as (waits, pageable):
         assert sum(waits.values()) == 3 * (STEPS - 1)
-        assert any("in to" in each or "last_hidden_states" in each for each in pageable)
+        assert len(pageable) >= 2 * (STEPS - 1), "input_ids, and what else a batch has"
