@@ -202,6 +202,12 @@ class RunConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "free", "Where to train; `auto` leaves it to accelerate.")
     allow_tf32: bool = setting(False, "warned", "Use TF32 in matrix products and convolutions (Ampere GPUs and later).")
+    profile_steps: int = setting(
+        0,
+        "free",
+        "Profile this many steps, from the fourth on: a trace and a table by phase in OUTPUT_DIR/profile.",
+        ge=0,
+    )
     local_rank: int = setting(-1, "free", "Accepted for old launchers; LOCAL_RANK in the environment is used.")
 
 
@@ -392,7 +398,13 @@ class DataConfig(Section):
     max_bad_rows: int | None = setting(
         None, "free", "Stop when more rows than this are unusable; if not given, at 1 % of the rows.", ge=0
     )
-    dataloader_num_workers: int = setting(0, "free", "Number of loader processes; 0 reads ahead in a thread.", ge=0)
+    dataloader_num_workers: int | None = setting(
+        None,
+        "free",
+        "Number of loader processes; 0 reads ahead in a thread. If not given, 0 on a CPU, and on a GPU one for each "
+        "core of a training process, at most 8, for which shared memory has room.",
+        ge=0,
+    )
 
 
 class ImageConfig(Section):
@@ -981,7 +993,19 @@ class MemoryConfig(Section):
     channels_last: Literal["auto", "always", "never"] = setting(
         "auto", "warned", "Memory format of UNet and VAE; auto: channels last, except for float32 on a GPU."
     )
-    compile_unet: bool = setting(False, "warned", "Compile the UNet with torch.compile.")
+    cudnn_benchmark: bool = setting(
+        False,
+        "warned",
+        "Let cuDNN time its convolutions for each shape and take the fastest, which may be another one in the next "
+        "run: what is repeated or resumed then is the same up to rounding.",
+    )
+    compile: Literal["blocks", "unet", "graphs"] | None = setting(
+        None,
+        "warned",
+        "Compile the UNet with torch.compile: its blocks, the whole of it, or the whole of it as CUDA graphs "
+        "(docs/gpu.md).",
+    )
+    compile_unet: bool = setting(False, "free", "Same as --compile unet.")
     memory: str | None = setting(
         None,
         "free",
@@ -1165,6 +1189,14 @@ class Recipe(
 
     @model_validator(mode="before")
     @classmethod
+    def name_what_is_compiled(cls, settings: Any) -> Any:
+        """`--compile_unet` is another way to say `--compile unet`."""
+        if isinstance(settings, dict) and settings.get("compile_unet") is True and settings.get("compile") is None:
+            return {**settings, "compile": "unet"}
+        return settings
+
+    @model_validator(mode="before")
+    @classmethod
     def name_the_rank(cls, settings: Any) -> Any:
         """`--rank` is another way to say `--lora_rank`."""
         if isinstance(settings, dict) and settings.get("rank") is not None and settings.get("lora_rank") is None:
@@ -1238,6 +1270,8 @@ class Recipe(
             raise ValueError("--train_from_scratch loads no UNet, so --non_ema_revision contradicts it: drop one")
         if self.use_8bit_adam and self.optimizer not in EIGHT_BIT_ADAMW:
             raise ValueError(f"--use_8bit_adam contradicts --optimizer {self.optimizer}: drop one of them")
+        if self.compile_unet and self.compile != "unet":
+            raise ValueError(f"--compile_unet contradicts --compile {self.compile}: drop one of them")
         if self.ema_length != DIFFUSERS_LENGTH and self.ema_decay != OptimConfig.model_fields["ema_decay"].default:
             raise ValueError(
                 f"--ema_decay {self.ema_decay} contradicts --ema_length {self.ema_length}, which gives the decays: "
@@ -1321,6 +1355,11 @@ def odd_settings(recipe: Recipe) -> list[str]:
         odd.append(
             f"--micro_batch {recipe.micro_batch} does nothing, for a batch has --train_batch_size "
             f"{recipe.train_batch_size} images."
+        )
+    if recipe.cudnn_benchmark and recipe.aspect_ratio_buckets:
+        odd.append(
+            "--cudnn_benchmark times every convolution anew for each of the sizes of --aspect_ratio_buckets, which may "
+            "take longer than it saves."
         )
     if recipe.optimizer == PRODIGY and not 0.5 <= recipe.learning_rate <= 2:
         odd.append(

@@ -21,6 +21,7 @@ from sd_recipes.data.captions import caption_columns
 from sd_recipes.data.latent_store import ROWS_PER_FILE, LatentStore, open_cached, provenance_of
 from sd_recipes.data.order import MicroBatch, Order
 from sd_recipes.data.training_data import load_training_data
+from sd_recipes.data.workers import num_workers_of
 from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.export.hub import PushError
 from sd_recipes.model.components import latent_shape_of, load_scheduler, load_vae
@@ -89,7 +90,7 @@ def fill_cache(recipe: Recipe) -> Path:
     batches = TrainingBatches(
         builder,
         lambda *_: iter(plans),
-        num_workers=recipe.dataloader_num_workers,
+        num_workers=num_workers_of(recipe, accelerator.device.type),
         pin_memory=accelerator.device.type == "cuda",
     )
     with (

@@ -274,12 +274,12 @@ class Scorer:
         recipe, size = built.recipe, built.validator.picture_size
         name = config.feature_model or (TINY_FEATURES if max(size) <= TINY_SIDE else None)
         clip = config.clip_model or (TINY_FEATURES if name == TINY_FEATURES else None)
-        image_text = ImageTextScore(clip, recipe.cache_dir) if clip else None
+        device = built.accelerator.device
+        image_text = ImageTextScore(clip, device, recipe.cache_dir) if clip else None
         if name is None:
             why = "there are no scores of features: name a network by --feature_model, such as facebook/dinov2-small"
             logger.warning("%s.", why.capitalize())
             return cls(image_text, None, why_not=why)
-        device = built.accelerator.device
         features = FeatureModel(name, device=device, batch_size=config.batch_size, cache_dir=recipe.cache_dir)
         assert built.data.held_out is not None
         assert built.data.rows is not None or built.data.watched is not None

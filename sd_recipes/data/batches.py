@@ -21,18 +21,18 @@ from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
 from sd_recipes.data.columns import LATENT_MASK, MASK, SIZE_COLUMNS
 from sd_recipes.data.draws import PLAIN, Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
-from sd_recipes.data.latent_store import SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
+from sd_recipes.data.latent_store import END, SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
 from sd_recipes.data.masks import check_shows_white, fit_mask, is_black, mask_of, mirrored, weights_of_masks
 from sd_recipes.data.noise import training_noise
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import CaptionConfig, ObjectiveConfig, Recipe
+from sd_recipes.runtime.host_memory import pinned_like
 from sd_recipes.runtime.signals import outlive_signals
 
 RECIPE_ERROR = f"{RecipeError.__module__}.{RecipeError.__qualname__}"
 SMALL = 2**14  # bytes of a tensor that a worker sends through its pipe: sharing memory takes longer
 READ_AHEAD = 2  # micro-batches, of the reading thread and of each worker process
-END = 2**62  # an epoch that is never reached
 
 Row = dict[str, Any]
 Encode = Callable[[torch.Tensor], torch.Tensor]  # uint8 pixels (U, 3, H, W) to moments (U, 2C, h, w)
@@ -47,7 +47,7 @@ class Batch:
     """
 
     pixels: torch.Tensor  # (U, 3, H, W) uint8, of the rows in `to_encode`
-    to_encode: torch.Tensor  # (U,) int64: the places in the batch whose moments are still to be made
+    to_encode: torch.Tensor  # (U,) int64, ascending: the places in the batch whose moments are still to be made
     moments: torch.Tensor | None  # (B, 2C, h, w) float32 of the other rows; None if there are none
     flip: torch.Tensor  # (B,) bool: still to be mirrored, where the store keeps both
     input_ids: torch.Tensor  # (B, L) int64
@@ -94,7 +94,10 @@ class Batch:
         return moments
 
     def in_parts_of(self, size: int) -> list[Batch]:
-        """The same samples with the same draws in batches of at most `size`, as even as possible."""
+        """The same samples with the same draws in batches of at most `size`, as even as possible.
+
+        Views, so that pinned memory stays pinned.
+        """
         return self.split(math.ceil(len(self.weights) / size))
 
     def split(self, number: int) -> list[Batch]:
@@ -103,7 +106,7 @@ class Batch:
         return [self._part(start, end, is_last=end == bounds[-1]) for start, end in itertools.pairwise(bounds)]
 
     def _part(self, start: int, end: int, *, is_last: bool) -> Batch:
-        live = (self.to_encode >= start) & (self.to_encode < end)
+        live = slice(*torch.searchsorted(self.to_encode, torch.tensor([start, end])).tolist())
         plan = replace(
             self.plan,
             rows=self.plan.rows[start:end],
@@ -112,8 +115,8 @@ class Batch:
             is_last=self.plan.is_last and is_last,
             examples=None if self.plan.examples is None else self.plan.examples[start:end],
         )
-        own: dict[str, Any] = {"plan": plan, "pixels": self.pixels[live], "to_encode": self.to_encode[live] - start}
-        own["records"] = [self.records[number] for number in live.nonzero()[:, 0].tolist()]
+        own: dict[str, Any] = {"plan": plan, "pixels": self.pixels[live], "records": self.records[live]}
+        own["to_encode"] = pinned_like(self.to_encode[live] - start, self.to_encode)
         own["bad"] = self.bad if start == 0 else ()
         for name in (field.name for field in fields(self) if field.name not in own):
             whole = getattr(self, name)
@@ -440,7 +443,7 @@ class TrainingBatches:
             if (first := next(plans, None)) is None:
                 return
             # An epoch may have fewer micro-batches than there are workers: some begin with a later one.
-            self.builder.store.start_at(first.epoch)
+            self.builder.store.start_at(first.epoch, is_within=samples_seen > 0)
             plans = itertools.chain([first], plans)
         if self.num_workers == 0:
             yield from self._read_ahead(plans)

@@ -44,6 +44,7 @@ ROWS_PER_FILE = 2048
 BYTES_PER_FILE = 256 * 2**20
 SHARED_MEMORY = Path("/dev/shm")
 NUMBERS_TO_SORT = 2**16
+END = 2**62  # an epoch that is never reached
 PARTIAL = ".partial"  # of a file that is being written, and locked
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -200,7 +201,7 @@ class LatentStore:
     Copies in loader workers read; the one in the training process also writes, in a thread. Readers see
     what was there when they last looked: at the start of the run, and at the start of every epoch, for which
     they wait until `publish_epoch` says that the epoch before is written. So which rows come from the cache does
-    not depend on timing.
+    not depend on timing. After an epoch of all rows there is nothing more to wait for.
     """
 
     def __init__(self, folder: Path, provenance: dict[str, Any], rank: int, *, temporary: bool = False) -> None:
@@ -218,7 +219,7 @@ class LatentStore:
         self._describe(json.dumps(provenance, indent=1, sort_keys=True) + "\n")
         _remove_leftovers(folder)
         self._published = torch.zeros(1, dtype=torch.int64).share_memory_()  # epoch that readers may begin
-        self._seen_epoch = 0
+        self._seen_epoch = self._first_whole_epoch = 0
         self._files: list[Path] = []
         self._tables: dict[int, pa.Table] = {}
         self._keys = np.zeros(0, dtype=np.uint64)
@@ -262,9 +263,12 @@ class LatentStore:
         """Rows that readers see."""
         return len(self._keys)
 
-    def start_at(self, epoch: int) -> None:
-        """The run begins within this epoch, which waits for nothing; call it before the workers get their copies."""
-        self._seen_epoch = epoch
+    def start_at(self, epoch: int, *, is_within: bool) -> None:
+        """The run begins with this epoch, or within it; it waits for nothing.
+
+        Call it before the workers get their copies.
+        """
+        self._seen_epoch, self._first_whole_epoch = epoch, epoch + is_within
 
     def begin_epoch(self, epoch: int) -> None:
         """Wait until the epochs before are published, and look at what they wrote."""
@@ -272,14 +276,18 @@ class LatentStore:
             return
         while self._published.item() < epoch:
             time.sleep(0.005)
-        self._seen_epoch = epoch
+        self._seen_epoch = int(self._published.item())
         self._look()
 
-    def end_epoch(self, epoch: int) -> None:
-        """Make the rows of an epoch available to the next one, on all processes; all of them have to call it."""
+    def end_epoch(self, epoch: int, *, has_all_rows: bool) -> None:
+        """Make the rows of an epoch available to the next one, on all processes; all of them have to call it.
+
+        After one that had all rows, and that the run did not begin within, there is nothing more to wait for: readers
+        go on into later epochs while the step before them is still on its way.
+        """
         self.flush()
         wait_for_all()
-        self.publish_epoch(epoch + 1)
+        self.publish_epoch(END if has_all_rows and epoch >= self._first_whole_epoch else epoch + 1)
 
     def publish_epoch(self, epoch: int) -> None:
         """Let readers continue to `epoch`: all processes have written everything before it."""

@@ -111,6 +111,11 @@ class Order:
     def num_rows(self) -> int:
         return sum(self.source_lengths)
 
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether every epoch has each row; one of weighted sources may leave some to the next."""
+        return self.source_weights is None
+
     def num_steps(self, num_epochs: int, samples_seen: int = 0) -> int:
         """Optimizer steps from a position until `num_epochs` epochs are over."""
         epoch, first = divmod(samples_seen, self.num_rows)

@@ -38,7 +38,9 @@ from sd_recipes.training.loop import backward, update
 
 BLOCK = {"cuda": 512, "cpu": 64}  # bytes that allocations are rounded up to (c10/cuda/CUDACachingAllocator.cpp)
 # What needs the real device: the compiler's savings are not counted, and xFormers takes what torch's attention takes.
-NOT_TRACED = {"compile_unet": False, "enable_xformers_memory_efficient_attention": False}
+NOT_TRACED = {
+    "compile": None, "compile_unet": False, "enable_xformers_memory_efficient_attention": False, "profile_steps": 0,
+}  # fmt: skip
 WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE, FROZEN = "weights", "gradients", "optimizer states", "average", "frozen models"
 ENCODED, FLOWING, WORKSPACE = "VAE and text", "activations' gradients", "workspace"
 

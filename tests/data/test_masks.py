@@ -304,9 +304,9 @@ def test_a_held_out_loss_is_masked_too(masked: dict[str, Any], tmp_path: Path) -
 
 
 def test_the_mistakes_of_flags() -> None:
-    with pytest.raises(ValueError, match=r"--unmasked_weight 0.1 is not read without --masked_loss"):
+    with pytest.raises(ValueError, match=r"--unmasked_weight is not read without --masked_loss"):
         DataSettings(train_data_dir="x", unmasked_weight=0.1)
-    with pytest.raises(ValueError, match=r"--mask_column matte is not read without --masked_loss"):
+    with pytest.raises(ValueError, match=r"--mask_column is not read without --masked_loss"):
         DataSettings(train_data_dir="x", mask_column="matte")
     with pytest.raises(ValueError, match="unmasked_weight"):
         DataSettings(train_data_dir="x", **MASKED, unmasked_weight=1)

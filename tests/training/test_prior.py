@@ -298,7 +298,7 @@ def test_a_dry_run_draws_nothing(prior: dict[str, Any], tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"class_data_dir": None}, "--class_prompt a disc is of class pictures, and there is no folder for them"),
+        ({"class_data_dir": None}, "--class_prompt is of class pictures, and there is no folder for them"),
         ({"class_prompt": None, "num_class_images": 5}, "--num_class_images 5 are drawn by a caption: add"),
         ({"prior_loss_weight": 0}, "prior_loss_weight"),
         ({"streaming": True, "max_train_steps": 1}, "class pictures (--class_data_dir, is_reg) come beside"),
