@@ -8,7 +8,6 @@ optimizer, or what gradient checkpointing recomputes.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sd_recipes.model.conditioning import Conditioning, unet_arguments
-
-logger = logging.getLogger(__name__)
 
 # Teraflop/s of dense products by precision, by a part of torch's name for the device; the first that fits. From
 # NVIDIA's data sheets (H100, H200, A100, L40S, L4, V100, T4; those with sparsity halved) and white papers (Ada GPU
