@@ -22,6 +22,7 @@ from sd_recipes.flags import load_recipe, recipe_text
 from sd_recipes.memory.plan import Untraceable, plan_memory
 from sd_recipes.memory.remedies import BF16_WEIGHTS, EIGHT_BIT, FUSED_BACKWARD
 from sd_recipes.memory.step import OPTIMIZER
+from sd_recipes.optimizers import read_kwargs
 from sd_recipes.recipe import Recipe
 from sd_recipes.training.build import UNET_WEIGHTS, Run
 from sd_recipes.training.optimizer_check import check_optimizer
@@ -164,6 +165,15 @@ def test_settings_of_an_optimizer_are_the_same_by_flags_and_in_a_recipe(tmp_path
     assert load_recipe(["--config", str(tmp_path / "recipe.yaml")]).model_dump(exclude={"config"}) == (
         by_flags.model_dump(exclude={"config"})
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("(0.9,0.99)", [0.9, 0.99]), ("0.9,0.99", [0.9, 0.99]), ("[0.9, 0.99]", [0.9, 0.99]), ("(0.9,)", [0.9]),
+     ("(0.9)", 0.9), ("(1e-30, 1e-3)", [1e-30, 1e-3]), ("'warm'", "warm"), ("", None)],
+)  # fmt: skip
+def test_values_of_settings_are_read_as_other_trainers_do(text: str, value: Any) -> None:
+    assert read_kwargs([f"name={text}"]) == {"name": value}
 
 
 def test_prodigys_rate_is_1_and_others_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.memory.plan import plan_memory
 from sd_recipes.memory.step import AVERAGE, GRADIENTS, OPTIMIZER
 from sd_recipes.recipe import Recipe
-from sd_recipes.training.build import UNET_WEIGHTS, Run
+from sd_recipes.training.build import UNET_WEIGHTS, Run, describe
 
 GROUPS = [
     {"pattern": "*.attn2.*", "learning_rate": 1e-5},
@@ -42,6 +42,12 @@ def test_the_first_pattern_that_matches_counts(settings: dict[str, Any]) -> None
             assert found[f"unet/{name}"] == pytest.approx(8e-4)
         elif "down_blocks." in name:
             assert f"unet/{name}" not in found
+    unet, lines = run.model.components.unet, describe(run).splitlines()
+    attention = [each for name, each in unet.named_parameters() if ".attn2." in name]
+    number = sum(each.numel() for each in attention)
+    place = lines.index(f"  parameters of groups *.attn2.*=1e-05 has {number:,} in {len(attention)} tensors")
+    assert lines[place + 1].startswith(f"{'':<23}unet.mid_block.*=0.0002 has ")
+    assert lines[place + 2].startswith(f"{'':<23}*.down_blocks.*=0 has ")
     assert list(found) == list(run.state.optimized), "saved and restored in this order"
 
 
