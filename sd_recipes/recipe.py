@@ -1361,16 +1361,6 @@ def odd_settings(recipe: Recipe) -> list[str]:
             "--cudnn_benchmark times every convolution anew for each of the sizes of --aspect_ratio_buckets, which may "
             "take longer than it saves."
         )
-    if recipe.optimizer == PRODIGY and not 0.5 <= recipe.learning_rate <= 2:
-        odd.append(
-            f"--learning_rate {recipe.learning_rate:g} multiplies the rate that --optimizer {PRODIGY} finds by itself: "
-            "its authors leave it at 1, and change d_coef by --optimizer_kwargs where that rate is too small or large."
-        )
-    if recipe.optimizer == SCHEDULE_FREE and not recipe.lr_scheduler.startswith("constant"):
-        odd.append(
-            f"--lr_scheduler {recipe.lr_scheduler} lowers a rate that --optimizer {SCHEDULE_FREE} needs constant, for "
-            "its average of the weights takes the place of a schedule: use constant, or constant_with_warmup."
-        )
     if recipe.offload_ema and not (recipe.use_ema or recipe.ema_snapshots):
         odd.append("--offload_ema does nothing without --use_ema or --ema_snapshots.")
     if recipe.ema_length != DIFFUSERS_LENGTH and not recipe.use_ema:

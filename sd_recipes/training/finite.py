@@ -45,5 +45,5 @@ def has_finite_weights(state: TrainState, accelerator: Accelerator) -> bool:
     for part in state.parts.values():
         tensors += part.parameters.values()
         for average in part.averages.values():
-            tensors += average.named_tensors().values()
+            tensors += average.held().values()
     return are_finite(accelerator, tensors)
