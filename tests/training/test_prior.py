@@ -225,6 +225,20 @@ def test_it_predicts_as_before_training(prior: dict[str, Any], changes: dict[str
     assert not torch.allclose(before, predicted_by(trained), atol=1e-3)
 
 
+def test_what_is_frozen_of_a_lora_stays_so(prior: dict[str, Any]) -> None:
+    """Each prediction of the model as it was switches the LoRA off and on; frozen layers are still not trained."""
+    groups = [{"pattern": "*lora_A*", "learning_rate": 0}]
+    prior |= {"lora_rank": 2, "param_groups": groups, "checkpointing_steps": 1, **MODEL}
+    first = build(prior)
+    before = weights(first)
+    fit_from(first)
+    after = weights(train(prior, max_train_steps=2, resume_from_checkpoint="latest"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".lora_B." in name}
+    needs_gradient = {name for name, each in first.model.components.unet.named_parameters() if each.requires_grad}
+    assert needs_gradient == moved
+
+
 @pytest.mark.parametrize("pipeline", ["tiny_pipeline", "tiny_xl_pipeline"])
 def test_what_it_teaches_is_its_prediction(
     prior: dict[str, Any], pipeline: str, request: pytest.FixtureRequest
