@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from launching import finish, flags_of, start, torchrun
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import build_image_folder
 from training_runs import assert_equal, assert_leaves_as_it_came, build, fit_from, train, weights
 
 from sd_recipes.commands.cache import fill_cache
@@ -185,6 +186,29 @@ def test_class_pictures_are_not_part_of_an_epoch(prior: dict[str, Any]) -> None:
     assert len(run.data.rows) == 11
     assert run.data.held_out is not None
     assert len(run.data.held_out) == 2
+
+
+@pytest.mark.parametrize("of", ["split", "folder"])
+def test_no_class_picture_is_held_out(prior: dict[str, Any], tmp_path: Path, of: str) -> None:
+    """Of a split of the data, or of a folder of its own."""
+    held_out = build_image_folder(tmp_path / "data" / "test")
+    (tmp_path / "data" / "train").symlink_to(prior["train_data_dir"])
+    split = "test" if of == "split" else str(held_out)
+    run = build(prior, train_data_dir=str(tmp_path / "data"), follow_links=True, validation_split=split)
+    assert run.data.held_out is not None
+    assert run.data.watched is not None
+    assert len(run.data.held_out) == len(run.data.watched) == 8
+    for rows in (run.data.held_out, run.data.watched):
+        assert not any("class" in Path(image["path"]).parts for image in rows.rows["image"])
+
+
+def test_the_quiet_loss_is_of_the_samples(prior: dict[str, Any]) -> None:
+    """And so are the rows that were hardest to learn."""
+    run = train(prior, max_train_steps=4)
+    assert 7 < run.state.quiet_loss.running.running[1].sum() <= 8, "four steps of two, of which old ones count less"
+    row_losses = run.state.quiet_loss.row_losses
+    assert row_losses is not None
+    assert row_losses.counts[8:].sum() == 0
 
 
 # ------------------------------------------------------------------------------------------ the model as it was
