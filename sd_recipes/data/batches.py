@@ -18,11 +18,11 @@ import torch
 
 from sd_recipes.data.bad_rows import BadRow, row_name
 from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
-from sd_recipes.data.columns import LATENT_MASK, MASK, SIZE_COLUMNS
+from sd_recipes.data.columns import LATENT_MASK, SIZE_COLUMNS
 from sd_recipes.data.draws import PLAIN, Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
 from sd_recipes.data.latent_store import END, SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
-from sd_recipes.data.masks import check_shows_white, fit_mask, is_black, mask_of, mirrored, weights_of_masks
+from sd_recipes.data.masks import check_shows_white, fit_mask, hides_all, mask_of, mirrored, own_mask, weights_of_masks
 from sd_recipes.data.noise import training_noise
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import RecipeError
@@ -62,7 +62,7 @@ class Batch:
     crop_corner: torch.Tensor  # (B, 2) int64: of the crop in the scaled picture, mirrored where that is
     target_size: torch.Tensor  # (B, 2) int64: of the images
     weights: torch.Tensor  # (B,) float32: 0 for a row that cannot be used
-    latent_weights: torch.Tensor | None  # (B, 1, h, w) float32, 1 on average: of the errors in an image, by its mask
+    latent_weights: torch.Tensor | None  # (B, 1, h, w) float32: of the errors in an image, by its mask
     names: tuple[str, ...]  # of the B rows, for people
     plan: MicroBatch
     bad: tuple[tuple[str, str], ...]  # (name, reason) of the rows that cannot be used
@@ -216,7 +216,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             try:
                 caption = self._caption(row, captions_config, drawn[place], name)
                 masks[place] = self._add_image(images, place, row, drawn[place])
-                if is_black(masks[place]):  # in this crop: in the next one there may be something to learn
+                if hides_all(masks[place], self.config):  # in this crop: the next one may differ
                     weights[place] = 0
             except BadRow as error:
                 bad.append((name, str(error)))
@@ -319,7 +319,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         record: Row = {}
         if self.store is not None:
             try:
-                key = row_key(encoded, row.get(MASK))
+                key = row_key(encoded, own_mask(row))
             except (OSError, TypeError) as error:
                 raise ImageError(f"no image: {error}") from error
             kept = self.store.find(key)
@@ -336,7 +336,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         if mask is not None:
             fitted = fit_mask(mask, original_size, images.size, images.latent_shape[1:], self._crop_u(drawn))
             if config.cropping != "random":
-                check_shows_white(fitted)
+                check_shows_white(fitted, config)
         pixels = fit_image(
             image,
             images.size,
