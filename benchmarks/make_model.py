@@ -4,6 +4,7 @@ python benchmarks/make_model.py --shape sd15 --work_dir /tmp/benchmark
 """
 
 import argparse
+import io
 import json
 import shutil
 from pathlib import Path
@@ -89,7 +90,7 @@ def build_pictures(folder: Path, number: int, side: int) -> None:
 
 
 def copy_emoji(folder: Path, split: str = "train") -> None:
-    """The embedded base, and the emoji of a split as PNGs with captions, as diffusers' script reads them."""
+    """The embedded base, and the emoji of a split with captions, as diffusers' script reads them: it knows no alpha."""
     import pyarrow.parquet
 
     from sd_recipes.assets import resolve
@@ -100,7 +101,9 @@ def copy_emoji(folder: Path, split: str = "train") -> None:
     for path in sorted(Path(resolve("sd-recipes/emoji")).glob(f"data/{split}-*.parquet")):
         for row in pyarrow.parquet.read_table(path).to_pylist():
             name = f"{len(lines):04d}.png"
-            (folder / "pictures" / name).write_bytes(row["image"]["bytes"])
+            picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            Image.alpha_composite(white, picture).convert("RGB").save(folder / "pictures" / name)
             lines.append(json.dumps({"file_name": name, "text": row["text"]}))
     (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
 

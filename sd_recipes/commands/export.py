@@ -31,7 +31,7 @@ from sd_recipes.commands.of_run import LoadedModel, load_base, load_model, lora_
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.export.lora import LoraTarget, export_lora, origin_in, origin_of
 from sd_recipes.export.pipeline import export_pipeline
-from sd_recipes.export.safetensors_file import DTYPES
+from sd_recipes.export.safetensors_file import DTYPES, encoder_layer
 from sd_recipes.export.single_file import ARCHITECTURES, check_can_be_one_file, export_single_file
 from sd_recipes.model.lora_extraction import extract_lora
 from sd_recipes.model.lora_files import Lora, generation_of_lora, open_lora, rank_of
@@ -117,7 +117,10 @@ def write_model(config: Export, output: Path) -> None:
         dtype=config.dtype or "fp16",
         title=config.title or output.stem,
         resolution=model.resolution,
-        more={"modelspec.merged_from": ", ".join([shown(config.source), *merged])} if merged else {},
+        more={
+            **({"modelspec.merged_from": ", ".join([shown(config.source), *merged])} if merged else {}),
+            **encoder_layer(model.components.clip_skip),
+        },
     )
     say(f"single file     {output}\nsha256 (tensors) {digest}")
 

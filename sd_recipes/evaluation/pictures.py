@@ -21,6 +21,8 @@ from sd_recipes.writing import replacing
 
 BROKEN_OFF = "in the middle of a validation, which is abandoned"
 
+Ask = Callable[[list[str]], Mapping[str, Any]]  # a pipeline's arguments by which it draws prompts
+
 
 def drawing_pipeline(
     family: Family, components: Components, sampler: str | None = None, flags: tuple[str, str] = VALIDATION_FLAGS
@@ -33,9 +35,6 @@ def drawing_pipeline(
     pipeline = family.build_pipeline(components)
     pipeline.scheduler = drawing_sampler(components.sampler, sampler, flags)
     return pipeline
-
-
-Ask = Callable[[list[str]], Mapping[str, Any]]  # a pipeline's arguments by which it draws prompts
 
 
 def draw_pictures(

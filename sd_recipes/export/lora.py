@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd_recipes.export.safetensors_file import cast, model_spec, write_tensors
+from sd_recipes.export.safetensors_file import cast, encoder_layer, model_spec, write_tensors
 from sd_recipes.export.single_file import architecture_of, generation_of
 from sd_recipes.flags import recipe_text
 from sd_recipes.model.components import Components
@@ -83,6 +83,7 @@ def origin_of(recipe: Recipe) -> dict[str, str]:
     return {
         "base_model": shown(recipe.pretrained_model_name_or_path or ""),
         "recipe": recipe_text(recipe, shared=True),
+        **encoder_layer(recipe.clip_skip),
     }
 
 

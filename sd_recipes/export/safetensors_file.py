@@ -45,6 +45,11 @@ def model_spec(
     return {f"modelspec.{name}": value for name, value in spec.items() if value is not None}
 
 
+def encoder_layer(clip_skip: int | None) -> dict[str, str]:
+    """What a model's metadata say of its --clip_skip: which layer from the end, as A1111 and sd-scripts count."""
+    return {} if clip_skip is None else {"modelspec.encoder_layer": str(clip_skip + 1)}
+
+
 def cast(tensors: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
     """In `dtype`, but for whole numbers. Raises RecipeError as `check_range`."""
     check_range(tensors, dtype)

@@ -1,7 +1,8 @@
-"""LoRA files: low-rank changes to a model's layers, under diffusers' names or kohya's, read, merged and written.
+"""LoRA files: low-rank changes to a model's layers, under several programs' names, read, merged and written.
 
     diffusers   unet.MODULE.lora_A.weight, unet.MODULE.lora_B.weight, and earlier names of the same
     kohya       lora_unet_MODULE.lora_down.weight, .lora_up.weight, .alpha; the module's dots are underscores
+    ComfyUI     diffusion_model.MODULE.lora_down.weight, .lora_up.weight, the UNet's modules as in single files
 
 kohya's scripts name the UNet's modules as diffusers does, but those of SDXL as single files do (`input_blocks_4_1_…`).
 Whoever wrote a file, its modules are found by their names without dots, among those of the model that it belongs to.
@@ -38,9 +39,9 @@ LORA_FILE = LORA_WEIGHT_NAME_SAFE  # as diffusers calls it, in a folder
 ADAPTER_METADATA = LORA_ADAPTER_METADATA_KEY  # key of diffusers' metadata, peft's settings by part
 LORA_PARTS = ("unet", "text_encoder", "text_encoder_2")
 PREFIXES = {
-    "unet": ("unet.", "lora_unet_"),
-    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
-    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
+    "unet": ("unet.", "lora_unet_", "diffusion_model."),
+    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_", "text_encoders.clip_l.transformer."),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_", "text_encoders.clip_g.transformer."),
 }
 WIDTHS: dict[int, Generation] = {768: 1, 1024: 2, 2048: "XL"}  # of the text states that a UNet reads
 # What a tensor is, by the end of its name.
@@ -54,7 +55,11 @@ ENDINGS = {
 EARLIER_NAMES = {".processor": "", "self_attn.to_q": "self_attn.q_proj", "self_attn.to_k": "self_attn.k_proj",
                  "self_attn.to_v": "self_attn.v_proj", "self_attn.to_out": "self_attn.out_proj"}  # fmt: skip
 READS_TEXT = re.compile(r"attn2.to.k.*(down|lora_A)")
-ONLY_IN_XL = re.compile(r"text_encoder_2\.|lora_te2_|(unet\.|lora_unet_).*transformer_blocks[._]1[._]")
+ONLY_IN_XL = re.compile(
+    r"(text_encoder_2|lora_te2|text_encoders\.clip_g)[._]"
+    r"|.*(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks).*transformer_blocks[._]1[._]"
+)
+OTHER_FAMILIES = re.compile(r"(transformer|lora_transformer|lora_te3)[._]|.*(double|single|joint)_blocks")
 OTHER_KINDS = {"hada_w": "a LoHa", "lokr_": "a LoKr", "oft_": "an OFT"}  # by what is in their tensors' names
 
 
@@ -119,6 +124,8 @@ def generation_of_lora(shapes: Mapping[str, Shape]) -> Generation | None:
 
     None if the names and shapes do not tell.
     """
+    if any(OTHER_FAMILIES.match(name) for name in shapes):
+        return None
     if any(ONLY_IN_XL.match(name) for name in shapes):
         return "XL"
     found = (WIDTHS.get(shape[1]) for name, shape in shapes.items() if READS_TEXT.search(name) and shape[1:])

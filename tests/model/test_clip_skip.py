@@ -13,12 +13,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
+from safetensors import safe_open
 from tiny_models import build_tiny_xl_pipeline
 from training_runs import assert_equal, build, forget_accelerator, train, weights
 from transformers import CLIPTextModel
 
 from sd_recipes.commands.evaluate import recipe_of
 from sd_recipes.commands.evaluate_settings import read_settings as read_evaluate_settings
+from sd_recipes.commands.export import export
+from sd_recipes.commands.export_settings import read_settings as read_export_settings
 from sd_recipes.commands.of_run import find_target
 from sd_recipes.commands.sample import sample
 from sd_recipes.commands.sample_settings import read_settings
@@ -177,6 +180,14 @@ def test_page_and_card_say_how_to_draw_and_the_card_s_lines_do(
     finally:
         del CLIPTextModel.text_model  # which the lines have added
     assert (tmp_path / "image.png").is_file()
+
+
+def test_what_is_exported_says_it_in_a1111_s_count(trained: Path, tmp_path: Path) -> None:
+    for kind, output in (("single_file", "model.safetensors"), ("kohya_lora", "lora.safetensors")):
+        words = [str(trained), "--to", kind, "--output", str(tmp_path / output), "--dtype", "fp32"]
+        export(read_export_settings([*words, *(["--rank", "2"] if kind == "kohya_lora" else [])]))
+        with safe_open(tmp_path / output, "pt") as file:
+            assert file.metadata()["modelspec.encoder_layer"] == "2"
 
 
 def test_a_run_is_evaluated_as_it_was_trained_and_another_model_as_the_first_run(

@@ -139,7 +139,7 @@ def test_kohyas_keys_of_a_plain_lora_are_those_of_diffusers_converter(tiny_pipel
 
 
 def test_every_name_that_files_have_for_a_layer(tiny_pipeline: Path) -> None:
-    """The same numbers under names of earlier versions, of kohya, of kohya over the original layout, and of peft."""
+    """The same numbers under names of earlier versions, of kohya, of both layouts, of ComfyUI, and of peft."""
     place = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
     text = "encoder.layers.0.self_attn"
     pipeline = load(tiny_pipeline)
@@ -154,6 +154,10 @@ def test_every_name_that_files_have_for_a_layer(tiny_pipeline: Path) -> None:
          f"lora_unet_{place.replace('.', '_')}_to_out_0.lora_up.weight"),
         ("lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q.lora_down.weight",
          "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q.lora_up.weight"),
+        ("diffusion_model.input_blocks.3.1.transformer_blocks.0.attn1.to_q.lora_down.weight",
+         "diffusion_model.input_blocks.3.1.transformer_blocks.0.attn1.to_q.lora_up.weight"),
+        (f"text_encoders.clip_l.transformer.text_model.{text}.q_proj.lora_down.weight",
+         f"text_encoders.clip_l.transformer.text_model.{text}.q_proj.lora_up.weight"),
         (f"text_encoder.text_model.{text}.to_q_lora.down.weight",
          f"text_encoder.text_model.{text}.to_q_lora.up.weight"),
         (f"text_encoder.{text}.q_proj.lora_linear_layer.down.weight",
@@ -228,3 +232,8 @@ def test_the_generation_is_told_by_the_text_that_a_lora_reads() -> None:
     dotted = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight"
     assert generation_of_lora({dotted: (4, 1024)}) == 2
     assert generation_of_lora({"lora_te_text_model_x.lora_down.weight": (4, 1024)}) is None
+    second, flux = "lora_te2_text_model_x.lora_down.weight", "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"
+    assert [generation_of_lora(dict.fromkeys(names, (4, 9))) for names in ([second], [second, flux])] == ["XL", None]
+    deep = "input_blocks.7.1.transformer_blocks.1.ff.net.2.lora_A.weight"
+    assert generation_of_lora({f"diffusion_model.{deep}": (4, 9)}) == "XL"
+    assert generation_of_lora({"diffusion_model.transformer_blocks.1.attn.to_q.lora_A.weight": (4, 9)}) is None
