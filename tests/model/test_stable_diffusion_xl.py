@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from sd_recipes.assets import CONFIGURATIONS
 from sd_recipes.data.latent_store import provenance_of
 from sd_recipes.errors import RecipeError
+from sd_recipes.memory.step import TracedStep
 from sd_recipes.model import latents as latents_module
 from sd_recipes.model.components import load_scheduler
 from sd_recipes.model.conditioning import CachedText, unet_arguments
@@ -218,3 +219,13 @@ def test_a_vae_that_overflows_in_float16_runs_in_float32(
     decode_without_autocast(vae)
     with torch.autocast("cpu", torch.float16):
         torch.testing.assert_close(decode_latents(encoder.vae, latents), expected)
+
+
+def test_a_plan_in_float16_counts_the_vae_in_float32(tiny_pipeline: Path, tiny_xl_pipeline: Path) -> None:
+    """Of SDXL, unless its configuration says that it does not overflow."""
+    found = {}
+    for folder in (tiny_pipeline, tiny_xl_pipeline):
+        recipe = Recipe(pretrained_model_name_or_path=str(folder), train_data_dir="d", mixed_precision="fp16",
+                        resolution=32, lora_rank=2)  # fmt: skip
+        found[folder] = TracedStep(recipe, "cuda", passes=False).model.encoder.dtype
+    assert found == {tiny_pipeline: torch.float16, tiny_xl_pipeline: torch.float32}
