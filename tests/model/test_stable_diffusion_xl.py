@@ -56,6 +56,17 @@ def expected_text(folder: Path, caption: str) -> tuple[torch.Tensor, torch.Tenso
     return states, projection
 
 
+def drawn_with(folder: Path, caption: str) -> dict[str, Any]:
+    """The keyword arguments that a stock pipeline calls its UNet with."""
+    pipeline, given = StableDiffusionXLPipeline.from_pretrained(folder), {}
+    pipeline.unet.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    pipeline(
+        caption, height=32, width=32, original_size=(32, 40), crops_coords_top_left=(0, 4), num_inference_steps=1,
+        guidance_scale=1.0, output_type="latent",
+    )  # fmt: skip
+    return given
+
+
 def test_a_batchs_conditioning_is_that_of_the_paper(xl_settings: dict[str, Any], tiny_xl_pipeline: Path) -> None:
     """Written out from the rows: text states, pooled state and time ids; zeros for a dropped caption."""
     run = build(xl_settings, center_crop=True, caption_dropout=0.5, random_flip=True, train_batch_size=8)
@@ -72,10 +83,14 @@ def test_a_batchs_conditioning_is_that_of_the_paper(xl_settings: dict[str, Any],
         torch.testing.assert_close(conditioning["text_embeds"][place].double(), projection, rtol=1e-5, atol=1e-5)
     # Pictures of 40 x 32 pixels: the whole height, and the middle of the width.
     assert conditioning["time_ids"].tolist() == [[32, 40, 0, 4, 32, 32]] * 8
-    stock = StableDiffusionXLPipeline.from_pretrained(tiny_xl_pipeline)
-    time_ids = stock._get_add_time_ids((32, 40), (0, 4), (32, 32), torch.float32, text_encoder_projection_dim=20)
-    assert torch.equal(conditioning["time_ids"][:1], time_ids)
-    assert set(unet_arguments(conditioning)) == {"encoder_hidden_states", "added_cond_kwargs"}
+    # And what stock diffusers draws with, of the same caption and sizes.
+    place = next(place for place, caption in enumerate(captions) if caption)
+    one = {name: each[place : place + 1] for name, each in conditioning.items()}
+    given = drawn_with(tiny_xl_pipeline, captions[place])
+    torch.testing.assert_close(given["encoder_hidden_states"], one["encoder_hidden_states"], rtol=1e-5, atol=1e-5)
+    assert given["added_cond_kwargs"].keys() == unet_arguments(one)["added_cond_kwargs"].keys()
+    for name, value in given["added_cond_kwargs"].items():
+        torch.testing.assert_close(value, one[name], rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_are_encoded_apart_and_the_first_ones_projection_counts(tiny_xl_pipeline: Path) -> None:
