@@ -1,15 +1,23 @@
 #!/usr/bin/env bash
-# Every check that needs a GPU, in one command without network: prints one table.
+# Every check that needs a GPU, without network: prints tables. One H100 or H200 takes 9 minutes.
 #
 #   PEER_SCRIPT=path/to/diffusers/examples/text_to_image/train_text_to_image.py benchmarks/gpu_check.sh
+#   benchmarks/gpu_check.sh tests rows            # only some of the parts, which may be spread over several calls
 #
-# Models have random weights and are made on the spot. Without PEER_SCRIPT the comparison is left out,
-# and the table says so. PYTHON names the interpreter; BUDGET the seconds after which no new check begins.
+# Parts: rows script nccl validation tests peer stall plan. Those that matter most come first; no new check begins once
+# BUDGET seconds are over, and what was left out is said. Models have random weights and are made on the spot. Without
+# PEER_SCRIPT the comparison is left out. PYTHON names the interpreter, ONLY a pattern of rows. DEVICE=cpu SHAPE=micro
+# RESOLUTION=32 tries the script itself, all but the tests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-BUDGET=${BUDGET:-480}
+BUDGET=${BUDGET:-500}
 SHAPE=${SHAPE:-sd15}
+DEVICE=${DEVICE:-cuda}
+RESOLUTION=${RESOLUTION:-512}
+ONLY=${ONLY:-}
+PARTS=${*:-rows script nccl validation tests peer stall plan}
+BF16="--mixed_precision bf16"
 # A checkpoint of a full-size model has 14 GB: in memory where there is room for some, since disks may take a minute.
 ROOM=$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)
 [ "${ROOM:-0}" -gt 50000000 ] && export TMPDIR=/dev/shm
@@ -18,69 +26,31 @@ trap 'rm -rf "$WORK"' EXIT
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 failed=0
 
-"$PYTHON" - <<'PY' || exit 2
-import sys
-try:
-    import torch
-except ImportError:
-    sys.exit(f"error: {sys.executable} has no torch: set PYTHON to the interpreter of an environment that has it")
-if not torch.cuda.is_available():
+"$PYTHON" - "$DEVICE" <<'PY' || exit 2
+import importlib.util, sys
+missing = [name for name in ("torch", "diffusers", "transformers", "accelerate", "datasets", "pydantic")
+           if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"error: {sys.executable} lacks {', '.join(missing)}: set PYTHON to the interpreter of an environment that "
+             "has them")
+import torch
+if sys.argv[1] == "cuda" and not torch.cuda.is_available():
     sys.exit("error: torch sees no CUDA device; this check needs one (make test needs none)")
-print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+device = torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "CPU"
+print(f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}")
 PY
+"$PYTHON" -m sd_recipes.commands.env 2>/dev/null | grep -iE "missing|older|not installed"
 date -u +"%Y-%m-%d %H:%M UTC"
+"$PYTHON" benchmarks/make_model.py --shape "$SHAPE" --work_dir "$WORK" || exit 2
 
 in_time() {  # no new check after the budget; it is said which were left out
     [ "$SECONDS" -lt "$BUDGET" ] || { printf '%-34s left out: %s s are over\n' "$1" "$BUDGET"; return 1; }
 }
 
-echo "--- GPU tests"
-in_time "GPU tests" && { "$PYTHON" -m pytest -q -W default -n 4 tests/test_gpu.py || failed=1; }
-
-"$PYTHON" benchmarks/make_model.py --shape "$SHAPE" --work_dir "$WORK" || exit 2
-
-train() {  # NAME FLAGS…: some steps of the real script; speed and peak memory; then the command in $THEN
-    # EXPECTED is a pattern that its log has to have, LIMIT_GB the memory of the GPU that torch may take.
-    local name=$1; shift
-    in_time "$name" || return 0
-    if PEAK_FILE=$WORK/peak.json "$PYTHON" benchmarks/measured_run.py train_text_to_image.py \
-        --pretrained_model_name_or_path "$WORK/$SHAPE/model" --train_data_dir "$WORK/$SHAPE/pictures" \
-        --cache_dir "$WORK/cache" --resolution 512 --train_batch_size 8 --max_train_steps 20 --logging_steps 10 \
-        --checkpointing_steps 1000000 --lr_warmup_steps 0 --learning_rate 1e-5 --seed 0 --output_dir "$WORK/out" \
-        --device cuda "$@" >"$WORK/log" 2>&1; then
-        "$PYTHON" - "$name" "$WORK" <<'PY'
-import json, math, pathlib, sys
-name, work = sys.argv[1], pathlib.Path(sys.argv[2])
-last = [json.loads(line) for line in (work / "out/metrics.jsonl").read_text().splitlines() if "train_loss" in line][-1]
-peak = json.loads((work / "peak.json").read_text())
-assert math.isfinite(last["train_loss"])
-(work / "allocated_gb").write_text(str(last["memory_gb"]))
-print(
-    f"{name:<34} {last['images_per_second']:8.1f} images/s {last['memory_gb'] / 1.073741824:8.2f} GiB allocated "
-    f"{peak / 2**30:8.2f} reserved   loss {last['train_loss']:.4f}"
-)
-PY
-        if [ -n "${EXPECTED:-}" ] && ! grep -q "$EXPECTED" "$WORK/log"; then
-            printf '%-34s FAILED: its log lacks "%s"\n' "$name" "$EXPECTED"
-            failed=1
-        fi
-        if [ -n "${THEN:-}" ] && ! "$PYTHON" -m sd_recipes.commands.cli $THEN >"$WORK/log" 2>&1; then
-            printf '%-34s FAILED: %s\n' "$name, ${THEN%% *}" "$(tail -n 1 "$WORK/log")"
-            failed=1
-        elif [ -n "${THEN:-}" ]; then
-            grep -E "^(held-out loss|image-text|AuthPct)" "$WORK/log"
-        fi
-    else
-        printf '%-34s FAILED: %s\n' "$name" "$(tail -n 1 "$WORK/log")"
-        failed=1
-    fi
-    rm -rf "$WORK/out"
-}
-
-run_command() {  # NAME COMMAND FLAGS…: a command of sd-recipes, and how long it took
+check() {  # NAME COMMAND…: how long it took, or the end of what it said
     local name=$1 began=$SECONDS; shift
     in_time "$name" || return 0
-    if "$PYTHON" -m sd_recipes.commands.cli "$@" >"$WORK/log" 2>&1; then
+    if "$@" >"$WORK/log" 2>&1; then
         printf '%-34s %8s s\n' "$name" "$((SECONDS - began))"
     else
         printf '%-34s FAILED: %s\n' "$name" "$(tail -n 1 "$WORK/log")"
@@ -88,37 +58,91 @@ run_command() {  # NAME COMMAND FLAGS…: a command of sd-recipes, and how long 
     fi
 }
 
-echo "--- the training loop: $SHAPE shape, 512 pixels, batch 8, 20 steps each"
-in_time "speed and memory" && { "$PYTHON" benchmarks/gpu_rows.py --shape "$SHAPE" --work_dir "$WORK" --budget 150 \
-    2>"$WORK/log" || { failed=1; tail -n 5 "$WORK/log"; }; }
+TRAIN="train_text_to_image.py --pretrained_model_name_or_path $WORK/$SHAPE/model --train_data_dir $WORK/$SHAPE/pictures
+    --cache_dir $WORK/cache --resolution $RESOLUTION --train_batch_size 8 --logging_steps 10 --lr_warmup_steps 0
+    --checkpointing_steps 1000000 --learning_rate 1e-5 --seed 0 --device $DEVICE --output_dir $WORK/out"
 
-echo "--- the whole script"
-train "bf16"                        --mixed_precision bf16
-# With less than that took: in the first step, or the second, which has the optimizer's state from its start.
-LIMIT_GB=$("$PYTHON" -c "print(0.85 * float(open('$WORK/allocated_gb').read()))" 2>/dev/null || echo 24)
-LIMIT_GB=$LIMIT_GB EXPECTED="No memory for 8 images at once .*: 4 at once from step [12] on" \
-train "bf16, OOM replay"            --mixed_precision bf16
-THEN="evaluate $WORK/out --num_pictures 4 --feature_model sd-recipes/tiny-clip --validation_inference_steps 4" \
-train "bf16, EMA, held-out rows"    --mixed_precision bf16 --use_ema --validation_split 0.25 --validation_steps 10 \
-    --validation_samples 32 --validation_pictures 2 --validation_inference_steps 4 --export best
+part_rows() {
+    echo "--- the training loop: $SHAPE shape, $RESOLUTION pixels, batch 8 and 20 steps where the row does not say"
+    "$PYTHON" benchmarks/gpu_rows.py --shape "$SHAPE" --work_dir "$WORK" --device "$DEVICE" --only "$ONLY" \
+        --resolution "$RESOLUTION" --budget "${ROWS_BUDGET:-240}" 2>"$WORK/rows" || failed=1
+    grep -A 11 "phase  *host, ms" "$WORK/rows"
+    [ "$failed" = 0 ] || tail -n 3 "$WORK/rows"
+}
 
-echo "--- memory, planned against measured"
-in_time "plan" && { "$PYTHON" benchmarks/plan_accuracy.py --device cuda --only "320 " || failed=1; }
+part_script() {
+    echo "--- the whole script: its end, and what it leaves"
+    check "bf16, exported" env PEAK_FILE="$WORK/peak" "$PYTHON" benchmarks/measured_run.py $TRAIN $BF16 \
+        --max_train_steps 10
+    [ "$DEVICE" = cuda ] && limit_memory
+    check "drawn by stock diffusers" "$PYTHON" - "$WORK/out" "$DEVICE" "$RESOLUTION" <<'PY'
+import sys, numpy as np
+from diffusers import StableDiffusionPipeline
+folder, device, side = sys.argv[1], sys.argv[2], int(sys.argv[3])
+pipeline = StableDiffusionPipeline.from_pretrained(folder).to(device)
+picture = pipeline("a boat", num_inference_steps=4, height=side, width=side, output_type="np").images[0]
+assert np.isfinite(picture).all() and picture.shape == (side, side, 3)
+PY
+    rm -rf "$WORK/out"
+    check "single file in fp16" "$PYTHON" -m sd_recipes.commands.cli export "$WORK/$SHAPE/model" --to single_file \
+        --output "$WORK/one.safetensors"
+    check "sampled from in bf16" "$PYTHON" -m sd_recipes.commands.cli sample --device "$DEVICE" --dtype bf16 \
+        --pretrained_model_name_or_path "$WORK/one.safetensors" --base "$WORK/$SHAPE/model" --steps 4 \
+        --resolution "$RESOLUTION" --prompts "a boat" "two boats" --output_dir "$WORK/drawn"
+}
 
-echo "--- $SHAPE shape, exported and drawn with"
-run_command "export, single file in fp16" export "$WORK/$SHAPE/model" --to single_file --output "$WORK/one.safetensors"
-run_command "sample from it in bf16" sample --pretrained_model_name_or_path "$WORK/one.safetensors" \
-    --base "$WORK/$SHAPE/model" --device cuda --dtype bf16 --steps 10 --resolution 512 --prompts "a boat" "two boats" \
-    --output_dir "$WORK/drawn"
+limit_memory() {  # with less than a step took, which is then done again with fewer images at once
+    local limit
+    limit=$("$PYTHON" -c "print(0.85e-9 * int(open('$WORK/peak').read()))" 2>/dev/null || echo 24)
+    rm -rf "$WORK/out"
+    check "bf16, OOM replay" env PEAK_FILE="$WORK/peak" LIMIT_GB="$limit" "$PYTHON" benchmarks/measured_run.py $TRAIN \
+        $BF16 --max_train_steps 10
+    grep -o "No memory for 8 images at once" "$WORK/log" || { echo "it had memory enough: FAILED"; failed=1; }
+}
 
-if [ -n "${PEER_SCRIPT:-}" ]; then
+part_nccl() {
+    rm -rf "$WORK/out"
+    check "one process under torchrun" "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 1 $TRAIN \
+        $BF16 --max_train_steps 4
+    grep -E "^ +(global batch|device) " "$WORK/log"
+    rm -rf "$WORK/out"
+}
+
+part_validation() {
+    echo "--- validations"
+    in_time validation && { "$PYTHON" benchmarks/validation.py --shape "$SHAPE" --work_dir "$WORK" --device "$DEVICE" \
+        --resolution "$RESOLUTION" 2>"$WORK/log" || { failed=1; tail -n 1 "$WORK/log"; }; }
+}
+
+part_tests() {
+    [ "$DEVICE" = cuda ] || return 0
+    echo "--- GPU tests"
+    in_time "GPU tests" && { timeout 240 "$PYTHON" -m pytest -q -W default -n 4 tests/test_gpu.py || failed=1; }
+}
+
+part_peer() {
+    if [ -z "${PEER_SCRIPT:-}" ]; then
+        echo "against diffusers' script: left out, PEER_SCRIPT is not set"
+        return 0
+    fi
     echo "--- against diffusers' script, bf16, in turn"
-    in_time "diffusers, $SHAPE" && { "$PYTHON" benchmarks/vs_diffusers.py --peer_script "$PEER_SCRIPT" --shape "$SHAPE" \
-        --mixed_precision bf16 --repeats 2 --work_dir "$WORK" || failed=1; }
-    in_time "diffusers, sd2" && { "$PYTHON" benchmarks/vs_diffusers.py --peer_script "$PEER_SCRIPT" --shape sd2 \
-        --mixed_precision bf16 --repeats 1 || failed=1; }
-else
-    echo "against diffusers' script: left out, PEER_SCRIPT is not set"
-fi
+    in_time "diffusers" && { "$PYTHON" benchmarks/vs_diffusers.py --peer_script "$PEER_SCRIPT" --shape "$SHAPE" \
+        --mixed_precision bf16 --repeats 1 --device "$DEVICE" --resolution "$RESOLUTION" --work_dir "$WORK" || failed=1; }
+}
+
+part_stall() {
+    echo "--- checkpoints: what a save stalls the loop for"
+    in_time "checkpoint" && { "$PYTHON" benchmarks/checkpoint.py stall --shape "$SHAPE" --runs 1 --work_dir "$WORK" \
+        2>"$WORK/log" || { failed=1; tail -n 1 "$WORK/log"; }; }
+}
+
+part_plan() {
+    echo "--- memory, planned against measured"
+    in_time "plan" && { "$PYTHON" benchmarks/plan_accuracy.py --device "$DEVICE" --only "320 " || failed=1; }
+}
+
+for part in $PARTS; do
+    "part_$part"
+done
 echo "took $SECONDS s"
 exit "$failed"

@@ -4,8 +4,10 @@
 
 Each row puts a run together from its flags, as the script does, and trains it with the real loop. Checkpoints are the
 one thing left out: of a full-size model they are 14 GB, and writing them takes longer than all steps. Memory is what
-torch allocated at the peak, and what it reserved for that. Each row has a process of its own, which
-begins with an empty GPU.
+torch allocated at the peak, and what it reserved for that. MFU is the UNet's arithmetic against the device's peak, and
+wait the share of the time that the loop waits for data, in percent, both over the second half of the steps, as the
+speed. Where steps are profiled, their table by phase goes to stderr, with the waits and the pageable copies of a step.
+Each row has a process of its own, which begins with an empty GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import shutil
 import sys
 import time
@@ -32,34 +35,45 @@ from sd_recipes.runtime.accelerator import accelerate_left_unused, start_acceler
 from sd_recipes.runtime.console import hide_library_bars
 from sd_recipes.training.build import build_run
 
+# The best first: a machine may be there for minutes only. Flags of a row count over the common ones.
+KEPT = "--cache_latents memory --center_crop --cache_text"  # from the second epoch on, which the second half is in
+BEST = f"--mixed_precision bf16 --use_ema {KEPT}"
 ROWS = {
+    "bf16": "--mixed_precision bf16 --profile_steps 2",
+    "bf16, average, kept, 16": f"{BEST} --train_batch_size 16 --max_train_steps 50 --profile_steps 2",
+    "bf16, average, kept, 64": f"{BEST} --train_batch_size 64 --max_train_steps 50",
+    "... cuDNN timed": f"{BEST} --train_batch_size 64 --max_train_steps 50 --cudnn_benchmark",
+    "... blocks compiled": f"{BEST} --train_batch_size 64 --max_train_steps 50 --compile blocks",
+    "... UNet compiled": f"{BEST} --train_batch_size 64 --max_train_steps 50 --compile unet",
+    "... CUDA graphs": f"{BEST} --train_batch_size 64 --max_train_steps 50 --compile graphs --profile_steps 2",
+    "bf16, CUDA graphs, accumulated": f"{BEST} --compile graphs --gradient_accumulation_steps 2",
     "fp32": "",
-    "fp32, channels_last always": "--channels_last always",
+    "fp32, cuDNN timed": "--cudnn_benchmark",
+    "fp32, TF32": "--allow_tf32",
     "fp32, TF32, channels_last always": "--allow_tf32 --channels_last always",
-    "bf16": "--mixed_precision bf16",
-    "fp16, scaled loss": "--mixed_precision fp16",
-    "bf16, 8-bit AdamW": "--mixed_precision bf16 --use_8bit_adam",
-    "bf16, paged 8-bit AdamW": "--mixed_precision bf16 --optimizer paged_adamw8bit",
+    "bf16, cuDNN timed": "--mixed_precision bf16 --cudnn_benchmark",
+    "bf16, no loader processes": "--mixed_precision bf16 --dataloader_num_workers 0",
+    "fp16, scaled loss": "--mixed_precision fp16 --profile_steps 2",
+    "bf16, 8-bit AdamW": "--mixed_precision bf16 --use_8bit_adam --profile_steps 2",
+    "bf16, average on the host": "--mixed_precision bf16 --use_ema --offload_ema --profile_steps 2",
+    "bf16, LoRA of rank 8": "--mixed_precision bf16 --lora_rank 8 --learning_rate 1e-4 --profile_steps 2",
+    "bf16, checkpointing": "--mixed_precision bf16 --gradient_checkpointing",
     "bf16 weights": "--mixed_precision bf16 --weights_dtype bf16",
     "bf16, fused backward": "--mixed_precision bf16 --fused_backward_pass --max_grad_norm 0",
-    "bf16, no clipping": "--mixed_precision bf16 --max_grad_norm 0",
-    "bf16, checkpointing": "--mixed_precision bf16 --gradient_checkpointing",
+    "bf16, paged 8-bit AdamW": "--mixed_precision bf16 --optimizer paged_adamw8bit",
     "bf16, checkpointing down.0 up.3": "--mixed_precision bf16 --gradient_checkpointing_blocks down.0 up.3",
-    "bf16, average": "--mixed_precision bf16 --use_ema",
-    "bf16, average on the host": "--mixed_precision bf16 --use_ema --offload_ema",
     "bf16 weights, average on the host": "--mixed_precision bf16 --weights_dtype bf16 --use_ema --offload_ema",
     "bf16, the least": (
         "--mixed_precision bf16 --weights_dtype bf16 --use_8bit_adam --fused_backward_pass --max_grad_norm 0 --use_ema "
         "--offload_ema --gradient_checkpointing --vae_slicing"
     ),
     "bf16, text encoder too": "--mixed_precision bf16 --train_text_encoder --text_encoder_learning_rate 1e-6",
-    "bf16, LoRA of rank 8": "--mixed_precision bf16 --lora_rank 8 --learning_rate 1e-4",
     "fp16, LoRA, text encoder": "--mixed_precision fp16 --lora_rank 8 --lora_text_encoder --learning_rate 1e-4 "
     "--gradient_checkpointing",
     "bf16, DoRA of all layers": "--mixed_precision bf16 --lora_rank 4 --lora_targets all --lora_use_dora",
     "bf16, channels_last never": "--mixed_precision bf16 --channels_last never",
     "bf16, score prediction": "--mixed_precision bf16 --prediction_type score",
-    "bf16, moments kept, batch 32": "--mixed_precision bf16 --train_batch_size 32 --cache_latents memory --center_crop",
+    "bf16, no clipping": "--mixed_precision bf16 --max_grad_norm 0",
 }
 
 LEAST = (
@@ -84,10 +98,12 @@ def flags_of(folder: Path, device: str, steps: int, batch_size: int, row: str) -
     """The command line of a row; what the row says comes last, and counts."""
     common = (
         f"--pretrained_model_name_or_path {folder}/model --train_data_dir {folder}/pictures --cache_dir {folder}/cache "
-        f"--train_batch_size {batch_size} --max_train_steps {steps} --logging_steps {steps // 2} --lr_warmup_steps 0 "
+        f"--train_batch_size {batch_size} --max_train_steps {steps} --lr_warmup_steps 0 "
         f"--learning_rate 1e-5 --seed 0 --report_to none --device {device} --output_dir {folder}/out --overwrite"
     )
-    return [*common.split(), *row.split()]
+    flags = [*common.split(), *row.split()]
+    last = len(flags) - flags[::-1].index("--max_train_steps")
+    return [*flags, "--logging_steps", str(int(flags[last]) // 2)]  # the second half is what is measured
 
 
 def measure(flags: list[str]) -> str:
@@ -103,10 +119,12 @@ def measure(flags: list[str]) -> str:
             train_to_end(run)
         lines = (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()
         last = [line for line in map(json.loads, lines) if "train_loss" in line][-1]
+        if found := sorted(Path(recipe.output_dir).glob("profile/*.txt")):
+            print(found[-1].read_text(), file=sys.stderr)
         reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else float("nan")
         return (
             f"{last['images_per_second']:8.1f} {last['memory_gb'] * 1e9 / 2**30:10.2f} {reserved:9.2f} "
-            f"{last['train_loss']:8.4f}"
+            f"{100 * last.get('mfu', float('nan')):6.1f} {100 * last['data_wait']:6.1f} {last['train_loss']:8.4f}"
         )
 
 
@@ -128,6 +146,7 @@ def main() -> None:
     parser.add_argument("--resolution", default=None, help="512, or 1024 for SDXL")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default="", help="a regular expression: the rows whose names it is found in")
     parser.add_argument("--budget", type=float, default=300, help="seconds after which no new row begins")
     args = parser.parse_args()
     folder = args.work_dir / args.shape
@@ -139,8 +158,12 @@ def main() -> None:
         building.start()
         building.join()
     begun, failed = time.monotonic(), False
-    print(f"{'':<34} {'images/s':>8} {'allocated':>10} {'reserved':>9} {'loss':>8}   GiB; {args.shape}")
-    for name, row in rows.items():
+    print(
+        f"{'':<34} {'images/s':>8} {'allocated':>10} {'reserved':>9} {'MFU, %':>6} {'wait':>6} {'loss':>8}   GiB; "
+        f"{args.shape}"
+    )
+    chosen = {name: row for name, row in rows.items() if re.search(args.only, name)}
+    for name, row in chosen.items():
         if time.monotonic() - begun > args.budget:
             print(f"{name:<34} left out: {args.budget:.0f} s are over", flush=True)
             continue

@@ -152,7 +152,7 @@ def read_recipe_file(name: str) -> dict[str, Any]:
 
 # What a resolved recipe leaves out: how this run was started, and what a repetition must not do again.
 NOT_OF_THE_RUN = {
-    "config", "dataset_config", "dry_run", "hub_token", "local_rank", "use_8bit_adam", "rank",
+    "config", "dataset_config", "dry_run", "hub_token", "local_rank", "use_8bit_adam", "compile_unet", "rank",
     "pretrained_vae_model_name_or_path", "proportion_empty_prompts",
     "resume_from_checkpoint", "overwrite", "push_to_hub",
 }  # fmt: skip

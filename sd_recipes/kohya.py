@@ -64,16 +64,14 @@ TAGS = "every tag of a caption is there from the first step on"
 SIDES = "buckets have about as many pixels as the resolution, in shapes from --bucket_step"
 HELD_OUT = "what is held out is a split of the data: --validation_split NAME"
 NOT_MAPPED: dict[str, tuple[Any, str]] = {
-    "alpha_mask": (False, "transparency is laid over white, and the loss counts every pixel"),
     "cache_info": (False, "sizes and captions are read anew by every run"),
     "color_aug": (False, "colours are left as they are"),
-    "conditioning_data_dir": (None, "ControlNets are not trained"),
+    "conditioning_data_dir": (
+        None,
+        "ControlNets are not trained; masks are put beside their pictures, as a-mask.png, for --masked_loss",
+    ),
     "custom_attributes": ({}, "nothing would read them"),
     "face_crop_aug_range": (None, "crops do not look for faces"),
-    "is_reg": (
-        False,
-        "its pictures count like all others, num_repeats times an epoch, and are not repeated to match their number",
-    ),
     "max_bucket_reso": (None, SIDES),
     "min_bucket_reso": (None, SIDES),
     "network_multiplier": (1, "networks beside the model are not trained"),
@@ -112,6 +110,7 @@ def _text_or_none(text: str) -> str | None:
 
 # Settings of the whole run: the key's counterpart, how its value is translated, and kohya's default.
 OF_THE_RUN: dict[str, tuple[str, Callable[[Any], Any], Any]] = {
+    "alpha_mask": ("mask_from_alpha", bool, False),
     "batch_size": ("train_batch_size", int, 1),
     "bucket_no_upscale": ("max_upscale", _max_upscale, False),
     "bucket_reso_steps": ("bucket_step", int, 64),
@@ -255,6 +254,8 @@ class _Reading:
         """The entry of data_sources."""
         keys = subset.keys
         source = {"weight": "rows", "repeats": keys.get("num_repeats", 1)}
+        if keys.get("is_reg"):
+            source["is_reg"] = True
         folder = subset.own.get("image_dir")
         if folder is not None and not Path(folder).expanduser().is_dir():
             raise _Mistake(f"{subset.place}.image_dir {folder}: no such folder")

@@ -149,9 +149,9 @@ def _also_called(settings: Any, name: str, other: str) -> Any:
         return settings
     if settings.get(name, settings[other]) not in (None, settings[other]):
         raise ValueError(
-            f"--{other} {settings[other]} is another name of --{name}, which is {settings[name]}: drop one of them"
+            redacted(f"--{other} {settings[other]} is another name of --{name}, which is {settings[name]}: drop one")
         )
-    return {**settings, name: settings[other]}
+    return {**{key: value for key, value in settings.items() if key != other}, name: settings[other]}
 
 
 class Section(BaseModel):
@@ -202,6 +202,12 @@ class RunConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "free", "Where to train; `auto` leaves it to accelerate.")
     allow_tf32: bool = setting(False, "warned", "Use TF32 in matrix products and convolutions (Ampere GPUs and later).")
+    profile_steps: int = setting(
+        0,
+        "free",
+        "Profile this many steps, from the fourth on: a trace and a table by phase in OUTPUT_DIR/profile.",
+        ge=0,
+    )
     local_rank: int = setting(-1, "free", "Accepted for old launchers; LOCAL_RANK in the environment is used.")
 
 
@@ -309,6 +315,7 @@ class DataSource(Section):
     caption_extension: str | None = None
     caption_column: str | None = None
     caption: str | None = None  # of pictures without one of their own
+    is_reg: bool = False  # class pictures, for prior preservation
 
     @property
     def flag(self) -> str:
@@ -316,6 +323,14 @@ class DataSource(Section):
         if self.dataset_name is not None:
             return f"--dataset_name {self.dataset_name}"
         return f"--train_data_dir {self.train_data_dir}"
+
+
+class ClassSource(DataSource):
+    """The folder that --class_data_dir names."""
+
+    @property
+    def flag(self) -> str:
+        return f"--class_data_dir {self.train_data_dir}"
 
 
 # Settings that say where rows come from, if data_sources do not; the first two name the place.
@@ -383,24 +398,13 @@ class DataConfig(Section):
     max_bad_rows: int | None = setting(
         None, "free", "Stop when more rows than this are unusable; if not given, at 1 % of the rows.", ge=0
     )
-    dataloader_num_workers: int = setting(0, "free", "Number of loader processes; 0 reads ahead in a thread.", ge=0)
-
-    @property
-    def sources(self) -> list[DataSource]:
-        """The sources to mix; a single one if it is given by flags."""
-        if self.data_sources:
-            return self.data_sources
-        return [
-            DataSource(
-                dataset_name=self.dataset_name,
-                dataset_config_name=self.dataset_config_name,
-                dataset_revision=self.dataset_revision,
-                train_data_dir=self.train_data_dir,
-                train_split=self.train_split,
-                image_root=self.image_root,
-                caption_extension=self.caption_extension,
-            )
-        ]
+    dataloader_num_workers: int | None = setting(
+        None,
+        "free",
+        "Number of loader processes; 0 reads ahead in a thread. If not given, 0 on a CPU, and on a GPU one for each "
+        "core of a training process, at most 8, for which shared memory has room.",
+        ge=0,
+    )
 
 
 class ImageConfig(Section):
@@ -430,6 +434,80 @@ class ImageConfig(Section):
     def cropping(self) -> str:
         """`random`, `center` or `none`."""
         return self.crop or ("center" if self.center_crop else "random")
+
+
+class MaskConfig(Section):
+    """Masks: which parts of a picture are learned."""
+
+    masked_loss: bool = setting(
+        False,
+        "warned",
+        "Learn what is white in a picture's mask: of --mask_column, or a-mask.png beside a.png; pictures without one "
+        "count as a whole.",
+    )
+    mask_column: str = setting("mask", "warned", "Column with the mask, its path, or its bytes in base64.")
+    mask_from_alpha: bool = setting(
+        False,
+        "warned",
+        "A picture's mask is its opacity, unless it has one of its own; switches --masked_loss on.",
+    )
+    unmasked_weight: Number = setting(
+        0.0, "warned", "How much of the loss counts where a mask is black; where it is white, all of it.", ge=0, lt=1
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def masks_are_switched_on(cls, settings: Any) -> Any:
+        """`--mask_from_alpha` asks for `--masked_loss`."""
+        if isinstance(settings, dict) and settings.get("mask_from_alpha") is True:
+            return {**settings, "masked_loss": True}
+        return settings
+
+    @model_validator(mode="after")
+    def masks_agree(self) -> "MaskConfig":
+        if not self.masked_loss:
+            for name in ("mask_column", "unmasked_weight"):
+                if getattr(self, name) != MaskConfig.model_fields[name].default:
+                    raise ValueError(f"--{name} is not read without --masked_loss: add it, or drop --{name}")
+        return self
+
+
+class PriorConfig(Section):
+    """Prior preservation: pictures of a class beside the trained ones, so that it is kept."""
+
+    class_data_dir: str | None = setting(
+        None, "compared", "Folder of class pictures: one of them is trained beside every picture of the data."
+    )
+    class_prompt: str | None = setting(None, "warned", "Caption of the class pictures that have none of their own.")
+    num_class_images: int | None = setting(
+        None,
+        "free",
+        "Let the model draw class pictures by --class_prompt before the run, until --class_data_dir has so many.",
+        ge=1,
+    )
+    prior_loss_weight: Number = setting(
+        1.0, "warned", "Weight of a class picture's loss, where that of a trained one is 1.", gt=0, allow_inf_nan=False
+    )
+    prior_preservation: Literal["pictures", "model"] = setting(
+        "pictures",
+        "warned",
+        "What class pictures teach: themselves, or what the model predicted of them before it was trained.",
+    )
+
+    @model_validator(mode="after")
+    def class_pictures_agree(self) -> "PriorConfig":
+        if self.class_data_dir is None:
+            for name in ("class_prompt", "num_class_images"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"--{name} is of class pictures, and there is no folder for them: add --class_data_dir"
+                    )
+        if self.num_class_images is not None and self.class_prompt is None:
+            raise ValueError(
+                f"--num_class_images {self.num_class_images} are drawn by a caption: add --class_prompt, such as "
+                "'a photo of a dog'"
+            )
+        return self
 
 
 class CaptionConfig(Section):
@@ -512,8 +590,36 @@ class CacheConfig(Section):
     )
 
 
-class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
+class DataSettings(DataConfig, ImageConfig, MaskConfig, PriorConfig, CaptionConfig, CacheConfig):
     """The data settings that training and `inspect` share: where rows come from, and what is made of them."""
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """The sources to mix, a single one if it is given by flags; and after them those of class pictures."""
+        sources = self.data_sources or [
+            DataSource(
+                dataset_name=self.dataset_name,
+                dataset_config_name=self.dataset_config_name,
+                dataset_revision=self.dataset_revision,
+                train_data_dir=self.train_data_dir,
+                train_split=self.train_split,
+                image_root=self.image_root,
+                caption_extension=self.caption_extension,
+            )
+        ]
+        if self.class_data_dir is not None:
+            own = ClassSource(train_data_dir=self.class_data_dir, caption=self.class_prompt, is_reg=True)
+            sources = [*sources, own]
+        return sorted(sources, key=lambda source: source.is_reg)
+
+    @property
+    def trained_sources(self) -> list[DataSource]:
+        """The sources but for those of class pictures."""
+        return [source for source in self.sources if not source.is_reg]
+
+    @property
+    def has_class_pictures(self) -> bool:
+        return len(self.trained_sources) < len(self.sources)
 
     @model_validator(mode="after")
     def settings_agree(self) -> "DataSettings":
@@ -536,7 +642,11 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
         for source in self.sources:
             if source.dataset_name is None and source.dataset_revision is not None:
                 raise ValueError(f"{source.flag} has no revisions: drop --dataset_revision")
-        if len({source.weight == "rows" for source in self.sources}) > 1:
+        if not self.trained_sources:
+            raise ValueError(
+                "all data_sources hold class pictures (is_reg), and there is none that they could come beside: add one"
+            )
+        if len({source.weight == "rows" for source in self.trained_sources}) > 1:
             raise ValueError(
                 "data_sources of the recipe file give some a weight and some `rows`: give all of them one or the other"
             )
@@ -558,6 +668,23 @@ class DataSettings(DataConfig, ImageConfig, CaptionConfig, CacheConfig):
                     f"--{other} {separators[other]!r} holds --{one} {separators[one]!r}, so that captions could be "
                     "read in two ways: choose another"
                 )
+        for source in self.sources:
+            if source.is_reg and source.weight not in (1.0, "rows"):
+                raise ValueError(
+                    f"the weight {source.weight:g} of {source.flag} is not read, since one of its class pictures comes "
+                    "beside every trained one: use --prior_loss_weight"
+                )
+        if not self.has_class_pictures:
+            for name in ("prior_loss_weight", "prior_preservation"):
+                if (value := getattr(self, name)) != PriorConfig.model_fields[name].default:
+                    raise ValueError(
+                        f"--{name} {value} is of class pictures, and there are none: add --class_data_dir, or drop it"
+                    )
+        elif self.streaming:
+            raise ValueError(
+                "class pictures (--class_data_dir, is_reg) come beside known rows, which a stream has not: drop "
+                "--streaming"
+            )
         if self.streaming and len(self.sources) > 1 and self.sources[0].weight == "rows":
             raise ValueError(
                 "the weight `rows` in data_sources, which kohya's dataset.toml gives, needs their numbers, and streams "
@@ -866,7 +993,19 @@ class MemoryConfig(Section):
     channels_last: Literal["auto", "always", "never"] = setting(
         "auto", "warned", "Memory format of UNet and VAE; auto: channels last, except for float32 on a GPU."
     )
-    compile_unet: bool = setting(False, "warned", "Compile the UNet with torch.compile.")
+    cudnn_benchmark: bool = setting(
+        False,
+        "warned",
+        "Let cuDNN time its convolutions for each shape and take the fastest, which may be another one in the next "
+        "run: what is repeated or resumed then is the same up to rounding.",
+    )
+    compile: Literal["blocks", "unet", "graphs"] | None = setting(
+        None,
+        "warned",
+        "Compile the UNet with torch.compile: its blocks, the whole of it, or the whole of it as CUDA graphs "
+        "(docs/gpu.md).",
+    )
+    compile_unet: bool = setting(False, "free", "Same as --compile unet.")
     memory: str | None = setting(
         None,
         "free",
@@ -1017,8 +1156,9 @@ class HubConfig(Section):
 
 ONLY_IN_FILES = {"data_sources"}  # settings that have no flag
 SECTIONS: tuple[type[Section], ...] = (
-    RunConfig, ModelConfig, TextEncoderConfig, LoraConfig, DataConfig, ImageConfig, CaptionConfig, CacheConfig,
-    ObjectiveConfig, OptimConfig, MemoryConfig, CheckpointConfig, ValidationConfig, HubConfig,
+    RunConfig, ModelConfig, TextEncoderConfig, LoraConfig, DataConfig, ImageConfig, MaskConfig, PriorConfig,
+    CaptionConfig, CacheConfig, ObjectiveConfig, OptimConfig, MemoryConfig, CheckpointConfig, ValidationConfig,
+    HubConfig,
 )  # fmt: skip
 
 
@@ -1045,6 +1185,14 @@ class Recipe(
                 **settings,
                 "optimizer": {"adamw": "adamw8bit"}.get(name := settings.get("optimizer", "adamw"), name),
             }
+        return settings
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_what_is_compiled(cls, settings: Any) -> Any:
+        """`--compile_unet` is another way to say `--compile unet`."""
+        if isinstance(settings, dict) and settings.get("compile_unet") is True and settings.get("compile") is None:
+            return {**settings, "compile": "unet"}
         return settings
 
     @model_validator(mode="before")
@@ -1122,6 +1270,8 @@ class Recipe(
             raise ValueError("--train_from_scratch loads no UNet, so --non_ema_revision contradicts it: drop one")
         if self.use_8bit_adam and self.optimizer not in EIGHT_BIT_ADAMW:
             raise ValueError(f"--use_8bit_adam contradicts --optimizer {self.optimizer}: drop one of them")
+        if self.compile_unet and self.compile != "unet":
+            raise ValueError(f"--compile_unet contradicts --compile {self.compile}: drop one of them")
         if self.ema_length != DIFFUSERS_LENGTH and self.ema_decay != OptimConfig.model_fields["ema_decay"].default:
             raise ValueError(
                 f"--ema_decay {self.ema_decay} contradicts --ema_length {self.ema_length}, which gives the decays: "
@@ -1162,6 +1312,22 @@ class Recipe(
                 "--fused_backward_pass frees each gradient at once, which --gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps} adds up: use a larger --train_batch_size, or drop one"
             )
+        if self.fused_backward_pass and self.has_class_pictures:
+            raise ValueError(
+                "--fused_backward_pass steps within one backward pass, and class pictures (--class_data_dir, is_reg) "
+                "take another: drop one"
+            )
+        for name, value in (("num_class_images", None), ("prior_preservation", "pictures")):
+            if self.train_from_scratch and getattr(self, name) != value:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} needs what the model knows before it is trained, which with "
+                    "--train_from_scratch is nothing: drop one"
+                )
+        if self.prior_preservation == "model" and self.rescale_betas_zero_snr:
+            raise ValueError(
+                "--prior_preservation model asks the model as it was, which does not know the noise of "
+                "--rescale_betas_zero_snr: use --prior_preservation pictures, or drop one"
+            )
         if self.fused_backward_pass and self.micro_batch not in (None, self.train_batch_size):
             raise ValueError(
                 "--fused_backward_pass steps within one backward pass, which --micro_batch "
@@ -1189,6 +1355,11 @@ def odd_settings(recipe: Recipe) -> list[str]:
         odd.append(
             f"--micro_batch {recipe.micro_batch} does nothing, for a batch has --train_batch_size "
             f"{recipe.train_batch_size} images."
+        )
+    if recipe.cudnn_benchmark and recipe.aspect_ratio_buckets:
+        odd.append(
+            "--cudnn_benchmark times every convolution anew for each of the sizes of --aspect_ratio_buckets, which may "
+            "take longer than it saves."
         )
     if recipe.optimizer == PRODIGY and not 0.5 <= recipe.learning_rate <= 2:
         odd.append(

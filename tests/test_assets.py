@@ -73,7 +73,7 @@ def test_the_vae_reconstructs_cleanly(pipeline: StableDiffusionPipeline, split: 
 
 
 def test_the_clip_prefers_a_pictures_own_name() -> None:
-    score = ImageTextScore("sd-recipes/tiny-clip")
+    score = ImageTextScore("sd-recipes/tiny-clip", torch.device("cpu"))
     rows = rows_of("train", 24)
     names = [row["text"] for row in rows]
     right = score(pictures(rows), names)
@@ -89,7 +89,7 @@ def test_the_base_draws_what_it_was_trained_on(pipeline: StableDiffusionPipeline
     drawn = pipeline(
         prompts, num_inference_steps=20, guidance_scale=3.0, height=64, width=64, generator=generators
     ).images
-    score = ImageTextScore("sd-recipes/tiny-clip")
+    score = ImageTextScore("sd-recipes/tiny-clip", torch.device("cpu"))
     assert score(drawn, prompts) > score(drawn, prompts[1:] + prompts[:1]) + 15
 
 

@@ -16,7 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from training_runs import assert_leaves_as_it_came, average, build, fit_from, losses, train
+from training_runs import assert_equal, assert_leaves_as_it_came, average, build, fit_from, losses, train, weights
 
 from sd_recipes.export.pipeline import export_pipeline, export_trained
 from sd_recipes.recipe import OptimConfig
@@ -40,7 +40,10 @@ def settings(settings: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("changes", [
     {}, {"mixed_precision": "bf16"}, {"use_8bit_adam": True}, {"use_ema": True, "offload_ema": True},
     {"mixed_precision": "bf16", "weights_dtype": "bf16", "cache_text": True},
-    {"max_grad_norm": 0, "fused_backward_pass": True},
+    {"max_grad_norm": 0, "fused_backward_pass": True}, {"lora_rank": 4, "lora_dropout": 0.1, "mixed_precision": "bf16"},
+    {"snr_gamma": 5.0, "use_ema": True, "gradient_accumulation_steps": 2, "micro_batch": 3},
+    {"timesteps_by_error": True, "cache_text": True}, {"learned_uncertainty": True}, {"compile": "blocks"},
+    {"cache_latents": "memory", "center_crop": True, "random_flip": True, "dataloader_num_workers": 0},
 ])  # fmt: skip
 def test_a_step_that_does_not_log_waits_for_the_gradients_norm_alone(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -101,6 +104,49 @@ def test_defect_10_frozen_parts_leave_a_run_on_the_gpu_as_they_came(
     run = train(settings, mixed_precision=mixed_precision, max_train_steps=2)
     export_pipeline(run.model.family, run.model.components, run.output_dir)
     assert_leaves_as_it_came(run.output_dir, tiny_pipeline)
+
+
+@pytest.mark.parametrize("how", ["blocks", "unet", "graphs"])
+@pytest.mark.parametrize("changes", [
+    {}, {"mixed_precision": "bf16", "use_ema": True},
+    {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+])  # fmt: skip
+def test_what_is_compiled_trains_as_the_eager_one_up_to_rounding(
+    settings: dict[str, Any], how: str, changes: dict[str, Any]
+) -> None:
+    """Also where CUDA graphs add up micro-batches."""
+    settings |= {"optimizer": "sgd", "learning_rate": 1e-2, "logging_steps": 1, **changes}
+    eager = train(settings, output_dir=settings["output_dir"] + "-eager")
+    compiled = train(settings, compile=how)
+    tolerance = 3e-2 if "mixed_precision" in changes else 1e-3
+    assert losses(compiled) == pytest.approx(losses(eager), rel=tolerance)
+    for part, name in ((compiled, "compiled"), (eager, "eager")):
+        assert all(value.isfinite().all() for value in weights(part).values()), name
+    torch.compiler.reset()
+
+
+def test_a_run_with_8_bit_states_resumes_to_the_bit(settings: dict[str, Any]) -> None:
+    settings |= {"use_8bit_adam": True, "mixed_precision": "bf16", "use_ema": True, "checkpointing_steps": 4}
+    whole = train(settings, output_dir=settings["output_dir"] + "-whole")
+    train(settings, max_train_steps=4)
+    assert_equal(weights(whole), weights(train(settings, resume_from_checkpoint="latest")))
+
+
+def test_a_run_in_channels_last_resumes_to_the_bit_and_repeats(settings: dict[str, Any]) -> None:
+    settings |= {"channels_last": "always", "checkpointing_steps": 4, "dataloader_num_workers": 2}
+    whole = train(settings, output_dir=settings["output_dir"] + "-whole")
+    train(settings, max_train_steps=4)
+    assert_equal(weights(whole), weights(train(settings, resume_from_checkpoint="latest")))
+
+
+def test_a_profile_says_what_the_device_did_and_what_the_host_waited_for(settings: dict[str, Any]) -> None:
+    run = train(settings, profile_steps=2)
+    lines = (run.output_dir / "profile" / "step-000005.txt").read_text().splitlines()
+    of_all = lines[-1].split()
+    assert float(of_all[2]) > 0, "milliseconds on the device"
+    assert float(of_all[4]) == 0, "copies of pageable memory"
+    figures = read_metrics(run.output_dir / "metrics.jsonl")[-1]
+    assert figures["teraflops"] > 0
 
 
 def test_defect_14_float32_is_float32_in_convolutions_too(settings: dict[str, Any]) -> None:

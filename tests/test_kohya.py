@@ -136,10 +136,9 @@ def test_regularisation_pictures_are_a_source_without_files_of_captions() -> Non
         + "[[datasets.subsets]]\nis_reg = true\nimage_dir = 'people'\nclass_tokens = 'person'\n"
     )  # fmt: skip
     assert settings["data_sources"][1] == {
-        "weight": "rows", "repeats": 1, "train_data_dir": "people", "caption": "person",
+        "weight": "rows", "repeats": 1, "train_data_dir": "people", "caption": "person", "is_reg": True,
     }  # fmt: skip
-    (line,) = lines
-    assert line.startswith("datasets[0].subsets[1].is_reg: not mapped: its pictures count like all others")
+    assert lines == []
 
 
 def test_what_differs_between_subsets_is_listed_with_its_values() -> None:
@@ -207,7 +206,7 @@ def test_a_key_without_a_counterpart_is_listed_with_the_reason(key: str, reason:
 
 def test_every_key_is_mapped_or_has_its_reason() -> None:
     known = {key for keys in (OF_DATASETS, OF_SUBSETS, OF_ONE_SUBSET) for names in keys.values() for key in names}
-    of_a_source = {"caption_extension", "class_tokens", "image_dir", "metadata_file", "num_repeats"}
+    of_a_source = {"caption_extension", "class_tokens", "image_dir", "is_reg", "metadata_file", "num_repeats"}
     assert known == OF_THE_RUN.keys() | NOT_MAPPED.keys() | of_a_source
     page = (ROOT / "docs" / "data.md").read_text().partition("## kohya's dataset.toml")[2]
     assert [key for key in sorted(known) if f"`{key}`" not in page] == []
@@ -343,7 +342,7 @@ def test_its_subsets_are_trained_on_as_often_as_it_says(settings: dict[str, Any]
         caption_extension = ".txt"
         [[datasets]]
         resolution = 32
-        batch_size = 8
+        batch_size = 6
         [[datasets.subsets]]
         image_dir = "portraits"
         num_repeats = 2
@@ -353,13 +352,22 @@ def test_its_subsets_are_trained_on_as_often_as_it_says(settings: dict[str, Any]
         is_reg = true
         [[datasets]]
         resolution = 32
-        batch_size = 8
+        batch_size = 6
         [[datasets.subsets]]
         image_dir = "scans"
         metadata_file = "scans.json"
     """)
     run = train({**settings, "train_data_dir": None, "max_train_steps": 1, **mapped})
-    [[batch]] = run.batches(0, 1)
-    assert batch.weights.tolist() == [1] * 8, "an epoch is one batch of all rows"
-    captions = Counter(run.model.components.tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True))
-    assert captions == {"portraits 0": 2, "portraits 1": 2, "a person": 2, "a scan": 1, "b": 1}
+    [step] = run.batches(0, 1)
+    assert [batch.weights.tolist() for batch in step] == [[1] * 6] * 2, "an epoch, and class pictures"
+    found = [
+        Counter(run.model.components.tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True))
+        for batch in step
+    ]
+    assert found == [{"portraits 0": 2, "portraits 1": 2, "a scan": 1, "b": 1}, {"a person": 6}]
+
+
+def test_opacity_as_a_mask_switches_masks_on() -> None:
+    settings, lines = read("[general]\nalpha_mask = true\n" + SUBSET)
+    assert settings["mask_from_alpha"] is True
+    assert lines == []

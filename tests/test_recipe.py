@@ -53,7 +53,7 @@ DIFFUSERS_FLAGS = {
     "offload_ema": False,
     "foreach_ema": False,
     "non_ema_revision": None,
-    "dataloader_num_workers": 0,
+    "dataloader_num_workers": None,  # 0 on a CPU; on a GPU a thread is slower than the model
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "adam_weight_decay": 1e-2,

@@ -42,6 +42,8 @@ def holds_text(annotation: Any) -> bool:
     return annotation in (str, DataSource) or any(map(holds_text, typing.get_args(annotation)))
 
 
+CHECKED_BEFORE = {"optimizer", "optimizer_kwargs"}  # whatever else is wrong with what they are given
+ALSO_CALLED = {"pretrained_vae_model_name_or_path": "vae"}
 TEXT_FIELDS = [name for name, field in Recipe.model_fields.items() if holds_text(field.annotation)]
 BASE = {"pretrained_model_name_or_path": "a", "train_data_dir": "b", "train_from_scratch": True, "report_to": "none"}
 
@@ -58,7 +60,7 @@ def planted(name: str, text: str) -> dict[str, Any]:
 def test_the_fields_with_text_are_found() -> None:
     assert len(TEXT_FIELDS) > 25
     assert {"output_dir", "dataset_name", "data_sources", "validation_prompts", "caption_columns"} <= set(TEXT_FIELDS)
-    assert not {"seed", "optimizer", "learning_rate", "streaming"} & set(TEXT_FIELDS)
+    assert not {"seed", "lr_scheduler", "learning_rate", "streaming"} & set(TEXT_FIELDS)
 
 
 @pytest.mark.parametrize("name", TEXT_FIELDS)
@@ -74,9 +76,9 @@ def test_defect_29_a_password_in_an_address_is_refused_and_not_told(name: str) -
         with pytest.raises(ValidationError) as refused:
             Recipe(**settings)
         assert PASSWORD not in str(refused.value) + repr(refused.value)
-        with pytest.raises(RecipeError, match="netrc") as told:
+        with pytest.raises(RecipeError, match=None if name in CHECKED_BEFORE else "netrc") as told:
             build_recipe(settings)
-        assert f"--{name}" in str(told.value)
+        assert f"--{ALSO_CALLED.get(name, name)}" in str(told.value)
         assert PASSWORD not in str(told.value) + repr(told.value)
     for fine in ("hf://datasets/a/b@main/c", "https://host.test:8080/a@1", "zip://*.png::https://host.test/a@b.zip"):
         assert name != "dataset_name" or Recipe(**planted(name, fine)).dataset_name == fine
@@ -96,6 +98,7 @@ def test_defect_29_a_secret_in_any_field_is_not_written_down(name: str, shape: s
             build_recipe(planted(name, text))
         assert secret not in str(refused.value) + repr(refused.value) + str(told.value)
         return
+    name = ALSO_CALLED.get(name, name)
     for written in (recipe_text(recipe), recipe_text(recipe, shared=True)):
         assert secret not in written
         is_of_the_run = name in yaml.safe_load(written)

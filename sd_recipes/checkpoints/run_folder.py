@@ -19,7 +19,7 @@ from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import broadcast
 from sd_recipes.runtime.output_dir import check_output_dir, lock_output_dir, release
 from sd_recipes.runtime.starts import STARTS
-from sd_recipes.runtime.trackers import EVALUATION, VALIDATION, list_samples, read_metrics
+from sd_recipes.runtime.trackers import EVALUATION, PROFILE, VALIDATION, list_samples, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ EVALUATIONS = ("evaluation.*", "errors-*.parquet", "bits-*.parquet", "pictures-*
 # is replaced when the new run is done.
 RUN_ARTIFACTS = (
     "metrics.jsonl", "incidents.jsonl", "bad_rows*.jsonl", "samples.png", "loss_curve.png", "before_after.png",
-    "report.html", STARTS, f"{VALIDATION}/step-*.parquet", f"{VALIDATION}/*rows.parquet", f"{BEST}/step-*",
-    f"{AVERAGES}/snapshot-*", f"checkpoint-*{ABANDONED}*", *(f"{name}{ABANDONED}*" for name in CURVE),
+    "report.html", STARTS, f"{PROFILE}/step-*", f"{VALIDATION}/step-*.parquet", f"{VALIDATION}/*rows.parquet",
+    f"{BEST}/step-*", f"{AVERAGES}/snapshot-*", f"checkpoint-*{ABANDONED}*", *(f"{name}{ABANDONED}*" for name in CURVE),
     *(f"{EVALUATION}/{name}" for name in EVALUATIONS),
 )  # fmt: skip
 
@@ -145,7 +145,7 @@ def remove_run(output_dir: Path, logging_dir: str) -> None:
             remove(path)
     for path in list_samples(output_dir):
         remove(path)
-    for name in ("samples", AVERAGES, BEST, VALIDATION):
+    for name in ("samples", AVERAGES, BEST, VALIDATION, PROFILE):
         with suppress(OSError):  # there are others' files in it, or it is a link
             (output_dir / name).rmdir()
     logs = output_dir / logging_dir

@@ -21,6 +21,7 @@ from sd_recipes.data.captions import caption_columns
 from sd_recipes.data.latent_store import ROWS_PER_FILE, LatentStore, open_cached, provenance_of
 from sd_recipes.data.order import MicroBatch, Order
 from sd_recipes.data.training_data import load_training_data
+from sd_recipes.data.workers import num_workers_of
 from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.export.hub import PushError
 from sd_recipes.model.components import latent_shape_of, load_scheduler, load_vae
@@ -85,11 +86,11 @@ def fill_cache(recipe: Recipe) -> Path:
         store=store,
     )
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    plans = list(_plans(data.order, recipe.train_batch_size, **place))
+    plans = list(_plans(data.order, len(data.rows), recipe.train_batch_size, **place))
     batches = TrainingBatches(
         builder,
         lambda *_: iter(plans),
-        num_workers=recipe.dataloader_num_workers,
+        num_workers=num_workers_of(recipe, accelerator.device.type),
         pin_memory=accelerator.device.type == "cuda",
     )
     with (
@@ -162,9 +163,12 @@ def rows_of_no_data(files: list[Path], rows: datasets.Dataset, columns: list[str
     return sum(number for number in cached.values() if number > 0)
 
 
-def _plans(order: Order, batch_size: int, *, rank: int, world_size: int) -> Iterator[MicroBatch]:
-    """Every row once, in the order of the data set, in batches of one size; each process has its share."""
-    buckets = np.zeros(order.num_rows, dtype=int) if order.buckets is None else order.buckets
+def _plans(order: Order, num_rows: int, batch_size: int, *, rank: int, world_size: int) -> Iterator[MicroBatch]:
+    """Every row once, class pictures too, in the order of the data set and in batches of one size.
+
+    Each process has its share.
+    """
+    buckets = np.zeros(num_rows, dtype=int) if order.buckets is None else order.buckets
     done = 0
     for bucket, size in enumerate(order.sizes):
         rows = np.flatnonzero(buckets == bucket)[rank::world_size]

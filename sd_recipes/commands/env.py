@@ -19,6 +19,7 @@ from pathlib import Path
 
 from sd_recipes import __version__
 from sd_recipes.redaction import LEFT_OUT, redacted
+from sd_recipes.runtime.cores import num_cores
 from sd_recipes.runtime.launcher import default_configuration, hf_home
 
 SHOWN = (
@@ -97,12 +98,11 @@ def numbers(text: str) -> list[int]:
 
 
 def cpu() -> str:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     content = text_of("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.*)", content, re.MULTILINE)
     known = [name for name in INSTRUCTIONS if re.search(rf"\b{name}\b", content)]
     name = model[1] if model else platform.machine()
-    return ", ".join([name, f"{usable} of {os.cpu_count()} cores", *known])
+    return ", ".join([name, f"{num_cores()} of {os.cpu_count()} cores", *known])
 
 
 def memory() -> str:

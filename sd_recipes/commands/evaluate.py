@@ -43,7 +43,7 @@ from sd_recipes.export.evaluation_page import Evaluated, figure_rows, write_eval
 from sd_recipes.export.run_page import write_run_page
 from sd_recipes.flags import build_recipe
 from sd_recipes.model.lora_files import LORA_FILE
-from sd_recipes.recipe import LoraConfig, ModelConfig, Recipe, TextEncoderConfig
+from sd_recipes.recipe import LoraConfig, ModelConfig, PriorConfig, Recipe, TextEncoderConfig
 from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.agreement import all_gather
@@ -65,7 +65,7 @@ STOPPED = "while pictures were drawn; nothing was written"
 ONE_BY_ONE: dict[str, Any] = {
     "train_batch_size": 1, "gradient_accumulation_steps": 1, "max_train_steps": 1, "scale_lr": False,
     "optimizer": "adamw", "use_8bit_adam": False, "learned_uncertainty": False, "timesteps_by_error": False,
-    "lr_scheduler": "constant",
+    "lr_scheduler": "constant", **{name: field.default for name, field in PriorConfig.model_fields.items()},
 }  # fmt: skip
 NO_LORA = {name: field.default for name, field in LoraConfig.model_fields.items()}
 # Of the model that a run began with, which a pipeline has instead.
@@ -274,12 +274,12 @@ class Scorer:
         recipe, size = built.recipe, built.validator.picture_size
         name = config.feature_model or (TINY_FEATURES if max(size) <= TINY_SIDE else None)
         clip = config.clip_model or (TINY_FEATURES if name == TINY_FEATURES else None)
-        image_text = ImageTextScore(clip, recipe.cache_dir) if clip else None
+        device = built.accelerator.device
+        image_text = ImageTextScore(clip, device, recipe.cache_dir) if clip else None
         if name is None:
             why = "there are no scores of features: name a network by --feature_model, such as facebook/dinov2-small"
             logger.warning("%s.", why.capitalize())
             return cls(image_text, None, why_not=why)
-        device = built.accelerator.device
         features = FeatureModel(name, device=device, batch_size=config.batch_size, cache_dir=recipe.cache_dir)
         assert built.data.held_out is not None
         assert built.data.rows is not None or built.data.watched is not None

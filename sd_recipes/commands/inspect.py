@@ -26,6 +26,7 @@ from sd_recipes.recipe import (
     CaptionConfig,
     DataConfig,
     ImageConfig,
+    MaskConfig,
     ModelConfig,
 )
 from sd_recipes.redaction import in_texts, redacted
@@ -39,9 +40,9 @@ NAMED = 3  # rows of each kind that the console names
 
 # What an inspection takes from a recipe: not the output folder and the workers, which are the run's own.
 OF_A_RECIPE = {"train_batch_size"}.union(
-    *(section.model_fields for section in (DataConfig, ImageConfig, CaptionConfig, ModelConfig))
+    *(section.model_fields for section in (DataConfig, ImageConfig, MaskConfig, CaptionConfig, ModelConfig))
 )
-SECTIONS = (InspectConfig, DataConfig, ImageConfig, CaptionConfig, ModelConfig, CacheConfig)
+SECTIONS = (InspectConfig, DataConfig, ImageConfig, MaskConfig, CaptionConfig, ModelConfig, CacheConfig)
 
 
 def read_settings(argv: list[str]) -> Inspection:

@@ -42,9 +42,10 @@ from sd_recipes.training.state import AVERAGE, CONFIG, SNAPSHOTS
 # What is left out of a run that is not trained, only evaluated.
 NOT_TRAINED: dict[str, Any] = {
     "dry_run": True, "use_ema": False, "offload_ema": False, "ema_length": DIFFUSERS_LENGTH, "ema_snapshots": False,
-    "ema_snapshots_limit": None, "compile_unet": False, "weights_dtype": "float32", "fused_backward_pass": False,
-    "cache_latents": "off", "check_data": "off", "report_to": "none", "validation_prompts": None,
-    "validation_clip_model": None, "validation_pictures": 0, "early_stopping": None, "export": "end",
+    "ema_snapshots_limit": None, "compile": None, "compile_unet": False, "weights_dtype": "float32",
+    "fused_backward_pass": False, "cache_latents": "off", "check_data": "off", "report_to": "none",
+    "validation_prompts": None, "validation_clip_model": None, "validation_pictures": 0, "early_stopping": None,
+    "export": "end", "profile_steps": 0,
 }  # fmt: skip
 # Where a checkpoint has a part's weights of each kind: suffixes of folders, the first that is there counts.
 KINDS_IN_CHECKPOINT: dict[str | None, tuple[str, ...]] = {

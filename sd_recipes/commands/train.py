@@ -28,6 +28,7 @@ from sd_recipes.checkpoints.saver import FAILURES, BackgroundSaver, NotSaved
 from sd_recipes.checkpoints.snapshots import keep_snapshot, remove_snapshots
 from sd_recipes.commands.memory_dial import planned
 from sd_recipes.errors import RecipeError, RunError, one_line
+from sd_recipes.evaluation.class_pictures import draw_class_pictures, without_class_pictures_to_draw
 from sd_recipes.evaluation.figures import best_of, held_out_losses
 from sd_recipes.export.hub import create_repository, publish, sample_command
 from sd_recipes.export.pipeline import export_trained
@@ -76,6 +77,7 @@ def run_in_folder(recipe: Recipe, accelerator: Accelerator, planned_memory: int 
     stop_request.resume_command = resume_command(recipe) if recipe.overwrite else "the same command"
     with output_dir_lock(recipe, accelerator.is_main_process) as resume_point:
         recipe, checkpoint = resolve(recipe, accelerator, resume_point)
+        draw_class_pictures(recipe, accelerator)
         built = build_run(recipe, accelerator, checkpoint)
         built.planned_memory = planned_memory
         with closing(built.tracker):
@@ -86,7 +88,7 @@ def show(recipe: Recipe, accelerator: Accelerator) -> None:
     """A dry run: show what the run would be, and what it would refuse; nothing is written."""
     check_output_dir(Path(recipe.output_dir), writes=False)
     recipe, checkpoint = resolve(recipe, accelerator, find_resume_point(recipe))
-    built = build_run(recipe, accelerator, checkpoint)
+    built = build_run(without_class_pictures_to_draw(recipe), accelerator, checkpoint)
     if checkpoint:
         path, manifest = checkpoint
         if not is_of_diffusers(path):

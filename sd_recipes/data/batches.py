@@ -18,20 +18,21 @@ import torch
 
 from sd_recipes.data.bad_rows import BadRow, row_name
 from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
-from sd_recipes.data.columns import SIZE_COLUMNS
+from sd_recipes.data.columns import LATENT_MASK, MASK, SIZE_COLUMNS
 from sd_recipes.data.draws import PLAIN, Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
-from sd_recipes.data.latent_store import SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
+from sd_recipes.data.latent_store import END, SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
+from sd_recipes.data.masks import check_shows_white, fit_mask, is_black, mask_of, mirrored, weights_of_masks
 from sd_recipes.data.noise import training_noise
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import CaptionConfig, ObjectiveConfig, Recipe
+from sd_recipes.runtime.host_memory import pinned_like
 from sd_recipes.runtime.signals import outlive_signals
 
 RECIPE_ERROR = f"{RecipeError.__module__}.{RecipeError.__qualname__}"
 SMALL = 2**14  # bytes of a tensor that a worker sends through its pipe: sharing memory takes longer
 READ_AHEAD = 2  # micro-batches, of the reading thread and of each worker process
-END = 2**62  # an epoch that is never reached
 
 Row = dict[str, Any]
 Encode = Callable[[torch.Tensor], torch.Tensor]  # uint8 pixels (U, 3, H, W) to moments (U, 2C, h, w)
@@ -46,7 +47,7 @@ class Batch:
     """
 
     pixels: torch.Tensor  # (U, 3, H, W) uint8, of the rows in `to_encode`
-    to_encode: torch.Tensor  # (U,) int64: the places in the batch whose moments are still to be made
+    to_encode: torch.Tensor  # (U,) int64, ascending: the places in the batch whose moments are still to be made
     moments: torch.Tensor | None  # (B, 2C, h, w) float32 of the other rows; None if there are none
     flip: torch.Tensor  # (B,) bool: still to be mirrored, where the store keeps both
     input_ids: torch.Tensor  # (B, L) int64
@@ -61,6 +62,7 @@ class Batch:
     crop_corner: torch.Tensor  # (B, 2) int64: of the crop in the scaled picture, mirrored where that is
     target_size: torch.Tensor  # (B, 2) int64: of the images
     weights: torch.Tensor  # (B,) float32: 0 for a row that cannot be used
+    latent_weights: torch.Tensor | None  # (B, 1, h, w) float32, 1 on average: of the errors in an image, by its mask
     names: tuple[str, ...]  # of the B rows, for people
     plan: MicroBatch
     bad: tuple[tuple[str, str], ...]  # (name, reason) of the rows that cannot be used
@@ -92,7 +94,10 @@ class Batch:
         return moments
 
     def in_parts_of(self, size: int) -> list[Batch]:
-        """The same samples with the same draws in batches of at most `size`, as even as possible."""
+        """The same samples with the same draws in batches of at most `size`, as even as possible.
+
+        Views, so that pinned memory stays pinned.
+        """
         return self.split(math.ceil(len(self.weights) / size))
 
     def split(self, number: int) -> list[Batch]:
@@ -101,7 +106,7 @@ class Batch:
         return [self._part(start, end, is_last=end == bounds[-1]) for start, end in itertools.pairwise(bounds)]
 
     def _part(self, start: int, end: int, *, is_last: bool) -> Batch:
-        live = (self.to_encode >= start) & (self.to_encode < end)
+        live = slice(*torch.searchsorted(self.to_encode, torch.tensor([start, end])).tolist())
         plan = replace(
             self.plan,
             rows=self.plan.rows[start:end],
@@ -110,8 +115,8 @@ class Batch:
             is_last=self.plan.is_last and is_last,
             examples=None if self.plan.examples is None else self.plan.examples[start:end],
         )
-        own: dict[str, Any] = {"plan": plan, "pixels": self.pixels[live], "to_encode": self.to_encode[live] - start}
-        own["records"] = [self.records[number] for number in live.nonzero()[:, 0].tolist()]
+        own: dict[str, Any] = {"plan": plan, "pixels": self.pixels[live], "records": self.records[live]}
+        own["to_encode"] = pinned_like(self.to_encode[live] - start, self.to_encode)
         own["bad"] = self.bad if start == 0 else ()
         for name in (field.name for field in fields(self) if field.name not in own):
             whole = getattr(self, name)
@@ -199,6 +204,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             for position, stratum in zip(plan.positions, plan.strata, strict=True)
         ]
         images = _Images(plan.size, latent_shape, len(drawn))
+        masks: list[np.ndarray | None] = [None] * len(drawn)
         captions_config = self._captions_config(plan.epoch)
         captions: list[str] = []
         weights = torch.full((len(drawn),), plan.weight)
@@ -209,7 +215,9 @@ class BatchBuilder(torch.utils.data.Dataset):
             names.append(name)
             try:
                 caption = self._caption(row, captions_config, drawn[place], name)
-                self._add_image(images, place, row, drawn[place])
+                masks[place] = self._add_image(images, place, row, drawn[place])
+                if is_black(masks[place]):  # in this crop: in the next one there may be something to learn
+                    weights[place] = 0
             except BadRow as error:
                 bad.append((name, str(error)))
                 weights[place] = 0
@@ -243,6 +251,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             ),
             target_size=torch.tensor([plan.size] * len(drawn)),
             weights=weights,
+            latent_weights=weights_of_masks(masks, latent_shape, self.config) if self.config.masked_loss else None,
             names=tuple(names),
             plan=plan,
             bad=tuple(bad),
@@ -296,36 +305,57 @@ class BatchBuilder(torch.utils.data.Dataset):
             check_provenance(found, self.provenance)
             self._known_provenances.add(found)
 
-    def _add_image(self, images: _Images, place: int, row: Row, drawn: Draws) -> None:
-        """The row's moments where they are known, otherwise its pixels. Raises ImageError."""
+    def _add_image(self, images: _Images, place: int, row: Row, drawn: Draws) -> np.ndarray | None:
+        """Add the row's moments where they are known, otherwise its pixels; returns its mask, (h, w) uint8.
+
+        Raises ImageError, and BadRow for the mask.
+        """
+        flips = self._flips(drawn)
         if "moments" in row:
             self._check_provenance(row["made_by"])
-            images.add_moments(place, row, flip=self._flips(drawn))
-            return
+            images.add_moments(place, row, flip=flips)
+            return self._kept_mask(row, flip=flips)
         encoded, config = row[self.config.image_column], self.config
         record: Row = {}
         if self.store is not None:
             try:
-                key = row_key(encoded)
+                key = row_key(encoded, row.get(MASK))
             except (OSError, TypeError) as error:
                 raise ImageError(f"no image: {error}") from error
             kept = self.store.find(key)
             if kept is not None:
-                images.add_moments(place, kept, flip=self._flips(drawn))
-                return
+                images.add_moments(place, kept, flip=flips)
+                return self._kept_mask(kept, flip=flips)
             record = {"key": key, **{name: row[name] for name in self.captions}}
         height, width = images.size
         image, original_size = open_with_size(
             encoded, at_least=(width, height), max_megapixels=config.max_image_megapixels
         )
+        mask = mask_of(row, original_size, config) if config.masked_loss else None
+        fitted = None
+        if mask is not None:
+            fitted = fit_mask(mask, original_size, images.size, images.latent_shape[1:], self._crop_u(drawn))
+            if config.cropping != "random":
+                check_shows_white(fitted)
         pixels = fit_image(
             image,
             images.size,
             interpolation=config.image_interpolation_mode,
             crop_u=self._crop_u(drawn),
-            flip=self._flips(drawn) and self.store is None,
+            flip=flips and self.store is None,
         )
+        if self.store is not None and config.masked_loss:
+            record[LATENT_MASK] = None if fitted is None else fitted.tobytes()
         images.add_pixels(place, pixels, original_size, record)
+        return mirrored(fitted) if flips else fitted
+
+    def _kept_mask(self, row: Row, *, flip: bool) -> np.ndarray | None:
+        """The mask (h, w) that is kept with a row's moments."""
+        if not self.config.masked_loss or row[LATENT_MASK] is None:
+            return None
+        shape = self.latent_shape((row["height"], row["width"]))[1:]
+        mask = np.frombuffer(row[LATENT_MASK], dtype=np.uint8).reshape(shape)
+        return mirrored(mask) if flip else mask
 
 
 class _Images:
@@ -413,7 +443,7 @@ class TrainingBatches:
             if (first := next(plans, None)) is None:
                 return
             # An epoch may have fewer micro-batches than there are workers: some begin with a later one.
-            self.builder.store.start_at(first.epoch)
+            self.builder.store.start_at(first.epoch, is_within=samples_seen > 0)
             plans = itertools.chain([first], plans)
         if self.num_workers == 0:
             yield from self._read_ahead(plans)

@@ -15,7 +15,8 @@ from transformers import CLIPTokenizer
 from sd_recipes.data.bad_rows import NAMED, BadRow, BadRows, row_name, row_number
 from sd_recipes.data.captions import CaptionError, count_tokens, make_caption
 from sd_recipes.data.draws import draw
-from sd_recipes.data.images import open_image
+from sd_recipes.data.images import open_with_size
+from sd_recipes.data.masks import mask_of
 from sd_recipes.data.shards import with_bytes
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import Recipe
@@ -128,7 +129,11 @@ class _Examined:
         try:
             caption = make_caption(row, config, self.draws)
             if "moments" not in row:
-                open_image(row[config.image_column], at_least=(side, side), max_megapixels=config.max_image_megapixels)
+                _, original_size = open_with_size(
+                    row[config.image_column], at_least=(side, side), max_megapixels=config.max_image_megapixels
+                )
+                if config.masked_loss:
+                    mask_of(row, original_size, config)
         except BadRow as error:
             if isinstance(error, CaptionError) and config.blank_captions == "error":
                 raise RecipeError(f"row {number}{self.of}: {error} (--blank_captions error)") from error

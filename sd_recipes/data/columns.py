@@ -1,7 +1,7 @@
 """The columns of a source's rows: found, checked, and brought to what training reads.
 
-That is the image, undecoded, {"bytes", "path"}; the columns that captions are made of; and, where a reader could not
-make a row whole, `DEFECT`.
+That is the image, undecoded, {"bytes", "path"}; the columns that captions are made of; with --masked_loss, where some
+row has one, the mask, as undecoded as the image; and, where a reader could not make a row whole, `DEFECT`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ import datasets
 import pyarrow as pa
 
 from sd_recipes.data.captions import DEFECT, caption_columns
-from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded
+from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded, found_or_named
 from sd_recipes.data.guard import guarded
 from sd_recipes.data.picture_files import Missing, NotFound, PictureFinder
 from sd_recipes.data.table_rows import picture_column
 from sd_recipes.errors import RecipeError
-from sd_recipes.recipe import DataSettings, DataSource
+from sd_recipes.recipe import DataSettings, DataSource, MaskConfig
 
+DEFAULT_MASK_COLUMN = MaskConfig.model_fields["mask_column"].default
 LABEL = "label"  # the name of a picture's folder, as datasets' imagefolder calls it
 SIZE_COLUMNS = ("height", "width", "original_height", "original_width")  # of the crop, and of the picture in its file
 # A row of a latent cache holds these instead of an image (see latent_store.py).
 MOMENTS_COLUMNS = ("moments", "moments_flipped", *SIZE_COLUMNS, "made_by")
+MASK = "__mask__"  # the column with a picture's mask, {"bytes", "path"}, or None
+LATENT_MASK = "latent_mask"  # in a row of a latent cache: its mask at the latent's size, h * w bytes, or None
 CHUNK_ROWS = 1000  # of a table in memory
 LOOKED_AT = 16  # first rows, one of which has to name a picture
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -39,9 +42,13 @@ def columns_of(source: DataSource, config: DataSettings) -> list[str]:
 
 
 def rows_from(
-    images: list[Encoded], columns: dict[str, list[Any]], defects: list[str | None], image_column: str
+    images: list[Encoded],
+    columns: dict[str, list[Any]],
+    defects: list[str | None],
+    image_column: str,
+    masks: list[Encoded | None] | None = None,
 ) -> datasets.Dataset:
-    """Rows in memory of images, texts or lists of texts, and what is wrong with each row, or None."""
+    """Rows in memory of images, texts or lists of texts, what is wrong with each row, or None, and perhaps masks."""
     types = {image_column: IMAGE_TYPE}
     values: dict[str, list[Any]] = {image_column: images}
     defects = list(defects)
@@ -49,13 +56,16 @@ def rows_from(
         types[name], values[name] = _of_one_type(name, found, defects)
     if any(defects):
         types[DEFECT], values[DEFECT] = pa.string(), defects
+    if masks is not None and any(masks):
+        types[MASK], values[MASK] = IMAGE_TYPE, masks
     schema = pa.schema(types)
     chunks = [
         pa.Table.from_pydict({name: values[name][start : start + CHUNK_ROWS] for name in types}, schema)
         for start in range(0, len(images), CHUNK_ROWS)
     ]
     features = datasets.Features.from_arrow_schema(schema)
-    features[image_column] = datasets.Image(decode=False)
+    for name in {image_column, MASK} & types.keys():
+        features[name] = datasets.Image(decode=False)
     # A random fingerprint saves hashing the table; nothing is cached under it.
     return datasets.Dataset(
         datasets.table.InMemoryTable(pa.concat_tables(chunks) if chunks else schema.empty_table()),
@@ -97,12 +107,16 @@ def checked(
             features = rows.features
     images = [config.image_column]
     if config.image_column not in features and "moments" in features:
-        images = [name for name in MOMENTS_COLUMNS if name in features]
+        kept = (*MOMENTS_COLUMNS, LATENT_MASK) if config.masked_loss else MOMENTS_COLUMNS
+        images = [name for name in kept if name in features]
+    elif config.masked_loss:
+        rows = _with_masks(rows, source, config, finder)
+        features = rows.features
     template, flag = config.caption_template is not None, caption_flag(config)
     for owner, column in [*(("--image_column", name) for name in images), *((flag, name) for name in captions)]:
         if _feature_at(features, column) is None:
             raise RecipeError(f"{owner} {column}: {source.flag} {has_columns(column, list(features))}")
-    extra = [DEFECT] if DEFECT in features else []
+    extra = [name for name in (MASK, DEFECT) if name in features]
     rows = rows.select_columns(
         [*images, *dict.fromkeys(_stored(features, name) for name in captions if name not in images), *extra]
     )
@@ -118,7 +132,7 @@ def checked(
             rows = _replaced(rows, _stored(features, column), {column: text}, make)
         elif not template and not _can_hold_captions(feature):
             raise RecipeError(not_captions(flag, column, feature, source.flag))
-    extra = [DEFECT] if DEFECT in rows.features else []
+    extra = [name for name in (MASK, DEFECT) if name in rows.features]
     rows = rows.select_columns([*images, *(name for name in captions if name not in images), *extra])
     if source.caption_column not in (None, config.caption_column) and captions == [source.caption_column]:
         rows = rows.rename_column(source.caption_column, config.caption_column)
@@ -224,6 +238,42 @@ def _with_images(
             return {column: {"bytes": None, "path": path}, DEFECT: str(error)}
 
     return _replaced(rows, column, {column: datasets.Image(decode=False), DEFECT: datasets.Value("string")}, make)
+
+
+def _with_masks(rows: Any, source: DataSource, config: DataSettings, finder: PictureFinder | None) -> Any:
+    """The rows with the column `MASK`, made of the mask column as images are; as they are where there is none.
+
+    A mask that is not found is told when it is read. Raises RecipeError.
+    """
+    column, features = config.mask_column, rows.features
+    if MASK in features:
+        return rows
+    if column not in features:
+        check_mask_column(config, list(features), source.flag)
+        return rows
+    feature = features[column]
+    is_image = isinstance(feature, datasets.Image) or _can_hold_images(feature)
+    if is_image:
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+        first = [row[column] for row in guarded(source, lambda: list(rows.select_columns([column]).take(LOOKED_AT)))]
+        if finder is None or not any(map(_names_a_file, first)):
+            return rows.rename_column(column, MASK)
+    elif not (_is_text(feature) or (isinstance(feature, dict) and "path" in feature)):
+        raise RecipeError(
+            f"--mask_column {column} of {source.flag} holds {_in_words(feature)}, not images: choose another of "
+            f"{list(features)}"
+        )
+
+    def make(value: Any) -> dict[str, Any]:
+        return {MASK: None if value is None else found_or_named(value, finder)}
+
+    return _replaced(rows, column, {MASK: datasets.Image(decode=False)}, make)
+
+
+def check_mask_column(config: DataSettings, columns: list[str], place: str) -> None:
+    """Raises RecipeError for a mask column that was asked for and is not there; the default one may lack."""
+    if config.mask_column not in columns and config.mask_column != DEFAULT_MASK_COLUMN:
+        raise RecipeError(f"--mask_column {config.mask_column}: {place} {has_columns(config.mask_column, columns)}")
 
 
 def _is_text(feature: object) -> bool:

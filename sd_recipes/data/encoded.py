@@ -36,6 +36,14 @@ def encoded(value: Any, finder: PictureFinder | None) -> Encoded:
     return {"bytes": None, "path": finder.find(value)}
 
 
+def found_or_named(value: Any, finder: PictureFinder | None) -> Encoded:
+    """Like `encoded`; for what is not found, an empty image of its name, which is missed when it is read."""
+    try:
+        return encoded(value, finder)
+    except NotFound as error:
+        return {"bytes": b"", "path": str(error)}
+
+
 def is_base64(text: str) -> bool:
     """Whether it begins as pictures do in base64, and goes on as no path does."""
     if text.startswith(DATA_ADDRESS):

@@ -18,9 +18,10 @@ from typing import Any
 import datasets
 import numpy as np
 
-from sd_recipes.data.columns import LABEL, columns_of, has_columns, rows_from
+from sd_recipes.data.columns import LABEL, check_mask_column, columns_of, has_columns, rows_from
 from sd_recipes.data.encoded import Encoded
 from sd_recipes.data.guard import without_rows
+from sd_recipes.data.mask_files import MaskFiles, without_masks
 from sd_recipes.data.picture_files import Listing, PictureFinder
 from sd_recipes.data.recognised import Recognised
 from sd_recipes.data.side_captions import SIDE_SUFFIXES, SideCaptions, find_side_captions
@@ -68,6 +69,13 @@ class PictureFolder:
         strange = {path for path in listing.pictures if not _is_utf8(path)}
         self._note("pictures have names that are not UTF-8 and are not used: rename them", sorted(map(ascii, strange)))
         self.pictures = [path for path in listing.pictures if path not in strange]
+        plain = without_masks(self.pictures)
+        masks = sorted(set(self.pictures).difference(plain))
+        if config.masked_loss:
+            self.pictures = plain
+            self._note("pictures are masks of others", masks)
+        else:
+            self._note("pictures are named like masks of others (--masked_loss takes them for that)", masks)
 
     def read(self) -> Splits | None:
         """Its rows by split; None where nothing looks like captions. Raises RecipeError for doubts and damage."""
@@ -155,6 +163,8 @@ class PictureFolder:
                 words = f"{suffix} files are passed over (--caption_extension {suffix} reads them)"
                 self._note(words, self.listing.with_suffix(suffix))
         unknown = [name for name in self.columns if name not in (LABEL, *TEXT_COLUMNS)]
+        if own is not None and not self.config.caption_template:  # a whole caption, whatever other sources call theirs
+            unknown = []
         if unknown and side.suffix != ".json":
             raise RecipeError(
                 f"{self.source.flag} has a text in each {side.suffix} file, the column `text`, and is asked for "
@@ -223,6 +233,7 @@ class PictureFolder:
     def _of_tables(self, candidates: list[Candidate]) -> Splits:
         """Rows of all tables, one after the other."""
         images: list[Encoded] = []
+        masks: list[Encoded | None] = []
         columns: dict[str, list[Any]] = {name: [] for name in self.columns}
         defects: list[str | None] = []
         splits: list[str] = []
@@ -239,8 +250,10 @@ class PictureFolder:
                 pictures=self.pictures,
             )
             wanted = [name for name in self.columns if name != LABEL or name in table.columns]
-            rows = read_rows(table, candidate.pictures, wanted, finder)
+            check_mask_column(self.config, table.columns, str(table.path))
+            rows = read_rows(table, candidate.pictures, wanted, finder, self.config)
             images += rows.images
+            masks += rows.masks
             defects += rows.defects
             for name in self.columns:
                 columns[name] += rows.columns.get(name) or [self._label(image) for image in rows.images]
@@ -261,7 +274,7 @@ class PictureFolder:
         )
         self._note("rows of a table have no picture", lacking)
         self.recognised.note_nearly(nearly)
-        return self._split(images, columns, defects, splits)
+        return self._split(images, columns, defects, splits, masks)
 
     def _check_named_once(self, candidates: list[Candidate], paths: list[str], lengths: list[int]) -> None:
         """Raises RecipeError if a picture is named by two tables."""
@@ -286,7 +299,9 @@ class PictureFolder:
         images: list[Encoded] = [{"bytes": None, "path": path} for path in pictures]
         if LABEL in self.columns:
             columns = {**columns, LABEL: [self._label(image) for image in images]}
-        return self._split(images, columns, defects, [""] * len(images), repeats=self.repeats)
+        files = MaskFiles()
+        masks = [files.of(path) if self.config.masked_loss else None for path in pictures]
+        return self._split(images, columns, defects, [""] * len(images), masks, repeats=self.repeats)
 
     def _check_image_column(self, name: str) -> None:
         """Raises RecipeError if another image column than the one there is was asked for."""
@@ -311,6 +326,7 @@ class PictureFolder:
         columns: dict[str, list[Any]],
         defects: list[str | None],
         given: list[str],
+        masks: list[Encoded | None],
         *,
         repeats: bool = False,
     ) -> Splits:
@@ -332,6 +348,7 @@ class PictureFolder:
                 {column: [values[number] for number in numbers] for column, values in columns.items()},
                 [defects[number] for number in numbers],
                 self.config.image_column,
+                [masks[number] for number in numbers],
             )
             splits[split] = (
                 self._repeated(rows, [str(images[number]["path"]) for number in numbers]) if repeats else rows

@@ -111,6 +111,35 @@ def open_with_size(
         return _to_rgb(load_lower_bytes(again, image), transposition), original_size
 
 
+def open_mask(encoded: dict[str, Any], *, max_megapixels: float = 100.0) -> Image.Image:
+    """The mask in {"bytes", "path"} as upright gray levels, black where it is transparent. Raises ImageError."""
+    with _opened(encoded, max_megapixels) as image:
+        transposition = _transposition(image)
+        gray: Image.Image = image
+        if image.mode == "F" or image.mode.startswith("I"):
+            gray = to_eight_bits(image)
+        if gray.has_transparency_data:
+            gray = Image.alpha_composite(Image.new("RGBA", gray.size, "black"), gray.convert("RGBA"))
+        gray = gray.convert("L")
+        return gray if transposition is None else gray.transpose(transposition)
+
+
+def has_alpha(encoded: dict[str, Any] | None, *, max_megapixels: float = 100.0) -> bool:
+    """Whether a picture has transparency, from its header alone. Raises ImageError."""
+    with _opened(encoded, max_megapixels) as image:
+        return image.has_transparency_data
+
+
+def open_alpha(encoded: dict[str, Any] | None, *, max_megapixels: float = 100.0) -> Image.Image | None:
+    """A picture's opacity as upright gray levels; None if it has no transparency. Raises ImageError."""
+    with _opened(encoded, max_megapixels) as image:
+        if not image.has_transparency_data:
+            return None
+        transposition = _transposition(image)
+        alpha = image.convert("RGBA").getchannel("A")
+        return alpha if transposition is None else alpha.transpose(transposition)
+
+
 def place_crop(
     original_size: tuple[int, int], size: tuple[int, int], crop_u: tuple[float, float] | None
 ) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -2,7 +2,8 @@
 
 FOLDER/KEY/                 KEY stands for all that the moments depend on; another VAE, size or crop has another
   made_by.json              the same in words
-  RANK-TIME-NUMBER.arrow    up to 2,048 rows: key, four sizes, moments, moments_flipped, the captions, made_by
+  RANK-TIME-NUMBER.arrow    up to 2,048 rows: key, four sizes, moments, moments_flipped, the captions, made_by, and
+                            with --masked_loss the mask at the latent's size
 
 A row's key is a hash of its image's bytes, or of the file's path, size and modification time, so a changed
 picture is a miss and never a wrong hit. Files are written under another name, synced and renamed; a kill loses
@@ -31,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from sd_recipes.data.columns import SIZE_COLUMNS
+from sd_recipes.data.columns import LATENT_MASK, SIZE_COLUMNS
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import DataSettings
 from sd_recipes.runtime.agreement import wait_for_all
@@ -43,12 +44,15 @@ ROWS_PER_FILE = 2048
 BYTES_PER_FILE = 256 * 2**20
 SHARED_MEMORY = Path("/dev/shm")
 NUMBERS_TO_SORT = 2**16
+END = 2**62  # an epoch that is never reached
 PARTIAL = ".partial"  # of a file that is being written, and locked
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def row_key(encoded: dict[str, Any]) -> bytes:
-    """16 bytes that name an image {"bytes", "path"}; raises OSError if its file is not there."""
+def row_key(encoded: dict[str, Any], mask: dict[str, Any] | None = None) -> bytes:
+    """16 bytes that name an image {"bytes", "path"}, and its mask; raises OSError if a file is not there."""
+    if mask is not None:
+        return hashlib.blake2b(row_key(encoded) + row_key(mask), digest_size=16).digest()
     if encoded["bytes"] is not None:
         return hashlib.blake2b(encoded["bytes"], digest_size=16).digest()
     found = os.stat(encoded["path"])
@@ -86,6 +90,7 @@ def provenance_of(
         "flips": config.random_flip,
         "dtype": config.latent_cache_dtype,
         **({"tiling": True} if tiling else {}),
+        **({"masks": "with alpha" if config.mask_from_alpha else "without alpha"} if config.masked_loss else {}),
     }
 
 
@@ -109,6 +114,16 @@ def check_provenance(found: str, wanted: dict[str, Any]) -> None:
         )
     if wanted["flips"] and not made["flips"]:
         raise RecipeError("the moments of this data set are not mirrored: drop --random_flip")
+    if "masks" in wanted and wanted["masks"] != made.get("masks"):
+        raise RecipeError(
+            f"the moments of this data set were made {_masks_in_words(made)}, and this run wants them "
+            f"{_masks_in_words(wanted)}: change the flags, or make them again with `sd-recipes cache`"
+        )
+
+
+def _masks_in_words(provenance: dict[str, Any]) -> str:
+    masks = {"with alpha": "with masks, also of --mask_from_alpha", "without alpha": "with masks of --masked_loss"}
+    return masks.get(provenance.get("masks", ""), "without masks")
 
 
 def check_one_provenance(found: list[str], wanted: dict[str, Any]) -> None:
@@ -186,7 +201,7 @@ class LatentStore:
     Copies in loader workers read; the one in the training process also writes, in a thread. Readers see
     what was there when they last looked: at the start of the run, and at the start of every epoch, for which
     they wait until `publish_epoch` says that the epoch before is written. So which rows come from the cache does
-    not depend on timing.
+    not depend on timing. After an epoch of all rows there is nothing more to wait for.
     """
 
     def __init__(self, folder: Path, provenance: dict[str, Any], rank: int, *, temporary: bool = False) -> None:
@@ -195,13 +210,16 @@ class LatentStore:
         self.provenance = words
         self.dtype = STORED[provenance["dtype"]]
         self.keeps_flips = provenance["flips"]
+        self.kept_columns = ["moments", "moments_flipped", "made_by", *SIZE_COLUMNS]
+        if "masks" in provenance:
+            self.kept_columns.append(LATENT_MASK)
         self.folder = folder / hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
         self.rank = rank
         self.failure: str | None = None  # why nothing can be added
         self._describe(json.dumps(provenance, indent=1, sort_keys=True) + "\n")
         _remove_leftovers(folder)
         self._published = torch.zeros(1, dtype=torch.int64).share_memory_()  # epoch that readers may begin
-        self._seen_epoch = 0
+        self._seen_epoch = self._first_whole_epoch = 0
         self._files: list[Path] = []
         self._tables: dict[int, pa.Table] = {}
         self._keys = np.zeros(0, dtype=np.uint64)
@@ -245,9 +263,12 @@ class LatentStore:
         """Rows that readers see."""
         return len(self._keys)
 
-    def start_at(self, epoch: int) -> None:
-        """The run begins within this epoch, which waits for nothing; call it before the workers get their copies."""
-        self._seen_epoch = epoch
+    def start_at(self, epoch: int, *, is_within: bool) -> None:
+        """The run begins with this epoch, or within it; it waits for nothing.
+
+        Call it before the workers get their copies.
+        """
+        self._seen_epoch, self._first_whole_epoch = epoch, epoch + is_within
 
     def begin_epoch(self, epoch: int) -> None:
         """Wait until the epochs before are published, and look at what they wrote."""
@@ -255,14 +276,18 @@ class LatentStore:
             return
         while self._published.item() < epoch:
             time.sleep(0.005)
-        self._seen_epoch = epoch
+        self._seen_epoch = int(self._published.item())
         self._look()
 
-    def end_epoch(self, epoch: int) -> None:
-        """Make the rows of an epoch available to the next one, on all processes; all of them have to call it."""
+    def end_epoch(self, epoch: int, *, has_all_rows: bool) -> None:
+        """Make the rows of an epoch available to the next one, on all processes; all of them have to call it.
+
+        After one that had all rows, and that the run did not begin within, there is nothing more to wait for: readers
+        go on into later epochs while the step before them is still on its way.
+        """
         self.flush()
         wait_for_all()
-        self.publish_epoch(epoch + 1)
+        self.publish_epoch(END if has_all_rows and epoch >= self._first_whole_epoch else epoch + 1)
 
     def publish_epoch(self, epoch: int) -> None:
         """Let readers continue to `epoch`: all processes have written everything before it."""
@@ -293,8 +318,7 @@ class LatentStore:
                 self._tables[file] = open_cached(self._files[file])
             table = self._tables[file]
             if table.column("key")[row].as_py() == key:
-                wanted = ("moments", "moments_flipped", "made_by", *SIZE_COLUMNS)
-                return {name: table.column(name)[row].as_py() for name in wanted}
+                return {name: table.column(name)[row].as_py() for name in self.kept_columns}
             place += 1
         return None
 
@@ -439,11 +463,9 @@ class _Writer:
         if not self._rows:
             return
         table = pa.Table.from_pylist(self._rows)
-        table = table.set_column(
-            table.schema.get_field_index("moments_flipped"),
-            "moments_flipped",
-            table.column("moments_flipped").cast(pa.binary()),
-        )
+        for name in {"moments_flipped", LATENT_MASK} & set(table.column_names):  # where all are None, of no type yet
+            number = table.schema.get_field_index(name)
+            table = table.set_column(number, name, table.column(name).cast(pa.binary()))
         final = self.folder / f"{self.prefix}-{self.number:05d}.arrow"
         temporary = final.with_suffix(PARTIAL)
         with _held(temporary) as file:

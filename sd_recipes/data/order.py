@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -56,13 +56,18 @@ def portion(number: int, size: int, weights: Sequence[float]) -> list[range]:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The samples of one optimizer step, over all processes and micro-batches."""
+    """The samples of one optimizer step, over all processes and micro-batches; or class pictures beside them."""
 
     rows: np.ndarray  # (M,) indices into the data set
-    position: int  # of the first sample in the run
+    position: int  # of the step's first sample in the run
     ends_epoch: bool
     epoch: int
     size: tuple[int, int]  # (height, width) of its images, in pixels
+    samples_seen: int  # by the run, when the step is done
+    num_samples: int  # that are trained in the step
+    places: np.ndarray  # (M,) of the rows, among these
+    weight: float = 1.0  # of each loss
+    is_class: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,13 @@ class MicroBatch:
     positions: np.ndarray  # (B,) of the samples in the run
     strata: np.ndarray  # (B,) each sample's slice of the timesteps, out of as many as its global batch has samples
     global_batch_size: int  # M
-    weight: float  # 0 if this process has no share of the global batch and only joins the collectives
+    weight: float  # of each loss; 0 if this process has no share of the global batch and only joins the collectives
     is_last: bool  # the optimizer steps after it
     samples_seen: int  # by the run, when the global batch is done
     ends_epoch: bool
     epoch: int
     size: tuple[int, int]  # (height, width) of the images, in pixels
+    is_class: bool = False  # of class pictures, for prior preservation
     # For a stream: the rows themselves, and where this process's stream stands when the global batch is done.
     examples: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
     stream_state: dict[str, Any] | None = None
@@ -104,6 +110,11 @@ class Order:
     @property
     def num_rows(self) -> int:
         return sum(self.source_lengths)
+
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether every epoch has each row; one of weighted sources may leave some to the next."""
+        return self.source_weights is None
 
     def num_steps(self, num_epochs: int, samples_seen: int = 0) -> int:
         """Optimizer steps from a position until `num_epochs` epochs are over."""
@@ -158,6 +169,9 @@ class Order:
                 yield GlobalBatch(
                     rows=rows[first:end],
                     position=epoch * self.num_rows + first,
+                    samples_seen=epoch * self.num_rows + end,
+                    num_samples=end - first,
+                    places=np.arange(end - first),
                     ends_epoch=end == self.num_rows,
                     epoch=epoch,
                     size=self.sizes[0 if self.buckets is None else self.buckets[rows[first]]],
@@ -167,25 +181,26 @@ class Order:
 
 def share(batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_size: int) -> list[MicroBatch]:
     """The micro-batches of one process: as many on every process, with weight 0 where it has no sample for one."""
-    strata = np.arange(len(batch.rows))[rank::world_size]  # the places: rows come in another order every epoch
+    own = np.arange(len(batch.rows))[rank::world_size]
     largest_share = math.ceil(len(batch.rows) / world_size)
     starts = range(0, largest_share, micro_batch_size)
     padding_sample = np.zeros(1, dtype=np.int64)  # the other processes wait for this one's forward pass or gradients
     return [
         MicroBatch(
             rows=batch.rows[chosen],
-            positions=batch.position + chosen,
-            strata=chosen,
-            global_batch_size=len(batch.rows),
-            weight=float(start < len(strata)),
+            positions=batch.position + batch.places[chosen],
+            strata=batch.places[chosen],  # the places: rows come in another order every epoch
+            global_batch_size=batch.num_samples,
+            weight=batch.weight if start < len(own) else 0.0,
             is_last=start == starts[-1],
-            samples_seen=batch.position + len(batch.rows),
+            samples_seen=batch.samples_seen,
             ends_epoch=batch.ends_epoch,
             epoch=batch.epoch,
             size=batch.size,
+            is_class=batch.is_class,
         )
         for start in starts
-        for chosen in [strata[start : start + micro_batch_size] if start < len(strata) else padding_sample]
+        for chosen in [own[start : start + micro_batch_size] if start < len(own) else padding_sample]
     ]
 
 
@@ -197,7 +212,17 @@ def plans_of_order(
     rank: int,
     world_size: int,
     micro_batch_size: int,
+    beside: Callable[[GlobalBatch], list[GlobalBatch]] = lambda batch: [],
 ) -> Iterator[MicroBatch]:
-    """One process's micro-batches from a position on, without end; `stream_state` is for streams only."""
+    """One process's micro-batches from a position on, without end; `stream_state` is for streams only.
+
+    `beside` gives the class pictures that belong to a global batch.
+    """
     for batch in order.batches_from(samples_seen):
-        yield from share(batch, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+        parts = [
+            share(each, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+            for each in (batch, *beside(batch))
+        ]
+        *others, last = itertools.chain(*parts)
+        yield from (replace(each, is_last=False) for each in others)
+        yield last

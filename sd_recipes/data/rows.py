@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from sd_recipes.data.captions import DEFECT, caption_columns
-from sd_recipes.data.columns import checked, columns_of, with_lists
+from sd_recipes.data.columns import MASK, checked, columns_of, with_lists
 from sd_recipes.data.guard import guarded
 from sd_recipes.data.recognised import Recognised
 from sd_recipes.data.shards import with_bytes
@@ -79,10 +79,11 @@ def load_sources(
         if source.repeats > 1 and repeats and split is None:
             rows = rows.select(np.repeat(np.arange(len(rows)), source.repeats))
         parts.append(SourceRows(rows, with_columns(opened.recognised, source, config)))
-    if any(DEFECT in part.rows.column_names for part in parts):
-        for part in parts:
-            if DEFECT not in part.rows.column_names:
-                part.rows = part.rows.add_column(DEFECT, [None] * len(part.rows), feature=datasets.Value("string"))
+    for name, feature in ((DEFECT, datasets.Value("string")), (MASK, datasets.Image(decode=False))):
+        if any(name in part.rows.column_names for part in parts):
+            for part in parts:
+                if name not in part.rows.column_names:
+                    part.rows = part.rows.add_column(name, [None] * len(part.rows), feature=feature)
     for column in caption_columns(config):  # some sources may have several captions for a row
         if any(isinstance(part.rows.features.get(column), datasets.List) for part in parts):
             for part in parts:

@@ -131,12 +131,13 @@ class ReadAhead:
 
 
 def with_bytes(example: dict[str, Any]) -> dict[str, Any]:
-    """The row with the bytes of its image, where it only names a remote file, as rows of streamed folders do."""
+    """The row with the bytes of its images, where it only names remote files, as rows of streamed folders do."""
+    found = {}
     for name, value in example.items():
         if isinstance(value, dict) and value.get("bytes", b"") is None and "://" in (value.get("path") or ""):
             with fsspec.open(value["path"], "rb") as file:
-                return {**example, name: {**value, "bytes": file.read()}}
-    return example
+                found[name] = {**value, "bytes": file.read()}
+    return {**example, **found}
 
 
 @dataclass

@@ -18,7 +18,7 @@ from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.packaged_modules.arrow.arrow import Arrow
 
 from sd_recipes import assets
-from sd_recipes.data.columns import caption_flag, columns_of, has_columns, rows_from
+from sd_recipes.data.columns import caption_flag, check_mask_column, columns_of, has_columns, rows_from
 from sd_recipes.data.folder import PictureFolder, folder_name
 from sd_recipes.data.guard import guarded, without_rows
 from sd_recipes.data.parquet_files import ParquetFiles, load_files
@@ -226,10 +226,11 @@ class _Opening:
                 raise RecipeError(
                     f"{caption_flag(self.config)} {name}: {table.path} {has_columns(name, table.columns)}{hint}"
                 )
-        rows = read_rows(table, pictures, columns, finder)
+        check_mask_column(self.config, table.columns, str(table.path))
+        rows = read_rows(table, pictures, columns, finder, self.config)
         recognised.note("rows have no picture", rows.lacking)
         recognised.note_nearly(finder.nearly)
-        return rows_from(rows.images, rows.columns, rows.defects, self.config.image_column)
+        return rows_from(rows.images, rows.columns, rows.defects, self.config.image_column, rows.masks)
 
     def _in_memory(self, splits: dict[str, Any], recognised: Recognised, finder: PictureFinder | None) -> Opened:
         if self.streaming:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded
+from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded, found_or_named
+from sd_recipes.data.mask_files import MaskFiles
 from sd_recipes.data.picture_files import Missing, NotFound, Outside, PictureFinder
 from sd_recipes.data.tables import PATH_KEY, Table
 from sd_recipes.errors import RecipeError
-from sd_recipes.recipe import DataConfig, DataSource
+from sd_recipes.recipe import DataConfig, DataSource, MaskConfig
 
 DEFAULT_IMAGE_COLUMN = DataConfig.model_fields["image_column"].default
 # Columns that usually hold a picture's path, in order of preference.
@@ -22,12 +23,13 @@ PATH_COLUMNS = (
 
 @dataclass
 class TableRows:
-    """Rows of one table: images, columns, and what is wrong with each row, or None.
+    """Rows of one table: images, masks, columns, and what is wrong with each row, or None.
 
     A missing file is not: that is told when the picture is read.
     """
 
     images: list[Encoded]
+    masks: list[Encoded | None]
     columns: dict[str, list[Any]]
     defects: list[str | None]
     lacking: list[str]  # the names of pictures that were not found
@@ -52,13 +54,15 @@ def picture_column(columns: list[str], image_column: str) -> str | None:
     return next((known[name] for name in usual if name in known), None)
 
 
-def read_rows(table: Table, pictures: str, columns: list[str], finder: PictureFinder) -> TableRows:
+def read_rows(table: Table, pictures: str, columns: list[str], finder: PictureFinder, config: MaskConfig) -> TableRows:
     """The rows of a table whose column `pictures` says which picture each is. Raises RecipeError."""
-    found = table.read([pictures, *(name for name in columns if name != pictures)])
+    has_masks = config.masked_loss and config.mask_column in table.columns
+    wanted = dict.fromkeys([pictures, *columns, *([config.mask_column] if has_masks else [])])
+    found = table.read(list(wanted))
     values = found[pictures]
     first = next((value for value in values if value is not None), None)
     check_holds_pictures(first, pictures, str(table.path), is_local=True)
-    rows = TableRows([], {name: found[name] for name in columns}, [], [])
+    rows = TableRows([], [], {name: found[name] for name in columns}, [], [])
     reason = ""
     for number, value in enumerate(values, start=1):
         defect = None
@@ -76,6 +80,14 @@ def read_rows(table: Table, pictures: str, columns: list[str], finder: PictureFi
             reason = reason or str(error)
         rows.images.append(image)
         rows.defects.append(defect)
+    if config.masked_loss:
+        named, files = found[config.mask_column] if has_masks else [None] * len(values), MaskFiles()
+        rows.masks = [
+            found_or_named(name, finder) if name else files.of(image["path"])
+            for name, image in zip(named, rows.images, strict=True)
+        ]
+    else:
+        rows.masks = [None] * len(values)
     if rows.images and len(rows.lacking) == len(rows.images):
         place = finder.place_of(first)
         hint = f"; there is one of that name in {place}: give --image_root {place}" if place else ""

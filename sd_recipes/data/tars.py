@@ -21,7 +21,7 @@ from datasets.download import StreamingDownloadManager
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from sd_recipes.data.captions import DEFECT
-from sd_recipes.data.columns import columns_of, not_captions
+from sd_recipes.data.columns import MASK, columns_of, not_captions
 from sd_recipes.data.picture_files import IMAGE_SUFFIXES, suffix_of
 from sd_recipes.data.tables import parse_json, value_at
 from sd_recipes.data.text_files import TextError, decode
@@ -45,6 +45,7 @@ class TarConfig(datasets.BuilderConfig):
     image_column: str = FIRST_PICTURE
     captions: tuple[tuple[str, str], ...] = ()  # (column, part)
     encoding: str | None = None
+    mask: str | None = None  # the part with the mask, without its suffix
 
 
 class TarFiles(WebDataset):
@@ -58,6 +59,8 @@ class TarFiles(WebDataset):
 
     def _info(self) -> datasets.DatasetInfo:
         features: dict[str, Any] = {self.config.image_column: datasets.Image(decode=False)}
+        if self.config.mask is not None:
+            features[MASK] = datasets.Image(decode=False)
         for column, part in self.config.captions:
             text = datasets.Value("string")
             features[column] = datasets.List(text) if "." in part else text
@@ -71,11 +74,14 @@ class TarFiles(WebDataset):
                 yield Key(number, place), self._row(f"{os.path.basename(path)}/{key}", parts, defect)
 
     def _row(self, name: str, parts: Sample, defect: str | None) -> dict[str, Any]:
-        picture = find_part(self.config.image_column, parts)
+        mask = find_mask(self.config.mask, parts)
+        picture = find_part(self.config.image_column, [part for part in parts if part != mask])
         if picture is None and defect is None:
             wanted = "picture" if self.config.image_column == FIRST_PICTURE else f"part {self.config.image_column}"
             defect = f"the sample has no {wanted}, only {', '.join(parts)}"
         row: dict[str, Any] = {}
+        if self.config.mask is not None:
+            row[MASK] = {"bytes": parts[mask], "path": f"{name}.{mask}"} if mask else None
         for column, part in self.config.captions:
             try:
                 row[column] = read_text(part, parts, self.config.encoding)
@@ -108,7 +114,15 @@ def samples(path: str, members: Iterable[tuple[str, Any]]) -> Iterator[tuple[str
         yield key, parts, defect
 
 
-def find_part(name: str, parts: Sample) -> str | None:
+def find_mask(name: str | None, parts: Iterable[str]) -> str | None:
+    """The picture among the parts that is called so, as `mask.png` for `mask`, in any case; None if there is none."""
+    for part in parts:
+        if name and os.path.splitext(part)[0].lower() == name.lower() and suffix_of(part) in IMAGE_SUFFIXES:
+            return part
+    return None
+
+
+def find_part(name: str, parts: Iterable[str]) -> str | None:
     """The part of that name, or that ends in it, in any case; for the default name, any picture."""
     if name in parts:
         return name
@@ -160,6 +174,7 @@ def load_tars(
         image_column=config.image_column,
         captions=captions,
         encoding=config.text_encoding,
+        mask=config.mask_column if config.masked_loss else None,
     )
     words = " and ".join(f"the part {part}" for _, part in captions)
     if streaming:

@@ -14,9 +14,11 @@ from transformers import CLIPTokenizer
 from sd_recipes.data.bad_rows import BadRows
 from sd_recipes.data.batches import Plans
 from sd_recipes.data.checks import check_bad_rows_again, check_held_out, check_rows, check_stream
+from sd_recipes.data.class_rows import ClassRows
 from sd_recipes.data.first_words import NUM_EXAMPLES, example_captions, first_words
 from sd_recipes.data.guard import guarded
 from sd_recipes.data.held_out import FixedRows, choose, divide_streams, held_out_numbers, warn_of_rows_in_both
+from sd_recipes.data.masks import has_mask, masks_in_words
 from sd_recipes.data.order import Order, plans_of_order
 from sd_recipes.data.rows import SourceRows, join_rows, load_held_out_rows, load_sources, load_streams
 from sd_recipes.data.shards import Shards, with_bytes
@@ -33,17 +35,19 @@ from sd_recipes.runtime.console import say
 class TrainingData:
     """Rows with their order, or streams; and rows that every validation looks at: held-out ones, and trained ones."""
 
-    rows: datasets.Dataset | None
+    rows: datasets.Dataset | None  # class pictures last
     order: Order | None
     streams: list[datasets.IterableDataset]
     held_out: FixedRows | None
     watched: FixedRows | None
     bad_rows: BadRows
-    global_batch_size: int  # images of an optimizer step, over all processes
+    global_batch_size: int  # images of an optimizer step, over all processes; class pictures come on top
+    class_rows: ClassRows | None = None
 
     @property
     def num_rows(self) -> int | None:
-        return None if self.rows is None else len(self.rows)
+        """Rows that are trained, without class pictures."""
+        return None if self.order is None else self.order.num_rows
 
     @property
     def provenances(self) -> list[str]:
@@ -80,6 +84,9 @@ def load_training_data(
             for stream in streams:
                 checked_rows = check_stream(stream.rows, recipe, tokenizer)
                 examples = examples or example_captions(checked_rows[:NUM_EXAMPLES], recipe)
+                if recipe.masked_loss:
+                    number = sum(has_mask(row, recipe) for row in checked_rows)
+                    stream.recognised.notes.append(f"masks: {number} of its first {len(checked_rows)} rows have one")
         bad_rows = BadRows(output_dir, recipe.max_bad_rows, None, rank, writes=not recipe.dry_run)
         if rank == 0:
             say(first_words(recipe, [stream.recognised for stream in streams], None, examples, held_out))
@@ -88,26 +95,32 @@ def load_training_data(
             None, None, rows_of_streams, *fixed_rows(held_out, watched, recipe), bad_rows, global_batch_size
         )
 
-    parts = load_sources(recipe, cache_dir=recipe.cache_dir)
+    every_part = load_sources(recipe, cache_dir=recipe.cache_dir)
+    parts, class_parts = every_part[: len(recipe.trained_sources)], every_part[len(recipe.trained_sources) :]
     if recipe.divides_rows:
         held_out = hold_out(parts, recipe)
         check_held_out_sizes(held_out, recipe)
     lengths, weights = tuple(len(part.rows) for part in parts), None
     if len(parts) > 1:
-        weights = weights_of(recipe.sources)
-    rows = join_rows([part.rows for part in parts], recipe.max_train_samples, seed)
+        weights = weights_of(recipe.trained_sources)
+    trained = join_rows([part.rows for part in parts], recipe.max_train_samples, seed)
+    rows = join_rows([trained, *(part.rows for part in class_parts)], None, None)
     if rank == 0:
         examples = example_captions(rows, recipe)
-        say(first_words(recipe, [part.recognised for part in parts], len(rows), examples, held_out))
-    if len(rows) < sum(lengths):
+        for part in class_parts:
+            part.recognised.notes.append(class_pictures_in_words(recipe))
+        if recipe.masked_loss:
+            parts[0].recognised.notes.append(masks_in_words(trained, recipe))
+        say(first_words(recipe, [part.recognised for part in every_part], len(trained), examples, held_out))
+    if len(trained) < sum(lengths):
         if weights:
             raise RecipeError("--max_train_samples and data_sources contradict each other: drop one")
-        lengths = (len(rows),)
-    if global_batch_size > len(rows):
+        lengths = (len(trained),)
+    if global_batch_size > len(trained):
         raise RecipeError(
             f"the global batch is {global_batch_size} (--train_batch_size {recipe.train_batch_size} x "
             f"--gradient_accumulation_steps {recipe.gradient_accumulation_steps} x the number of processes) and the "
-            f"data set has {len(rows)} rows: lower one of them"
+            f"data set has {len(trained)} rows: lower one of them"
         )
     bad_rows = BadRows(output_dir, recipe.max_bad_rows, len(rows), rank, writes=not recipe.dry_run)
     if rank == 0:
@@ -115,12 +128,17 @@ def load_training_data(
     if recipe.check_data != "off" and rank == 0:
         check_rows(rows, recipe, tokenizer, seed=seed, bad_rows=bad_rows)
         if held_out is not None and not recipe.divides_rows:
-            warn_of_rows_in_both(held_out, rows, recipe)
+            warn_of_rows_in_both(held_out, trained, recipe)
     order = Order(lengths, global_batch_size, seed, weights, ((recipe.resolution, recipe.resolution),))
     if has_buckets(rows, recipe):
         sizes, buckets = assign_buckets(rows, recipe)
         order = replace(order, sizes=sizes, buckets=buckets)
-    return TrainingData(rows, order, [], *fixed_rows(held_out, rows, recipe), bad_rows, global_batch_size)
+    class_rows = None
+    if class_parts:
+        number = len(rows) - len(trained)
+        class_rows = ClassRows(len(trained), number, seed, recipe.prior_loss_weight, order.sizes, order.buckets)
+    fixed = fixed_rows(held_out, trained, recipe)
+    return TrainingData(rows, order, [], *fixed, bad_rows, global_batch_size, class_rows)
 
 
 def hold_out(parts: list[SourceRows], recipe: Recipe) -> datasets.Dataset:
@@ -162,6 +180,12 @@ def fixed_rows(
     return chosen, choose(trained, len(chosen))
 
 
+def class_pictures_in_words(recipe: Recipe) -> str:
+    """What class pictures are for."""
+    teach = "" if recipe.prior_preservation == "pictures" else ", towards what the model predicted before training"
+    return f"class pictures: one beside each trained picture, its loss times {recipe.prior_loss_weight:g}{teach}"
+
+
 def weights_of(sources: list[DataSource]) -> tuple[float, ...] | None:
     """The sources' shares of an epoch; None where each row comes as often as it is there."""
     weights = tuple(source.weight for source in sources if source.weight != "rows")
@@ -172,6 +196,8 @@ def plans(data: TrainingData, recipe: Recipe, *, rank: int, world_size: int) -> 
     """What a process trains on, from any position on."""
     place: dict[str, Any] = {"rank": rank, "world_size": world_size, "micro_batch_size": recipe.train_batch_size}
     if data.order is not None:
+        if data.class_rows is not None:
+            place["beside"] = data.class_rows.beside
         return partial(plans_of_order, data.order, **place)
     assert recipe.seed is not None
     outage_seconds = 60 * recipe.stream_outage_minutes

@@ -19,7 +19,9 @@ class ImageTextScore:
     Raises RecipeError if the model cannot be loaded.
     """
 
-    def __init__(self, name: str, cache_dir: str | None = None) -> None:
+    def __init__(self, name: str, device: torch.device, cache_dir: str | None = None) -> None:
+        """The model waits in the host's memory, and scores on `device`."""
+        self.device = device
         folder = assets.resolve(name)
         try:
             self.model = CLIPModel.from_pretrained(
@@ -34,14 +36,18 @@ class ImageTextScore:
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> float:
         """Score of images, each with the caption at the same position."""
-        pixel_values = self.processor(images=list(images), return_tensors="pt").pixel_values
+        pixel_values = self.processor(images=list(images), return_tensors="pt").pixel_values.to(self.device)
         tokens = self.tokenizer(
             list(captions),
             padding="max_length",
             truncation=True,
             max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
-        )
-        image = F.normalize(self.model.get_image_features(pixel_values=pixel_values).pooler_output, dim=-1)
-        text = F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
-        return 100 * (image * text).sum(dim=-1).mean().item()
+        ).to(self.device)
+        self.model.to(self.device)
+        try:
+            image = F.normalize(self.model.get_image_features(pixel_values=pixel_values).pooler_output, dim=-1)
+            text = F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
+            return 100 * (image * text).sum(dim=-1).mean().item()
+        finally:
+            self.model.to("cpu")

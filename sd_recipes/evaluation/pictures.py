@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ def draw_pictures(
     size: tuple[int, int],
     numbers: Sequence[int],
     at_once: int,
+    *,
+    bar: str = "Validation pictures",
+    stopped: str = BROKEN_OFF,
 ) -> list[Image.Image]:
     """Pictures of `size` (height, width) for those of the prompts with these numbers, `at_once` of them at a time.
 
@@ -53,7 +57,7 @@ def draw_pictures(
     """
     height, width = size
     assert recipe.seed is not None
-    pipeline.set_progress_bar_config(desc="Validation pictures", leave=False)
+    pipeline.set_progress_bar_config(desc=bar, leave=False)
     pictures: list[Image.Image] = []
     with decoded_one_by_one(pipeline.vae):
         for start in range(0, len(numbers), at_once):
@@ -65,7 +69,7 @@ def draw_pictures(
                 num_inference_steps=recipe.validation_inference_steps,
                 guidance_scale=recipe.validation_guidance_scale,
                 generator=[generator_of(recipe.seed, number) for number in some],
-                callback_on_step_end=check_for_stop,
+                callback_on_step_end=partial(check_for_stop, stopped),
             ).images
     return pictures
 
@@ -99,10 +103,10 @@ def save_whole(picture: Image.Image, path: Path, texts: Mapping[str, str] | None
 
 
 def check_for_stop(
-    pipeline: DiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
+    stopped: str, pipeline: DiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
 ) -> dict[str, Any]:
-    """What diffusers calls after every denoising step. Raises Stopped."""
-    stop_request.check(BROKEN_OFF)
+    """What diffusers calls after every denoising step. Raises Stopped, with the words `stopped`."""
+    stop_request.check(stopped)
     return tensors
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,17 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sd_recipes.data.batches import Batch, BatchBuilder
+from sd_recipes.data.batches import Batch, BatchBuilder, TrainingBatches
 from sd_recipes.data.draws import generator
 from sd_recipes.data.held_out import HELD_OUT_SEED
 from sd_recipes.data.order import STRATA_PURPOSE, MicroBatch
 from sd_recipes.evaluation.pictures import BROKEN_OFF
+from sd_recipes.model.conditioning import MAX_TEXT_BYTES, TextStates
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import VALIDATION
 from sd_recipes.writing import replacing
+
+logger = logging.getLogger(__name__)
 
 THUMBNAIL = 96  # pixels, of the longer side
 HELD_OUT, TRAIN = "held_out", "train"  # the sets of rows
@@ -40,23 +45,47 @@ EMPTY = pa.schema([SCHEMA.field(name) for name in ("row", "timestep", "loss")]).
 METADATA = b"sd_recipes"
 
 Encode = Callable[[Batch], torch.Tensor]  # latents (B, C, h, w) of a batch on the device
-Losses = Callable[[torch.Tensor, Batch], torch.Tensor]  # of latents and their batch: (B,)
+EncodeText = Callable[[torch.Tensor], TextStates]  # of input_ids (B, L)
+Losses = Callable[[torch.Tensor, TextStates, Batch], torch.Tensor]  # of latents, text states and their batch: (B,)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is encoded once of some samples, in the host's memory."""
+
+    batch: Batch  # without pixels
+    latents: torch.Tensor  # (B, C, h, w)
+    states: TextStates | None  # None if they are to be encoded anew
+
+    def in_parts_of(self, size: int) -> Iterator[Kept]:
+        """Of `size` samples, of which there may be room for fewer than when they were encoded."""
+        start = 0
+        for part in self.batch.in_parts_of(size):
+            own = slice(start, start + len(part.weights))
+            states = None if self.states is None else {name: each[own] for name, each in self.states.items()}
+            yield Kept(part, self.latents[own], states)
+            start = own.stop
 
 
 @dataclass
 class FixedSamples:
-    """One process's share of the samples of a set of rows; their latents are encoded once, since the VAE is frozen.
+    """One process's share of the samples of a set of rows.
 
-    Timesteps are stratified over all samples, and over those of each row, so that it meets early and late ones.
+    Their latents are encoded once, since the VAE is frozen; if the text models are, so are text states, up to
+    MAX_TEXT_BYTES. Timesteps are stratified over all samples, and over those of each row, so that it meets early and
+    late ones.
     """
 
     builder: BatchBuilder
     size: tuple[int, int]  # (height, width) of the images
     num_samples: int  # at least, over all processes: few rows come several times
     own: slice  # of all samples
+    keeps_text: bool  # the text models are frozen
+    num_workers: int = 0  # that read rows, while others are encoded
+    pin_memory: bool = False
     bad: dict[str, str] = field(default_factory=dict)  # rows that cannot be used, and why
     thumbnails: dict[int, bytes] = field(default_factory=dict)  # by row, of the pictures as the model sees them
-    _kept: list[tuple[Batch, torch.Tensor]] = field(default_factory=list)  # batches without pixels, and latents
+    _kept: list[Kept] = field(default_factory=list)
 
     @property
     def num_rows(self) -> int:
@@ -82,49 +111,72 @@ class FixedSamples:
             size=self.size,
         )
 
-    def errors(self, encode: Encode, losses: Losses, device: torch.device, at_once: int, *, bar: bool) -> pa.Table:
+    def errors(
+        self,
+        encode: Encode,
+        encode_text: EncodeText,
+        losses: Losses,
+        device: torch.device,
+        at_once: int,
+        *,
+        bar: bool,
+    ) -> pa.Table:
         """Row, timestep and loss of each of these samples, `at_once` of them at a time. Raises Stopped."""
         if not self._kept:
-            self._kept = list(self._encoded(encode, device, at_once, bar=bar))
-        parts = [part for kept in self._kept for part in _split(*kept, at_once)]
+            self._kept = list(self._encoded(encode, encode_text, device, at_once, bar=bar))
+        parts = [part for kept in self._kept for part in kept.in_parts_of(at_once)]
         if not parts:  # fewer samples than processes
             return EMPTY
         found = []
-        for batch, latents in tqdm(parts, desc="Validation", leave=False, disable=not bar):
+        for part in tqdm(parts, desc="Validation", leave=False, disable=not bar):
             stop_request.check(BROKEN_OFF)
-            found.append(losses(latents.to(device), batch.to(device)))
-        usable = torch.cat([batch.weights for batch, _ in parts]).bool().numpy()
+            states = part.states or encode_text(part.batch.input_ids)
+            states = {name: each.to(device) for name, each in states.items()}
+            found.append(losses(part.latents.to(device), states, part.batch.to(device)))
+        batches = [part.batch for part in parts]
+        usable = torch.cat([batch.weights for batch in batches]).bool().numpy()
         return pa.table(
             {
-                "row": pa.array(np.concatenate([batch.plan.rows for batch, _ in parts])[usable], pa.int32()),
-                "timestep": pa.array(torch.cat([batch.timesteps for batch, _ in parts]).numpy()[usable], pa.int32()),
+                "row": pa.array(np.concatenate([batch.plan.rows for batch in batches])[usable], pa.int32()),
+                "timestep": pa.array(torch.cat([batch.timesteps for batch in batches]).numpy()[usable], pa.int32()),
                 # In float64 on the host, which Apple's GPUs lack.
                 "loss": torch.cat(found).cpu().double().numpy()[usable],
             }
         )
 
     def _encoded(
-        self, encode: Encode, device: torch.device, at_once: int, *, bar: bool
-    ) -> Iterator[tuple[Batch, torch.Tensor]]:
+        self, encode: Encode, encode_text: EncodeText, device: torch.device, at_once: int, *, bar: bool
+    ) -> Iterator[Kept]:
         own = np.arange(self.num_rows * self.num_passes)[self.own]
-        for start in tqdm(range(0, len(own), at_once), desc="Rows of the validation", leave=False, disable=not bar):
-            stop_request.check(BROKEN_OFF)
-            plan = self.plan(own[start : start + at_once])
-            batch = self.builder[plan]
-            self.bad |= dict(batch.bad)
-            for place, pixels in zip(batch.to_encode.tolist(), batch.pixels, strict=True):
-                row = int(plan.rows[place])
-                if batch.weights[place] and row not in self.thumbnails:
-                    self.thumbnails[row] = thumbnail(pixels)
-            latents = encode(batch.to(device)).cpu()
-            nothing = torch.zeros(0, dtype=torch.int64)
-            yield replace(batch, pixels=batch.pixels[:0], to_encode=nothing, moments=None, records=[]), latents
-
-
-def _split(batch: Batch, latents: torch.Tensor, at_once: int) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """In parts of `at_once`, of which there may be room for fewer than when they were encoded."""
-    parts = batch.in_parts_of(at_once)
-    yield from zip(parts, latents.split([len(part.weights) for part in parts]), strict=True)
+        plans = [self.plan(own[start : start + at_once]) for start in range(0, len(own), at_once)]
+        read = TrainingBatches(
+            self.builder, lambda *_: iter(plans), num_workers=self.num_workers, pin_memory=self.pin_memory
+        )
+        text_bytes, num_left_out = 0, 0
+        with closing(read(0, len(plans))) as batches:
+            for (batch,) in tqdm(
+                batches, total=len(plans), desc="Rows of the validation", leave=False, disable=not bar
+            ):
+                stop_request.check(BROKEN_OFF)
+                self.bad |= dict(batch.bad)
+                for place, pixels in zip(batch.to_encode.tolist(), batch.pixels, strict=True):
+                    row = int(batch.plan.rows[place])
+                    if batch.weights[place] and row not in self.thumbnails:
+                        self.thumbnails[row] = thumbnail(pixels)
+                latents, states = encode(batch.to(device)).cpu(), None
+                if self.keeps_text:
+                    encoded = {name: each.cpu() for name, each in encode_text(batch.input_ids).items()}
+                    text_bytes += sum(each.nbytes for each in encoded.values())
+                    states = encoded if text_bytes <= MAX_TEXT_BYTES else None
+                    num_left_out += 0 if states else len(batch.weights)
+                nothing = torch.zeros(0, dtype=torch.int64)
+                kept = replace(batch, pixels=batch.pixels[:0].clone(), to_encode=nothing, moments=None, records=[])
+                yield Kept(kept, latents, states)
+        if num_left_out:
+            logger.info(
+                "The captions of %d of %d samples are encoded anew at every validation: text states take %.1f GB, of "
+                "which %.1f GB are kept.", num_left_out, len(own), text_bytes / 1e9, MAX_TEXT_BYTES / 1e9,
+            )  # fmt: skip
 
 
 def stratify(num_rows: int, num_passes: int) -> np.ndarray:

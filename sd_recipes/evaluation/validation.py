@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from sd_recipes.evaluation.sample_errors import (
 )
 from sd_recipes.evaluation.watched_rows import WatchedRows
 from sd_recipes.model.components import Components
-from sd_recipes.model.family import Family
+from sd_recipes.model.family import Family, TextStates
 from sd_recipes.model.latents import LatentEncoder
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted
@@ -196,14 +196,18 @@ class Validator:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within this context UNet and text encoder evaluate, the UNet on the device: it may have been gathered."""
+        """Within this context UNet and text encoder evaluate, the UNet on the device: it may have been gathered.
+
+        A compiled one is not, since it would be compiled anew for every shape that is evaluated.
+        """
         models = [self.components.unet.to(self.accelerator.device)]
         models += [getattr(self.components, name) for name in self.family.text_models]
         were_training = [model for model in models if model.training]
         for model in were_training:
             model.eval()
         try:
-            yield
+            with torch.compiler.set_stance("force_eager") if self.recipe.compile else nullcontext():
+                yield
         finally:
             for model in were_training:
                 model.train()
@@ -219,6 +223,7 @@ class Validator:
                 partial(
                     samples.errors,
                     self._latents,
+                    partial(self.family.encode_text, self.components),
                     self._losses,
                     self.accelerator.device,
                     bar=self.accelerator.is_local_main_process,
@@ -233,11 +238,17 @@ class Validator:
     def _latents(self, batch: Batch) -> torch.Tensor:
         return self.encoder.sample(batch.all_moments(self.encoder.encode), batch.posterior_noise)
 
-    def _losses(self, latents: torch.Tensor, batch: Batch) -> torch.Tensor:
-        states = self.family.encode_text(self.components, batch.input_ids)
+    def _losses(self, latents: torch.Tensor, states: TextStates, batch: Batch) -> torch.Tensor:
         conditioning = self.family.conditioning(states, batch)
         with self.accelerator.autocast():
-            return self.objective(self.components.unet, latents, conditioning, batch.timesteps, batch.noise)
+            return self.objective(
+                self.components.unet,
+                latents,
+                conditioning,
+                batch.timesteps,
+                batch.noise,
+                latent_weights=batch.latent_weights,
+            )
 
     def _add_pictures(self, share: Share) -> None:
         """Add this process's pictures. Raises Stopped."""

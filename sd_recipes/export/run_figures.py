@@ -20,6 +20,8 @@ SMALL_CHARTS = {
     "learning rate": ("lr", 1.0),
     "gradient norm before clipping": ("grad_norm", 1.0),
     "images per second": ("images_per_second", 1.0),
+    "teraflop/s of the UNet, on each device": ("teraflops", 1.0),
+    "teraflop/s, % of the device's peak": ("mfu", 100.0),
     "time spent waiting for data, %": ("data_wait", 100.0),
     "peak memory, GB": ("memory_gb", 1.0),
     "image-text score": ("image_text_score", 1.0),

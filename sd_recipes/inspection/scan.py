@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sd_recipes.data.buckets import Buckets
 from sd_recipes.data.first_words import example_captions
+from sd_recipes.data.masks import masks_in_words
 from sd_recipes.data.rows import join_rows, load_sources, load_streams
 from sd_recipes.errors import RecipeError
 from sd_recipes.inspection.caption_checks import CaptionSummary
@@ -54,6 +55,8 @@ class Rows:
         if self.image_column not in self._rows.column_names:
             raise RecipeError(f"{config.sources[0].flag} is a cache of latents: inspect the images it was made from")
         self.available = len(self._rows)
+        if config.masked_loss:
+            self.recognised[0].notes.append(masks_in_words(self._rows, config))
         self.total = min(self.available, self.max_rows or self.available)
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:

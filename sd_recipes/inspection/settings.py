@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 from pydantic import Field
 
 from sd_recipes.recipe import DataSettings, ModelConfig, Section
+from sd_recipes.runtime.cores import num_cores
 
 
 class InspectConfig(Section):
@@ -37,4 +36,4 @@ class Inspection(InspectConfig, ModelConfig, DataSettings):
         """How many processes decode images."""
         if self.num_workers is not None:
             return self.num_workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return num_cores()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sd_recipes.data.batches import READ_AHEAD
+from sd_recipes.data.workers import num_workers_of
 from sd_recipes.memory.step import TracedStep
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.host_memory import nbytes_of, packed
@@ -66,10 +67,11 @@ def on_host(recipe: Recipe, step: TracedStep, device: str) -> dict[str, int]:
         found["average"] = sum(tensor.nbytes for each in averages for tensor in each.named_tensors().values())
     # Read ahead, by each worker or the thread that reads, and a step's own.
     batch = nbytes_of_batch(step)
-    waiting = READ_AHEAD * max(1, recipe.dataloader_num_workers) + recipe.gradient_accumulation_steps
+    num_workers = num_workers_of(recipe, device)
+    waiting = READ_AHEAD * max(1, num_workers) + recipe.gradient_accumulation_steps
     found["batches"] = waiting * batch
-    if recipe.dataloader_num_workers:
-        found["data workers"] = recipe.dataloader_num_workers * WORKER
+    if num_workers:
+        found["data workers"] = num_workers * WORKER
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.memory.overheads import CUDA_CONTEXT, GATHERED_BLOCKS, on_device, on_host
-from sd_recipes.memory.step import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, WEIGHTS, TracedStep
+from sd_recipes.memory.step import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, WEIGHTS, TracedStep, waits_for_gradients
 from sd_recipes.memory.tracer import Moment
 from sd_recipes.model.latents import MAX_PIXELS
 from sd_recipes.optimizers import is_class
@@ -167,8 +167,7 @@ class Planner:
         if key not in self._encodings:
             self._encodings[key] = update.encoding(key[1], is_sliced=recipe.vae_slicing)
             self.told()
-        waits = recipe.images_at_once < recipe.train_batch_size * recipe.gradient_accumulation_steps
-        gradients = Counter({GRADIENTS: update.nbytes_of_gradients if waits else 0})
+        gradients = Counter({GRADIENTS: update.nbytes_of_gradients if waits_for_gradients(recipe) else 0})
         return _moved(self._encodings[key], gradients)
 
     def _passes_between(self, recipe: Recipe, update: TracedStep) -> dict[str, Moment]:
@@ -225,7 +224,8 @@ def _traced(recipe: Recipe, device: str, *, passes: bool) -> TracedStep:
 
 def _state_of(recipe: Recipe) -> str:
     # The frozen models' precision is the run's.
-    return recipe.model_dump_json(include=STATE | {"weights_dtype", "fused_backward_pass", "mixed_precision"})
+    frozen = {"weights_dtype", "fused_backward_pass", "mixed_precision", "prior_preservation"}
+    return recipe.model_dump_json(include=STATE | frozen)
 
 
 def _between(one: Moment, other: Moment, share: float) -> Moment:

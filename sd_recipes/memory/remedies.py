@@ -155,7 +155,7 @@ def variations(planner: Planner, recipe: Recipe) -> Iterator[Variation]:
 
 def can_be_sharded(recipe: Recipe) -> bool:
     """Whether FSDP goes with a recipe: see runtime/fsdp.py."""
-    whole = recipe.offload_ema or recipe.fused_backward_pass or recipe.compile_unet or recipe.trains_lora
+    whole = recipe.offload_ema or recipe.fused_backward_pass or bool(recipe.compile) or recipe.trains_lora
     plain = recipe.weights_dtype == "float32" and recipe.mixed_precision != "fp16"
     return recipe.optimizer in ("adamw", "sgd") and plain and not whole
 

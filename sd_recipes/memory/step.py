@@ -38,7 +38,9 @@ from sd_recipes.training.loop import backward, update
 
 BLOCK = {"cuda": 512, "cpu": 64}  # bytes that allocations are rounded up to (c10/cuda/CUDACachingAllocator.cpp)
 # What needs the real device: the compiler's savings are not counted, and xFormers takes what torch's attention takes.
-NOT_TRACED = {"compile_unet": False, "enable_xformers_memory_efficient_attention": False}
+NOT_TRACED = {
+    "compile": None, "compile_unet": False, "enable_xformers_memory_efficient_attention": False, "profile_steps": 0,
+}  # fmt: skip
 WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE, FROZEN = "weights", "gradients", "optimizer states", "average", "frozen models"
 ENCODED, FLOWING, WORKSPACE = "VAE and text", "activations' gradients", "workspace"
 
@@ -172,6 +174,8 @@ class TracedStep:
         for name in ("unet", "vae", *self.family.text_models):
             module = getattr(self.components, name)
             tracer.name(FROZEN, [*module.parameters(), *module.buffers()])
+        for module in self.model.frozen.copies if self.model.frozen else ():
+            tracer.name(FROZEN, [*module.parameters(), *module.buffers()])
         tracer.name(WEIGHTS, state.parameters.values())
         for parameter in state.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._name_gradient)
@@ -219,7 +223,7 @@ class TracedStep:
     def _passes(self) -> None:
         """Those of a step's last micro-batch: the gradients of the ones before it, if there are any, wait for it."""
         recipe = self.recipe
-        if recipe.images_at_once < recipe.train_batch_size * recipe.gradient_accumulation_steps:
+        if waits_for_gradients(recipe):
             self._fill_gradients()
         backward([self.batch(recipe.images_at_once)], self.model, None, cast(Accelerator, self.outline))
         self.state.optimizer.zero_grad()
@@ -255,6 +259,12 @@ class TracedStep:
         return predicted
 
 
+def waits_for_gradients(recipe: Recipe) -> bool:
+    """Whether gradients of other micro-batches wait while the last one of a step is computed."""
+    step = recipe.train_batch_size * recipe.gradient_accumulation_steps
+    return recipe.images_at_once < step or recipe.has_class_pictures
+
+
 def blank_batch(recipe: Recipe, family: Family, components: Components, size: int) -> Batch:
     """A step's only micro-batch, of `size` rows, in the host's memory: of the run's shapes, and all zeros."""
     side = square_side(recipe)
@@ -279,6 +289,7 @@ def blank_batch(recipe: Recipe, family: Family, components: Components, size: in
         crop_corner=torch.zeros(size, 2, dtype=torch.int64),
         target_size=torch.zeros(size, 2, dtype=torch.int64),
         weights=torch.ones(size),
+        latent_weights=torch.ones(size, 1, height, width) if recipe.masked_loss else None,
         names=("",) * size,
         plan=MicroBatch(
             rows=numbers,

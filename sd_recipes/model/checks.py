@@ -43,6 +43,11 @@ def check_schedule(recipe: Recipe, scheduler: DDPMScheduler) -> None:
             "--rescale_betas_zero_snr changes the model's noise schedule, and a LoRA's file has no scheduler that "
             "could say so: drop it, or train the whole UNet"
         )
+    if recipe.prior_preservation == "model" and predicts != config.prediction_type:
+        raise RecipeError(
+            "--prior_preservation model takes the model's own predictions as targets, which are "
+            f"{config.prediction_type} and not {predicts}: drop --prediction_type, or use --prior_preservation pictures"
+        )
     check_timesteps(config.num_train_timesteps, recipe)
     if recipe.draws_pictures and recipe.validation_inference_steps > config.num_train_timesteps:
         raise RecipeError(

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from sd_recipes.runtime.host_memory import pinned_like
+
 TextStates = Mapping[str, torch.Tensor]  # what the text models say, (B, …) each
 # What the UNet is conditioned on besides noisy latents and timesteps, (B, …) each, by its argument's name.
 Conditioning = Mapping[str, torch.Tensor]
@@ -52,7 +54,7 @@ class CachedText:
         keys = [row.numpy().tobytes() for row in input_ids]
         new = [place for place, key in enumerate(keys) if key not in self.states]
         if new:
-            encoded = self.encode(input_ids[new])
+            encoded = self.encode(pinned_like(input_ids[new], input_ids))
             self.device = next(iter(encoded.values())).device
             for number, place in enumerate(new):
                 # A copy each: a slice would keep the whole batch's tensor alive.

@@ -6,7 +6,8 @@ Only A and B are trained, in float32; the layers themselves stay as they are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,6 +59,22 @@ def add_lora(recipe: Recipe, family: Family, components: Components) -> None:
 def lora_layers(module: torch.nn.Module) -> dict[str, LoraLayer]:
     """The layers of a model that a LoRA changes, by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+
+
+@contextmanager
+def without_lora(module: torch.nn.Module) -> Iterator[None]:
+    """Within this context a model is what it was before its LoRA, and draws no dropout."""
+    layers: list[Any] = list(lora_layers(module).values())
+    was_training = module.training
+    module.eval()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        module.train(was_training)
 
 
 def trained_lora(module: torch.nn.Module) -> dict[str, FileLayer]:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers.models.upsampling import Upsample2D
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import Components
@@ -54,6 +56,7 @@ def move_models(
         model.to(device)
     if not contiguous_unet:
         apply_memory_format(unet, config, device, dtype)
+        keep_memory_format(unet)
         for layer in lora_layers(unet).values():
             for parameter in layer.lora_A.parameters():  # of a convolution: DoRA views it as a matrix
                 parameter.data = parameter.data.contiguous()
@@ -71,8 +74,6 @@ def move_models(
             unet.enable_xformers_memory_efficient_attention()
         else:
             logger.warning("xFormers is not installed: PyTorch's own memory-efficient attention is used.")
-    if config.compile_unet:
-        unet.compile()
 
 
 def trained_text_models(family: Family, components: Components) -> list[Any]:
@@ -96,6 +97,28 @@ def checkpoint_blocks(unet: Any, names: Sequence[str]) -> None:
         for module in block.modules() if {name, name.partition(".")[0]}.isdisjoint(names) else ():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
+
+
+def keep_memory_format(unet: Any) -> None:
+    """Let a UNet's upsampling leave tensors in the memory format that they come in, whatever the batch.
+
+    From 64 images on diffusers (0.42) makes them contiguous, since CUDA's kernel for channels last takes at most 2³¹
+    elements (huggingface/diffusers#984): two copies of the activations, both ways.
+    """
+    for module in unet.modules():
+        if isinstance(module, Upsample2D) and module.norm is None and module.interpolate and module.name == "conv":
+            module.__class__ = _Upsampling
+
+
+class _Upsampling(Upsample2D):
+    """(B, C, h, w) to (B, C', 2h, 2w) or of `output_size`, to the same values as diffusers' module."""
+
+    def forward(self, hidden_states: torch.Tensor, output_size: Any = None) -> torch.Tensor:
+        height, width = output_size or (2 * hidden_states.shape[-2], 2 * hidden_states.shape[-1])
+        plain = not self.use_conv or self.use_conv_transpose
+        if plain or len(hidden_states) < 64 or hidden_states.shape[:2].numel() * height * width >= 2**31:
+            return super().forward(hidden_states, output_size)
+        return self.conv(F.interpolate(hidden_states, size=(height, width), mode="nearest"))
 
 
 def apply_memory_format(model: Any, config: MemoryConfig, device: torch.device, dtype: torch.dtype) -> None:

@@ -110,6 +110,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     if plugin is not None:
         turn_on(accelerator, plugin)
     allow_tf32(recipe.allow_tf32)
+    torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
     return accelerator
 
 
@@ -132,8 +133,8 @@ def compiler_explained(recipe: Recipe) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        way_out = "drop --compile_unet"
-        if not recipe.compile_unet:
+        way_out = f"drop --compile {recipe.compile}"
+        if not recipe.compile:
             way_out = f"set dynamo_backend to NO in {configuration()}, or {DYNAMO}=NO in the environment"
         raise RecipeError(f"the UNet cannot be compiled ({one_line(error, 200)}): {way_out}") from error
 

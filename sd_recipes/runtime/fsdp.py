@@ -59,9 +59,10 @@ def fsdp_plugin(recipe: Recipe, mixed_precision: str) -> FullyShardedDataParalle
             f"FSDP, which {configuration()} asks for, shards what is trained, and a LoRA is megabytes: train it with "
             "accelerate_configs/multi_gpu.yaml"
         )
-    for name in ("offload_ema", "compile_unet", "fused_backward_pass"):
-        if getattr(recipe, name):
-            raise RecipeError(f"--{name} {NEEDS_WHOLE_WEIGHTS}: drop it")
+    for name in ("offload_ema", "compile", "fused_backward_pass"):
+        if value := getattr(recipe, name):
+            flag = f"--{name}" if value is True else f"--{name} {value}"
+            raise RecipeError(f"{flag} {NEEDS_WHOLE_WEIGHTS}: drop it")
     if recipe.weights_dtype != "float32":
         raise RecipeError(f"--weights_dtype {recipe.weights_dtype} {NEEDS_WHOLE_WEIGHTS}: use float32")
     if recipe.channels_last == "always":

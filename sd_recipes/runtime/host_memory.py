@@ -59,6 +59,11 @@ def packed(sizes: Sequence[int], block_bytes: int = BLOCK_BYTES) -> list[Block]:
     return blocks
 
 
+def pinned_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A tensor in the host's memory, in pinned memory if the other one is: copies to a GPU then do not block."""
+    return tensor.pin_memory() if other.is_pinned() else tensor
+
+
 def power_of_two(number: int) -> int:
     """The least power of two that is not below `number`."""
     return 1 << max(0, number - 1).bit_length()

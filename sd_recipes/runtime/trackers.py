@@ -24,6 +24,7 @@ from sd_recipes.writing import replace_file
 logger = logging.getLogger(__name__)
 
 VALIDATION = "validation"  # the folder of the tables of errors
+PROFILE = "profile"  # the folder of what was profiled
 EVALUATION, EVALUATION_RESULTS = "evaluation", "evaluation.json"  # what `sd-recipes evaluate` leaves
 SAMPLE = re.compile(r"step-[0-9]{6,18}\.png")  # as a validation names its pictures
 TABLE = re.compile(r"step-[0-9]{6,18}\.parquet")

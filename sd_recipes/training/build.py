@@ -31,6 +31,7 @@ from sd_recipes.data.latent_store import (
 from sd_recipes.data.order import Order
 from sd_recipes.data.sizes import square_side
 from sd_recipes.data.training_data import TrainingData, load_training_data, plans
+from sd_recipes.data.workers import num_workers_of
 from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.metrics import ImageTextScore
 from sd_recipes.evaluation.sample_errors import HELD_OUT, TRAIN, FixedSamples
@@ -38,6 +39,7 @@ from sd_recipes.evaluation.uncertainty_plot import draw_uncertainty
 from sd_recipes.evaluation.validation import Validator
 from sd_recipes.evaluation.watched_rows import WatchedRows
 from sd_recipes.model.checks import check_pictures, check_recipe_fits, check_schedule
+from sd_recipes.model.compilation import compile_unet, in_steps
 from sd_recipes.model.components import Components, latent_shape_of, load_scheduler
 from sd_recipes.model.conditioning import CachedText, Conditioning
 from sd_recipes.model.families import family_of
@@ -58,6 +60,7 @@ from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import Tracker
 from sd_recipes.training.dropout import has_dropout
 from sd_recipes.training.ema import AveragedWeights, release_before_steps
+from sd_recipes.training.frozen_model import FrozenModel, frozen_model
 from sd_recipes.training.fused_backward import FusedBackward, check_fused_backward
 from sd_recipes.training.guard import Guard
 from sd_recipes.training.objective import DenoisingLoss, NoiseSchedule
@@ -70,6 +73,7 @@ from sd_recipes.training.schedule_free import EvaluationWeights, has_modes
 from sd_recipes.training.state import SNAPSHOTS, TrainedPart, TrainState
 from sd_recipes.training.timestep_errors import TimestepErrors
 from sd_recipes.training.uncertainty import CONFIG, LEARNING_RATE, Uncertainty
+from sd_recipes.training.utilisation import Utilisation
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +81,8 @@ NOT_BEGUN = "while it was loading, before its first step"
 # Of a part's folder in a checkpoint: by diffusers' name, or by transformers'.
 UNET_WEIGHTS, WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 UNCERTAINTY = "uncertainty"
+SIZES_OF_STREAM = 32  # of pictures that a compiled UNet meets, where nobody knows
+COMPILED = {"blocks": "the UNet's blocks", "unet": "the UNet", "graphs": "the UNet, as CUDA graphs"}
 LORA = "_lora"  # suffix of the parts that are LoRAs of a component
 
 
@@ -89,7 +95,7 @@ class Model:
 
     family: Family
     components: Components
-    unet: torch.nn.Module  # as a training step calls it: autocast, or sharded
+    unet: Callable[..., Any]  # as a training step calls it: autocast, compiled, or sharded
     exchange: GradientExchange  # of all that is trained
     encoder: LatentEncoder
     encode_text: Callable[[torch.Tensor], TextStates]  # of input_ids in the host's memory
@@ -98,13 +104,26 @@ class Model:
     quiet_loss: QuietLoss
     timestep_errors: TimestepErrors | None  # by which timesteps are drawn, instead of those that a batch has
     steps_in_backward: bool  # with --fused_backward_pass
+    frozen: FrozenModel | None  # whose predictions are the targets of class pictures, with --prior_preservation model
+    utilisation: Utilisation | None  # on a GPU, or if a run is profiled
 
     def losses(self, latents: torch.Tensor, conditioning: Conditioning, batch: Batch) -> torch.Tensor:
         """(B,) loss of each image of a batch on the device, whose latents are (B, C, h, w)."""
         errors = self.timestep_errors
         timesteps = batch.timesteps if errors is None else errors.timesteps(batch.timestep_u)
         noises = batch.noise, batch.input_noise
-        losses = self.objective.undivided(self.unet, latents, conditioning, timesteps, *noises)
+        if self.utilisation:
+            self.utilisation.note(latents, conditioning)
+        teacher = partial(self.frozen.predict, batch) if self.frozen is not None and batch.plan.is_class else None
+        losses = self.objective.undivided(
+            self.unet,
+            latents,
+            conditioning,
+            timesteps,
+            *noises,
+            latent_weights=batch.latent_weights,
+            teacher=teacher,
+        )
         self.quiet_loss.add(batch, timesteps, losses.detach())
         if errors is None:
             return self.objective.divided(losses, timesteps)
@@ -182,7 +201,8 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
         vae_dtype=vae_dtype,
         batch_size=batch_size,
         num_steps=num_steps,
-        num_rows=data.num_rows,
+        num_rows=None if data.rows is None else len(data.rows),
+        num_sizes=SIZES_OF_STREAM if data.order is None else len(data.order.sizes),
     )
     store = open_store(recipe, provenance, accelerator)
     tracker = Tracker(accelerator, recipe)
@@ -206,9 +226,10 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
                 **builder_settings,
             ),
             plans(data, recipe, rank=accelerator.process_index, world_size=accelerator.num_processes),
-            num_workers=recipe.dataloader_num_workers,
+            num_workers=num_workers_of(recipe, accelerator.device.type),
             pin_memory=accelerator.device.type == "cuda",
-            read_ahead=micro_batches_of_step(recipe, batch_size, accelerator.num_processes),
+            read_ahead=micro_batches_of_step(recipe, batch_size, accelerator.num_processes)
+            * (2 if recipe.has_class_pictures else 1),
         ),
         store=store,
         model=model,
@@ -285,14 +306,21 @@ def build_model(
     batch_size: int,
     num_steps: int,
     num_rows: int | None,
+    num_sizes: int = 1,
 ) -> tuple[Model, TrainState]:
-    """Put the models where the run needs them; returns them, and what is trained of them."""
+    """Put the models where the run needs them; returns them, and what is trained of them.
+
+    `num_sizes` is of pictures.
+    """
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
     # bitsandbytes makes parameters contiguous at their first step, after its state has taken on their layout, and FSDP
     # shards only contiguous ones. What optimizers of other packages take for granted is not known.
     contiguous = recipe.needs_contiguous_weights or accelerator.is_fsdp2
     encoder = build_encoder(recipe, components.vae, accelerator, vae_dtype)
+    frozen = frozen_model(recipe, family, components, device, dtype) if recipe.prior_preservation == "model" else None
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
+    if recipe.compile:
+        compile_unet(components.unet, recipe.compile, num_sizes=num_sizes)
     parts = trained_parts(recipe, family, components, batch_size)
     num_train_timesteps = components.scheduler.config.num_train_timesteps
     quiet_loss = QuietLoss(num_train_timesteps, recipe, None if num_rows is None else RowLosses(num_rows))
@@ -341,10 +369,11 @@ def build_model(
         fused_backward=fused_backward,
     )
     encode_text = text_encoding(recipe, family, components, state)
+    unet = part_of(parts, "unet").prepared
     model = Model(
         family=family,
         components=components,
-        unet=part_of(parts, "unet").prepared,
+        unet=in_steps(unet) if recipe.compile == "graphs" else unet,
         exchange=GradientExchange(
             [parameter for part in parts.values() for parameter in part.parameters.values()],
             is_needed=accelerator.num_processes > 1 and not accelerator.is_fsdp2,
@@ -358,6 +387,12 @@ def build_model(
         quiet_loss=quiet_loss,
         timestep_errors=timestep_errors,
         steps_in_backward=recipe.fused_backward_pass,
+        frozen=frozen and frozen.called_as(part_of(parts, "unet").prepared),
+        utilisation=(
+            Utilisation(components.unet, accelerator, allow_tf32=recipe.allow_tf32)
+            if device.type == "cuda" or recipe.profile_steps
+            else None
+        ),
     )
     return model, state
 
@@ -458,10 +493,11 @@ def build_validator(
         logger.info("Validation pictures have %d x %d pixels.", picture_side, picture_side)
     score = None
     if recipe.validation_clip_model and accelerator.is_main_process:
-        score = ImageTextScore(recipe.validation_clip_model, recipe.cache_dir)
+        score = ImageTextScore(recipe.validation_clip_model, accelerator.device, recipe.cache_dir)
     # Plain, so that runs with different weightings and tricks can be compared by it.
     plain_objective = ObjectiveConfig(prediction_type=model.objective.prediction_type)
     own = slice(accelerator.process_index, None, accelerator.num_processes)
+    on_gpu = accelerator.device.type == "cuda"
     return Validator(
         recipe,
         accelerator,
@@ -475,6 +511,9 @@ def build_validator(
                 (side, side),
                 recipe.validation_samples,
                 own,
+                keeps_text=not (recipe.train_text_encoder or recipe.lora_text_encoder),
+                num_workers=num_workers_of(recipe, "cuda") if on_gpu else 0,
+                pin_memory=on_gpu,
             )
             for name, fixed in sets.items()
         },
@@ -522,12 +561,14 @@ def describe(run: Run) -> str:
     lines = {
         **({"resumes from": f"{run.checkpoint[0]}"} if run.checkpoint else {}),
         "global batch": batch_in_words(run),
+        **({"class pictures": f"{data.class_rows.num_rows:,}, one beside each image"} if data.class_rows else {}),
         "optimizer steps": steps,
         "trainable parameters": trained,
         "predicts": run.model.objective.prediction_type,
         **({"text states": _text_states_in_words(run.recipe.clip_skip)} if run.recipe.clip_skip else {}),
         "device": f"{accelerator.device}, {accelerator.mixed_precision} mixed precision"
         + (f", compiled by {backend} (torch dynamo) of {configuration()}" if backend != "no" else "")
+        + (f", compiled: {COMPILED[run.recipe.compile]}" if run.recipe.compile else "")
         + (f", sharded over {accelerator.num_processes} processes (FSDP2)" if accelerator.is_fsdp2 else ""),
         "seed": run.recipe.seed,
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -26,15 +25,19 @@ from sd_recipes.export.run_page import write_run_page
 from sd_recipes.export.run_rows import SHOWN
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import StopAgreement, all_gather, begin_sum, broadcast, wait_for_all
+from sd_recipes.runtime.console import say
+from sd_recipes.runtime.cores import share_of_cores
 from sd_recipes.runtime.fsdp import full_tensor
 from sd_recipes.runtime.memory import another_phase, fragmented_gb, peak_memory_gb
 from sd_recipes.runtime.out_of_memory import done_once, once_more, unchanged
 from sd_recipes.runtime.signals import stop_request
+from sd_recipes.runtime.trackers import PROFILE
 from sd_recipes.training.build import UNCERTAINTY, Model, Run
 from sd_recipes.training.dropout import seed_dropout
 from sd_recipes.training.finite import TrainingDiverged, has_finite_weights, is_not_finite
-from sd_recipes.training.meter import Meter
+from sd_recipes.training.meter import MUCH_WAITING, Meter
 from sd_recipes.training.optimizer_state import effective_rate
+from sd_recipes.training.phases import Profiler, phase
 from sd_recipes.training.recovery import Recovery, Undone, out_of_memory, shortage_explained
 from sd_recipes.training.state import TrainState
 
@@ -62,7 +65,7 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
         best_weights.keep(best.loss)  # a kill came before they were written
     if any_rank_stopping(wait=True):
         raise stop_request.stopped(f"at step {progress.global_step}, before another step")
-    meter = Meter(accelerator.device, progress, remedy(recipe, accelerator.num_processes))
+    meter = Meter(accelerator.device, progress, remedy(recipe, run.batches.num_workers))
     recovery = Recovery(run)
     saved_step = progress.global_step
     steps_left = 0 if stops_early(run, best) else run.num_steps - progress.global_step
@@ -73,9 +76,11 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
         saver,
         best_weights,
         progress_bar(run) as bar,
+        profiler_of(run) as profiler,
         closing(run.batches(progress.samples_seen, steps_left, progress.stream_state)) as steps,
     ):
         for micro_batches in meter.waits(steps):
+            profiler.step(progress.global_step)
             plan = micro_batches[-1].plan
 
             # Gradients of the whole step, however it is split into micro-batches
@@ -91,7 +96,8 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
             loss, usable = gradient
 
             # Update: weights, schedule, averages
-            meter.grad_norm = update(state, accelerator, recipe.max_grad_norm, usable)
+            with phase("optimizer"):
+                meter.grad_norm = update(state, accelerator, recipe.max_grad_norm, usable)
             progress.global_step += 1
             progress.samples_seen, progress.stream_state = plan.samples_seen, plan.stream_state
             bar.update(1)
@@ -111,7 +117,8 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
             # Log
             is_logged = progress.global_step % recipe.logging_steps == 0 or progress.global_step == 1 or is_done
             if is_logged:
-                log(run, meter, bar)
+                with phase("log"):
+                    log(run, meter, bar)
 
             # Save, then validate: what can fail comes after what must not be lost
             is_validated = is_done or validator.is_due(progress, plan)
@@ -128,7 +135,8 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
                 if state.quiet_loss.is_full:
                     guard.look()
             if run.store and plan.ends_epoch:
-                run.store.end_epoch(plan.epoch)
+                order = run.data.order
+                run.store.end_epoch(plan.epoch, has_all_rows=order is not None and order.has_all_rows)
                 run.model.encoder.rest()
             if is_validated:
                 best = validate(run, best_weights)
@@ -145,6 +153,7 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
                 if not is_saved:
                     save(run, meter, saver)
                 stop(run, saver)
+        profiler.close(progress.global_step)
 
 
 def backward(
@@ -152,33 +161,38 @@ def backward(
 ) -> tuple[torch.Tensor, float]:
     """Add the gradient of a whole step to the parameters.
 
-    Returns this process's share of the loss, on the device, and which part of the global batch's rows could be used,
-    the same on all processes. Gradient and loss are sums over those rows, divided by the global batch's size.
+    Returns this process's share of the loss, on the device, and which part of the step's rows could be used, the same
+    on all processes. Gradient and loss are sums over those rows, divided by the global batch's size; class pictures
+    come on top, with their weight.
 
     accelerate divides by the accumulation steps, and FSDP averages over processes. Multiplied by both and divided by
     the global batch's size, the gradient is the mean over its samples, even for an epoch's last batch, whose
     micro-batches are fewer and uneven.
     """
     own_usable = sum(int(batch.weights.count_nonzero()) for batch in micro_batches)
-    num_usable = begin_sum(own_usable)
+    counts = begin_sum(own_usable, sum(len(batch.weights) for batch in micro_batches if batch.plan.weight))
     total = torch.zeros((), device=accelerator.device)
     scale = accelerator.gradient_accumulation_steps * (accelerator.num_processes if accelerator.is_fsdp2 else 1)
     if model.dropout_seed is not None:
         seed_dropout(model.dropout_seed, micro_batches[0].plan.samples_seen, accelerator.process_index)
     for batch in micro_batches:
-        states = model.encode_text(batch.input_ids)
-        batch = batch.to(accelerator.device)
-        latents = model.encoder.sample(batch.all_moments(model.encoder.encode, store), batch.posterior_noise)
-        conditioning = model.family.conditioning(states, batch)
+        with phase("encode"):
+            states = model.encode_text(batch.input_ids)
+            batch = batch.to(accelerator.device)
+            latents = model.encoder.sample(batch.all_moments(model.encoder.encode, store), batch.posterior_noise)
+            conditioning = model.family.conditioning(states, batch)
         accelerator.sync_gradients = model.exchange.is_last = batch.plan.is_last
-        losses = model.losses(latents, conditioning, batch)
-        loss = (batch.weights * losses).sum() / batch.plan.global_batch_size
-        if not model.steps_in_backward:
-            accelerator.backward(loss * scale)
-        elif own_usable:  # all rows of the step; their gradient has to be the mean, since it is used at once
-            accelerator.backward(loss * (batch.plan.global_batch_size / own_usable))
+        with phase("forward"):
+            losses = model.losses(latents, conditioning, batch)
+            loss = (batch.weights * losses).sum() / batch.plan.global_batch_size
+        with phase("backward"):
+            if not model.steps_in_backward:
+                accelerator.backward(loss * scale)
+            elif own_usable:  # all rows of the step; their gradient has to be the mean, since it is used at once
+                accelerator.backward(loss * (batch.plan.global_batch_size / own_usable))
         total += loss.detach()
-    return total, num_usable()[0] / micro_batches[-1].plan.global_batch_size
+    num_usable, num_rows = counts()
+    return total, num_usable / num_rows
 
 
 def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, usable: float = 1.0) -> float:
@@ -218,7 +232,8 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
         state.timestep_errors.step(accelerator.reduce)
     if not accelerator.optimizer_step_was_skipped:
         state.schedule.step()
-        state.update_averages()
+        with phase("average"):
+            state.update_averages()
     return grad_norm
 
 
@@ -227,6 +242,8 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     progress = run.state.progress
     loss, bad_rows = sum_up(run, meter)
     figures = {**meter.close(loss, progress), "lr": float(run.state.schedule.get_last_lr()[0])}
+    if run.model.utilisation:
+        figures |= run.model.utilisation.figures(figures["images_per_second"])
     if (found := effective_rate(run.state.optimizer)) is not None:
         figures["effective_lr"] = found
     if (quiet_loss := run.state.quiet_loss.close()) is not None:
@@ -253,7 +270,12 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     run.tracker.log(figures, progress.global_step)
     loss_in_words = f"loss {figures['train_loss']:.4f}" if "train_loss" in figures else "no loss"
     rate = figures.get("effective_lr", figures["lr"])
-    bar.set_postfix_str(f"{loss_in_words}, lr {rate:.2e}, {figures['images_per_second']:.1f} images/s")
+    words = [loss_in_words, f"lr {rate:.2e}", f"{figures['images_per_second']:.1f} images/s"]
+    if "mfu" in figures:
+        words.append(f"{100 * figures['mfu']:.0f} % of the device")
+    if figures["data_wait"] > MUCH_WAITING:
+        words.append(f"{100 * figures['data_wait']:.0f} % waiting for data")
+    bar.set_postfix_str(", ".join(words))
 
 
 def sum_up(run: Run, meter: Meter) -> tuple[float, int]:
@@ -372,6 +394,12 @@ def show_page(run: Run) -> None:
         )
 
 
+def profiler_of(run: Run) -> Profiler:
+    """Of the first process, which tells what it found; the others profile nothing."""
+    num_steps = run.recipe.profile_steps if run.accelerator.is_main_process else 0
+    return Profiler(run.output_dir / PROFILE, num_steps, run.accelerator.device, say)
+
+
 def progress_bar(run: Run) -> tqdm:
     return tqdm(
         total=run.num_steps,
@@ -404,12 +432,11 @@ def length_flag(recipe: Recipe) -> str:
     return "--num_train_epochs" if recipe.max_train_steps is None else "--max_train_steps"
 
 
-def remedy(recipe: Recipe, num_processes: int) -> str:
-    """What to do about a loader that is slower than the model."""
+def remedy(recipe: Recipe, num_workers: int) -> str:
+    """What to do about a loader of so many processes that is slower than the model."""
     remedies = []
-    workers = max(1, (os.cpu_count() or 1) // num_processes)
-    if recipe.dataloader_num_workers < workers:
-        remedies.append(f"--dataloader_num_workers {workers}")
+    if num_workers < (cores := share_of_cores()):
+        remedies.append(f"--dataloader_num_workers {cores}")
     if recipe.cache_latents == "off" and not recipe.streaming:
         fixed = "" if recipe.cropping != "random" else " --center_crop"
         remedies.append(f"--cache_latents disk{fixed}")

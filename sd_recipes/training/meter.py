@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from sd_recipes.training.phases import phase
 from sd_recipes.training.state import Progress
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ class Meter:
         """The items; measures how long the loop waits for them."""
         while True:
             asked = time.perf_counter()
-            item = next(items, None)
+            with phase("data"):
+                item = next(items, None)
             self.waited += time.perf_counter() - asked
             if item is None:
                 return

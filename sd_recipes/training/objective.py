@@ -138,9 +138,11 @@ class DenoisingLoss:
         timesteps: Tensor,
         noise: Tensor,
         input_noise: Tensor | None = None,
+        latent_weights: Tensor | None = None,
     ) -> Tensor:
         """(B,) loss of each image, float32: that of `undivided`, divided by a learned uncertainty."""
-        return self.divided(self.undivided(unet, latents, conditioning, timesteps, noise, input_noise), timesteps)
+        noises = noise, input_noise
+        return self.divided(self.undivided(unet, latents, conditioning, timesteps, *noises, latent_weights), timesteps)
 
     def undivided(
         self,
@@ -150,19 +152,28 @@ class DenoisingLoss:
         timesteps: Tensor,
         noise: Tensor,
         input_noise: Tensor | None = None,
+        latent_weights: Tensor | None = None,
+        teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """(B,) loss of each image before a learned uncertainty divides it, float32.
 
         `input_noise` differs from `noise` under input perturbation (Ning et al. 2023, algorithm 1): the UNet sees the
-        perturbed noise and has to predict the other.
+        perturbed noise and has to predict the other. The loss is the mean over an image's latent, weighted by
+        `latent_weights`, (B, 1, h, w) with mean 1, where they are given. A `teacher` gives the target, (B, C, h, w),
+        from noisy latents and timesteps.
         """
         noisy_latents = self.schedule.add_noise(latents, noise if input_noise is None else input_noise, timesteps)
         target = self.target(self.schedule, latents, noise, timesteps)
-        if self.rectify is not None:
+        if teacher is not None:
+            target = teacher(noisy_latents, timesteps)
+        elif self.rectify is not None:
             noisy_latents, target = self.rectify(unet, noisy_latents, target, conditioning, timesteps)
         prediction = unet(noisy_latents, timesteps, **unet_arguments(conditioning), return_dict=False)[0]
         error = at(self.error_scale, timesteps) * (prediction.float() - target.float())
-        return self.weights[timesteps] * self.loss(error, at(self.huber_c, timesteps)).mean(dim=(1, 2, 3))
+        losses = self.loss(error, at(self.huber_c, timesteps))
+        if latent_weights is not None:
+            losses = latent_weights * losses
+        return self.weights[timesteps] * losses.mean(dim=(1, 2, 3))
 
     def divided(self, losses: Tensor, timesteps: Tensor) -> Tensor:
         """(B,) losses at timesteps, divided by the learned uncertainty, if there is one."""

@@ -12,6 +12,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from sd_recipes.data.latent_store import (
     remove_memory_folder,
     row_key,
 )
-from sd_recipes.data.order import GlobalBatch, share
+from sd_recipes.data.order import share
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import load_vae
 from sd_recipes.recipe import Recipe
@@ -143,7 +144,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 def test_a_reader_waits_until_the_epoch_before_is_written(tmp_path: Path) -> None:
     writer = LatentStore(tmp_path, MADE, rank=0)
-    writer.start_at(4)
+    writer.start_at(4, is_within=True)
     reader = copy.copy(writer)  # as a worker process has it
     reader.begin_epoch(4)
     waiting = threading.Thread(target=reader.begin_epoch, args=(5,), daemon=True)
@@ -160,10 +161,37 @@ def test_a_reader_waits_until_the_epoch_before_is_written(tmp_path: Path) -> Non
     assert reader.find(record(0)["key"]) is not None
 
 
+@pytest.mark.parametrize(
+    ("is_within", "has_all_rows", "goes_on"), [(False, True, True), (True, True, False), (False, False, False)]
+)
+def test_after_an_epoch_of_all_rows_readers_go_on_and_see_no_later_ones(
+    tmp_path: Path, is_within: bool, has_all_rows: bool, goes_on: bool
+) -> None:
+    writer = LatentStore(tmp_path, MADE, rank=0)
+    writer.start_at(0, is_within=is_within)
+    reader = copy.copy(writer)
+    moments = torch.zeros(1, 8, 4, 4)
+    writer.put([record(0)], moments, moments)
+    writer.keep()
+    writer.end_epoch(0, has_all_rows=has_all_rows)
+    reader.begin_epoch(1)
+    assert reader.find(record(0)["key"]) is not None
+    writer.put([record(1)], moments, moments)  # such as of a picture that has changed meanwhile
+    writer.flush()
+    waiting = threading.Thread(target=reader.begin_epoch, args=(2,), daemon=True)
+    waiting.start()
+    waiting.join(5 if goes_on else 0.1)
+    assert waiting.is_alive() is not goes_on
+    assert reader.find(record(1)["key"]) is None
+    writer.publish_epoch(2)
+    waiting.join(5)
+
+
 def test_a_row_that_only_stands_in_is_kept_by_the_process_that_trains_on_it(settings: dict[str, Any]) -> None:
     run = build(settings, cache_latents="disk", center_crop=True)
     assert run.store is not None
-    alone = GlobalBatch(np.array([3]), position=0, ends_epoch=True, epoch=0, size=(32, 32))
+    assert run.data.order is not None
+    alone = replace(next(run.data.order.batches_from(0)), rows=np.array([3]), places=np.array([0]), num_samples=1)
     for rank, files in ((1, 0), (0, 1)):
         (plan,) = share(alone, rank=rank, world_size=2, micro_batch_size=4)
         batch = run.batches.builder[plan]

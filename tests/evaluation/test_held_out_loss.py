@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from training_runs import build
 
 from sd_recipes.commands.cache import fill_cache
 from sd_recipes.data.batches import Batch
+from sd_recipes.evaluation import sample_errors
 from sd_recipes.evaluation.sample_errors import of_set, sorted_table
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.trackers import read_metrics
@@ -105,13 +108,63 @@ def test_a_process_may_have_no_sample(settings: dict[str, Any]) -> None:
     run = build(settings, validation_split="1", validation_samples=1)
     for samples in run.validator.samples.values():
         samples.own = slice(1, None, 2)  # the second of two processes
+    encode_text = partial(run.model.family.encode_text, run.model.components)
     with run.validator.evaluating():
         found = [
-            each.errors(run.validator._latents, run.validator._losses, run.accelerator.device, 4, bar=False)
+            each.errors(
+                run.validator._latents, encode_text, run.validator._losses, run.accelerator.device, 4, bar=False
+            )
             for each in run.validator.samples.values()
         ]
     assert [len(table) for table in found] == [0, 0]
     assert sorted_table([of_set(table, "train", "raw") for table in found]).num_rows == 0
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_captions_are_encoded_once_and_the_errors_are_those_of_encoding_them_anew(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    run = build(settings, **HELD_OUT)
+    encode_text, num_encoded = type(run.model.family).encode_text, 0
+
+    def counted(self: Any, components: Any, input_ids: torch.Tensor) -> Any:
+        nonlocal num_encoded
+        num_encoded += len(input_ids)
+        return encode_text(self, components, input_ids)
+
+    monkeypatch.setattr(type(run.model.family), "encode_text", counted)
+    for samples in run.validator.samples.values():
+        samples.num_workers = num_workers
+    first = errors(run)
+    assert num_encoded == 2 * 64, "of held-out and of training rows"
+    assert errors(run).equals(first)
+    assert num_encoded == 2 * 64
+    for samples in run.validator.samples.values():
+        samples.keeps_text, samples._kept = False, []
+    assert errors(run).equals(first)
+    assert errors(run).equals(first)
+    assert num_encoded == 3 * 2 * 64
+
+
+def test_text_states_beyond_the_bound_are_encoded_anew_and_told_of(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = build(settings, **HELD_OUT)
+    whole = errors(run)
+    states = run.validator.samples[sample_errors.HELD_OUT]._kept[0].states
+    assert states is not None
+    of_batch = sum(each.nbytes for each in states.values())
+    monkeypatch.setattr(sample_errors, "MAX_TEXT_BYTES", 5 * of_batch)  # of the 8 batches of each set
+    run = build(settings, **HELD_OUT)
+    with caplog.at_level(logging.INFO):
+        assert errors(run).equals(whole)
+    assert "The captions of 24 of 64 samples are encoded anew at every validation" in caplog.text
+    assert errors(run).equals(whole)
+
+
+def test_text_states_of_a_trained_text_encoder_are_not_kept(settings: dict[str, Any]) -> None:
+    run = build(settings, **HELD_OUT, train_text_encoder=True)
+    assert not any(samples.keeps_text for samples in run.validator.samples.values())
 
 
 def errors(run: Run) -> pa.Table:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from training_runs import build, forget_accelerator, train
 
 from sd_recipes.commands.cache import fill_cache
 from sd_recipes.errors import RecipeError
 from sd_recipes.inspection.latents import load_model
-from sd_recipes.model.placement import checkpoint_blocks
+from sd_recipes.model.placement import checkpoint_blocks, keep_memory_format
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import allow_tf32
 
@@ -24,6 +25,7 @@ def _no_precision_is_left() -> Iterator[None]:
     was = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = was
+    torch.backends.cudnn.benchmark = False
     forget_accelerator()
 
 
@@ -105,3 +107,40 @@ def test_a_run_recomputes_the_blocks_that_it_names(settings: dict[str, Any]) -> 
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize("output_size", [None, (17, 16)])
+def test_upsampling_of_a_large_batch_keeps_channels_last_and_its_values(
+    monkeypatch: pytest.MonkeyPatch, output_size: tuple[int, int] | None
+) -> None:
+    """diffusers makes 64 images and more contiguous."""
+    layers = torch.nn.Sequential(Upsample2D(32, use_conv=True)).to(memory_format=torch.channels_last)
+    images = torch.randn(64, 32, 9, 8, generator=torch.Generator().manual_seed(0))
+    images = images.to(memory_format=torch.channels_last).requires_grad_()
+    interpolate, formats = torch.nn.functional.interpolate, []
+
+    def noted(tensor: torch.Tensor, **settings: Any) -> torch.Tensor:
+        formats.append(tensor.is_contiguous(memory_format=torch.channels_last))
+        return interpolate(tensor, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", noted)
+
+    def step() -> list[torch.Tensor]:
+        layers.zero_grad()
+        images.grad = None
+        larger = layers[0](images, output_size)
+        larger.square().mean().backward()
+        return [each.clone() for each in (larger.detach(), images.grad, layers[0].conv.weight.grad)]  # type: ignore
+
+    before = step()
+    keep_memory_format(layers)
+    after = step()
+    assert formats == [False, True]
+    assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_cudnn_times_its_convolutions_if_asked_to(settings: dict[str, Any], wanted: bool) -> None:
+    torch.backends.cudnn.benchmark = not wanted
+    build(settings, cudnn_benchmark=wanted)
+    assert torch.backends.cudnn.benchmark is wanted

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL
 from tiny_models import tiny_vae, tiny_xl_tokenizers
 from training_runs import build
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -81,7 +81,8 @@ def test_a_batchs_conditioning_is_that_of_the_paper(xl_settings: dict[str, Any],
             states, projection = torch.zeros_like(states), torch.zeros_like(projection)
         torch.testing.assert_close(conditioning["encoder_hidden_states"][place].double(), states, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(conditioning["text_embeds"][place].double(), projection, rtol=1e-5, atol=1e-5)
-    # Pictures of 40 x 32 pixels: the whole height, and the middle of the width.
+    # Original size, crop corner and target size (Podell et al. 2023, section 2.2) of pictures of 40 x 32 pixels: the
+    # whole height, and the middle of the width.
     assert conditioning["time_ids"].tolist() == [[32, 40, 0, 4, 32, 32]] * 8
     # And what stock diffusers draws with, of the same caption and sizes.
     place = next(place for place, caption in enumerate(captions) if caption)
@@ -91,6 +92,7 @@ def test_a_batchs_conditioning_is_that_of_the_paper(xl_settings: dict[str, Any],
     assert given["added_cond_kwargs"].keys() == unet_arguments(one)["added_cond_kwargs"].keys()
     for name, value in given["added_cond_kwargs"].items():
         torch.testing.assert_close(value, one[name], rtol=1e-5, atol=1e-5)
+    assert conditioning["time_ids"].dtype == torch.float32
 
 
 def test_chunks_are_encoded_apart_and_the_first_ones_projection_counts(tiny_xl_pipeline: Path) -> None:

@@ -1,0 +1,368 @@
+"""Prior preservation: class pictures beside the trained ones, which teach themselves, or what the model knew."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from launching import finish, flags_of, start, torchrun
+from PIL import Image
+from safetensors.torch import load_file
+from training_runs import assert_equal, assert_leaves_as_it_came, build, fit_from, train, weights
+
+from sd_recipes.commands.cache import fill_cache
+from sd_recipes.commands.train import show
+from sd_recipes.data.class_rows import CLASS_POSITIONS, ClassRows
+from sd_recipes.data.order import MicroBatch, Order, plans_of_order
+from sd_recipes.errors import RecipeError
+from sd_recipes.evaluation.class_pictures import draw_class_pictures
+from sd_recipes.memory.plan import plan_memory
+from sd_recipes.memory.step import FROZEN
+from sd_recipes.model.conditioning import unet_arguments
+from sd_recipes.model.lora_files import LORA_FILE
+from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
+from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.training.loop import backward
+
+MODEL = {"prior_preservation": "model"}
+
+
+@pytest.fixture
+def class_folder(tmp_path: Path) -> Path:
+    """Five pictures of two shapes, without captions."""
+    folder = tmp_path / "class"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for number in range(5):
+        pixels = rng.integers(0, 256, (32, 64 if number % 2 else 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def prior(settings: dict[str, Any], class_folder: Path) -> dict[str, Any]:
+    return {
+        **settings, "class_data_dir": str(class_folder), "class_prompt": "a disc", "train_batch_size": 2,
+        "max_train_steps": 1,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ which comes when
+
+
+def plans_of(rank: int, world_size: int, micro_batch_size: int, start: int = 0) -> list[MicroBatch]:
+    """A process's micro-batches of two epochs, of ten rows in global batches of four, with four class pictures."""
+    buckets = np.array([0] * 11 + [1] * 3)
+    beside = ClassRows(10, 4, 3, 0.5, ((32, 32), (32, 64)), buckets).beside
+    place = {"rank": rank, "world_size": world_size, "micro_batch_size": micro_batch_size}
+    found = []
+    for plan in plans_of_order(Order((10,), 4, 3), start, **place, beside=beside):
+        found.append(plan)
+        if plan.is_last and plan.samples_seen == 20:
+            break
+    return found
+
+
+def samples_in(plans: list[MicroBatch]) -> list[tuple[Any, ...]]:
+    """(position, row, stratum, size, weight) of every class picture."""
+    return [
+        (*each, plan.size, plan.weight)
+        for plan in plans
+        if plan.is_class and plan.weight
+        for each in zip(plan.positions.tolist(), plan.rows.tolist(), plan.strata.tolist(), strict=True)
+    ]
+
+
+def test_a_class_picture_comes_beside_every_sample() -> None:
+    """None twice before all have come; of its own size; with draws of its own; the step ends after it."""
+    plans = plans_of(0, 1, 4)
+    found = sorted(samples_in(plans))
+    assert [position - CLASS_POSITIONS for position, *_ in found] == list(range(20))
+    rows = [row for _, row, *_ in found]
+    assert all(sorted(rows[begin : begin + 4]) == [10, 11, 12, 13] for begin in range(0, 20, 4))
+    assert len({tuple(rows[begin : begin + 4]) for begin in range(0, 20, 4)}) > 1
+    assert {(row, size) for _, row, _, size, _ in found} == {(10, (32, 32)), *((row, (32, 64)) for row in (11, 12, 13))}
+    assert {weight for *_, weight in found} == {0.5}
+    assert [plan.is_class for plan in plans if plan.is_last] == [True] * 6
+    assert [plan.samples_seen for plan in plans if plan.is_last] == [4, 8, 10, 14, 18, 20]
+    assert [plan.global_batch_size for plan in plans if plan.is_last] == [4, 4, 2] * 2
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (2, 1), (3, 4)])
+def test_neither_processes_nor_micro_batches_change_it(world_size: int, micro_batch_size: int) -> None:
+    of_ranks = [plans_of(rank, world_size, micro_batch_size) for rank in range(world_size)]
+    assert sorted(sample for plans in of_ranks for sample in samples_in(plans)) == sorted(samples_in(plans_of(0, 1, 4)))
+    assert len({tuple(plan.is_last for plan in plans) for plans in of_ranks}) == 1, "as many on every process"
+
+
+def test_it_goes_on_where_it_stood() -> None:
+    later = samples_in(plans_of(0, 1, 4, start=8))
+    assert later == [each for each in samples_in(plans_of(0, 1, 4)) if each[0] >= CLASS_POSITIONS + 8]
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def first_loss(settings: dict[str, Any], **changes: Any) -> float:
+    """The loss of a run's first step."""
+    run = build(settings, **changes)
+    loss, usable = backward(next(iter(run.batches(0, 1))), run.model, None, run.accelerator)
+    assert usable == 1
+    return loss.item()
+
+
+def test_the_loss_is_that_of_both_with_the_weight(prior: dict[str, Any]) -> None:
+    """Linear in the weight; without class pictures it is what is left at weight 0. Captions are the class's."""
+    one, two, five = (first_loss(prior, prior_loss_weight=weight) for weight in (1.0, 2.0, 5.0))
+    of_class = two - one
+    assert of_class > 0.1
+    assert five - two == pytest.approx(3 * of_class, rel=1e-4)
+    alone = first_loss(prior, class_data_dir=None, class_prompt=None)
+    assert one - of_class == pytest.approx(alone, rel=1e-4)
+    run = build(prior)
+    *_, batch = next(iter(run.batches(0, 1)))
+    assert run.model.components.tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True) == ["a disc"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {**MODEL, "lora_rank": 2}], ids=["pictures", "model"])
+def test_resuming_caching_and_splitting(prior: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:
+    """To the bit; fewer images at once, up to the order of summation."""
+    prior |= {
+        "center_crop": True, "cache_latents": "disk", "aspect_ratio_buckets": True, "bucket_step": 32, "max_upscale": 3,
+        "max_train_steps": 3, "optimizer": "sgd", **changes,
+    }  # fmt: skip
+    whole = weights(train(prior, output_dir=str(tmp_path / "whole")))
+    train(prior, max_train_steps=1, checkpointing_steps=1)
+    assert_equal(weights(train(prior, resume_from_checkpoint="latest")), whole)
+    cached = {"latent_cache_dir": str(tmp_path / "whole" / "latents"), "output_dir": str(tmp_path / "cached")}
+    assert_equal(weights(train(prior, **cached)), whole)
+    split = weights(train(prior, micro_batch=1, output_dir=str(tmp_path / "split")))
+    assert all(torch.allclose(split[name], whole[name], atol=1e-5) for name in whole)
+
+
+@pytest.mark.parametrize("buckets", [{}, {"aspect_ratio_buckets": True, "bucket_step": 32}], ids=["square", "buckets"])
+def test_the_cache_command_encodes_class_pictures_too(prior: dict[str, Any], buckets: dict[str, Any]) -> None:
+    prior |= {"center_crop": True, "cache_latents": "disk", "mixed_precision": "no", **buckets}
+    forget_accelerator()
+    fill_cache(Recipe(**prior))
+    step = next(iter(build(prior).batches(0, 1)))
+    assert [len(batch.to_encode) for batch in step] == [0] * len(step)
+
+
+def test_a_bad_class_picture_is_a_bad_row(prior: dict[str, Any]) -> None:
+    (Path(prior["class_data_dir"]) / "3.png").write_bytes(b"")
+    run = build(prior, max_bad_rows=1, train_batch_size=8)
+    step = next(iter(run.batches(0, 1)))
+    (bad,) = {name for batch in step for name, _ in batch.bad}
+    assert bad == f"row 11 ({prior['class_data_dir']}/3.png)"
+    fit_from(run)
+    assert all(value.isfinite().all() for value in run.model.components.unet.parameters())
+
+
+def test_the_class_prompt_is_a_caption_by_any_name(prior: dict[str, Any], tmp_path: Path) -> None:
+    """Where the other rows have theirs in a column of another name."""
+    lines = (Path(prior["train_data_dir"]) / "metadata.jsonl").read_text().replace('"text"', '"words"')
+    table = tmp_path / "words.jsonl"
+    table.write_text(lines)
+    named = {"train_data_dir": None, "dataset_name": str(table), "image_root": prior["train_data_dir"]}
+    run = build({**prior, **named}, caption_column="words")
+    assert run.data.rows is not None
+    assert run.data.rows["words"] == [*(f"disc number {number}" for number in range(8)), *["a disc"] * 5]
+
+
+def test_class_pictures_are_not_part_of_an_epoch(prior: dict[str, Any]) -> None:
+    run = build(prior, max_train_steps=None, num_train_epochs=2, validation_split="2")
+    assert run.num_steps == 6, "of six rows, in batches of two"
+    assert run.data.num_rows == 6
+    assert run.data.rows is not None
+    assert len(run.data.rows) == 11
+    assert run.data.held_out is not None
+    assert len(run.data.held_out) == 2
+
+
+# ------------------------------------------------------------------------------------------ the model as it was
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"lora_rank": 2, "lora_dropout": 0.5}, {"train_text_encoder": True}],
+    ids=["whole", "lora", "text"],
+)
+def test_it_predicts_as_before_training(prior: dict[str, Any], changes: dict[str, Any]) -> None:
+    """What it teaches stays, while the model moves away from it; at first there is nothing to learn from it."""
+    run = build(prior, learning_rate=0.05, max_grad_norm=0.0, max_train_steps=2, **MODEL, **changes)
+    *_, batch = next(iter(run.batches(0, 1)))
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(2, 4, 8, 8, generator=generator)
+
+    def predicted_by(predict: Any) -> torch.Tensor:
+        return predict(noisy, batch.timesteps)
+
+    def trained(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        run.model.components.unet.eval()
+        states = run.model.encode_text(batch.input_ids)
+        conditioning = run.model.family.conditioning(states, batch)
+        found = run.model.unet(noisy, timesteps, **unet_arguments(conditioning), return_dict=False)[0].detach()
+        run.model.components.unet.train()
+        return found
+
+    assert run.model.frozen is not None
+
+    def base(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return run.model.frozen.predict(batch, noisy, timesteps)
+
+    before = predicted_by(base)
+    torch.testing.assert_close(before, predicted_by(trained), atol=1e-5, rtol=1e-4)
+    fit_from(run)
+    assert torch.equal(before, predicted_by(base))
+    assert not torch.allclose(before, predicted_by(trained), atol=1e-3)
+
+
+@pytest.mark.parametrize("pipeline", ["tiny_pipeline", "tiny_xl_pipeline"])
+def test_what_it_teaches_is_its_prediction(
+    prior: dict[str, Any], pipeline: str, request: pytest.FixtureRequest
+) -> None:
+    """At first there is nothing to learn from class pictures, whatever their weight."""
+    model = str(request.getfixturevalue(pipeline))
+    prior |= {"lora_rank": 2, "pretrained_model_name_or_path": model, **MODEL}
+    assert first_loss(prior) == first_loss(prior, prior_loss_weight=10.0)
+
+
+def test_the_plan_counts_its_copy(prior: dict[str, Any]) -> None:
+    """A second UNet, in the run's precision; with a LoRA there is none."""
+
+    def frozen(**changes: Any) -> int:
+        return plan_memory(Recipe(**{**prior, "mixed_precision": "bf16", **changes}), "cuda").by_kind[FROZEN]
+
+    run = build(prior, lora_rank=2, **MODEL)
+    assert run.model.frozen is not None
+    assert run.model.frozen.copies == ()
+    unet = run.model.components.unet.num_parameters()
+    assert 1.9 * unet <= frozen(**MODEL) - frozen() <= 2.1 * unet, "the LoRA's own are few"
+
+
+# ------------------------------------------------------------------------------------------ pictures that it draws
+
+
+def draw(settings: dict[str, Any], **changes: Any) -> dict[str, bytes]:
+    """The class pictures after what is missing was drawn."""
+    forget_accelerator()
+    recipe = Recipe(**{**settings, **changes})
+    draw_class_pictures(recipe, start_accelerator(recipe))
+    return {path.name: path.read_bytes() for path in sorted(Path(settings["class_data_dir"]).glob("*.png"))}
+
+
+def test_what_is_missing_is_drawn(prior: dict[str, Any], tmp_path: Path) -> None:
+    """Once; each by its number, so that one that was lost comes again as it was."""
+    prior |= {"class_data_dir": str(tmp_path / "drawn"), "validation_inference_steps": 2, "num_class_images": 3}
+    found = draw(prior)
+    assert list(found) == ["class-00000.png", "class-00001.png", "class-00002.png"]
+    assert len(set(found.values())) == 3
+    with Image.open(tmp_path / "drawn" / "class-00000.png") as picture:
+        assert picture.size == (32, 32)
+    (tmp_path / "drawn" / "class-00001.png").unlink()
+    assert draw(prior) == found
+    assert draw(prior, num_class_images=2) == found
+
+
+def test_a_dry_run_draws_nothing(prior: dict[str, Any], tmp_path: Path, capsys: Any, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    folder = tmp_path / "none"
+    recipe = Recipe(**{**prior, "class_data_dir": str(folder), "num_class_images": 9, "dry_run": True})
+    forget_accelerator()
+    show(recipe, start_accelerator(recipe))
+    assert f"9 class pictures are missing in {folder}: a run draws them first." in caplog.text
+    assert not folder.exists()
+    capsys.readouterr()
+    recipe = Recipe(**{**prior, "dry_run": True, **MODEL})
+    forget_accelerator()
+    show(recipe, start_accelerator(recipe))
+    told = capsys.readouterr().out
+    assert f"--class_data_dir {prior['class_data_dir']}: a folder of 5 pictures" in told
+    assert (
+        "class pictures: one beside each trained picture, its loss times 1, towards what the model predicted before "
+        "training" in told
+    )
+
+
+# ------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"class_data_dir": None}, "--class_prompt is of class pictures, and there is no folder for them"),
+        ({"class_prompt": None, "num_class_images": 5}, "--num_class_images 5 are drawn by a caption: add"),
+        ({"prior_loss_weight": 0}, "prior_loss_weight"),
+        ({"streaming": True, "max_train_steps": 1}, "class pictures (--class_data_dir, is_reg) come beside"),
+        ({"fused_backward_pass": True, "max_grad_norm": 0}, "--fused_backward_pass steps within one backward pass"),
+        ({"train_from_scratch": True, **MODEL}, "--prior_preservation model needs what the model knows before it is"),
+        ({"train_from_scratch": True, "num_class_images": 3}, "--num_class_images 3 needs what the model knows before"),
+        ({"rescale_betas_zero_snr": True, **MODEL}, "--prior_preservation model asks the model as it was, which does"),
+        (
+            {"class_data_dir": None, "class_prompt": None, "prior_loss_weight": 0.5},
+            "--prior_loss_weight 0.5 is of class pictures, and there are none: add --class_data_dir, or drop it",
+        ),
+        (
+            {"train_data_dir": None, "data_sources": [{"train_data_dir": "x", "is_reg": True}]},
+            "all data_sources hold class pictures (is_reg)",
+        ),
+        (
+            {"train_data_dir": None, "data_sources": [
+                {"train_data_dir": "x"}, {"train_data_dir": "y", "is_reg": True, "weight": 2},
+            ]},
+            "the weight 2 of --train_data_dir y is not read",
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes(prior: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Recipe(**{**prior, **changes})
+
+
+def test_mistakes_about_the_model_and_the_folder(prior: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"own predictions as targets, which are epsilon and not v_prediction: drop"):
+        build(prior, prediction_type="v_prediction", **MODEL)
+    with pytest.raises(RecipeError, match=r"--class_data_dir .*nowhere: no such file or folder"):
+        build(prior, class_data_dir=str(tmp_path / "nowhere"))
+    with pytest.raises(RecipeError, match=r"--class_data_dir .* pictures and no captions for them"):
+        build(prior, class_prompt=None)
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    with pytest.raises(RecipeError, match=r"--class_data_dir .*file is no folder: choose another"):
+        draw({**prior, "class_data_dir": str(file)}, num_class_images=3)
+
+
+# ------------------------------------------------------------------------------------------ the script
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {**MODEL, "lora_rank": 2}], ids=["pictures", "model"])
+def test_two_processes_are_one_and_draw_once(
+    prior: dict[str, Any], tmp_path: Path, tiny_pipeline: Path, changes: dict[str, Any]
+) -> None:
+    """From the first class picture to a pipeline, or a LoRA, that stock diffusers loads and draws with."""
+    prior |= {
+        "class_data_dir": str(tmp_path / "drawn"), "num_class_images": 3, "validation_inference_steps": 2,
+        "optimizer": "sgd", "learning_rate": 0.01, "max_train_steps": 3, "train_batch_size": 1, **changes,
+    }  # fmt: skip
+    finish(start(torchrun(2), *flags_of(prior)))
+    assert len(list((tmp_path / "drawn").iterdir())) == 3
+    one = {"train_batch_size": 2, "output_dir": str(tmp_path / "one")}
+    finish(start(torchrun(1), *flags_of({**prior, **one})))
+    file = LORA_FILE if changes else f"unet/{UNET_WEIGHTS}"
+    by_one, by_two = (load_file(tmp_path / name / file) for name in ("one", "run"))
+    assert all(torch.allclose(by_one[name], by_two[name], atol=1e-5) for name in by_one)
+    if not changes:
+        assert_leaves_as_it_came(tmp_path / "run", tiny_pipeline)
+        return
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipeline.load_lora_weights(tmp_path / "run")
+    assert pipeline("a disc", num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
