@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from tiny_models import tiny_vae, tiny_xl_tokenizers
 from training_runs import build
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
