@@ -38,6 +38,18 @@ def family_of(config: ModelConfig) -> Family:
     return FAMILIES[generation]()
 
 
+def check_trainable(config: ModelConfig) -> None:
+    """Raises RecipeError for a model that was distilled to draw in a few steps, which training would undo."""
+    if config.train_from_scratch:
+        return
+    for name, flag in ((config.pretrained_model_name_or_path or "", MODEL), (config.base, "--base")):
+        if name is None or "unet" not in (source := open_source(name, flag, config)).recognised.parts:
+            continue
+        if refusal := source.distilled:
+            raise RecipeError(f"{source.place} is {refusal}")
+        return
+
+
 def _common_generation(model: Source, base: Source) -> Generation:
     """Of a model that lacks parts, and the one that has them; only a UNet tells. Raises RecipeError."""
     own, of_base = (FAMILIES[each.recognised.generation] for each in (model, base))
