@@ -491,14 +491,18 @@ class SingleFile(Source):
     def configurations(self) -> Source:
         """Whose configuration this file has: --base's, for --vae that of the model's own VAE, or one of the package."""
         model, base = self.config.pretrained_model_name_or_path or "", self.config.base
-        if self.flag == "--vae" and "vae" in (source := open_source(model, MODEL, self.config)).recognised.parts:
-            is_alone = self.recognised.parts == {"vae"}
+        generation = self.recognised.generation
+        if self.flag == "--vae":
+            source, is_alone = open_source(model, MODEL, self.config), self.recognised.parts == {"vae"}
+            if is_alone:  # whose tensors do not tell
+                generation = source.recognised.generation
             # Of another family's model it is not: the scale of its latents is another.
-            if is_alone or (self.recognised.generation == "XL") == (source.recognised.generation == "XL"):
+            is_of_model = (generation == "XL") == (source.recognised.generation == "XL")
+            if is_of_model and "vae" in source.recognised.parts:
                 return source
         if self.flag != "--base" and base:
             return open_source(base, "--base", self.config)
-        return Folder(self.flag, str(assets.CONFIGURATIONS[self.recognised.generation]), self.config)
+        return Folder(self.flag, str(assets.CONFIGURATIONS[generation]), self.config)
 
     def read_config(self, part: str) -> dict[str, Any]:
         return self.configurations().read_config(part)
