@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from sd_recipes.checkpoints.format import Manifest
 from sd_recipes.checkpoints.resume import finish_epoch, global_batch_size
 from sd_recipes.data.batches import Batch, BatchBuilder, TrainingBatches
-from sd_recipes.data.captions import UNDISTURBED
+from sd_recipes.data.captions import undisturbed
 from sd_recipes.data.held_out import HELD_OUT_SEED
 from sd_recipes.data.latent_store import (
     LatentStore,
@@ -480,8 +480,8 @@ def build_validator(
     sets = {}
     if data.held_out is not None and data.watched is not None:
         sets = {HELD_OUT: data.held_out, TRAIN: data.watched}
-    plain = {"center_crop": True, "crop": None, "random_flip": False, **UNDISTURBED}
-    plain_recipe = recipe.model_copy(update=plain)
+    plain = {"center_crop": True, "crop": None, "random_flip": False}
+    plain_recipe = undisturbed(recipe).model_copy(update=plain)
     watched = WatchedRows(sets, plain_recipe) if sets else None
     prompts = recipe.validation_prompts or []
     if watched and not prompts:
