@@ -126,11 +126,6 @@ def sampler_class_name(name: str) -> str:
     return known[plain]
 
 
-def clip_skip_in_words(clip_skip: int) -> str:
-    """What other programs call a --clip_skip, of which some count the last layer too."""
-    return f"clip_skip={clip_skip} in diffusers, Clip skip {clip_skip + 1} in A1111"
-
-
 def setting(default: Any, on_resume: OnResume, description: str, **constraints: Any) -> Any:
     """A field of a section: its default, what a change means for a resumed run, its help, and its range."""
     return Field(default, description=description, json_schema_extra={"on_resume": on_resume}, **constraints)
@@ -243,7 +238,8 @@ class ModelConfig(Section):
     clip_skip: int | None = setting(
         None,
         "refused",
-        "Leave out so many of the text encoder's last layers, as diffusers counts: 1 is A1111's and sd-scripts' 2.",
+        "Leave out so many of the text encoder's last layers, as diffusers counts: 1 is A1111's and sd-scripts' 2; of "
+        "SDXL, so many before the last, which it never uses.",
         ge=1,
     )
     train_from_scratch: bool = setting(False, "compared", "Start from a UNet with random weights.")

@@ -91,7 +91,7 @@ class Fit:
         if self.clip_skip is not None and self.clip_skip > num_layers:
             raise RecipeError(
                 f"--clip_skip {self.clip_skip} is more than the {num_layers} layers of the model's text encoder that "
-                "can be left out: use 1, which A1111 calls 2, or drop it"
+                f"can be left out: use at most {num_layers}, or drop it"
             )
 
     def way_out(self, setting: str, value: int) -> str:

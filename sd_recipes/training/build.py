@@ -48,7 +48,7 @@ from sd_recipes.model.latents import LatentEncoder, bearable_dtype, decode_witho
 from sd_recipes.model.lora import add_lora, trained_lora
 from sd_recipes.model.lora_files import peft_settings
 from sd_recipes.model.placement import apply_memory_format, keep_as_loaded, move_models
-from sd_recipes.recipe import ObjectiveConfig, Recipe, clip_skip_in_words, odd_settings
+from sd_recipes.recipe import ObjectiveConfig, Recipe, odd_settings
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import wait_for_all
@@ -565,7 +565,11 @@ def describe(run: Run) -> str:
         "optimizer steps": steps,
         "trainable parameters": trained,
         "predicts": run.model.objective.prediction_type,
-        **({"text states": _text_states_in_words(run.recipe.clip_skip)} if run.recipe.clip_skip else {}),
+        **(
+            {"text states": _text_states_in_words(run.model.family, run.recipe.clip_skip)}
+            if run.recipe.clip_skip
+            else {}
+        ),
         "device": f"{accelerator.device}, {accelerator.mixed_precision} mixed precision"
         + (f", compiled by {backend} (torch dynamo) of {configuration()}" if backend != "no" else "")
         + (f", compiled: {COMPILED[run.recipe.compile]}" if run.recipe.compile else "")
@@ -575,9 +579,11 @@ def describe(run: Run) -> str:
     return "\n".join(f"  {name:<21}{value}" for name, value in lines.items())
 
 
-def _text_states_in_words(clip_skip: int) -> str:
-    layers = "the last layer" if clip_skip == 1 else f"the last {clip_skip} layers"
-    return f"without {layers} of the text encoder: draw with {clip_skip_in_words(clip_skip)}"
+def _text_states_in_words(family: Family, clip_skip: int) -> str:
+    left_out = family.encoder_layer(clip_skip) - 1
+    layers = "the last layer" if left_out == 1 else f"the last {left_out} layers"
+    of = "each text encoder" if len(family.text_models) > 1 else "the text encoder"
+    return f"without {layers} of {of}: draw with {family.clip_skip_in_words(clip_skip)}"
 
 
 def num_epochs(run: Run, order: Order) -> float:
