@@ -182,7 +182,9 @@ class RunConfig(Section):
     config: str | None = setting(
         None, "free", "A YAML recipe: a path, or the name of a shipped one (quickstart, quickstart_lora)."
     )
-    dry_run: bool = setting(False, "free", "Print the resolved recipe and a summary of the run, then exit.")
+    dry_run: bool = setting(
+        False, "free", "Print the resolved recipe and a summary of the run, then exit; without a model, of the data."
+    )
     output_dir: str = setting(
         "sd-model-finetuned",
         "free",
@@ -690,6 +692,11 @@ class DataSettings(DataConfig, ImageConfig, MaskConfig, PriorConfig, CaptionConf
             raise ValueError(
                 "`repeats` in data_sources, num_repeats of kohya's dataset.toml, repeats known rows, which a stream "
                 "has not: drop --streaming, or the repeats"
+            )
+        if self.streaming and len(self.sources) > 1 and self.caption_dropout_every_n_epochs:
+            raise ValueError(
+                "--caption_dropout_every_n_epochs counts epochs, and several streams have no common one that ends: use "
+                "--caption_dropout, or drop --streaming"
             )
         if self.streaming and self.max_train_samples is not None:
             raise ValueError(
@@ -1246,7 +1253,7 @@ class Recipe(
 
     @model_validator(mode="after")
     def check(self) -> "Recipe":
-        if self.pretrained_model_name_or_path is None:
+        if self.pretrained_model_name_or_path is None and not self.dry_run:  # which looks at the data alone then
             raise ValueError(
                 "--pretrained_model_name_or_path is missing: give a pipeline folder, a single file, a Hub id, or "
                 "sd-recipes/tiny-emoji"
@@ -1366,6 +1373,14 @@ def odd_settings(recipe: Recipe) -> list[str]:
         odd.append(
             f"--lr_scheduler {recipe.lr_scheduler} lowers a rate that --optimizer {SCHEDULE_FREE} needs constant, for "
             "its average of the weights takes the place of a schedule: use constant, or constant_with_warmup."
+        )
+    changing = [
+        name for name in ("shuffle_tags", "caption_tag_dropout_rate", "enable_wildcard") if getattr(recipe, name)
+    ]
+    if recipe.cache_text and changing:
+        odd.append(
+            f"--cache_text keeps text states of captions that come again, and --{changing[0]} makes new ones in every "
+            "epoch: drop --cache_text, which then mostly costs time and memory."
         )
     if recipe.offload_ema and not (recipe.use_ema or recipe.ema_snapshots):
         odd.append("--offload_ema does nothing without --use_ema or --ema_snapshots.")
