@@ -135,9 +135,10 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
                 if state.quiet_loss.is_full:
                     guard.look()
             if run.store and plan.ends_epoch:
-                order = run.data.order
-                run.store.end_epoch(plan.epoch, has_all_rows=order is not None and order.has_all_rows)
-                run.model.encoder.rest()
+                is_full = run.data.has_all_rows(run.store.whole_epochs(plan.epoch))
+                run.store.end_epoch(plan.epoch, is_full=is_full)
+                if is_full or not recipe.has_class_pictures:  # of which the next step may have new ones
+                    run.model.encoder.rest()
             if is_validated:
                 best = validate(run, best_weights)
                 meter.restart(progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,18 @@ def test_it_goes_on_where_it_stood() -> None:
     assert later == [each for each in samples_in(plans_of(0, 1, 4)) if each[0] >= CLASS_POSITIONS + 8]
 
 
+def test_when_all_of_them_have_come() -> None:
+    """Not as soon as there were as many samples: parts of two permutations may leave some out."""
+    class_rows = ClassRows(10, 4, 3, 0.5, ((32, 32),), None)
+    steps = itertools.islice(Order((10,), 1, 3).batches_from(0), 12)
+    rows = [int(class_rows.beside(step)[0].rows[0]) for step in steps]
+    for first in range(9):
+        for end in range(first, 13):
+            has_a_permutation = any(first <= begin and begin + 4 <= end for begin in (0, 4, 8))
+            assert class_rows.all_come_beside(range(first, end)) == has_a_permutation
+            assert set(rows[first:end]) == {10, 11, 12, 13} or not has_a_permutation
+
+
 # ------------------------------------------------------------------------------------------ training
 
 
@@ -145,6 +158,26 @@ def test_resuming_caching_and_splitting(prior: dict[str, Any], tmp_path: Path, c
     assert_equal(weights(train(prior, **cached)), whole)
     split = weights(train(prior, micro_batch=1, output_dir=str(tmp_path / "split")))
     assert all(torch.allclose(split[name], whole[name], atol=1e-5) for name in whole)
+
+
+def test_more_class_pictures_than_an_epoch_shows_are_all_kept(
+    prior: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 rows and 24 class pictures, of which the third epoch shows the last: the VAE rests from there on."""
+    for number in range(5, 24):
+        pixels = np.full((32, 32, 3), 10 * number, dtype=np.uint8)
+        Image.fromarray(pixels).save(Path(prior["class_data_dir"]) / f"{number}.png")
+    run = build(prior, cache_latents="disk", center_crop=True, train_batch_size=4, max_train_steps=10)
+    encoded: list[int] = []
+    rested: list[int] = []
+    encode, rest = run.model.encoder.encode, run.model.encoder.rest
+    monkeypatch.setattr(run.model.encoder, "encode", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(
+        run.model.encoder, "rest", lambda: rested.append(run.state.progress.samples_seen // 8) or rest()
+    )
+    fit_from(run)
+    assert sum(encoded) == 8 + 24
+    assert rested == [3, 4, 5]
 
 
 @pytest.mark.parametrize("buckets", [{}, {"aspect_ratio_buckets": True, "bucket_step": 32}], ids=["square", "buckets"])
