@@ -339,6 +339,7 @@ def test_a_dry_run_draws_nothing(prior: dict[str, Any], tmp_path: Path, capsys: 
         ({"train_from_scratch": True, **MODEL}, "--prior_preservation model needs what the model knows before it is"),
         ({"train_from_scratch": True, "num_class_images": 3}, "--num_class_images 3 needs what the model knows before"),
         ({"rescale_betas_zero_snr": True, **MODEL}, "--prior_preservation model asks the model as it was, which does"),
+        ({"compile": "graphs", "lora_rank": 2, **MODEL}, "are predictions of the same UNet: use --compile unet"),
         (
             {"class_data_dir": None, "class_prompt": None, "prior_loss_weight": 0.5},
             "--prior_loss_weight 0.5 is of class pictures, and there are none: add --class_data_dir, or drop it",
@@ -358,6 +359,11 @@ def test_a_dry_run_draws_nothing(prior: dict[str, Any], tmp_path: Path, capsys: 
 def test_mistakes(prior: dict[str, Any], changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         Recipe(**{**prior, **changes})
+
+
+def test_graphs_may_be_replayed_beside_a_teacher_that_has_a_unet_of_its_own(prior: dict[str, Any]) -> None:
+    assert Recipe(**prior, compile="graphs", **MODEL).compile == "graphs"
+    assert Recipe(**prior, compile="unet", lora_rank=2, **MODEL).compile == "unet"
 
 
 def test_mistakes_about_the_model_and_the_folder(prior: dict[str, Any], tmp_path: Path) -> None:
