@@ -18,6 +18,7 @@ from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resu
 from sd_recipes.checkpoints.saver import BackgroundSaver, NotSaved
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.latent_store import LatentStore
+from sd_recipes.data.workers import room_for_workers
 from sd_recipes.errors import one_line
 from sd_recipes.evaluation.figures import Best
 from sd_recipes.evaluation.watched_rows import write_hardest_rows
@@ -244,7 +245,8 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     loss, bad_rows = sum_up(run, meter)
     figures = {**meter.close(loss, progress), "lr": float(run.state.schedule.get_last_lr()[0])}
     if run.model.utilisation:
-        figures |= run.model.utilisation.figures(figures["images_per_second"])
+        images_at_once = 2 if run.recipe.has_class_pictures else 1  # one beside each
+        figures |= run.model.utilisation.figures(images_at_once * figures["images_per_second"])
     if (found := effective_rate(run.state.optimizer)) is not None:
         figures["effective_lr"] = found
     if (quiet_loss := run.state.quiet_loss.close()) is not None:
@@ -436,8 +438,8 @@ def length_flag(recipe: Recipe) -> str:
 def remedy(recipe: Recipe, num_workers: int) -> str:
     """What to do about a loader of so many processes that is slower than the model."""
     remedies = []
-    if num_workers < (cores := share_of_cores()):
-        remedies.append(f"--dataloader_num_workers {cores}")
+    if num_workers < (possible := min(share_of_cores(), room_for_workers(recipe))):
+        remedies.append(f"--dataloader_num_workers {possible}")
     if recipe.cache_latents == "off" and not recipe.streaming:
         fixed = "" if recipe.cropping != "random" else " --center_crop"
         remedies.append(f"--cache_latents disk{fixed}")

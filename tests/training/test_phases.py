@@ -97,9 +97,14 @@ def test_the_arithmetic_of_an_image_is_that_of_all_products(tiny_pipeline: Path)
 
 @pytest.mark.parametrize(("name", "precision", "expected"), [
     ("NVIDIA H100 80GB HBM3", "bf16", 989), ("NVIDIA H100 PCIe", "tf32", 378), ("NVIDIA H200", "fp32", 67),
-    ("NVIDIA A100-SXM4-80GB", "fp16", 312), ("Tesla T4", "bf16", None), ("Something New", "bf16", None),
+    ("NVIDIA H200 NVL", "bf16", 835), ("NVIDIA A100-SXM4-80GB", "fp16", 312), ("NVIDIA L4", "bf16", 121),
+    ("NVIDIA GeForce RTX 4090", "bf16", 165.2), ("Tesla T4", "fp16", 65), ("Tesla T4", "bf16", None),
+    ("NVIDIA L40", "bf16", None), ("NVIDIA RTX A1000", "bf16", None), ("NVIDIA T400", "fp16", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None), ("NVIDIA GeForce RTX 4090 D", "bf16", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None), ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", "bf16", None),
+    ("Something New", "bf16", None),
 ])  # fmt: skip
-def test_peaks_by_name(name: str, precision: str, expected: float | None) -> None:
+def test_peaks_are_of_whole_names_alone(name: str, precision: str, expected: float | None) -> None:
     assert peak_of(name, precision) == expected
 
 

@@ -28,6 +28,7 @@ from sd_recipes.model.conditioning import unet_arguments
 from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
+from sd_recipes.runtime.trackers import read_metrics
 from sd_recipes.training.build import UNET_WEIGHTS
 from sd_recipes.training.loop import backward
 
@@ -178,6 +179,16 @@ def test_more_class_pictures_than_an_epoch_shows_are_all_kept(
     fit_from(run)
     assert sum(encoded) == 8 + 24
     assert rested == [3, 4, 5]
+
+
+def test_their_arithmetic_counts(prior: dict[str, Any]) -> None:
+    """A step of two pictures and two class pictures."""
+    run = train(prior, profile_steps=1)
+    figures = read_metrics(run.output_dir / "metrics.jsonl")[-1]
+    assert run.model.utilisation is not None
+    assert run.model.utilisation.flops
+    per_second = 2 * figures["images_per_second"] * run.model.utilisation.flops / 1e12
+    assert figures["teraflops"] == pytest.approx(per_second, rel=1e-6)
 
 
 @pytest.mark.parametrize("buckets", [{}, {"aspect_ratio_buckets": True, "bucket_step": 32}], ids=["square", "buckets"])
