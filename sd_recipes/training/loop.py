@@ -81,7 +81,8 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
         closing(run.batches(progress.samples_seen, steps_left, progress.stream_state)) as steps,
     ):
         for micro_batches in meter.waits(steps):
-            profiler.step(progress.global_step)
+            with meter.paused():
+                profiler.step(progress.global_step)
             plan = micro_batches[-1].plan
 
             # Gradients of the whole step, however it is split into micro-batches
