@@ -1331,6 +1331,11 @@ class Recipe(
                 "--prior_preservation model asks the model as it was, which does not know the noise of "
                 "--rescale_betas_zero_snr: use --prior_preservation pictures, or drop one"
             )
+        if self.compile == "graphs" and self.prior_preservation == "model" and self.trains_lora:
+            raise ValueError(
+                "--compile graphs writes all predictions of a UNet to the same memory, and with a LoRA the targets of "
+                "--prior_preservation model are predictions of the same UNet: use --compile unet"
+            )
         if self.fused_backward_pass and self.micro_batch not in (None, self.train_batch_size):
             raise ValueError(
                 "--fused_backward_pass steps within one backward pass, which --micro_batch "

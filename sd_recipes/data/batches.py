@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -28,6 +29,7 @@ from sd_recipes.data.noise import training_noise
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import CaptionConfig, ObjectiveConfig, Recipe
+from sd_recipes.runtime.cores import num_local_processes
 from sd_recipes.runtime.host_memory import pinned_like
 from sd_recipes.runtime.signals import outlive_signals
 
@@ -406,6 +408,14 @@ def end_workers(iterator: Any) -> None:
     iterator._shutdown_workers()
 
 
+def room_for_batches(recipe: Recipe) -> int:
+    """Micro-batches of pixels that half of the free shared memory has room for, shared by the machine's processes."""
+    if not SHARED_MEMORY.is_dir():
+        return sys.maxsize
+    pixels = 3 * recipe.resolution**2 * recipe.train_batch_size
+    return shutil.disk_usage(SHARED_MEMORY).free // (2 * num_local_processes() * pixels)
+
+
 class TrainingBatches:
     """This process's optimizer steps from a position on, each a list of its micro-batches.
 
@@ -481,10 +491,7 @@ class TrainingBatches:
     def _prefetch_factor(self) -> int:
         """Micro-batches that each worker builds ahead: a whole step together, if shared memory has ample room."""
         wanted = -(-self.read_ahead // self.num_workers)
-        if SHARED_MEMORY.is_dir():
-            pixels = 3 * self.builder.config.resolution**2 * self.builder.config.train_batch_size
-            wanted = min(wanted, shutil.disk_usage(SHARED_MEMORY).free // 4 // (self.num_workers * pixels))
-        return max(READ_AHEAD, wanted)
+        return max(READ_AHEAD, min(wanted, room_for_batches(self.builder.config) // 2 // self.num_workers))
 
     @staticmethod
     def _plans_of_steps(plans: Iterator[MicroBatch], num_steps: int) -> Iterator[MicroBatch]:

@@ -497,7 +497,6 @@ def build_validator(
     # Plain, so that runs with different weightings and tricks can be compared by it.
     plain_objective = ObjectiveConfig(prediction_type=model.objective.prediction_type)
     own = slice(accelerator.process_index, None, accelerator.num_processes)
-    on_gpu = accelerator.device.type == "cuda"
     return Validator(
         recipe,
         accelerator,
@@ -512,8 +511,8 @@ def build_validator(
                 recipe.validation_samples,
                 own,
                 keeps_text=not (recipe.train_text_encoder or recipe.lora_text_encoder),
-                num_workers=num_workers_of(recipe, "cuda") if on_gpu else 0,
-                pin_memory=on_gpu,
+                num_workers=num_workers_of(recipe, accelerator.device.type),
+                pin_memory=accelerator.device.type == "cuda",
             )
             for name, fixed in sets.items()
         },
