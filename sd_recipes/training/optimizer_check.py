@@ -114,7 +114,8 @@ def _check_goes_on(
 
 
 def _are_equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+    pairs = zip(some, others, strict=True)
+    return all(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True) for one, other in pairs)
 
 
 def shapes_of(recipe: Recipe) -> Sequence[Shape]:
@@ -124,13 +125,13 @@ def shapes_of(recipe: Recipe) -> Sequence[Shape]:
 
 
 def rates_of(recipe: Recipe) -> list[float]:
-    """The learning rates that a recipe gives to what it trains."""
+    """The learning rates that a recipe gives to what it trains, up to 1: larger ones are answered by training."""
     rates = [recipe.learning_rate, *(group.learning_rate for group in recipe.param_groups or [])]
     if recipe.text_encoder_learning_rate is not None:
         rates.append(recipe.text_encoder_learning_rate)
     if recipe.learned_uncertainty:
         rates.append(LEARNING_RATE)
-    return [rate for rate in dict.fromkeys(rates) if rate > 0] or [recipe.learning_rate]
+    return list(dict.fromkeys(min(rate, 1.0) for rate in rates if rate > 0)) or [recipe.learning_rate]
 
 
 def check_combinations(optimizer: Any, recipe: Recipe) -> None:

@@ -87,9 +87,10 @@ class TrainedPart:
 
     def __post_init__(self) -> None:
         self.prepared = self.module
+        needs_gradient = {name: each.requires_grad for name, each in self.module.named_parameters()}
+        self._trained = {name for name, is_trained in needs_gradient.items() if is_trained}
         # Of a LoRA, which lies in the layers of a frozen model.
-        frozen = {name for name, each in self.module.named_parameters() if not each.requires_grad}
-        self._of_others = set() if self.is_whole else frozen
+        self._of_others = set() if self.is_whole else needs_gradient.keys() - self._trained
 
     def freeze(self, names: Iterable[str]) -> None:
         """Train these of its parameters no more; they remain part of its state."""
@@ -97,11 +98,12 @@ class TrainedPart:
         for name in names:
             parameters[name].requires_grad_(False)
             self.frozen.add(name)
+        self._trained -= self.frozen
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The trained ones, by name."""
-        return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
+        return {name: each for name, each in self.module.named_parameters() if name in self._trained}
 
     @property
     def groups(self) -> list[RateGroup]:
