@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -27,6 +29,7 @@ from sd_recipes.data.noise import training_noise
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import CaptionConfig, ObjectiveConfig, Recipe
+from sd_recipes.runtime.cores import num_local_processes
 from sd_recipes.runtime.host_memory import pinned_like
 from sd_recipes.runtime.signals import outlive_signals
 
@@ -203,7 +206,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             )
             for position, stratum in zip(plan.positions, plan.strata, strict=True)
         ]
-        images = _Images(plan.size, latent_shape, len(drawn))
+        images = _Images(plan.size, latent_shape, len(drawn), self.config.cropping)
         masks: list[np.ndarray | None] = [None] * len(drawn)
         captions_config = self._captions_config(plan.epoch)
         captions: list[str] = []
@@ -243,12 +246,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             input_noise=input_noise,
             posterior_noise=torch.from_numpy(np.stack([sample.posterior_noise for sample in drawn])),
             original_size=torch.tensor(images.original_sizes),
-            crop_corner=torch.tensor(
-                [
-                    self._crop_corner(images.original_sizes[place], plan.size, drawn[place])
-                    for place in range(len(drawn))
-                ]
-            ),
+            crop_corner=torch.tensor([self._crop_corner(images, place, sample) for place, sample in enumerate(drawn)]),
             target_size=torch.tensor([plan.size] * len(drawn)),
             weights=weights,
             latent_weights=weights_of_masks(masks, latent_shape, self.config) if self.config.masked_loss else None,
@@ -265,13 +263,11 @@ class BatchBuilder(torch.utils.data.Dataset):
         columns = self.rows[plan.rows.tolist()]
         return [{name: values[number] for name, values in columns.items()} for number in range(len(plan.rows))]
 
-    def _crop_u(self, drawn: Draws) -> tuple[float, float] | None:
-        return {"random": drawn.crop_u, "center": (0.5, 0.5), "none": None}[self.config.cropping]
-
-    def _crop_corner(self, original_size: tuple[int, int], size: tuple[int, int], drawn: Draws) -> tuple[int, int]:
+    def _crop_corner(self, images: _Images, place: int, drawn: Draws) -> tuple[int, int]:
+        original_size, size = images.original_sizes[place], images.size
         if 0 in original_size:
             return 0, 0
-        (_, width), (top, left) = place_crop(original_size, size, self._crop_u(drawn))
+        (_, width), (top, left) = place_crop(original_size, size, _crop_u(images.croppings[place], drawn))
         return top, width - left - size[1] if self._flips(drawn) else left
 
     def _flips(self, drawn: Draws) -> bool:
@@ -331,17 +327,18 @@ class BatchBuilder(torch.utils.data.Dataset):
         image, original_size = open_with_size(
             encoded, at_least=(width, height), max_megapixels=config.max_image_megapixels
         )
+        crop_u = _crop_u(config.cropping, drawn)
         mask = mask_of(row, original_size, config) if config.masked_loss else None
         fitted = None
         if mask is not None:
-            fitted = fit_mask(mask, original_size, images.size, images.latent_shape[1:], self._crop_u(drawn))
+            fitted = fit_mask(mask, original_size, images.size, images.latent_shape[1:], crop_u)
             if config.cropping != "random":
                 check_shows_white(fitted, config)
         pixels = fit_image(
             image,
             images.size,
             interpolation=config.image_interpolation_mode,
-            crop_u=self._crop_u(drawn),
+            crop_u=crop_u,
             flip=flips and self.store is None,
         )
         if self.store is not None and config.masked_loss:
@@ -358,14 +355,19 @@ class BatchBuilder(torch.utils.data.Dataset):
         return mirrored(mask) if flip else mask
 
 
+def _crop_u(cropping: str, drawn: Draws) -> tuple[float, float] | None:
+    return {"random": drawn.crop_u, "center": (0.5, 0.5), "none": None}[cropping]
+
+
 class _Images:
     """The pixels or moments of a micro-batch, while they are gathered."""
 
-    def __init__(self, size: tuple[int, int], latent_shape: tuple[int, int, int], number: int) -> None:
+    def __init__(self, size: tuple[int, int], latent_shape: tuple[int, int, int], number: int, cropping: str) -> None:
         self.size = size
         self.latent_shape = latent_shape
         self.number = number
         self.original_sizes = [(0, 0)] * number
+        self.croppings = [cropping] * number  # of moments, as they were made
         self.to_encode: list[int] = []
         self.records: list[Row] = []
         self.moments: torch.Tensor | None = None
@@ -388,6 +390,7 @@ class _Images:
             self.moments = torch.zeros(self.number, *moments.shape)
         self.moments[place] = moments
         self.original_sizes[place] = row["original_height"], row["original_width"]
+        self.croppings[place] = json.loads(row["made_by"])["crop"]
 
     @property
     def pixels(self) -> torch.Tensor:
@@ -403,6 +406,14 @@ def end_workers(iterator: Any) -> None:
     delete the iterator, which an error's traceback delays.
     """
     iterator._shutdown_workers()
+
+
+def room_for_batches(recipe: Recipe) -> int:
+    """Micro-batches of pixels that half of the free shared memory has room for, shared by the machine's processes."""
+    if not SHARED_MEMORY.is_dir():
+        return sys.maxsize
+    pixels = 3 * recipe.resolution**2 * recipe.train_batch_size
+    return shutil.disk_usage(SHARED_MEMORY).free // (2 * num_local_processes() * pixels)
 
 
 class TrainingBatches:
@@ -480,10 +491,7 @@ class TrainingBatches:
     def _prefetch_factor(self) -> int:
         """Micro-batches that each worker builds ahead: a whole step together, if shared memory has ample room."""
         wanted = -(-self.read_ahead // self.num_workers)
-        if SHARED_MEMORY.is_dir():
-            pixels = 3 * self.builder.config.resolution**2 * self.builder.config.train_batch_size
-            wanted = min(wanted, shutil.disk_usage(SHARED_MEMORY).free // 4 // (self.num_workers * pixels))
-        return max(READ_AHEAD, wanted)
+        return max(READ_AHEAD, min(wanted, room_for_batches(self.builder.config) // 2 // self.num_workers))
 
     @staticmethod
     def _plans_of_steps(plans: Iterator[MicroBatch], num_steps: int) -> Iterator[MicroBatch]:

@@ -18,6 +18,7 @@ from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resu
 from sd_recipes.checkpoints.saver import BackgroundSaver, NotSaved
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.latent_store import LatentStore
+from sd_recipes.data.workers import room_for_workers
 from sd_recipes.errors import one_line
 from sd_recipes.evaluation.figures import Best
 from sd_recipes.evaluation.watched_rows import write_hardest_rows
@@ -80,7 +81,8 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
         closing(run.batches(progress.samples_seen, steps_left, progress.stream_state)) as steps,
     ):
         for micro_batches in meter.waits(steps):
-            profiler.step(progress.global_step)
+            with meter.paused():
+                profiler.step(progress.global_step)
             plan = micro_batches[-1].plan
 
             # Gradients of the whole step, however it is split into micro-batches
@@ -135,9 +137,10 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
                 if state.quiet_loss.is_full:
                     guard.look()
             if run.store and plan.ends_epoch:
-                order = run.data.order
-                run.store.end_epoch(plan.epoch, has_all_rows=order is not None and order.has_all_rows)
-                run.model.encoder.rest()
+                is_full = run.data.has_all_rows(run.store.whole_epochs(plan.epoch))
+                run.store.end_epoch(plan.epoch, is_full=is_full)
+                if is_full or not recipe.has_class_pictures:  # of which the next step may have new ones
+                    run.model.encoder.rest()
             if is_validated:
                 best = validate(run, best_weights)
                 meter.restart(progress)
@@ -259,7 +262,8 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     loss, bad_rows = sum_up(run, meter)
     figures = {**meter.close(loss, progress), "lr": float(run.state.schedule.get_last_lr()[0])}
     if run.model.utilisation:
-        figures |= run.model.utilisation.figures(figures["images_per_second"])
+        images_at_once = 2 if run.recipe.has_class_pictures else 1  # one beside each
+        figures |= run.model.utilisation.figures(images_at_once * figures["images_per_second"])
     if (found := effective_rate(run.state.optimizer)) is not None:
         figures["effective_lr"] = found
     if (quiet_loss := run.state.quiet_loss.close()) is not None:
@@ -451,8 +455,8 @@ def length_flag(recipe: Recipe) -> str:
 def remedy(recipe: Recipe, num_workers: int) -> str:
     """What to do about a loader of so many processes that is slower than the model."""
     remedies = []
-    if num_workers < (cores := share_of_cores()):
-        remedies.append(f"--dataloader_num_workers {cores}")
+    if num_workers < (possible := min(share_of_cores(), room_for_workers(recipe))):
+        remedies.append(f"--dataloader_num_workers {possible}")
     if recipe.cache_latents == "off" and not recipe.streaming:
         fixed = "" if recipe.cropping != "random" else " --center_crop"
         remedies.append(f"--cache_latents disk{fixed}")

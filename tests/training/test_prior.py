@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from sd_recipes.model.conditioning import unet_arguments
 from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
+from sd_recipes.runtime.trackers import read_metrics
 from sd_recipes.training.build import UNET_WEIGHTS, Run
 from sd_recipes.training.loop import backward
 
@@ -107,6 +109,18 @@ def test_it_goes_on_where_it_stood() -> None:
     assert later == [each for each in samples_in(plans_of(0, 1, 4)) if each[0] >= CLASS_POSITIONS + 8]
 
 
+def test_when_all_of_them_have_come() -> None:
+    """Not as soon as there were as many samples: parts of two permutations may leave some out."""
+    class_rows = ClassRows(10, 4, 3, 0.5, ((32, 32),), None)
+    steps = itertools.islice(Order((10,), 1, 3).batches_from(0), 12)
+    rows = [int(class_rows.beside(step)[0].rows[0]) for step in steps]
+    for first in range(9):
+        for end in range(first, 13):
+            has_a_permutation = any(first <= begin and begin + 4 <= end for begin in (0, 4, 8))
+            assert class_rows.all_come_beside(range(first, end)) == has_a_permutation
+            assert set(rows[first:end]) == {10, 11, 12, 13} or not has_a_permutation
+
+
 # ------------------------------------------------------------------------------------------ training
 
 
@@ -179,6 +193,36 @@ def test_resuming_caching_and_splitting(prior: dict[str, Any], tmp_path: Path, c
     assert_equal(weights(train(prior, **cached)), whole)
     split = weights(train(prior, micro_batch=1, output_dir=str(tmp_path / "split")))
     assert all(torch.allclose(split[name], whole[name], atol=1e-5) for name in whole)
+
+
+def test_more_class_pictures_than_an_epoch_shows_are_all_kept(
+    prior: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 rows and 24 class pictures, of which the third epoch shows the last: the VAE rests from there on."""
+    for number in range(5, 24):
+        pixels = np.full((32, 32, 3), 10 * number, dtype=np.uint8)
+        Image.fromarray(pixels).save(Path(prior["class_data_dir"]) / f"{number}.png")
+    run = build(prior, cache_latents="disk", center_crop=True, train_batch_size=4, max_train_steps=10)
+    encoded: list[int] = []
+    rested: list[int] = []
+    encode, rest = run.model.encoder.encode, run.model.encoder.rest
+    monkeypatch.setattr(run.model.encoder, "encode", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(
+        run.model.encoder, "rest", lambda: rested.append(run.state.progress.samples_seen // 8) or rest()
+    )
+    fit_from(run)
+    assert sum(encoded) == 8 + 24
+    assert rested == [3, 4, 5]
+
+
+def test_their_arithmetic_counts(prior: dict[str, Any]) -> None:
+    """A step of two pictures and two class pictures."""
+    run = train(prior, profile_steps=1)
+    figures = read_metrics(run.output_dir / "metrics.jsonl")[-1]
+    assert run.model.utilisation is not None
+    assert run.model.utilisation.flops
+    per_second = 2 * figures["images_per_second"] * run.model.utilisation.flops / 1e12
+    assert figures["teraflops"] == pytest.approx(per_second, rel=1e-6)
 
 
 @pytest.mark.parametrize("buckets", [{}, {"aspect_ratio_buckets": True, "bucket_step": 32}], ids=["square", "buckets"])
@@ -377,6 +421,7 @@ def test_a_dry_run_draws_nothing(prior: dict[str, Any], tmp_path: Path, capsys: 
         ({"train_from_scratch": True, **MODEL}, "--prior_preservation model needs what the model knows before it is"),
         ({"train_from_scratch": True, "num_class_images": 3}, "--num_class_images 3 needs what the model knows before"),
         ({"rescale_betas_zero_snr": True, **MODEL}, "--prior_preservation model asks the model as it was, which does"),
+        ({"compile": "graphs", "lora_rank": 2, **MODEL}, "are predictions of the same UNet: use --compile unet"),
         (
             {"class_data_dir": None, "class_prompt": None, "prior_loss_weight": 0.5},
             "--prior_loss_weight 0.5 is of class pictures, and there are none: add --class_data_dir, or drop it",
@@ -396,6 +441,11 @@ def test_a_dry_run_draws_nothing(prior: dict[str, Any], tmp_path: Path, capsys: 
 def test_mistakes(prior: dict[str, Any], changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         Recipe(**{**prior, **changes})
+
+
+def test_graphs_may_be_replayed_beside_a_teacher_that_has_a_unet_of_its_own(prior: dict[str, Any]) -> None:
+    assert Recipe(**prior, compile="graphs", **MODEL).compile == "graphs"
+    assert Recipe(**prior, compile="unet", lora_rank=2, **MODEL).compile == "unet"
 
 
 def test_mistakes_about_the_model_and_the_folder(prior: dict[str, Any], tmp_path: Path) -> None:
