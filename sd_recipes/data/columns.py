@@ -276,10 +276,8 @@ def _with_masks(rows: Any, source: DataSource, config: DataSettings, finder: Pic
 def _with_masks_beside(rows: Any, source: DataSource, config: DataSettings) -> Any:
     """The rows, whose masks are those beside their pictures where these are files and the column has none."""
     column, files = config.image_column, MaskFiles()
-    if not any(
-        _names_a_file(row[column])
-        for row in guarded(source, lambda: list(rows.select_columns([column]).take(LOOKED_AT)))
-    ):
+    first = guarded(source, lambda: list(rows.select_columns([column]).take(LOOKED_AT)))
+    if not any(_names_a_file(row[column]) for row in first):
         return rows
     columns = [column, MASK] if MASK in rows.features else [column]
 
