@@ -125,20 +125,20 @@ def has_mask(row: dict[str, Any], config: DataSettings) -> bool:
 
 
 def masks_in_words(rows: datasets.Dataset, config: DataSettings) -> str:
-    """How many of the first rows have a mask. Raises RecipeError if none of all rows has."""
+    """How many of the first rows have a mask. Raises RecipeError if none of all rows has, as far as that is seen."""
     first = rows.select(range(min(len(rows), COUNTED)))
     own = _have_own(first)
     left = np.flatnonzero(~own).tolist() if config.mask_from_alpha else []
     with ThreadPoolExecutor() as readers:
         found = readers.map(lambda number: _is_transparent(first[number], config), left)
         number = int(own.sum()) + sum(tqdm(found, total=len(left), desc="Masks", unit="row", leave=False))
-    may_be_elsewhere = len(first) < len(rows) and ({MASK, LATENT_MASK} & {*rows.column_names} or config.mask_from_alpha)
-    if not number and not may_be_elsewhere:
+    has_all = len(first) == len(rows)
+    if not number and (has_all or not (config.mask_from_alpha or _have_own(rows).any())):
         ways = "put it beside its picture, as a-mask.png beside a.png, name its column by --mask_column"
         alpha = "" if config.mask_from_alpha else ", or take the pictures' transparency, by --mask_from_alpha"
         raise RecipeError(f"--masked_loss, and none of the {len(rows):,} rows has a mask: {ways}{alpha}")
     others = "" if number == len(first) else "; the others count as a whole"
-    of = f"{len(rows):,} rows" if len(first) == len(rows) else f"the first {len(first):,} rows"
+    of = f"{len(rows):,} rows" if has_all else f"the first {len(first):,} rows"
     return f"masks: {number:,} of {of} have one{others}"
 
 

@@ -23,7 +23,7 @@ from sd_recipes.data.captions import DEFECT
 from sd_recipes.data.columns import MASK
 from sd_recipes.data.images import fit_image
 from sd_recipes.data.masks import COUNTED, fit_mask, mask_of, masks_in_words, own_mask, weights_of_masks
-from sd_recipes.data.rows import load_rows
+from sd_recipes.data.rows import load_rows, load_streams
 from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.figures import LOSS
 from sd_recipes.recipe import DataSettings, ObjectiveConfig
@@ -103,7 +103,7 @@ def test_a_column_names_the_masks(masked_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "bytes", "images"])
 def test_an_empty_value_is_no_mask(masked_folder: Path, tmp_path: Path, kind: str) -> None:
-    """Of any kind of data: of a table, the file beside the picture is one then."""
+    """Of any kind of data; the file beside the picture is one then."""
     empty = {"bytes": b"", "images": {"bytes": None, "path": ""}}.get(kind, "")
     images = [str(masked_folder / f"{n}.png") for n in (6, 7)]
     columns = {"image": images, "text": ["a", "b"], "mask": [empty, empty]}
@@ -119,9 +119,10 @@ def test_an_empty_value_is_no_mask(masked_folder: Path, tmp_path: Path, kind: st
     assert rows["image"][1]["path"] == images[1]
     assert own_mask(rows[1]) is None
     assert mask_of(rows[1], (32, 40), config) is None
-    if kind in ("csv", "jsonl"):
-        assert mask_of(rows[0], (32, 40), config) is not None
-        assert masks_in_words(rows, config) == "masks: 1 of 2 rows have one; the others count as a whole"
+    assert mask_of(rows[0], (32, 40), config) is not None
+    assert masks_in_words(rows, config) == "masks: 1 of 2 rows have one; the others count as a whole"
+    streamed = next(iter(load_streams(DataSettings(dataset_name=str(path), **MASKED, streaming=True))[0].rows))
+    assert own_mask(streamed) == rows[0][MASK]
     assert DEFECT not in rows.column_names or rows[DEFECT] == [None, None]
 
 
@@ -316,9 +317,10 @@ def test_masks_are_counted_among_the_first_rows(masked_folder: Path) -> None:
     features = datasets.Features({MASK: datasets.Image(decode=False)})
     rows = datasets.Dataset.from_dict({MASK: masks * COUNTED}, features=features)
     assert masks_in_words(rows, config) == "masks: 500 of the first 1,000 rows have one; the others count as a whole"
-    assert masks_in_words(rows.select([0] * 2000), config).startswith("masks: 0 of the first 1,000 rows have one")
-    with pytest.raises(RecipeError, match="none of the 2 rows has a mask"):
-        masks_in_words(rows.select([0, 3]), config)
+    late = rows.select([0] * COUNTED + [1])
+    assert masks_in_words(late, config) == "masks: 0 of the first 1,000 rows have one; the others count as a whole"
+    with pytest.raises(RecipeError, match="none of the 2,000 rows has a mask"):
+        masks_in_words(rows.select([0, 3] * COUNTED), config)
 
 
 def test_bad_masks_are_bad_rows(masked: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
