@@ -7,6 +7,7 @@ import torch
 from sd_recipes.data.batches import READ_AHEAD
 from sd_recipes.data.workers import num_workers_of
 from sd_recipes.memory.step import TracedStep
+from sd_recipes.model.placement import kept_as_loaded
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.host_memory import nbytes_of, packed
 
@@ -60,8 +61,7 @@ def on_host(recipe: Recipe, step: TracedStep, device: str) -> dict[str, int]:
     buffers = sum(block.nbytes for block in packed([nbytes_of(each) for each in tensors])) if cuda else None
     buffers = buffers or sum(each.nbytes for each in tensors)
     found = {"Python and libraries": PROCESS_WITH_CUDA if cuda else PROCESS, "checkpoint buffers": buffers}
-    if (recipe.mixed_precision or "no") != "no":
-        names = ("vae", *step.family.text_models)
+    if names := kept_as_loaded(step.family, recipe):
         parameters = [each for name in names for each in getattr(step.components, name).parameters()]
         found["frozen models as loaded"] = 4 * sum(each.numel() for each in parameters)
     if recipe.offload_ema and cuda:

@@ -47,7 +47,7 @@ from sd_recipes.model.family import Family, TextStates
 from sd_recipes.model.latents import LatentEncoder, bearable_dtype, decode_without_autocast
 from sd_recipes.model.lora import add_lora, trained_lora
 from sd_recipes.model.lora_files import peft_settings
-from sd_recipes.model.placement import apply_memory_format, keep_as_loaded, move_models
+from sd_recipes.model.placement import apply_memory_format, keep_as_loaded, kept_as_loaded, move_models
 from sd_recipes.recipe import ObjectiveConfig, Recipe, odd_settings
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.accelerator import DTYPES
@@ -191,8 +191,8 @@ def build_run(recipe: Recipe, accelerator: Accelerator, checkpoint: Checkpoint |
     if data.provenances or recipe.cache_latents != "off":  # of the weights as they were loaded
         provenance = provenance_of(recipe, components.vae, vae_dtype, tiling=recipe.vae_tiling)
         check_one_provenance(data.provenances, provenance)
-    if accelerator.is_main_process and accelerator.mixed_precision != "no" and not recipe.trains_lora:
-        keep_as_loaded(family, components, trains_text=recipe.train_text_encoder)  # for the export
+    if accelerator.is_main_process:
+        keep_as_loaded(components, kept_as_loaded(family, recipe))
     model, state = build_model(
         recipe,
         family,
