@@ -1331,6 +1331,11 @@ class Recipe(
                 "--prior_preservation model asks the model as it was, which does not know the noise of "
                 "--rescale_betas_zero_snr: use --prior_preservation pictures, or drop one"
             )
+        if self.compile == "graphs" and self.prior_preservation == "model" and self.trains_lora:
+            raise ValueError(
+                "--compile graphs writes all predictions of a UNet to the same memory, and with a LoRA the targets of "
+                "--prior_preservation model are predictions of the same UNet: use --compile unet"
+            )
         if self.fused_backward_pass and self.micro_batch not in (None, self.train_batch_size):
             raise ValueError(
                 "--fused_backward_pass steps within one backward pass, which --micro_batch "
@@ -1363,16 +1368,6 @@ def odd_settings(recipe: Recipe) -> list[str]:
         odd.append(
             "--cudnn_benchmark times every convolution anew for each of the sizes of --aspect_ratio_buckets, which may "
             "take longer than it saves."
-        )
-    if recipe.optimizer == PRODIGY and not 0.5 <= recipe.learning_rate <= 2:
-        odd.append(
-            f"--learning_rate {recipe.learning_rate:g} multiplies the rate that --optimizer {PRODIGY} finds by itself: "
-            "its authors leave it at 1, and change d_coef by --optimizer_kwargs where that rate is too small or large."
-        )
-    if recipe.optimizer == SCHEDULE_FREE and not recipe.lr_scheduler.startswith("constant"):
-        odd.append(
-            f"--lr_scheduler {recipe.lr_scheduler} lowers a rate that --optimizer {SCHEDULE_FREE} needs constant, for "
-            "its average of the weights takes the place of a schedule: use constant, or constant_with_warmup."
         )
     changing = [
         name for name in ("shuffle_tags", "caption_tag_dropout_rate", "enable_wildcard") if getattr(recipe, name)

@@ -43,6 +43,7 @@ from sd_recipes.export.report import write_report
 from sd_recipes.export.run_page import write_run_page
 from sd_recipes.flags import recipe_text, written_settings
 from sd_recipes.model.clip import known_tokenizer
+from sd_recipes.model.families import check_trainable
 from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.model.samplers import drawing_sampler
 from sd_recipes.model.sources import MODEL
@@ -88,6 +89,7 @@ def run_in_folder(recipe: Recipe, accelerator: Accelerator, planned_memory: int 
     stop_request.resume_command = resume_command(recipe) if recipe.overwrite else "the same command"
     with output_dir_lock(recipe, accelerator.is_main_process) as resume_point:
         recipe, checkpoint = resolve(recipe, accelerator, resume_point)
+        check_trainable(recipe)
         draw_class_pictures(recipe, accelerator)
         built = build_run(recipe, accelerator, checkpoint)
         built.planned_memory = planned_memory
@@ -99,6 +101,7 @@ def show(recipe: Recipe, accelerator: Accelerator) -> None:
     """A dry run: show what the run would be, and what it would refuse; nothing is written."""
     check_output_dir(Path(recipe.output_dir), writes=False)
     recipe, checkpoint = resolve(recipe, accelerator, find_resume_point(recipe))
+    check_trainable(recipe)
     built = build_run(without_class_pictures_to_draw(recipe), accelerator, checkpoint)
     if checkpoint:
         path, manifest = checkpoint

@@ -67,7 +67,7 @@ from sd_recipes.training.objective import DenoisingLoss, NoiseSchedule
 from sd_recipes.training.optim import build_optimizer, build_schedule
 from sd_recipes.training.optimizer_check import check_combinations, check_optimizer
 from sd_recipes.training.quiet_loss import QuietLoss
-from sd_recipes.training.rates import set_rates
+from sd_recipes.training.rates import matches_in_words, set_rates
 from sd_recipes.training.row_losses import RowLosses
 from sd_recipes.training.schedule_free import EvaluationWeights, has_modes
 from sd_recipes.training.state import SNAPSHOTS, TrainedPart, TrainState
@@ -497,7 +497,6 @@ def build_validator(
     # Plain, so that runs with different weightings and tricks can be compared by it.
     plain_objective = ObjectiveConfig(prediction_type=model.objective.prediction_type)
     own = slice(accelerator.process_index, None, accelerator.num_processes)
-    on_gpu = accelerator.device.type == "cuda"
     return Validator(
         recipe,
         accelerator,
@@ -512,8 +511,8 @@ def build_validator(
                 recipe.validation_samples,
                 own,
                 keeps_text=not (recipe.train_text_encoder or recipe.lora_text_encoder),
-                num_workers=num_workers_of(recipe, "cuda") if on_gpu else 0,
-                pin_memory=on_gpu,
+                num_workers=num_workers_of(recipe, accelerator.device.type),
+                pin_memory=accelerator.device.type == "cuda",
             )
             for name, fixed in sets.items()
         },
@@ -557,6 +556,7 @@ def describe(run: Run) -> str:
     trained = ", ".join(
         f"{sum(each.numel() for each in part.parameters.values()):,} ({part.name})" for part in run.state.parts.values()
     )
+    of_groups = matches_in_words(run.state.parts.values(), run.recipe.param_groups or [])
     backend = os.environ.get(DYNAMO, "no").lower()
     lines = {
         **({"resumes from": f"{run.checkpoint[0]}"} if run.checkpoint else {}),
@@ -564,6 +564,7 @@ def describe(run: Run) -> str:
         **({"class pictures": f"{data.class_rows.num_rows:,}, one beside each image"} if data.class_rows else {}),
         "optimizer steps": steps,
         "trainable parameters": trained,
+        **({"parameters of groups": f"\n{'':<23}".join(of_groups)} if of_groups else {}),
         "predicts": run.model.objective.prediction_type,
         **(
             {"text states": _text_states_in_words(run.model.family, run.recipe.clip_skip)}
