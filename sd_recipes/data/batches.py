@@ -208,7 +208,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         ]
         images = _Images(plan.size, latent_shape, len(drawn), self.config.cropping)
         masks: list[np.ndarray | None] = [None] * len(drawn)
-        captions_config = self._captions_config(plan.epoch)
+        captions_config = self._captions_config(plan)
         captions: list[str] = []
         weights = torch.full((len(drawn),), plan.weight)
         bad = []
@@ -273,12 +273,16 @@ class BatchBuilder(torch.utils.data.Dataset):
     def _flips(self, drawn: Draws) -> bool:
         return self.config.random_flip and drawn.flip_u < 0.5
 
-    def _captions_config(self, epoch: int) -> CaptionConfig:
-        """How captions are made in an epoch, counted from 0: in one of every so many, all of them are dropped."""
+    def _captions_config(self, plan: MicroBatch) -> CaptionConfig:
+        """How captions of a micro-batch are made: in one of every so many epochs, all of them are dropped.
+
+        Prefix and suffix are of what is trained, and not of class pictures, which show what the model knows without.
+        """
+        changes: dict[str, Any] = {"caption_prefix": None, "caption_suffix": None} if plan.is_class else {}
         every = self.config.caption_dropout_every_n_epochs
-        if not every or (epoch + 1) % every:
-            return self.config
-        return self.config.model_copy(update={"caption_dropout": 1.0})
+        if every and (plan.epoch + 1) % every == 0:
+            changes["caption_dropout"] = 1.0
+        return self.config.model_copy(update=changes) if changes else self.config
 
     def _caption(self, row: Row, config: CaptionConfig, drawn: Draws, name: str) -> str:
         try:

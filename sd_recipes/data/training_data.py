@@ -113,7 +113,7 @@ def load_training_data(
     trained = join_rows([part.rows for part in parts], recipe.max_train_samples, seed)
     rows = join_rows([trained, *(part.rows for part in class_parts)], None, None)
     if rank == 0:
-        examples = example_captions(rows, recipe)
+        examples = example_captions(trained, recipe)
         for part in class_parts:
             part.recognised.notes.append(class_pictures_in_words(recipe))
         if recipe.masked_loss:
