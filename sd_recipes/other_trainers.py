@@ -107,7 +107,7 @@ SD_SCRIPTS: dict[str, str] = {
     "lr_scheduler_power": "polynomial has the power 1",
     "lr_scheduler_timescale": "there is no such schedule",
     "lr_scheduler_min_lr_ratio": "schedules go down to 0",
-    "block_lr": "--param_groups, such as 'down_blocks.0.*=1e-5'",
+    "block_lr": "--param_groups, such as 'unet.down_blocks.0.*=1e-5'",
     "fused_optimizer_groups": "--fused_backward_pass",
     "full_fp16": "--weights_dtype bf16: weights in fp16 lose small steps",
     "full_bf16": "--weights_dtype bf16, which rounds at random so that small steps are not lost",

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from PIL import Image
-from training_runs import train
+from training_runs import forget_accelerator, train
 
 from sd_recipes.commands.inspect import read_settings
+from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
 from sd_recipes.flags import load_recipe, recipe_text
 from sd_recipes.kohya import NOT_MAPPED, OF_DATASETS, OF_ONE_SUBSET, OF_SUBSETS, OF_THE_RUN, read_dataset_config
@@ -328,6 +329,27 @@ def test_two_answers_to_which_data_are_refused() -> None:
     for flag in ("--train_data_dir", "--dataset_name"):
         with pytest.raises(RecipeError, match=f"says which data to use, which {flag} contradicts: drop one"):
             load_recipe([*file, flag, "elsewhere"])
+
+
+def test_a_dry_run_without_a_model_checks_the_data_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sd_recipes.model.sources._open", None)  # no model is looked for
+    read("[general]\nresolution = 16\nbatch_size = 2\n" + SUBSET + "num_repeats = 3\ncaption_extension = '.txt'\n")
+    forget_accelerator()
+    run(load_recipe(["--dataset_config", "dataset.toml", "--dry_run", "--device", "cpu", "--num_train_epochs", "2"]))
+    shown = capsys.readouterr().out
+    assert "a folder of 2 pictures, captions from .txt files" in shown
+    assert re.search(r"optimizer steps +6\n +model +none was named, and none was checked", shown)
+    assert "repeats: 3" in shown
+    assert not Path("sd-model-finetuned").exists()
+    Path("portraits/0.txt").write_text("")
+    Path("portraits/1.txt").write_text("")
+    forget_accelerator()
+    with pytest.raises(RecipeError, match=r"^none of 6 rows can be used: .* no caption"):
+        run(load_recipe(["--dataset_config", "dataset.toml", "--dry_run", "--device", "cpu"]))
+    with pytest.raises(RecipeError, match="--pretrained_model_name_or_path is missing"):
+        load_recipe(["--dataset_config", "dataset.toml"])
 
 
 def test_a_value_out_of_range_is_blamed_on_the_file() -> None:

@@ -25,7 +25,7 @@ from sd_recipes.data.workers import num_workers_of
 from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.export.hub import PushError
 from sd_recipes.model.components import latent_shape_of, load_scheduler, load_vae
-from sd_recipes.model.families import family_of
+from sd_recipes.model.families import check_trainable, family_of
 from sd_recipes.model.latents import bearable_dtype
 from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import shown
@@ -59,6 +59,7 @@ def fill_cache(recipe: Recipe) -> Path:
     accelerator = start_accelerator(recipe)
     output_dir = Path(recipe.output_dir)
     check_output_dir(output_dir)
+    check_trainable(recipe)
     family = family_of(recipe)
     scheduler, tokenizers = load_scheduler(recipe), family.load_tokenizers(recipe)
     data = load_training_data(

@@ -14,6 +14,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.memory.plan import MemoryPlan, Planner
 from sd_recipes.memory.remedies import NothingFits, Variation, fastest_that_fits, variations
 from sd_recipes.memory.show import as_json, best_in_lines, draw, in_lines, variations_in_lines
+from sd_recipes.model.families import check_trainable
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.console import say
 
@@ -21,6 +22,7 @@ from sd_recipes.runtime.console import say
 def plan(settings: PlanSettings) -> None:
     """Print the plan, and draw it where that is asked for. Raises RecipeError, if nothing fits after all else."""
     recipe, number = settings.recipe, settings.num_processes
+    check_trainable(recipe)
     device = "cpu" if recipe.device == "cpu" else "cuda"
     capacity = settings.budget if settings.budget is not None else memory_here(device)
     refusal: NothingFits | None = None

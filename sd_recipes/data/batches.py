@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 import shutil
 import sys
@@ -19,11 +20,11 @@ import torch
 
 from sd_recipes.data.bad_rows import BadRow, row_name
 from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
-from sd_recipes.data.columns import LATENT_MASK, MASK, SIZE_COLUMNS
+from sd_recipes.data.columns import LATENT_MASK, SIZE_COLUMNS
 from sd_recipes.data.draws import PLAIN, Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
 from sd_recipes.data.latent_store import END, SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
-from sd_recipes.data.masks import check_shows_white, fit_mask, is_black, mask_of, mirrored, weights_of_masks
+from sd_recipes.data.masks import check_shows_white, fit_mask, hides_all, mask_of, mirrored, own_mask, weights_of_masks
 from sd_recipes.data.noise import training_noise
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import RecipeError
@@ -64,7 +65,7 @@ class Batch:
     crop_corner: torch.Tensor  # (B, 2) int64: of the crop in the scaled picture, mirrored where that is
     target_size: torch.Tensor  # (B, 2) int64: of the images
     weights: torch.Tensor  # (B,) float32: 0 for a row that cannot be used
-    latent_weights: torch.Tensor | None  # (B, 1, h, w) float32, 1 on average: of the errors in an image, by its mask
+    latent_weights: torch.Tensor | None  # (B, 1, h, w) float32: of the errors in an image, by its mask
     names: tuple[str, ...]  # of the B rows, for people
     plan: MicroBatch
     bad: tuple[tuple[str, str], ...]  # (name, reason) of the rows that cannot be used
@@ -205,7 +206,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             )
             for position, stratum in zip(plan.positions, plan.strata, strict=True)
         ]
-        images = _Images(plan.size, latent_shape, len(drawn))
+        images = _Images(plan.size, latent_shape, len(drawn), self.config.cropping)
         masks: list[np.ndarray | None] = [None] * len(drawn)
         captions_config = self._captions_config(plan.epoch)
         captions: list[str] = []
@@ -218,7 +219,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             try:
                 caption = self._caption(row, captions_config, drawn[place], name)
                 masks[place] = self._add_image(images, place, row, drawn[place])
-                if is_black(masks[place]):  # in this crop: in the next one there may be something to learn
+                if hides_all(masks[place], self.config):  # in this crop: the next one may differ
                     weights[place] = 0
             except BadRow as error:
                 bad.append((name, str(error)))
@@ -245,12 +246,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             input_noise=input_noise,
             posterior_noise=torch.from_numpy(np.stack([sample.posterior_noise for sample in drawn])),
             original_size=torch.tensor(images.original_sizes),
-            crop_corner=torch.tensor(
-                [
-                    self._crop_corner(images.original_sizes[place], plan.size, drawn[place])
-                    for place in range(len(drawn))
-                ]
-            ),
+            crop_corner=torch.tensor([self._crop_corner(images, place, sample) for place, sample in enumerate(drawn)]),
             target_size=torch.tensor([plan.size] * len(drawn)),
             weights=weights,
             latent_weights=weights_of_masks(masks, latent_shape, self.config) if self.config.masked_loss else None,
@@ -267,13 +263,11 @@ class BatchBuilder(torch.utils.data.Dataset):
         columns = self.rows[plan.rows.tolist()]
         return [{name: values[number] for name, values in columns.items()} for number in range(len(plan.rows))]
 
-    def _crop_u(self, drawn: Draws) -> tuple[float, float] | None:
-        return {"random": drawn.crop_u, "center": (0.5, 0.5), "none": None}[self.config.cropping]
-
-    def _crop_corner(self, original_size: tuple[int, int], size: tuple[int, int], drawn: Draws) -> tuple[int, int]:
+    def _crop_corner(self, images: _Images, place: int, drawn: Draws) -> tuple[int, int]:
+        original_size, size = images.original_sizes[place], images.size
         if 0 in original_size:
             return 0, 0
-        (_, width), (top, left) = place_crop(original_size, size, self._crop_u(drawn))
+        (_, width), (top, left) = place_crop(original_size, size, _crop_u(images.croppings[place], drawn))
         return top, width - left - size[1] if self._flips(drawn) else left
 
     def _flips(self, drawn: Draws) -> bool:
@@ -321,7 +315,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         record: Row = {}
         if self.store is not None:
             try:
-                key = row_key(encoded, row.get(MASK))
+                key = row_key(encoded, own_mask(row))
             except (OSError, TypeError) as error:
                 raise ImageError(f"no image: {error}") from error
             kept = self.store.find(key)
@@ -333,17 +327,18 @@ class BatchBuilder(torch.utils.data.Dataset):
         image, original_size = open_with_size(
             encoded, at_least=(width, height), max_megapixels=config.max_image_megapixels
         )
+        crop_u = _crop_u(config.cropping, drawn)
         mask = mask_of(row, original_size, config) if config.masked_loss else None
         fitted = None
         if mask is not None:
-            fitted = fit_mask(mask, original_size, images.size, images.latent_shape[1:], self._crop_u(drawn))
+            fitted = fit_mask(mask, original_size, images.size, images.latent_shape[1:], crop_u)
             if config.cropping != "random":
-                check_shows_white(fitted)
+                check_shows_white(fitted, config)
         pixels = fit_image(
             image,
             images.size,
             interpolation=config.image_interpolation_mode,
-            crop_u=self._crop_u(drawn),
+            crop_u=crop_u,
             flip=flips and self.store is None,
         )
         if self.store is not None and config.masked_loss:
@@ -360,14 +355,19 @@ class BatchBuilder(torch.utils.data.Dataset):
         return mirrored(mask) if flip else mask
 
 
+def _crop_u(cropping: str, drawn: Draws) -> tuple[float, float] | None:
+    return {"random": drawn.crop_u, "center": (0.5, 0.5), "none": None}[cropping]
+
+
 class _Images:
     """The pixels or moments of a micro-batch, while they are gathered."""
 
-    def __init__(self, size: tuple[int, int], latent_shape: tuple[int, int, int], number: int) -> None:
+    def __init__(self, size: tuple[int, int], latent_shape: tuple[int, int, int], number: int, cropping: str) -> None:
         self.size = size
         self.latent_shape = latent_shape
         self.number = number
         self.original_sizes = [(0, 0)] * number
+        self.croppings = [cropping] * number  # of moments, as they were made
         self.to_encode: list[int] = []
         self.records: list[Row] = []
         self.moments: torch.Tensor | None = None
@@ -390,6 +390,7 @@ class _Images:
             self.moments = torch.zeros(self.number, *moments.shape)
         self.moments[place] = moments
         self.original_sizes[place] = row["original_height"], row["original_width"]
+        self.croppings[place] = json.loads(row["made_by"])["crop"]
 
     @property
     def pixels(self) -> torch.Tensor:

@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 
 from sd_recipes.data.captions import DEFECT, caption_columns
-from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded, found_or_named
+from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded, found_or_named, is_empty
 from sd_recipes.data.guard import guarded
 from sd_recipes.data.picture_files import Missing, NotFound, PictureFinder
 from sd_recipes.data.table_rows import picture_column
@@ -27,7 +27,7 @@ LABEL = "label"  # the name of a picture's folder, as datasets' imagefolder call
 SIZE_COLUMNS = ("height", "width", "original_height", "original_width")  # of the crop, and of the picture in its file
 # A row of a latent cache holds these instead of an image (see latent_store.py).
 MOMENTS_COLUMNS = ("moments", "moments_flipped", *SIZE_COLUMNS, "made_by")
-MASK = "__mask__"  # the column with a picture's mask, {"bytes", "path"}, or None
+MASK = "__mask__"  # the column with a picture's mask, {"bytes", "path"}, or None; one without either is none too
 LATENT_MASK = "latent_mask"  # in a row of a latent cache: its mask at the latent's size, h * w bytes, or None
 CHUNK_ROWS = 1000  # of a table in memory
 LOOKED_AT = 16  # first rows, one of which has to name a picture
@@ -265,7 +265,7 @@ def _with_masks(rows: Any, source: DataSource, config: DataSettings, finder: Pic
         )
 
     def make(value: Any) -> dict[str, Any]:
-        return {MASK: None if value is None else found_or_named(value, finder)}
+        return {MASK: None if is_empty(value) else found_or_named(value, finder)}
 
     return _replaced(rows, column, {MASK: datasets.Image(decode=False)}, make)
 

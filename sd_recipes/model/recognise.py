@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_recipes.assets import Generation
+from sd_recipes.model.distilled import LCM
 from sd_recipes.model.loading import unwrapped
 from sd_recipes.model.weight_files import Shape
 
@@ -25,16 +26,6 @@ OTHER_INPUTS = {
 }
 PLAIN = "text-to-image training needs the plain model that it was made from: choose that one"
 REFINER = "the refiner of SDXL, which only finishes pictures"
-LCM = "a latent consistency model (LCM)"
-# Models that were taught by another one to draw in a few steps, by words in their names.
-DISTILLED = {
-    "turbo": "a Turbo model",
-    "lightning": "a Lightning model",
-    "lcm": LCM,
-    "hyper[-_ ]?sd": "a Hyper-SD model",
-    "dmd2?": "a DMD model",
-}
-TOLD_BY = ("modelspec.title", "modelspec.architecture")  # metadata that name a model
 
 
 @dataclass(frozen=True)
@@ -51,31 +42,6 @@ class Recognised:
         """The parts that a whole model of its generation has besides."""
         wanted = (part for part in PARTS if self.generation == "XL" or part not in ONLY_OF_XL)
         return tuple(part for part in wanted if part not in self.parts)
-
-
-def of_file(name: str, shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> Recognised:
-    """What a file of weights is, also by its name and its metadata."""
-    found = of_tensors(shapes)
-    if "unet" not in found.parts:
-        return found
-    stated = next((other for key in TOLD_BY if (other := distilled_by_name(metadata.get(key, "")))), None)
-    if stated or not (by_name := distilled_by_name(name)):
-        return stated or found
-    return Recognised(f"by its name {by_name.words}", way_out=f"{by_name.way_out}, or rename the file if it is none")
-
-
-def distilled_by_name(name: str) -> Recognised | None:
-    """Whether a name says that a model draws in a few steps, which training would undo."""
-    plain = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
-    found = (words for word, words in DISTILLED.items() if re.search(rf"(?<![a-z]){word}(xl)?(?![a-z])", plain))
-    return next(map(_distilled, found), None)
-
-
-def _distilled(words: str) -> Recognised:
-    return Recognised(
-        f"{words}, distilled to draw in a few steps",
-        way_out="training would undo that: choose the model that it was made from",
-    )
 
 
 def of_tensors(shapes: Mapping[str, Shape]) -> Recognised:
@@ -143,6 +109,11 @@ def _refiner() -> Recognised:
     return Recognised(REFINER, way_out="choose the base model of SDXL, or one that was made from it")
 
 
+def _latent_consistency() -> Recognised:
+    way_out = "its UNet takes the guidance scale besides, which is not known here: choose the model it was made from"
+    return Recognised(f"{LCM}, distilled to draw in a few steps", way_out=way_out)
+
+
 def _added_width(shapes: Mapping[str, Shape]) -> int | None:
     """How wide the condition is that SDXL's UNet takes besides the text: sizes, and a second text state."""
     names = ("model.diffusion_model.label_emb.0.0.weight", "label_emb.0.0.weight", "add_embedding.linear_1.weight")
@@ -158,7 +129,7 @@ def _unet_of_another_kind(shapes: Mapping[str, Shape]) -> Recognised | None:
     if first and len(first) == 4 and first[1] in OTHER_INPUTS:
         return Recognised(OTHER_INPUTS[first[1]], way_out=PLAIN)
     if _has(shapes, r"(model\.diffusion_model\.)?time_embed\.cond_proj\.", r"time_embedding\.cond_proj\."):
-        return _distilled(LCM)
+        return _latent_consistency()
     return None
 
 
@@ -227,7 +198,7 @@ def of_unet(config: Mapping[str, Any]) -> Recognised | None:
     if is_xl_unet(config) and config.get("projection_class_embeddings_input_dim") == REFINER_WIDTH:
         return _refiner()
     if config.get("time_cond_proj_dim") is not None:  # for the guidance scale
-        return _distilled(LCM)
+        return _latent_consistency()
     if config.get("in_channels") in OTHER_INPUTS:
         return Recognised(OTHER_INPUTS[config["in_channels"]], way_out=PLAIN)
     if config.get("class_embed_type") == "projection":

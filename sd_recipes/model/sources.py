@@ -20,7 +20,9 @@ from transformers import CLIPTokenizer
 
 from sd_recipes import assets
 from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.flags import is_resolved_recipe
 from sd_recipes.model import recognise
+from sd_recipes.model.distilled import distilled
 from sd_recipes.model.loading import COMPILED, say_unwrapped, unwrapped
 from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.model.original_layout import take_part
@@ -51,6 +53,7 @@ STEMS = {
     "text_encoder": ("model", "pytorch_model"),
     "text_encoder_2": ("model", "pytorch_model"),
 }
+ENCODER_LAYER = "modelspec.encoder_layer"  # of a single file: which layer from the end its text states are of
 MAX_JSON_BYTES = 64 * 2**20  # of a configuration, or of the index of a part's shards
 HUB_VARIANTS = ("fp16", "bf16")  # tried where the plain files are missing; a folder shows which there are
 
@@ -73,6 +76,11 @@ class Source(ABC):
     def recognised(self) -> Recognised:
         """What it is, and which parts it has."""
 
+    @property
+    @abstractmethod
+    def distilled(self) -> str | None:
+        """If it is a model that draws in a few steps, how that is known and what to do instead of training it."""
+
     @abstractmethod
     def read_config(self, part: str) -> dict[str, Any]:
         """The JSON of a part's configuration. Raises RecipeError."""
@@ -93,6 +101,11 @@ class Source(ABC):
     def noise_schedule_hints(self) -> dict[str, Any]:
         """What the weights themselves say of the scheduler's settings."""
         return {}
+
+    @property
+    def encoder_layer(self) -> int | None:
+        """Which layer from the end its text states are of, if it says so; the last is 1."""
+        return None
 
     def say_noise_schedule(self) -> None:
         """Say what was taken from the weights, or could not be."""
@@ -198,6 +211,8 @@ def _instead_of_address(name: str) -> str:
 class Folder(Source):
     """A pipeline, or some parts of one, in diffusers format: files below a folder of this machine."""
 
+    under_another_name = "rename the folder"
+
     @property
     def path(self) -> Path:
         return Path(self.name).expanduser()
@@ -214,18 +229,17 @@ class Folder(Source):
         found = recognise.of_pipeline(index) if index else self._recognise_without_index()
         if recognise.is_xl_unet(unet):
             found = replace(found, generation="XL")
-            other = other or self._distilled()
         return other if other and found.parts else self._with_parts_there(found)
 
-    def _distilled(self) -> Recognised | None:
-        """By sampler and name: the UNet of such a model is like any other."""
-        scheduler = self.read_json("scheduler/scheduler_config.json") or {}
-        if scheduler.get("_class_name") in ("LCMScheduler", "TCDScheduler"):
-            return recognise.distilled_by_name("lcm")
-        named = recognise.distilled_by_name(Path(self.name).name)
-        if named is None or scheduler.get("timestep_spacing") != "trailing":
-            return None
-        return replace(named, words=f"{named.words}, by its name and its sampler")
+    @property
+    def distilled(self) -> str | None:
+        recipe, scheduler = self.locate("recipe.yaml"), self.read_json("scheduler/scheduler_config.json") or {}
+        return distilled(
+            self.path.absolute(),
+            self.under_another_name,
+            sampler=scheduler.get("_class_name"),
+            of_run=recipe is not None and is_resolved_recipe(recipe.resolve()),
+        )
 
     def _recognise_without_index(self) -> Recognised:
         return recognise.of_plain_folder(self.path)
@@ -380,6 +394,7 @@ def convert_command(source: str, target: str) -> str:
 class HubRepository(Folder):
     """A pipeline, or a part of one, in a Hub repository; files are downloaded one by one, as they are asked for."""
 
+    under_another_name = "download it into a folder of another name, and name that"
     not_reached: Exception | None = None
 
     def locate(self, relative: str) -> Path | None:
@@ -471,21 +486,29 @@ class SingleFile(Source):
 
     @cached_property
     def recognised(self) -> Recognised:
-        if self.flag == "--vae":
-            return recognise.of_tensors(self.opened.shapes)
-        return recognise.of_file(Path(self.name).stem, self.opened.shapes, self.opened.metadata)
+        return recognise.of_tensors(self.opened.shapes)
+
+    @property
+    def distilled(self) -> str | None:
+        path = Path(self.name).expanduser()
+        of_run = is_resolved_recipe(path.parent / "recipe.yaml")
+        return distilled(path, "rename the file", metadata=self.opened.metadata, of_run=of_run)
 
     def configurations(self) -> Source:
         """Whose configuration this file has: --base's, for --vae that of the model's own VAE, or one of the package."""
         model, base = self.config.pretrained_model_name_or_path or "", self.config.base
-        if self.flag == "--vae" and "vae" in (source := open_source(model, MODEL, self.config)).recognised.parts:
-            is_alone = self.recognised.parts == {"vae"}
+        generation = self.recognised.generation
+        if self.flag == "--vae":
+            source, is_alone = open_source(model, MODEL, self.config), self.recognised.parts == {"vae"}
+            if is_alone:  # whose tensors do not tell
+                generation = source.recognised.generation
             # Of another family's model it is not: the scale of its latents is another.
-            if is_alone or (self.recognised.generation == "XL") == (source.recognised.generation == "XL"):
+            is_of_model = (generation == "XL") == (source.recognised.generation == "XL")
+            if is_of_model and "vae" in source.recognised.parts:
                 return source
         if self.flag != "--base" and base:
             return open_source(base, "--base", self.config)
-        return Folder(self.flag, str(assets.CONFIGURATIONS[self.recognised.generation]), self.config)
+        return Folder(self.flag, str(assets.CONFIGURATIONS[generation]), self.config)
 
     def read_config(self, part: str) -> dict[str, Any]:
         return self.configurations().read_config(part)
@@ -509,6 +532,11 @@ class SingleFile(Source):
         if self.flag != "--base" and self.config.base:
             return self.configurations().tokenizer(part)
         return CLIPTokenizer.from_pretrained(str(assets.CLIP_TOKENIZER), **self.read_config(part))
+
+    @property
+    def encoder_layer(self) -> int | None:
+        stated = self.opened.metadata.get(ENCODER_LAYER, "")
+        return int(stated) if re.fullmatch("[0-9]{1,3}", stated) else None
 
     def noise_schedule_hints(self) -> dict[str, Any]:
         """By the keys that trainers put into a file, by its metadata, and by what is known of Stable Diffusion 2."""

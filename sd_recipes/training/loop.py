@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import NoReturn
 
 import torch
@@ -164,16 +164,17 @@ def backward(
 ) -> tuple[torch.Tensor, float]:
     """Add the gradient of a whole step to the parameters.
 
-    Returns this process's share of the loss, on the device, and which part of the step's rows could be used, the same
-    on all processes. Gradient and loss are sums over those rows, divided by the global batch's size; class pictures
-    come on top, with their weight.
+    Returns this process's share of the loss, on the device, and which part of the step's samples could be used, the
+    same on all processes. Gradient and loss are sums over those samples, divided by the global batch's size. Class
+    pictures come on top, with their weight, such that once divided by that part they are a mean over usable ones too;
+    in a step without any usable sample they are all there is, and the part is theirs.
 
     accelerate divides by the accumulation steps, and FSDP averages over processes. Multiplied by both and divided by
     the global batch's size, the gradient is the mean over its samples, even for an epoch's last batch, whose
     micro-batches are fewer and uneven.
     """
-    own_usable = sum(int(batch.weights.count_nonzero()) for batch in micro_batches)
-    counts = begin_sum(own_usable, sum(len(batch.weights) for batch in micro_batches if batch.plan.weight))
+    own_usable, own_rows = count_rows(micro_batches, is_class=False)
+    counts = cache(begin_sum(own_usable, own_rows, *count_rows(micro_batches, is_class=True)))
     total = torch.zeros((), device=accelerator.device)
     scale = accelerator.gradient_accumulation_steps * (accelerator.num_processes if accelerator.is_fsdp2 else 1)
     if model.dropout_seed is not None:
@@ -188,14 +189,29 @@ def backward(
         with phase("forward"):
             losses = model.losses(latents, conditioning, batch)
             loss = (batch.weights * losses).sum() / batch.plan.global_batch_size
+            if batch.plan.is_class:  # by now the other processes have counted theirs
+                samples, class_pictures = usable_parts(counts())
+                loss = loss * (samples / class_pictures if samples and class_pictures else 1.0)
         with phase("backward"):
             if not model.steps_in_backward:
                 accelerator.backward(loss * scale)
             elif own_usable:  # all rows of the step; their gradient has to be the mean, since it is used at once
                 accelerator.backward(loss * (batch.plan.global_batch_size / own_usable))
         total += loss.detach()
-    num_usable, num_rows = counts()
-    return total, num_usable / num_rows
+    samples, class_pictures = usable_parts(counts())
+    return total, samples or class_pictures
+
+
+def count_rows(micro_batches: Sequence[Batch], *, is_class: bool) -> tuple[int, int]:
+    """How many of this process's samples, or class pictures, of a step can be used, and how many there are."""
+    own = [batch for batch in micro_batches if batch.plan.weight and batch.plan.is_class == is_class]
+    return sum(int(batch.weights.count_nonzero()) for batch in own), sum(len(batch.weights) for batch in own)
+
+
+def usable_parts(counts: list[int]) -> tuple[float, float]:
+    """Which part of a step's samples, and of its class pictures, can be used, from what `count_rows` gives of both."""
+    num_usable, num_samples, num_usable_class, num_class = counts
+    return num_usable / num_samples, num_usable_class / max(num_class, 1)
 
 
 def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, usable: float = 1.0) -> float:

@@ -29,7 +29,9 @@ from sd_recipes.commands.sample_settings import read_settings as read_sample_set
 from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
 from sd_recipes.export.safetensors_file import hash_of_tensors
-from sd_recipes.recipe import Recipe
+from sd_recipes.flags import RESOLVED
+from sd_recipes.model.families import check_trainable
+from sd_recipes.recipe import ModelConfig, Recipe
 
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -219,8 +221,10 @@ def test_the_metadata_say_what_the_file_is(trained: Path, tmp_path: Path) -> Non
     date = found.pop("modelspec.date")
     assert date.startswith("20")
     assert date.endswith("Z")
+    assert found.pop("recipe").startswith(RESOLVED)  # by which it is known as a run's
     assert found == {
         "format": "pt",
+        "base_model": "model",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v1",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
@@ -236,8 +240,9 @@ def test_the_metadata_say_what_the_file_is(trained: Path, tmp_path: Path) -> Non
     with pytest.raises(RecipeError, match=r"is there already: choose another name, or add --overwrite"):
         exported(trained / "run", "--to", "single_file", "--output", file)
     assert file.read_bytes() == content
-    exported(trained / "run", "--to", "single_file", "--title", "Boats", "--output", file, "--overwrite")
-    assert metadata_of(file)["modelspec.title"] == "Boats"
+    exported(trained / "run", "--to", "single_file", "--title", "Boat Turbo", "--output", file, "--overwrite")
+    assert metadata_of(file)["modelspec.title"] == "Boat Turbo"
+    check_trainable(ModelConfig(pretrained_model_name_or_path=str(file)))
 
 
 @pytest.mark.parametrize(

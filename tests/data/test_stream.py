@@ -405,7 +405,7 @@ def test_defect_6_closing_ends_what_waits_for_the_end_of_an_outage(
 
 def test_defect_24_a_process_without_a_share_has_a_row_of_the_size_it_says() -> None:
     """Of a latent cache of two sizes, whose leftovers make batches of one row."""
-    made_by = {"format": FORMAT, "vae": "x", "size": 32, "flips": False, "dtype": "fp16"}
+    made_by = {"format": FORMAT, "vae": "x", "size": 32, "crop": "center", "flips": False, "dtype": "fp16"}
     rows = [
         {
             "id": number, "text": "a", "height": height, "width": width,

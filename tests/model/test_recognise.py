@@ -99,37 +99,6 @@ def test_a_file_of_another_kind_is_named(
 
 
 @pytest.mark.parametrize(
-    ("name", "metadata", "words"),
-    [
-        ("sdxl_turbo_fp16", {}, "is by its name a Turbo model, distilled to draw in a few steps: training would undo"),
-        ("dreamerXL_v21TurboDPMSDE", {}, "is by its name a Turbo model"),
-        ("sdxl_lightning_4step", {}, "is by its name a Lightning model"),
-        ("my-LCM", {}, "is by its name a latent consistency model (LCM)"),
-        ("Hyper-SDXL-8steps", {}, "is by its name a Hyper-SD model"),
-        ("dmd2_sdxl_4step_unet", {}, "is by its name a DMD model"),
-        ("x", {"modelspec.title": "SDXL Turbo"}, "is a Turbo model, distilled to draw in a few steps: training would"),
-        ("x", {"modelspec.architecture": "stable-diffusion-xl-turbo-v1"}, "is a Turbo model"),
-        ("turbojet_turbostyle", {"modelspec.title": "Enlightning"}, None),
-    ],
-)
-def test_a_model_of_few_steps_is_known_by_its_name(
-    tmp_path: Path, name: str, metadata: dict[str, str], words: str | None
-) -> None:
-    """Its tensors are those of any other; a VAE out of it is as good as one."""
-    file = tmp_path / f"{name}.safetensors"
-    shapes = {CONV: (320, 4, 3, 3), LABEL: (1280, 2816), **PARTS_OF_XL}
-    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file, metadata)
-    if words is None:
-        family_of(ModelConfig(pretrained_model_name_or_path=str(file)))
-        return
-    said = refused(file)
-    assert said.startswith(f" {words}")
-    assert "choose the model that it was made from" in said
-    assert ("or rename the file if it is none" in said) == (not metadata)
-    source_of(ModelConfig(pretrained_model_name_or_path="x/y", vae=str(file)), "vae")
-
-
-@pytest.mark.parametrize(
     ("parts", "words"),
     [
         (("unet",), "is a UNet alone and lacks vae, text encoder, tokenizer, scheduler: add --base NAME"),

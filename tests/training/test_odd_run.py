@@ -39,6 +39,8 @@ def test_an_ordinary_run_is_not_odd(settings: dict[str, Any]) -> None:
     [
         ({"lr_scheduler": "cosine"}, "--lr_warmup_steps 500 (the default) is longer than the run of 80 steps: under "
          "--lr_scheduler cosine the learning rate gets to 16 % of --learning_rate 0.001"),
+        ({"resolution": 16}, "--resolution 16 is far from the 32 pixels a side that the model draws at"),
+        ({"resolution": 72}, "use --resolution 32."),
         ({"lr_scheduler": "linear"}, "Use --lr_warmup_steps 8"),
         ({"lr_scheduler": "polynomial"}, "gets to 16 %"),
         ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 80}, "--lr_warmup_steps 80 is longer"),

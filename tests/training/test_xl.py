@@ -13,11 +13,13 @@ from launching import finish, flags_of, start, torchrun
 from outside import draw, draw_as_validation, exported, loss_of_pictures
 from safetensors.torch import load_file, save_file
 from shortages import shorten
-from training_runs import Run, assert_equal, build, fit_from, train, weights
+from training_runs import Run, assert_equal, build, fit_from, forget_accelerator, train, weights
 
+from sd_recipes.commands.cache import fill_cache
 from sd_recipes.commands.of_run import load_model, merge_loras
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.lora_files import LORA_FILE
+from sd_recipes.recipe import Recipe
 from sd_recipes.training.build import UNET_WEIGHTS
 
 TEXT: dict[str, Any] = {"train_text_encoder": True, "use_ema": True, "caption_dropout": 0.3}
@@ -115,6 +117,21 @@ def test_moments_that_are_kept_leave_the_run_as_it_is(xl_settings: dict[str, Any
     assert len(batch.to_encode) == 0
     assert batch.original_size.tolist() == [[32, 40]] * 4
     assert batch.crop_corner.tolist() == [[0, 4]] * 4
+
+
+@pytest.mark.parametrize(("cropping", "corner"), [("center", [0, 4]), ("none", [0, 0])])
+def test_the_crop_of_moments_that_are_data_is_the_one_that_they_were_made_with(
+    xl_settings: dict[str, Any], tmp_path: Path, cropping: str, corner: list[int]
+) -> None:
+    """Whatever this run's --crop is, in training and in validation, which crops pictures in the center."""
+    forget_accelerator()
+    folder = fill_cache(Recipe(**xl_settings, crop=cropping, latent_cache_dir=str(tmp_path / "latents")))
+    rows = {"train_data_dir": None, "dataset_name": str(folder / "*.arrow")}
+    run = build({**xl_settings, **rows}, validation_split="train")
+    for builder in (run.batches.builder, run.validator.samples["held_out"].builder):
+        batch = builder[next(run.batches.plans(0, None))]
+        assert batch.original_size.tolist() == [[32, 40]] * 4
+        assert batch.crop_corner.tolist() == [corner] * 4
 
 
 def test_a_step_without_memory_is_done_again_in_parts(xl_settings: dict[str, Any], tmp_path: Path) -> None:
