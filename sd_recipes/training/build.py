@@ -320,7 +320,10 @@ def build_model(
     frozen = frozen_model(recipe, family, components, device, dtype) if recipe.prior_preservation == "model" else None
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
     if recipe.compile:
-        compile_unet(components.unet, recipe.compile, num_sizes=num_sizes)
+        # Without gradients, and without the LoRA, it has programs of its own.
+        is_own_teacher = recipe.trains_lora and recipe.prior_preservation == "model"
+        num_passes = 1 + recipe.dream_training + is_own_teacher
+        compile_unet(components.unet, recipe.compile, num_sizes=num_sizes, num_passes=num_passes)
     parts = trained_parts(recipe, family, components, batch_size)
     num_train_timesteps = components.scheduler.config.num_train_timesteps
     quiet_loss = QuietLoss(num_train_timesteps, recipe, None if num_rows is None else RowLosses(num_rows))
