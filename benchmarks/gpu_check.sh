@@ -1,22 +1,32 @@
 #!/usr/bin/env bash
-# Every check that needs a GPU, without network: prints tables. One H100 or H200 takes 9 minutes.
+# The checks that need a GPU, without network: prints tables, of as many checks as fit in the budget.
 #
 #   PEER_SCRIPT=path/to/diffusers/examples/text_to_image/train_text_to_image.py benchmarks/gpu_check.sh
 #   benchmarks/gpu_check.sh tests rows            # only some of the parts, which may be spread over several calls
 #
-# Parts: rows script nccl validation tests peer stall plan. Those that matter most come first; no new check begins once
-# BUDGET seconds are over, and what was left out is said. Models have random weights and are made on the spot. Without
-# PEER_SCRIPT the comparison is left out. PYTHON names the interpreter, ONLY a pattern of rows. DEVICE=cpu SHAPE=micro
-# RESOLUTION=32 tries the script itself, all but the tests.
+# Parts: rows script nccl validation tests peer stall plan; of SHAPE=sdxl rows tests plan. Those that matter most come
+# first; no new check begins once BUDGET seconds are over, and what was left out is said. Models have random weights and
+# are made on the spot. Without PEER_SCRIPT the comparison is left out. PYTHON names the interpreter, ONLY a pattern of
+# rows. DEVICE=cpu SHAPE=micro RESOLUTION=32 tries the script itself, all but the tests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 BUDGET=${BUDGET:-500}
 SHAPE=${SHAPE:-sd15}
 DEVICE=${DEVICE:-cuda}
-RESOLUTION=${RESOLUTION:-512}
 ONLY=${ONLY:-}
-PARTS=${*:-rows script nccl validation tests peer stall plan}
+case $SHAPE in  # all weights of SDXL at batch 8, which the other parts train, need more memory than a GPU has
+    *sdxl) USUAL=1024 ALL_PARTS="rows tests plan" ;;
+    *) USUAL=512 ALL_PARTS="rows script nccl validation tests peer stall plan" ;;
+esac
+RESOLUTION=${RESOLUTION:-$USUAL}
+PARTS=${*:-$ALL_PARTS}
+for part in $PARTS; do
+    case " $ALL_PARTS " in
+        *" $part "*) ;;
+        *) echo "error: $part is no part of SHAPE=$SHAPE: choose from $ALL_PARTS" >&2; exit 2 ;;
+    esac
+done
 BF16="--mixed_precision bf16"
 # A checkpoint of a full-size model has 14 GB: in memory where there is room for some, since disks may take a minute.
 ROOM=$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)
@@ -47,14 +57,15 @@ in_time() {  # no new check after the budget; it is said which were left out
     [ "$SECONDS" -lt "$BUDGET" ] || { printf '%-34s left out: %s s are over\n' "$1" "$BUDGET"; return 1; }
 }
 
-check() {  # NAME COMMAND…: how long it took, or the end of what it said
+check() {  # NAME COMMAND…: how long it took, or the end of what it said; fails if it was left out too
     local name=$1 began=$SECONDS; shift
-    in_time "$name" || return 0
+    in_time "$name" || return 1
     if "$@" >"$WORK/log" 2>&1; then
         printf '%-34s %8s s\n' "$name" "$((SECONDS - began))"
     else
         printf '%-34s FAILED: %s\n' "$name" "$(tail -n 1 "$WORK/log")"
         failed=1
+        return 1
     fi
 }
 
@@ -63,18 +74,15 @@ TRAIN="train_text_to_image.py --pretrained_model_name_or_path $WORK/$SHAPE/model
     --checkpointing_steps 1000000 --learning_rate 1e-5 --seed 0 --device $DEVICE --output_dir $WORK/out"
 
 part_rows() {
-    echo "--- the training loop: $SHAPE shape, $RESOLUTION pixels, batch 8 and 20 steps where the row does not say"
+    echo "--- the training loop: $SHAPE shape, $RESOLUTION pixels"
     "$PYTHON" benchmarks/gpu_rows.py --shape "$SHAPE" --work_dir "$WORK" --device "$DEVICE" --only "$ONLY" \
-        --resolution "$RESOLUTION" --budget "${ROWS_BUDGET:-240}" 2>"$WORK/rows" || failed=1
-    grep -A 11 "phase  *host, ms" "$WORK/rows"
-    [ "$failed" = 0 ] || tail -n 3 "$WORK/rows"
+        --resolution "$RESOLUTION" --budget "${ROWS_BUDGET:-240}" 2>"$WORK/rows" || { failed=1; tail -n 3 "$WORK/rows"; }
 }
 
 part_script() {
     echo "--- the whole script: its end, and what it leaves"
     check "bf16, exported" env PEAK_FILE="$WORK/peak" "$PYTHON" benchmarks/measured_run.py $TRAIN $BF16 \
-        --max_train_steps 10
-    [ "$DEVICE" = cuda ] && limit_memory
+        --max_train_steps 10 && [ "$DEVICE" = cuda ] && limit_memory
     check "drawn by stock diffusers" "$PYTHON" - "$WORK/out" "$DEVICE" "$RESOLUTION" <<'PY'
 import sys, numpy as np
 from diffusers import StableDiffusionPipeline
@@ -93,18 +101,17 @@ PY
 
 limit_memory() {  # with less than a step took, which is then done again with fewer images at once
     local limit
-    limit=$("$PYTHON" -c "print(0.85e-9 * int(open('$WORK/peak').read()))" 2>/dev/null || echo 24)
+    limit=$("$PYTHON" -c "print(0.85e-9 * int(open('$WORK/peak').read()))")
     rm -rf "$WORK/out"
     check "bf16, OOM replay" env PEAK_FILE="$WORK/peak" LIMIT_GB="$limit" "$PYTHON" benchmarks/measured_run.py $TRAIN \
-        $BF16 --max_train_steps 10
+        $BF16 --max_train_steps 10 || return 0
     grep -o "No memory for 8 images at once" "$WORK/log" || { echo "it had memory enough: FAILED"; failed=1; }
 }
 
 part_nccl() {
     rm -rf "$WORK/out"
     check "one process under torchrun" "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 1 $TRAIN \
-        $BF16 --max_train_steps 4
-    grep -E "^ +(global batch|device) " "$WORK/log"
+        $BF16 --max_train_steps 4 && grep -E "^ +(global batch|device) " "$WORK/log"
     rm -rf "$WORK/out"
 }
 

@@ -4,10 +4,11 @@
 
 Each row puts a run together from its flags, as the script does, and trains it with the real loop. Checkpoints are the
 one thing left out: of a full-size model they are 14 GB, and writing them takes longer than all steps. Memory is what
-torch allocated at the peak, and what it reserved for that. MFU is the UNet's arithmetic against the device's peak, and
-wait the share of the time that the loop waits for data, in percent, both over the second half of the steps, as the
-speed. Where steps are profiled, their table by phase goes to stderr, with the waits and the pageable copies of a step.
-Each row has a process of its own, which begins with an empty GPU.
+torch allocated at the peak, and what it reserved for that. "At once" are the images that a step takes at once in the
+end: fewer than its batch where memory ran out and it was done again. MFU is the UNet's arithmetic against the device's
+peak, and wait the share of the time that the loop waits for data, in percent, both over the second half of the steps,
+as the speed. Where steps are profiled, their tables by phase follow the rows, with the waits and the pageable copies of
+a step. Each row has a process of its own, which begins with an empty GPU.
 """
 
 from __future__ import annotations
@@ -35,18 +36,15 @@ from sd_recipes.runtime.accelerator import accelerate_left_unused, start_acceler
 from sd_recipes.runtime.console import hide_library_bars
 from sd_recipes.training.build import build_run
 
-# The best first: a machine may be there for minutes only. Flags of a row count over the common ones.
+# The best first: a machine may be there for minutes only. What is compiled comes last, since compiling takes as long as
+# several rows. Flags of a row count over the common ones.
 KEPT = "--cache_latents memory --center_crop --cache_text"  # from the second epoch on, which the second half is in
 BEST = f"--mixed_precision bf16 --use_ema {KEPT}"
 ROWS = {
     "bf16": "--mixed_precision bf16 --profile_steps 2",
     "bf16, average, kept, 16": f"{BEST} --train_batch_size 16 --max_train_steps 50 --profile_steps 2",
     "bf16, average, kept, 64": f"{BEST} --train_batch_size 64 --max_train_steps 50",
-    "... cuDNN timed": f"{BEST} --train_batch_size 64 --max_train_steps 50 --cudnn_benchmark",
-    "... blocks compiled": f"{BEST} --train_batch_size 64 --max_train_steps 50 --compile blocks",
-    "... UNet compiled": f"{BEST} --train_batch_size 64 --max_train_steps 50 --compile unet",
-    "... CUDA graphs": f"{BEST} --train_batch_size 64 --max_train_steps 50 --compile graphs --profile_steps 2",
-    "bf16, CUDA graphs, accumulated": f"{BEST} --compile graphs --gradient_accumulation_steps 2",
+    "bf16, average, kept, 64, cuDNN timed": f"{BEST} --train_batch_size 64 --max_train_steps 50 --cudnn_benchmark",
     "fp32": "",
     "fp32, cuDNN timed": "--cudnn_benchmark",
     "fp32, TF32": "--allow_tf32",
@@ -74,6 +72,10 @@ ROWS = {
     "bf16, channels_last never": "--mixed_precision bf16 --channels_last never",
     "bf16, score prediction": "--mixed_precision bf16 --prediction_type score",
     "bf16, no clipping": "--mixed_precision bf16 --max_grad_norm 0",
+    "kept, 64, blocks compiled": f"{BEST} --train_batch_size 64 --max_train_steps 50 --compile blocks",
+    "kept, 64, UNet compiled": f"{BEST} --train_batch_size 64 --max_train_steps 50 --compile unet",
+    "kept, 64, CUDA graphs": f"{BEST} --train_batch_size 64 --max_train_steps 50 --compile graphs --profile_steps 2",
+    "bf16, CUDA graphs, accumulated": f"{BEST} --compile graphs --gradient_accumulation_steps 2",
 }
 
 LEAST = (
@@ -106,8 +108,8 @@ def flags_of(folder: Path, device: str, steps: int, batch_size: int, row: str) -
     return [*flags, "--logging_steps", str(int(flags[last]) // 2)]  # the second half is what is measured
 
 
-def measure(flags: list[str]) -> str:
-    """Train by these flags; returns the figures of the row."""
+def measure(flags: list[str]) -> tuple[str, str]:
+    """Train by these flags; returns the figures of the row, and its table by phase, if there is one."""
     recipe = load_recipe(flags)
     with accelerate_left_unused():
         accelerator = start_accelerator(recipe)
@@ -119,13 +121,14 @@ def measure(flags: list[str]) -> str:
             train_to_end(run)
         lines = (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()
         last = [line for line in map(json.loads, lines) if "train_loss" in line][-1]
-        if found := sorted(Path(recipe.output_dir).glob("profile/*.txt")):
-            print(found[-1].read_text(), file=sys.stderr)
+        phases = "".join(path.read_text() for path in Path(recipe.output_dir).glob("profile/*.txt"))
+        at_once = last.get("micro_batch", recipe.train_batch_size)
         reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else float("nan")
-        return (
-            f"{last['images_per_second']:8.1f} {last['memory_gb'] * 1e9 / 2**30:10.2f} {reserved:9.2f} "
+        figures = (
+            f"{at_once:7d} {last['images_per_second']:8.1f} {last['memory_gb'] * 1e9 / 2**30:10.2f} {reserved:9.2f} "
             f"{100 * last.get('mfu', float('nan')):6.1f} {100 * last['data_wait']:6.1f} {last['train_loss']:8.4f}"
         )
+        return figures, phases
 
 
 def measure_into(answer: Any, flags: list[str]) -> None:
@@ -134,9 +137,9 @@ def measure_into(answer: Any, flags: list[str]) -> None:
     hide_library_bars()
     with redirect_stdout(sys.stderr):  # what a run says is not of the table
         try:
-            answer.send((measure(flags), True))
+            answer.send((*measure(flags), True))
         except Exception as error:
-            answer.send((f"FAILED: {type(error).__name__}: {one_line(error)}", False))
+            answer.send((f"FAILED: {type(error).__name__}: {one_line(error)}", "", False))
 
 
 def main() -> None:
@@ -157,15 +160,15 @@ def main() -> None:
         building = spawn.Process(target=build, args=(args.shape, folder, int(resolution)))
         building.start()
         building.join()
-    begun, failed = time.monotonic(), False
+    begun, failed, tables = time.monotonic(), False, {}
     print(
-        f"{'':<34} {'images/s':>8} {'allocated':>10} {'reserved':>9} {'MFU, %':>6} {'wait':>6} {'loss':>8}   GiB; "
-        f"{args.shape}"
+        f"{'':<36} {'at once':>7} {'images/s':>8} {'allocated':>10} {'reserved':>9} {'MFU, %':>6} {'wait':>6} "
+        f"{'loss':>8}   GiB; {args.shape}, batch {batch_size} and {args.steps} steps where the row does not say"
     )
     chosen = {name: row for name, row in rows.items() if re.search(args.only, name)}
     for name, row in chosen.items():
         if time.monotonic() - begun > args.budget:
-            print(f"{name:<34} left out: {args.budget:.0f} s are over", flush=True)
+            print(f"{name:<36} left out: {args.budget:.0f} s are over", flush=True)
             continue
         shutil.rmtree(folder / "out", ignore_errors=True)
         started = time.monotonic()
@@ -175,12 +178,16 @@ def main() -> None:
         process.start()
         sending.close()
         try:
-            figures, is_right = receiving.recv()
+            figures, phases, is_right = receiving.recv()
         except EOFError:
-            figures, is_right = "FAILED: its process ended without an answer", False
+            figures, phases, is_right = "FAILED: its process ended without an answer", "", False
         process.join()
-        print(f"{name:<34} {figures}   in {time.monotonic() - started:.0f} s", flush=True)
+        print(f"{name:<36} {figures}   in {time.monotonic() - started:.0f} s", flush=True)
         failed |= not is_right
+        if phases:
+            tables[name] = phases
+    for name, phases in tables.items():
+        print(f"{name}, a step by phase:\n{phases}", end="")
     sys.exit(failed)
 
 

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from sd_recipes.errors import RecipeError, nearest, one_line
 from sd_recipes.kohya import read_dataset_config
-from sd_recipes.other_trainers import named_elsewhere
+from sd_recipes.other_trainers import answers, keys_of
 from sd_recipes.reading import StrangeFile, open_regular, read_text
 from sd_recipes.recipe import OF_ONE_SOURCE, ONLY_IN_FILES, SECTIONS, Recipe, Section, heading
 from sd_recipes.redaction import LEFT_OUT, in_texts, redacted, without_folders
@@ -139,13 +139,11 @@ def read_recipe_file(name: str) -> dict[str, Any]:
         raise RecipeError(f"--config {path}: {one_line(error)}") from None
     if not isinstance(settings, dict):
         raise RecipeError(f"--config {path}: a recipe is a list of `key: value` lines, not a {type(settings).__name__}")
-    for key in settings:
-        if key not in Recipe.model_fields:
-            elsewhere = named_elsewhere(str(key), [f"--{name}" for name in Recipe.model_fields])
-            words = (
-                f"{key} {elsewhere}" if elsewhere else f"unknown key {key!r}{nearest(str(key), Recipe.model_fields)}"
-            )
-            raise RecipeError(f"--config {path}: {words}")
+    unknown = [key for key in keys_of(settings) if key not in Recipe.model_fields]
+    if unknown:
+        elsewhere = answers(unknown, settings, [f"--{name}" for name in Recipe.model_fields])
+        words = elsewhere or f"unknown key {unknown[0]!r}{nearest(unknown[0], Recipe.model_fields)}"
+        raise RecipeError(f"--config {path}: {words}")
     settings.pop("config", None)
     return settings
 
@@ -293,10 +291,9 @@ def parse_flags(argv: list[str], parser: Parser) -> dict[str, Any]:
     """
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
-        names = dict.fromkeys(word.split("=")[0] for word in unknown if word.startswith("--"))
-        elsewhere = {name: named_elsewhere(name.removeprefix("--"), parser.flags) for name in names}
-        if any(elsewhere.values()):
-            raise RecipeError(". ".join(f"{name} {words}" for name, words in elsewhere.items() if words))
+        names = (word.split("=")[0].removeprefix("--") for word in unknown if word.startswith("--"))
+        if elsewhere := answers(names, vars(flags), parser.flags, "--"):
+            raise RecipeError(elsewhere)
         name = unknown[0].split("=")[0]
         raise RecipeError(f"unknown flag {name}{nearest(name, parser.flags)}; --help lists all")
     return vars(flags)

@@ -62,7 +62,7 @@ INTERPOLATION = {
 # Keys without a counterpart: the value that asks for nothing, and why there is none or what to use instead.
 TAGS = "every tag of a caption is there from the first step on"
 SIDES = "buckets have about as many pixels as the resolution, in shapes from --bucket_step"
-HELD_OUT = "what is held out is a split of the data: --validation_split NAME"
+HELD_OUT = "what is held out is a share of all rows, and depends on no seed: --validation_split"
 NOT_MAPPED: dict[str, tuple[Any, str]] = {
     "cache_info": (False, "sizes and captions are read anew by every run"),
     "color_aug": (False, "colours are left as they are"),
@@ -286,17 +286,22 @@ class _Reading:
     def _map(self, key: str) -> None:
         """Set the counterpart of a key, if all subsets agree."""
         name, translate, default = OF_THE_RUN[key]
-        if not any(key in subset.keys for subset in self.subsets):
-            return
         of_dataset = any(key in keys for keys in OF_DATASETS.values())
+        # What is said of captions and pictures is of those that are trained, beside which class pictures come.
+        trained = [subset for subset in self.subsets if of_dataset or not subset.keys.get("is_reg")] or self.subsets
         values: dict[str, Any] = {}
-        for subset in self.subsets:
+        for subset in trained:
             values[subset.dataset if of_dataset else subset.place] = subset.keys.get(key, default)
         first, *others = values.values()
         if any(_sides(other) != _sides(first) for other in others):
             shown = {place: "none" if value is None else json.dumps(value) for place, value in values.items()}
             named = ", ".join(f"{value} in {place}" for place, value in shown.items())
             self._tell(key, f"{named}; --{name} is one setting for the whole run: give the flag")
+            return
+        for subset in self.subsets:
+            if subset not in trained:
+                self._tell_class_pictures(subset, key, first, default)
+        if not any(key in subset.keys for subset in trained):
             return
         try:
             self.settings[name] = translate(first)
@@ -305,10 +310,21 @@ class _Reading:
         except KeyError:
             raise _Mistake(f"{key} {first!r} is none of {', '.join(INTERPOLATION)}") from None
 
+    def _tell_class_pictures(self, subset: _Subset, key: str, of_trained: Any, default: Any) -> None:
+        """Tell what a subset of class pictures has else than it asks for."""
+        own = subset.keys.get(key, default)
+        if key in ("caption_prefix", "caption_suffix"):
+            if own:
+                self._tell(f"{subset.place}.{key}", "class pictures get no prefix and suffix")
+        elif own != of_trained:
+            shown = "what is usual here" if of_trained is None else json.dumps(of_trained)
+            self._tell(f"{subset.place}.{key}", f"{shown} holds for class pictures too")
+
     def _tell_unmapped(self, place: str, keys: dict[str, Any]) -> None:
         for key, value in keys.items():
             if key in NOT_MAPPED and value != NOT_MAPPED[key][0]:
-                self._tell(f"{place}.{key}", NOT_MAPPED[key][1])
+                share = f" {value:g}" if key == "validation_split" else ""
+                self._tell(f"{place}.{key}", NOT_MAPPED[key][1] + share)
 
     def _tell(self, place: str, why: str) -> None:
         self.lines.append(f"{place}: not mapped: {why}")

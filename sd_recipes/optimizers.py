@@ -65,8 +65,10 @@ def read_kwargs(value: Any) -> Any:
             raise ValueError(f"give NAME=VALUE, such as d_coef=0.5 or betas=0.9,0.99, not {word}")
         if name in kwargs:
             raise ValueError(f"{name} is given twice: drop one")
+        if text.startswith("(") and text.endswith(")"):  # as Python writes a tuple
+            text = text[1:-1]
         is_list = "," in text and text[0] not in "[{"
-        kwargs[name] = [_value(each) for each in text.split(",")] if is_list else _value(text)
+        kwargs[name] = [_value(each) for each in text.rstrip(", ").split(",")] if is_list else _value(text)
     return kwargs
 
 

@@ -7,8 +7,8 @@ entry begins with the flag that is its counterpart, or says why there is none. I
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 BUCKETS = "buckets have about as many pixels as --resolution squared, in shapes from --bucket_step"
 AS_IT_IS = "colours are left as they are"
@@ -38,7 +38,7 @@ SD_SCRIPTS: dict[str, str] = {
     "v_parameterization": "--prediction_type v_prediction; if not given, what the model says",
     "tokenizer_cache_dir": "--cache_dir",
     "max_token_length": "--long_captions chunk with --caption_chunks: 150 tokens are 2 chunks, 225 are 3",
-    "no_half_vae": "the VAE runs in the mixed precision's type, and leaves the run in float32",
+    "no_half_vae": "a VAE that overflows in fp16, as SDXL's, runs in float32 by itself; all leave the run so",
     "disable_mmap_load_safetensors": "weights are read tensor by tensor",
     # LoRA
     "network_module": OTHER_NETWORKS,
@@ -56,8 +56,8 @@ SD_SCRIPTS: dict[str, str] = {
     "unet_lr": "--learning_rate",
     "text_encoder_lr": "--text_encoder_learning_rate, with --lora_text_encoder",
     "learning_rate_te": "--text_encoder_learning_rate",
-    "learning_rate_te1": "--text_encoder_learning_rate",
-    "learning_rate_te2": "--text_encoder_learning_rate",
+    "learning_rate_te1": "--param_groups 'text_encoder.*=1e-5', with --train_text_encoder",
+    "learning_rate_te2": "--param_groups 'text_encoder_2.*=1e-5', with --train_text_encoder",
     "training_comment": CARD,
     "no_metadata": "a LoRA's file says its rank, its base and its recipe, without this machine's folders",
     # Data
@@ -107,7 +107,7 @@ SD_SCRIPTS: dict[str, str] = {
     "lr_scheduler_power": "polynomial has the power 1",
     "lr_scheduler_timescale": "there is no such schedule",
     "lr_scheduler_min_lr_ratio": "schedules go down to 0",
-    "block_lr": "--param_groups, such as 'down_blocks.0.*=1e-5'",
+    "block_lr": "--param_groups, such as 'unet.down_blocks.0.*=1e-5'",
     "fused_optimizer_groups": "--fused_backward_pass",
     "full_fp16": "--weights_dtype bf16: weights in fp16 lose small steps",
     "full_bf16": "--weights_dtype bf16, which rounds at random so that small steps are not lost",
@@ -238,6 +238,10 @@ ONE_TRAINER: dict[str, str] = {
     "text_encoder.learning_rate": "--text_encoder_learning_rate",
     "text_encoder.stop_training_after": "--text_encoder_steps",
     "text_encoder.dropout_probability": "--caption_dropout, of all captions",
+    "text_encoder_2.train": "--train_text_encoder, or --lora_text_encoder, which train both",
+    "text_encoder_2.learning_rate": "--param_groups 'text_encoder_2.*=1e-5'",
+    "text_encoder_2.stop_training_after": "--text_encoder_steps, of both",
+    "text_encoder_2.dropout_probability": "--caption_dropout, of all captions",
     "embedding": NO_EMBEDDING,
     "additional_embeddings": NO_EMBEDDING,
     "prior": NOT_THESE_MODELS,
@@ -314,15 +318,15 @@ ONE_TRAINER: dict[str, str] = {
     "loss_weight_fn": "--snr_gamma for MIN_SNR_GAMMA, --debiased_estimation_loss, --p2_gamma for P2",
     "loss_weight_strength": "--snr_gamma, or --p2_gamma",
     "offset_noise_weight": "--noise_offset",
-    "perturbation_noise_weight": "--input_perturbation",
+    "perturbation_noise_weight": "there it makes the noise larger that is predicted; --input_perturbation does not",
     "rescale_noise_scheduler_to_zero_terminal_snr": "--rescale_betas_zero_snr",
     "force_v_prediction": "--prediction_type v_prediction",
     "force_epsilon_prediction": "--prediction_type epsilon",
     "min_noising_strength": "--min_timestep, as a share of the timesteps there",
     "max_noising_strength": "--max_timestep, as a share of the timesteps there",
     "timestep_distribution": "--timestep_sampling uniform or logit_normal",
-    "noising_weight": "--logit_std",
-    "noising_bias": "--logit_mean",
+    "noising_weight": "--logit_std, which of LOGIT_NORMAL is noising_weight + 1",
+    "noising_bias": "--logit_mean, of LOGIT_NORMAL",
     "masked_training": "--masked_loss",
     # Saving and watching
     "workspace_dir": "--output_dir",
@@ -344,13 +348,48 @@ ONE_TRAINER: dict[str, str] = {
 
 
 class Trainer(NamedTuple):
-    """Another trainer: whose its settings are, and what they are here."""
+    """Another trainer: whose its settings are, what they are here, and which names mean something else here."""
 
     whose: str
     settings: Mapping[str, str]
+    otherwise: Mapping[str, str]
 
 
-TRAINERS = (Trainer("sd-scripts'", SD_SCRIPTS), Trainer("OneTrainer's", ONE_TRAINER))
+TRAINERS = (
+    Trainer(
+        "sd-scripts'",
+        SD_SCRIPTS,
+        {"clip_skip": "2 there is --clip_skip 1 here; of SDXL it is ignored there, so drop it"},
+    ),
+    Trainer("OneTrainer's", ONE_TRAINER, {"cache_dir": "what is cached there is in --latent_cache_dir here"}),
+)
+
+
+def answers(names: Iterable[str], given: Collection[str], flags: Collection[str], prefix: str = "") -> str | None:
+    """What settings of other trainers are here, in words, all of them at once; None if none of the names is one.
+
+    And of the settings `given`, which are known here: those that mean something else to whose settings were found.
+    """
+    told = {name: words for name in names if (words := named_elsewhere(name, flags))}
+    for trainer in TRAINERS:
+        if told.keys() & trainer.settings.keys():
+            same = (name for name in trainer.otherwise if name in given)
+            told |= {name: f"is {trainer.whose} name, too: {trainer.otherwise[name]}" for name in same}
+    return ". ".join(f"{prefix}{name} {words}" for name, words in told.items()) or None
+
+
+def keys_of(settings: Mapping[Any, Any], within: str = "") -> list[str]:
+    """A file's keys as the tables have them: nested ones with dots, and those of a concept behind `concept.`."""
+    keys = []
+    for key, value in settings.items():
+        name = f"{within}{key}"
+        if isinstance(value, dict) and any(known.startswith(f"{name}.") for known in ONE_TRAINER):
+            keys += keys_of(value, f"{name}.")
+            continue
+        keys.append(name)
+        if name == "concepts" and isinstance(value, list):
+            keys += [inner for concept in value if isinstance(concept, dict) for inner in keys_of(concept, "concept.")]
+    return list(dict.fromkeys(keys))
 
 
 def named_elsewhere(name: str, flags: Collection[str]) -> str | None:
@@ -358,7 +397,7 @@ def named_elsewhere(name: str, flags: Collection[str]) -> str | None:
 
     None for a name that none of them has, or whose counterpart is not among these flags.
     """
-    for whose, settings in TRAINERS:
+    for whose, settings, _ in TRAINERS:
         here = settings.get(name)
         if here is None:
             continue

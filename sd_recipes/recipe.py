@@ -126,11 +126,6 @@ def sampler_class_name(name: str) -> str:
     return known[plain]
 
 
-def clip_skip_in_words(clip_skip: int) -> str:
-    """What other programs call a --clip_skip, of which some count the last layer too."""
-    return f"clip_skip={clip_skip} in diffusers, Clip skip {clip_skip + 1} in A1111"
-
-
 def setting(default: Any, on_resume: OnResume, description: str, **constraints: Any) -> Any:
     """A field of a section: its default, what a change means for a resumed run, its help, and its range."""
     return Field(default, description=description, json_schema_extra={"on_resume": on_resume}, **constraints)
@@ -187,7 +182,9 @@ class RunConfig(Section):
     config: str | None = setting(
         None, "free", "A YAML recipe: a path, or the name of a shipped one (quickstart, quickstart_lora)."
     )
-    dry_run: bool = setting(False, "free", "Print the resolved recipe and a summary of the run, then exit.")
+    dry_run: bool = setting(
+        False, "free", "Print the resolved recipe and a summary of the run, then exit; without a model, of the data."
+    )
     output_dir: str = setting(
         "sd-model-finetuned",
         "free",
@@ -243,7 +240,8 @@ class ModelConfig(Section):
     clip_skip: int | None = setting(
         None,
         "refused",
-        "Leave out so many of the text encoder's last layers, as diffusers counts: 1 is A1111's and sd-scripts' 2.",
+        "Leave out so many of the text encoder's last layers, as diffusers counts: 1 is A1111's and sd-scripts' 2; of "
+        "SDXL, so many before the last, which it never uses.",
         ge=1,
     )
     train_from_scratch: bool = setting(False, "compared", "Start from a UNet with random weights.")
@@ -694,6 +692,11 @@ class DataSettings(DataConfig, ImageConfig, MaskConfig, PriorConfig, CaptionConf
             raise ValueError(
                 "`repeats` in data_sources, num_repeats of kohya's dataset.toml, repeats known rows, which a stream "
                 "has not: drop --streaming, or the repeats"
+            )
+        if self.streaming and len(self.sources) > 1 and self.caption_dropout_every_n_epochs:
+            raise ValueError(
+                "--caption_dropout_every_n_epochs counts epochs, and several streams have no common one that ends: use "
+                "--caption_dropout, or drop --streaming"
             )
         if self.streaming and self.max_train_samples is not None:
             raise ValueError(
@@ -1250,7 +1253,7 @@ class Recipe(
 
     @model_validator(mode="after")
     def check(self) -> "Recipe":
-        if self.pretrained_model_name_or_path is None:
+        if self.pretrained_model_name_or_path is None and not self.dry_run:  # which looks at the data alone then
             raise ValueError(
                 "--pretrained_model_name_or_path is missing: give a pipeline folder, a single file, a Hub id, or "
                 "sd-recipes/tiny-emoji"
@@ -1328,6 +1331,11 @@ class Recipe(
                 "--prior_preservation model asks the model as it was, which does not know the noise of "
                 "--rescale_betas_zero_snr: use --prior_preservation pictures, or drop one"
             )
+        if self.compile == "graphs" and self.prior_preservation == "model" and self.trains_lora:
+            raise ValueError(
+                "--compile graphs writes all predictions of a UNet to the same memory, and with a LoRA the targets of "
+                "--prior_preservation model are predictions of the same UNet: use --compile unet"
+            )
         if self.fused_backward_pass and self.micro_batch not in (None, self.train_batch_size):
             raise ValueError(
                 "--fused_backward_pass steps within one backward pass, which --micro_batch "
@@ -1361,15 +1369,13 @@ def odd_settings(recipe: Recipe) -> list[str]:
             "--cudnn_benchmark times every convolution anew for each of the sizes of --aspect_ratio_buckets, which may "
             "take longer than it saves."
         )
-    if recipe.optimizer == PRODIGY and not 0.5 <= recipe.learning_rate <= 2:
+    changing = [
+        name for name in ("shuffle_tags", "caption_tag_dropout_rate", "enable_wildcard") if getattr(recipe, name)
+    ]
+    if recipe.cache_text and changing:
         odd.append(
-            f"--learning_rate {recipe.learning_rate:g} multiplies the rate that --optimizer {PRODIGY} finds by itself: "
-            "its authors leave it at 1, and change d_coef by --optimizer_kwargs where that rate is too small or large."
-        )
-    if recipe.optimizer == SCHEDULE_FREE and not recipe.lr_scheduler.startswith("constant"):
-        odd.append(
-            f"--lr_scheduler {recipe.lr_scheduler} lowers a rate that --optimizer {SCHEDULE_FREE} needs constant, for "
-            "its average of the weights takes the place of a schedule: use constant, or constant_with_warmup."
+            f"--cache_text keeps text states of captions that come again, and --{changing[0]} makes new ones in every "
+            "epoch: drop --cache_text, which then mostly costs time and memory."
         )
     if recipe.offload_ema and not (recipe.use_ema or recipe.ema_snapshots):
         odd.append("--offload_ema does nothing without --use_ema or --ema_snapshots.")

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from PIL import Image
-from training_runs import train
+from training_runs import forget_accelerator, train
 
 from sd_recipes.commands.inspect import read_settings
+from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
 from sd_recipes.flags import load_recipe, recipe_text
 from sd_recipes.kohya import NOT_MAPPED, OF_DATASETS, OF_ONE_SUBSET, OF_SUBSETS, OF_THE_RUN, read_dataset_config
@@ -141,6 +142,25 @@ def test_regularisation_pictures_are_a_source_without_files_of_captions() -> Non
     assert lines == []
 
 
+def test_what_is_said_of_one_trained_subset_is_kept_beside_class_pictures() -> None:
+    settings, lines = read(
+        SUBSET + "caption_prefix = 'sks,'\nshuffle_caption = true\nkeep_tokens = 2\ncaption_tag_dropout_rate = 0.2\n"
+        "[[datasets.subsets]]\nis_reg = true\nimage_dir = 'people'\nclass_tokens = 'person'\ncaption_suffix = 'x'\n"
+    )
+    kept = {"caption_prefix": "sks,", "shuffle_tags": True, "keep_tags": 2, "caption_tag_dropout_rate": 0.2}
+    assert settings == {"data_sources": settings["data_sources"], "folder_repeats": False, **kept}
+    assert lines == [
+        "datasets[0].subsets[1].caption_suffix: not mapped: class pictures get no prefix and suffix",
+        "datasets[0].subsets[1].caption_tag_dropout_rate: not mapped: 0.2 holds for class pictures too",
+        "datasets[0].subsets[1].keep_tokens: not mapped: 2 holds for class pictures too",
+        "datasets[0].subsets[1].shuffle_caption: not mapped: true holds for class pictures too",
+    ]
+    _, lines = read(
+        "[general]\ncaption_prefix = 'a'\n" + SUBSET + "[[datasets.subsets]]\nis_reg = true\nimage_dir = 'people'\n"
+    )
+    assert lines == ["datasets[0].subsets[1].caption_prefix: not mapped: class pictures get no prefix and suffix"]
+
+
 def test_what_differs_between_subsets_is_listed_with_its_values() -> None:
     settings, lines = read("""
         [[datasets]]
@@ -194,7 +214,7 @@ def test_a_subset_wins_over_its_dataset_and_that_over_general() -> None:
         ("max_bucket_reso = 1024", r"datasets\[0\]\.max_bucket_reso: .*--bucket_step"),
         ("custom_attributes = {a = 1}", r"datasets\[0\]\.custom_attributes: "),
         ("token_warmup_step = 0.5", r"datasets\[0\]\.token_warmup_step: "),
-        ("validation_split = 0.1", r"datasets\[0\]\.validation_split: .*--validation_split NAME"),
+        ("validation_split = 0.1", r"datasets\[0\]\.validation_split: .*--validation_split 0.1$"),
     ],
 )
 def test_a_key_without_a_counterpart_is_listed_with_the_reason(key: str, reason: str) -> None:
@@ -330,6 +350,27 @@ def test_two_answers_to_which_data_are_refused() -> None:
             load_recipe([*file, flag, "elsewhere"])
 
 
+def test_a_dry_run_without_a_model_checks_the_data_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sd_recipes.model.sources._open", None)  # no model is looked for
+    read("[general]\nresolution = 16\nbatch_size = 2\n" + SUBSET + "num_repeats = 3\ncaption_extension = '.txt'\n")
+    forget_accelerator()
+    run(load_recipe(["--dataset_config", "dataset.toml", "--dry_run", "--device", "cpu", "--num_train_epochs", "2"]))
+    shown = capsys.readouterr().out
+    assert "a folder of 2 pictures, captions from .txt files" in shown
+    assert re.search(r"optimizer steps +6\n +model +none was named, and none was checked", shown)
+    assert "repeats: 3" in shown
+    assert not Path("sd-model-finetuned").exists()
+    Path("portraits/0.txt").write_text("")
+    Path("portraits/1.txt").write_text("")
+    forget_accelerator()
+    with pytest.raises(RecipeError, match=r"^none of 6 rows can be used: .* no caption"):
+        run(load_recipe(["--dataset_config", "dataset.toml", "--dry_run", "--device", "cpu"]))
+    with pytest.raises(RecipeError, match="--pretrained_model_name_or_path is missing"):
+        load_recipe(["--dataset_config", "dataset.toml"])
+
+
 def test_a_value_out_of_range_is_blamed_on_the_file() -> None:
     read("[general]\nresolution = 4\n" + SUBSET)
     with pytest.raises(RecipeError, match=r"^--dataset_config dataset\.toml: resolution: .* 8 \(it is 4\)"):
@@ -357,14 +398,15 @@ def test_its_subsets_are_trained_on_as_often_as_it_says(settings: dict[str, Any]
         image_dir = "scans"
         metadata_file = "scans.json"
     """)
-    run = train({**settings, "train_data_dir": None, "max_train_steps": 1, **mapped})
+    prefix = {"caption_prefix": "one,"}
+    run = train({**settings, "train_data_dir": None, "max_train_steps": 1, **mapped, **prefix})
     [step] = run.batches(0, 1)
     assert [batch.weights.tolist() for batch in step] == [[1] * 6] * 2, "an epoch, and class pictures"
     found = [
         Counter(run.model.components.tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True))
         for batch in step
     ]
-    assert found == [{"portraits 0": 2, "portraits 1": 2, "a scan": 1, "b": 1}, {"a person": 6}]
+    assert found == [{"one , portraits 0": 2, "one , portraits 1": 2, "one , a scan": 1, "one , b": 1}, {"a person": 6}]
 
 
 def test_opacity_as_a_mask_switches_masks_on() -> None:

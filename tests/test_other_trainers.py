@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -38,8 +39,14 @@ def test_no_flag_of_ours_is_taken_for_another_trainers() -> None:
      "--unet_lr is sd-scripts' name: here it is --learning_rate. --max_train_epochs is sd-scripts' name: here it is "
      "--num_train_epochs"),
     (["--no_half_vae", "--enable_bucket", "--what"],
-     "--no_half_vae is sd-scripts' name, and is not here: the VAE runs in the mixed precision's type, and leaves the "
-     "run in float32. --enable_bucket is sd-scripts' name: here it is --aspect_ratio_buckets"),
+     "--no_half_vae is sd-scripts' name, and is not here: a VAE that overflows in fp16, as SDXL's, runs in float32 by "
+     "itself; all leave the run so. --enable_bucket is sd-scripts' name: here it is --aspect_ratio_buckets"),
+    (["--clip_skip", "2", "--unet_lr", "1e-4"],
+     "--unet_lr is sd-scripts' name: here it is --learning_rate. --clip_skip is sd-scripts' name, too: 2 there is "
+     "--clip_skip 1 here; of SDXL it is ignored there, so drop it"),
+    (["--learning_rate_te2", "1e-5"],
+     "--learning_rate_te2 is sd-scripts' name: here it is --param_groups 'text_encoder_2.*=1e-5', with "
+     "--train_text_encoder"),
     (["--layer_filter", "attn"], "--layer_filter is OneTrainer's name: here it is --lora_targets"),
     (["--leraning_rate", "1"], "unknown flag --leraning_rate (nearest: --learning_rate); --help lists all"),
     (["-network_dim", "16"], "unknown flag -network_dim; --help lists all"),
@@ -67,6 +74,26 @@ def test_a_key_of_a_recipe_file_is_answered_too(tmp_path: Path) -> None:
         (tmp_path / "theirs.yaml").write_text(text)
         with pytest.raises(RecipeError, match=rf"^--config .*theirs.yaml: {message}"):
             load_recipe([*ENOUGH, "--config", str(tmp_path / "theirs.yaml")])
+
+
+def test_all_keys_of_a_file_of_onetrainer_are_answered_at_once_and_nested_ones_too(tmp_path: Path) -> None:
+    theirs = {
+        "cache_dir": "cache", "learning_rate": 1e-4, "noising_weight": 0.0, "perturbation_noise_weight": 0.1,
+        "optimizer": {"optimizer": "ADAMW", "beta1": 0.9}, "text_encoder": {"train": True, "include": True},
+        "text_encoder_2": {"learning_rate": 1e-5}, "concepts": [{"path": "d", "text": {"keep_tags_count": 1}}] * 2,
+    }  # fmt: skip
+    (tmp_path / "theirs.json").write_text(json.dumps(theirs))
+    with pytest.raises(RecipeError) as error:
+        load_recipe(["--config", str(tmp_path / "theirs.json")])
+    told = [words.split(" is ")[0] for words in str(error.value).partition("theirs.json: ")[2].split(". ")]
+    assert told == [
+        "noising_weight", "perturbation_noise_weight", "optimizer.optimizer", "optimizer.beta1", "text_encoder.train",
+        "text_encoder_2.learning_rate", "concepts", "concept.path", "concept.text.keep_tags_count", "cache_dir",
+    ]  # fmt: skip
+    assert (
+        "--logit_std, which of LOGIT_NORMAL is noising_weight + 1. perturbation_noise_weight is OneTrainer's name, "
+        "and is not here" in str(error.value)
+    )
 
 
 @pytest.mark.parametrize("page", ["from_kohya.md", "from_onetrainer.md"])

@@ -26,6 +26,7 @@ from sd_recipes.data.identity import data_fingerprint
 from sd_recipes.data.order import Order
 from sd_recipes.data.stream import joined_states
 from sd_recipes.errors import RecipeError, one_line
+from sd_recipes.optimizers import SCHEDULE_FREE
 from sd_recipes.recipe import Recipe, on_resume
 from sd_recipes.redaction import in_texts, redacted
 from sd_recipes.runtime.agreement import broadcast
@@ -185,6 +186,8 @@ def compare_settings(recipe: Recipe, manifest: Manifest, path: Path | str) -> No
         effect = on_resume(name)
         if name in ("use_ema", "ema_snapshots"):
             effect = "refused" if getattr(recipe, name) else "warned"
+        elif name == "adam_beta1" and recipe.optimizer == SCHEDULE_FREE:
+            effect = "refused"  # with it the evaluated weights follow from those that are saved
         elif name == "shuffle_block" and not recipe.streaming:
             effect = "free"
         if effect == "refused":
@@ -330,7 +333,7 @@ def load_checkpoint(state: TrainState, path: Path, manifest: Manifest, *, is_mai
             if saved.schedule_step > manifest.step:
                 raise ValueError(f"{STATE} has a schedule at step {saved.schedule_step} after {manifest.step} steps")
             values = saved.model_dump(exclude={"streams"})
-            wanted = state.state_dict().tensors
+            wanted = state.state_dict(only_layout=True).tensors
             if missing := sorted(wanted.keys() - manifest.files.keys()):
                 raise ValueError(f"it has no {missing[0]}")
             tensors = {name: load_file(path / name) for name in wanted}

@@ -116,7 +116,7 @@ class BackgroundSaver:
         if self._has_buffers or is_far or not self.accelerator.is_main_process:
             return
         self._has_buffers = True
-        self._running = self._thread.submit(self._make_buffers, self.state.state_dict())
+        self._running = self._thread.submit(self._make_buffers, self.state.state_dict(only_layout=True))
 
     def save(self) -> None:
         """Write a checkpoint in the background. Every process has to call it.

@@ -64,8 +64,9 @@ STOPPED = "while pictures were drawn; nothing was written"
 # Of a run that is put together to be evaluated: a batch that fits any number of rows.
 ONE_BY_ONE: dict[str, Any] = {
     "train_batch_size": 1, "gradient_accumulation_steps": 1, "max_train_steps": 1, "scale_lr": False,
-    "optimizer": "adamw", "use_8bit_adam": False, "learned_uncertainty": False, "timesteps_by_error": False,
-    "lr_scheduler": "constant", **{name: field.default for name, field in PriorConfig.model_fields.items()},
+    "optimizer": "adamw", "optimizer_kwargs": None, "param_groups": None, "use_8bit_adam": False,
+    "learned_uncertainty": False, "timesteps_by_error": False, "lr_scheduler": "constant",
+    **{name: field.default for name, field in PriorConfig.model_fields.items()},
 }  # fmt: skip
 NO_LORA = {name: field.default for name, field in LoraConfig.model_fields.items()}
 # Of the model that a run began with, which a pipeline has instead.

@@ -118,9 +118,9 @@ def write_model(config: Export, output: Path) -> None:
         title=config.title or output.stem,
         resolution=model.resolution,
         more={
-            **(origin_of(model.recipe) if model.recipe else {}),
+            **(origin_of(model.family, model.recipe) if model.recipe else {}),
             **({"modelspec.merged_from": ", ".join([shown(config.source), *merged])} if merged else {}),
-            **encoder_layer(model.components.clip_skip),
+            **encoder_layer(model.family, model.components.clip_skip),
         },
     )
     say(f"single file     {output}\nsha256 (tensors) {digest}")
@@ -240,7 +240,7 @@ def of_source(config: Export) -> FoundLora:
     """The LoRA of a run, or extracted from a model. Raises RecipeError."""
     model = load_model(config.source, config.weights, config.model, flag="")
     target = LoraTarget.of(model.components)
-    origin = origin_of(model.recipe) if model.recipe is not None else {}
+    origin = origin_of(model.family, model.recipe) if model.recipe is not None else {}
     return FoundLora(of_model(model, config), target, origin)
 
 

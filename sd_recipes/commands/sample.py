@@ -192,7 +192,7 @@ def draw_with(
             "CFG scale": config.guidance_scale,
             "Seed": config.seed + number,
             "Size": f"{width}x{height}",
-            "Clip skip": None if clip_skip is None else clip_skip + 1,
+            "Clip skip": None if clip_skip is None else model.family.a1111_clip_skip(clip_skip),
             **about,
         }
         text = parameters_text(prompts[number] + words, config.negative_prompt, values)

@@ -58,8 +58,8 @@ class DrawingConfig(Section):
     clip_skip: int | None = Field(
         None,
         ge=1,
-        description="Leave out so many of the text encoder's last layers, as diffusers counts: 1 is A1111's 2; if not "
-        "given, as the run was trained.",
+        description="Leave out so many of the text encoder's last layers, as diffusers counts: 1 is A1111's 2, but for "
+        "SDXL; if not given, as the run was trained.",
     )
     guidance_scale: Number = Field(7.5, ge=0, allow_inf_nan=False, description="How far to follow the prompt; 1: off.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the first picture; each further one has the next.")

@@ -22,11 +22,18 @@ from sd_recipes.checkpoints.format import (
     step_of,
 )
 from sd_recipes.checkpoints.of_diffusers import is_of_diffusers, load_from_diffusers, taken_over
-from sd_recipes.checkpoints.resume import choose_checkpoint, compare_identity, identity_of, load_checkpoint
+from sd_recipes.checkpoints.resume import (
+    choose_checkpoint,
+    compare_identity,
+    global_batch_size,
+    identity_of,
+    load_checkpoint,
+)
 from sd_recipes.checkpoints.run_folder import begin_history, find_resume_point, of_other_history, output_dir_lock
 from sd_recipes.checkpoints.saver import FAILURES, BackgroundSaver, NotSaved
 from sd_recipes.checkpoints.snapshots import keep_snapshot, remove_snapshots
 from sd_recipes.commands.memory_dial import planned
+from sd_recipes.data.training_data import load_training_data
 from sd_recipes.errors import RecipeError, RunError, one_line
 from sd_recipes.evaluation.class_pictures import draw_class_pictures, without_class_pictures_to_draw
 from sd_recipes.evaluation.figures import best_of, held_out_losses
@@ -35,11 +42,12 @@ from sd_recipes.export.pipeline import export_trained
 from sd_recipes.export.report import write_report
 from sd_recipes.export.run_page import write_run_page
 from sd_recipes.flags import recipe_text, written_settings
+from sd_recipes.model.clip import known_tokenizer
 from sd_recipes.model.families import check_trainable
 from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.model.samplers import drawing_sampler
 from sd_recipes.model.sources import MODEL
-from sd_recipes.recipe import Recipe
+from sd_recipes.recipe import Recipe, odd_settings
 from sd_recipes.runtime.accelerator import accelerate_left_unused, compiler_explained, start_accelerator
 from sd_recipes.runtime.agreement import broadcast, wait_for_all
 from sd_recipes.runtime.console import hide_library_bars, say
@@ -48,7 +56,7 @@ from sd_recipes.runtime.signals import Stopped, stop_request
 from sd_recipes.runtime.starts import record_start
 from sd_recipes.runtime.trackers import list_samples, read_metrics
 from sd_recipes.runtime.trackers import step_of as step_of_sample
-from sd_recipes.training.build import Checkpoint, Run, build_run, describe
+from sd_recipes.training.build import Checkpoint, Run, build_run, describe, steps_of_run
 from sd_recipes.training.finite import are_finite, has_finite_weights
 from sd_recipes.training.loop import fit, length_flag
 from sd_recipes.training.odd_run import odd_run
@@ -63,6 +71,9 @@ def run(recipe: Recipe) -> None:
     is saved.
     """
     hide_library_bars()
+    if recipe.pretrained_model_name_or_path is None:
+        show_data(recipe)
+        return
     recipe, plan = planned(recipe)
     with accelerate_left_unused(), compiler_explained(recipe):
         accelerator = start_accelerator(recipe)
@@ -103,6 +114,26 @@ def show(recipe: Recipe, accelerator: Accelerator) -> None:
         say(f"{describe(built)}\n\n{recipe_text(recipe).rstrip()}")
     for words in odd_run(built):
         logger.warning("%s", words)
+    accelerator.end_training()
+
+
+def show_data(recipe: Recipe) -> None:
+    """A dry run without a model: show what the data are, and what of them would be refused; nothing is written."""
+    for words in odd_settings(recipe):
+        logger.warning("%s", words)
+    accelerator = start_accelerator(recipe)
+    shown = without_class_pictures_to_draw(recipe)
+    size = global_batch_size(recipe, accelerator.num_processes, None)
+    data = load_training_data(
+        shown, known_tokenizer(), seed=recipe.seed or 0, global_batch_size=size, rank=accelerator.process_index
+    )
+    if accelerator.is_main_process:
+        lines = {
+            "global batch": size,
+            "optimizer steps": f"{steps_of_run(recipe, data.order, None):,}",
+            "model": f"none was named, and none was checked: add {MODEL}",
+        }
+        say("\n".join(f"  {name:<21}{value}" for name, value in lines.items()) + f"\n\n{recipe_text(recipe).rstrip()}")
     accelerator.end_training()
 
 

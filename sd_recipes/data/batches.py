@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -19,15 +20,16 @@ import torch
 
 from sd_recipes.data.bad_rows import BadRow, row_name
 from sd_recipes.data.captions import CaptionError, caption_columns, make_caption
-from sd_recipes.data.columns import LATENT_MASK, MASK, SIZE_COLUMNS
+from sd_recipes.data.columns import LATENT_MASK, SIZE_COLUMNS
 from sd_recipes.data.draws import PLAIN, Draws, draw
 from sd_recipes.data.images import ImageError, fit_image, open_with_size, place_crop
 from sd_recipes.data.latent_store import END, SHARED_MEMORY, LatentStore, check_provenance, moments_of, row_key
-from sd_recipes.data.masks import check_shows_white, fit_mask, is_black, mask_of, mirrored, weights_of_masks
+from sd_recipes.data.masks import check_shows_white, fit_mask, hides_all, mask_of, mirrored, own_mask, weights_of_masks
 from sd_recipes.data.noise import training_noise
 from sd_recipes.data.order import MicroBatch
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import CaptionConfig, ObjectiveConfig, Recipe
+from sd_recipes.runtime.cores import num_local_processes
 from sd_recipes.runtime.host_memory import pinned_like
 from sd_recipes.runtime.signals import outlive_signals
 
@@ -63,7 +65,7 @@ class Batch:
     crop_corner: torch.Tensor  # (B, 2) int64: of the crop in the scaled picture, mirrored where that is
     target_size: torch.Tensor  # (B, 2) int64: of the images
     weights: torch.Tensor  # (B,) float32: 0 for a row that cannot be used
-    latent_weights: torch.Tensor | None  # (B, 1, h, w) float32, 1 on average: of the errors in an image, by its mask
+    latent_weights: torch.Tensor | None  # (B, 1, h, w) float32: of the errors in an image, by its mask
     names: tuple[str, ...]  # of the B rows, for people
     plan: MicroBatch
     bad: tuple[tuple[str, str], ...]  # (name, reason) of the rows that cannot be used
@@ -206,7 +208,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         ]
         images = _Images(plan.size, latent_shape, len(drawn), self.config.cropping)
         masks: list[np.ndarray | None] = [None] * len(drawn)
-        captions_config = self._captions_config(plan.epoch)
+        captions_config = self._captions_config(plan)
         captions: list[str] = []
         weights = torch.full((len(drawn),), plan.weight)
         bad = []
@@ -217,7 +219,7 @@ class BatchBuilder(torch.utils.data.Dataset):
             try:
                 caption = self._caption(row, captions_config, drawn[place], name)
                 masks[place] = self._add_image(images, place, row, drawn[place])
-                if is_black(masks[place]):  # in this crop: in the next one there may be something to learn
+                if hides_all(masks[place], self.config):  # in this crop: the next one may differ
                     weights[place] = 0
             except BadRow as error:
                 bad.append((name, str(error)))
@@ -271,12 +273,16 @@ class BatchBuilder(torch.utils.data.Dataset):
     def _flips(self, drawn: Draws) -> bool:
         return self.config.random_flip and drawn.flip_u < 0.5
 
-    def _captions_config(self, epoch: int) -> CaptionConfig:
-        """How captions are made in an epoch, counted from 0: in one of every so many, all of them are dropped."""
+    def _captions_config(self, plan: MicroBatch) -> CaptionConfig:
+        """How captions of a micro-batch are made: in one of every so many epochs, all of them are dropped.
+
+        Prefix and suffix are of what is trained, and not of class pictures, which show what the model knows without.
+        """
+        changes: dict[str, Any] = {"caption_prefix": None, "caption_suffix": None} if plan.is_class else {}
         every = self.config.caption_dropout_every_n_epochs
-        if not every or (epoch + 1) % every:
-            return self.config
-        return self.config.model_copy(update={"caption_dropout": 1.0})
+        if every and (plan.epoch + 1) % every == 0:
+            changes["caption_dropout"] = 1.0
+        return self.config.model_copy(update=changes) if changes else self.config
 
     def _caption(self, row: Row, config: CaptionConfig, drawn: Draws, name: str) -> str:
         try:
@@ -313,7 +319,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         record: Row = {}
         if self.store is not None:
             try:
-                key = row_key(encoded, row.get(MASK))
+                key = row_key(encoded, own_mask(row))
             except (OSError, TypeError) as error:
                 raise ImageError(f"no image: {error}") from error
             kept = self.store.find(key)
@@ -331,7 +337,7 @@ class BatchBuilder(torch.utils.data.Dataset):
         if mask is not None:
             fitted = fit_mask(mask, original_size, images.size, images.latent_shape[1:], crop_u)
             if config.cropping != "random":
-                check_shows_white(fitted)
+                check_shows_white(fitted, config)
         pixels = fit_image(
             image,
             images.size,
@@ -404,6 +410,14 @@ def end_workers(iterator: Any) -> None:
     delete the iterator, which an error's traceback delays.
     """
     iterator._shutdown_workers()
+
+
+def room_for_batches(recipe: Recipe) -> int:
+    """Micro-batches of pixels that half of the free shared memory has room for, shared by the machine's processes."""
+    if not SHARED_MEMORY.is_dir():
+        return sys.maxsize
+    pixels = 3 * recipe.resolution**2 * recipe.train_batch_size
+    return shutil.disk_usage(SHARED_MEMORY).free // (2 * num_local_processes() * pixels)
 
 
 class TrainingBatches:
@@ -481,10 +495,7 @@ class TrainingBatches:
     def _prefetch_factor(self) -> int:
         """Micro-batches that each worker builds ahead: a whole step together, if shared memory has ample room."""
         wanted = -(-self.read_ahead // self.num_workers)
-        if SHARED_MEMORY.is_dir():
-            pixels = 3 * self.builder.config.resolution**2 * self.builder.config.train_batch_size
-            wanted = min(wanted, shutil.disk_usage(SHARED_MEMORY).free // 4 // (self.num_workers * pixels))
-        return max(READ_AHEAD, wanted)
+        return max(READ_AHEAD, min(wanted, room_for_batches(self.builder.config) // 2 // self.num_workers))
 
     @staticmethod
     def _plans_of_steps(plans: Iterator[MicroBatch], num_steps: int) -> Iterator[MicroBatch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import reprlib
 import string
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -21,15 +21,22 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 
+AnyConfig = TypeVar("AnyConfig", bound=CaptionConfig)
+
+
 class CaptionError(BadRow):
     """A caption that cannot be used: missing or blank, not text, or too long; the message says which."""
 
 
-# Settings of a caption from which all that training leaves out or mixes up at random is taken away.
 UNDISTURBED = {
     "caption_dropout": 0.0, "caption_dropout_every_n_epochs": 0, "caption_tag_dropout_rate": 0.0, "shuffle_tags": False,
 }  # fmt: skip
 DEFECT = "__defect__"  # the column that says why a reader could not make a row whole
+
+
+def undisturbed(config: AnyConfig) -> AnyConfig:
+    """These settings without what training leaves out of captions, or mixes up, at random."""
+    return config.model_copy(update=UNDISTURBED)
 
 
 def caption_columns(config: CaptionConfig) -> list[str]:

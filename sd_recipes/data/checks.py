@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
 from sd_recipes.data.bad_rows import NAMED, BadRow, BadRows, row_name, row_number
-from sd_recipes.data.captions import CaptionError, count_tokens, make_caption
+from sd_recipes.data.captions import CaptionError, count_tokens, make_caption, undisturbed
 from sd_recipes.data.draws import draw
 from sd_recipes.data.images import open_with_size
 from sd_recipes.data.masks import mask_of
@@ -86,7 +86,7 @@ class _Examined:
     """What was found in the rows that were looked at."""
 
     def __init__(self, config: Recipe, tokenizer: CLIPTokenizer, of: str = "") -> None:
-        self.config = config
+        self.config = undisturbed(config)  # a caption is as long as it is without its tags' dropout
         self.tokenizer = tokenizer
         self.of = of  # where the rows are from, in a message
         self.number = 0

@@ -7,6 +7,7 @@ and micro-batches changes it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +31,10 @@ class ClassRows:
     weight: float
     sizes: tuple[tuple[int, int], ...]
     buckets: np.ndarray | None  # of all rows of the data set
+
+    def all_come_beside(self, samples: range) -> bool:
+        """Whether all of them come beside these samples of a run: one of their permutations lies whole within."""
+        return math.ceil(samples.start / self.num_rows) < samples.stop // self.num_rows
 
     def beside(self, batch: GlobalBatch) -> list[GlobalBatch]:
         """The class pictures beside a global batch, in one batch for each of their sizes.

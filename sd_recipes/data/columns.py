@@ -15,8 +15,9 @@ import datasets
 import pyarrow as pa
 
 from sd_recipes.data.captions import DEFECT, caption_columns
-from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded, found_or_named
+from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded, found_or_named, is_empty
 from sd_recipes.data.guard import guarded
+from sd_recipes.data.mask_files import MaskFiles
 from sd_recipes.data.picture_files import Missing, NotFound, PictureFinder
 from sd_recipes.data.table_rows import picture_column
 from sd_recipes.errors import RecipeError
@@ -27,7 +28,7 @@ LABEL = "label"  # the name of a picture's folder, as datasets' imagefolder call
 SIZE_COLUMNS = ("height", "width", "original_height", "original_width")  # of the crop, and of the picture in its file
 # A row of a latent cache holds these instead of an image (see latent_store.py).
 MOMENTS_COLUMNS = ("moments", "moments_flipped", *SIZE_COLUMNS, "made_by")
-MASK = "__mask__"  # the column with a picture's mask, {"bytes", "path"}, or None
+MASK = "__mask__"  # the column with a picture's mask, {"bytes", "path"}, or None; one without either is none too
 LATENT_MASK = "latent_mask"  # in a row of a latent cache: its mask at the latent's size, h * w bytes, or None
 CHUNK_ROWS = 1000  # of a table in memory
 LOOKED_AT = 16  # first rows, one of which has to name a picture
@@ -122,6 +123,8 @@ def checked(
     )
     if images == [config.image_column]:  # first, so that no row is decoded while it is gone through
         rows = _with_images(rows, features[config.image_column], source, config, finder)
+        if config.masked_loss and finder is not None:
+            rows = _with_masks_beside(rows, source, config)
     for column in captions:
         feature = _feature_at(features, column)
         of_list = isinstance(feature, datasets.List | datasets.LargeList)
@@ -129,7 +132,7 @@ def checked(
         text: Any = datasets.List(datasets.Value("string")) if of_list else datasets.Value("string")
         if column not in features or isinstance(inner, datasets.ClassLabel):
             make = partial(_text_in, column, "" if column in features else column.partition(".")[2], inner)
-            rows = _replaced(rows, _stored(features, column), {column: text}, make)
+            rows = _replaced(rows, [_stored(features, column)], {column: text}, make)
         elif not template and not _can_hold_captions(feature):
             raise RecipeError(not_captions(flag, column, feature, source.flag))
     extra = [name for name in (MASK, DEFECT) if name in rows.features]
@@ -180,20 +183,20 @@ def _text_in(column: str, path: str, feature: Any, value: Any) -> dict[str, Any]
     return {column: list(map(text, value)) if isinstance(value, list) else text(value)}
 
 
-def _replaced(rows: Any, old: str, features: dict[str, Any], make: Callable[[Any], dict[str, Any]]) -> Any:
-    """The rows with columns made of each row's `old` one, whose place they take; others of that name are replaced."""
+def _replaced(rows: Any, old: list[str], features: dict[str, Any], make: Callable[..., dict[str, Any]]) -> Any:
+    """The rows with columns made of each row's `old` ones; others of their names are replaced."""
 
     def of_row(row: dict[str, Any]) -> dict[str, Any]:
-        return make(row[old])
+        return make(*(row[name] for name in old))
 
     if isinstance(rows, datasets.IterableDataset):
         kept = {name: feature for name, feature in rows.features.items() if name not in features}
         return rows.map(of_row, features=datasets.Features({**kept, **features}))
-    made = rows.select_columns([old]).map(
+    made = rows.select_columns(old).map(
         of_row,
-        remove_columns=[old],
+        remove_columns=old,
         features=datasets.Features(features),
-        desc=f"Column {old}",
+        desc=f"Column {old[0]}",
         # Nothing would be found again under a hash of a function that holds a folder's files.
         load_from_cache_file=False,
         new_fingerprint=datasets.fingerprint.generate_random_fingerprint(),
@@ -237,7 +240,7 @@ def _with_images(
         except NotFound as error:
             return {column: {"bytes": None, "path": path}, DEFECT: str(error)}
 
-    return _replaced(rows, column, {column: datasets.Image(decode=False), DEFECT: datasets.Value("string")}, make)
+    return _replaced(rows, [column], {column: datasets.Image(decode=False), DEFECT: datasets.Value("string")}, make)
 
 
 def _with_masks(rows: Any, source: DataSource, config: DataSettings, finder: PictureFinder | None) -> Any:
@@ -265,9 +268,23 @@ def _with_masks(rows: Any, source: DataSource, config: DataSettings, finder: Pic
         )
 
     def make(value: Any) -> dict[str, Any]:
-        return {MASK: None if value is None else found_or_named(value, finder)}
+        return {MASK: None if is_empty(value) else found_or_named(value, finder)}
 
-    return _replaced(rows, column, {MASK: datasets.Image(decode=False)}, make)
+    return _replaced(rows, [column], {MASK: datasets.Image(decode=False)}, make)
+
+
+def _with_masks_beside(rows: Any, source: DataSource, config: DataSettings) -> Any:
+    """The rows, whose masks are those beside their pictures where these are files and the column has none."""
+    column, files = config.image_column, MaskFiles()
+    first = guarded(source, lambda: list(rows.select_columns([column]).take(LOOKED_AT)))
+    if not any(_names_a_file(row[column]) for row in first):
+        return rows
+    columns = [column, MASK] if MASK in rows.features else [column]
+
+    def make(image: Any, mask: Any = None) -> dict[str, Any]:
+        return {MASK: files.of(image["path"]) if is_empty(mask) and _names_a_file(image) else mask}
+
+    return _replaced(rows, columns, {MASK: datasets.Image(decode=False)}, make)
 
 
 def check_mask_column(config: DataSettings, columns: list[str], place: str) -> None:
@@ -285,7 +302,7 @@ def with_lists(rows: datasets.Dataset, column: str) -> datasets.Dataset:
     if not _is_text(rows.features.get(column)):
         return rows
     lists = {column: datasets.List(datasets.Value("string"))}
-    return _replaced(rows, column, lists, lambda text: {column: None if text is None else [text]})
+    return _replaced(rows, [column], lists, lambda text: {column: None if text is None else [text]})
 
 
 def _names_a_file(value: Any) -> bool:

@@ -36,6 +36,13 @@ def encoded(value: Any, finder: PictureFinder | None) -> Encoded:
     return {"bytes": None, "path": finder.find(value)}
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a value stands for nothing: null, blank text, no bytes, or an image that has neither path nor bytes."""
+    if isinstance(value, dict):
+        return is_empty(value.get("bytes")) and is_empty(value.get("path"))
+    return value is None or (isinstance(value, str | bytes) and not value.strip())
+
+
 def found_or_named(value: Any, finder: PictureFinder | None) -> Encoded:
     """Like `encoded`; for what is not found, an empty image of its name, which is missed when it is read."""
     try:

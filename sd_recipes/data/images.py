@@ -124,19 +124,15 @@ def open_mask(encoded: dict[str, Any], *, max_megapixels: float = 100.0) -> Imag
         return gray if transposition is None else gray.transpose(transposition)
 
 
-def has_alpha(encoded: dict[str, Any] | None, *, max_megapixels: float = 100.0) -> bool:
-    """Whether a picture has transparency, from its header alone. Raises ImageError."""
-    with _opened(encoded, max_megapixels) as image:
-        return image.has_transparency_data
-
-
 def open_alpha(encoded: dict[str, Any] | None, *, max_megapixels: float = 100.0) -> Image.Image | None:
-    """A picture's opacity as upright gray levels; None if it has no transparency. Raises ImageError."""
+    """A picture's opacity as upright gray levels; None if all of it is opaque. Raises ImageError."""
     with _opened(encoded, max_megapixels) as image:
         if not image.has_transparency_data:
             return None
         transposition = _transposition(image)
         alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema()[0] == 255:
+            return None
         return alpha if transposition is None else alpha.transpose(transposition)
 
 

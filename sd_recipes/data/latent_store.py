@@ -201,7 +201,7 @@ class LatentStore:
     Copies in loader workers read; the one in the training process also writes, in a thread. Readers see
     what was there when they last looked: at the start of the run, and at the start of every epoch, for which
     they wait until `publish_epoch` says that the epoch before is written. So which rows come from the cache does
-    not depend on timing. After an epoch of all rows there is nothing more to wait for.
+    not depend on timing. Once all rows were seen there is nothing more to wait for.
     """
 
     def __init__(self, folder: Path, provenance: dict[str, Any], rank: int, *, temporary: bool = False) -> None:
@@ -279,15 +279,19 @@ class LatentStore:
         self._seen_epoch = int(self._published.item())
         self._look()
 
-    def end_epoch(self, epoch: int, *, has_all_rows: bool) -> None:
+    def whole_epochs(self, epoch: int) -> range:
+        """The epochs until the end of this one, without one that the run began within."""
+        return range(self._first_whole_epoch, epoch + 1)
+
+    def end_epoch(self, epoch: int, *, is_full: bool) -> None:
         """Make the rows of an epoch available to the next one, on all processes; all of them have to call it.
 
-        After one that had all rows, and that the run did not begin within, there is nothing more to wait for: readers
-        go on into later epochs while the step before them is still on its way.
+        Where all rows are there, there is nothing more to wait for: readers go on into later epochs while the step
+        before them is still on its way.
         """
         self.flush()
         wait_for_all()
-        self.publish_epoch(END if has_all_rows and epoch >= self._first_whole_epoch else epoch + 1)
+        self.publish_epoch(END if is_full else epoch + 1)
 
     def publish_epoch(self, epoch: int) -> None:
         """Let readers continue to `epoch`: all processes have written everything before it."""

@@ -7,7 +7,7 @@ import os
 from sd_recipes.data.encoded import Encoded
 from sd_recipes.data.picture_files import IMAGE_SUFFIXES, suffix_of
 
-ENDINGS = ("-mask", "-masklabel")
+ENDINGS = ("-mask", "-masklabel")  # in any case
 
 
 class MaskFiles:
@@ -30,15 +30,22 @@ class MaskFiles:
 def _masks_in(folder: str) -> dict[str, str]:
     masks: dict[str, str] = {}
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-        stem = os.path.splitext(name)[0]
-        for ending in ENDINGS:
-            if stem.endswith(ending) and suffix_of(name) in IMAGE_SUFFIXES:
-                masks.setdefault(stem.removesuffix(ending), os.path.join(folder, name))
+        masked = _masked_by(name)
+        if masked is not None:
+            masks.setdefault(masked, os.path.join(folder, name))
     return masks
 
 
 def without_masks(pictures: list[str]) -> list[str]:
     """The pictures but for those that are masks of others."""
-    files = MaskFiles()
-    masks = {mask["path"] for picture in pictures if (mask := files.of(picture))}
-    return [picture for picture in pictures if picture not in masks]
+    names = {os.path.splitext(picture)[0] for picture in pictures}
+    return [picture for picture in pictures if _masked_by(picture) not in names]
+
+
+def _masked_by(path: str) -> str | None:
+    """The name without its suffix of the picture that a file would be the mask of; None for no name of a mask."""
+    stem = os.path.splitext(path)[0]
+    for ending in ENDINGS:
+        if stem.lower().endswith(ending) and suffix_of(path) in IMAGE_SUFFIXES:
+            return stem[: -len(ending)]
+    return None

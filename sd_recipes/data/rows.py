@@ -118,7 +118,7 @@ def with_columns(recognised: Recognised, source: DataSource, config: DataSetting
 
 
 def load_held_out_rows(config: Recipe, split: str, cache_dir: str | None) -> datasets.Dataset:
-    """Rows of the first source's split `split`, or of the folder or file of that name, each once.
+    """Rows of the first source's split `split`, or of the folder or file of that name, each once; no class pictures.
 
     Of a stream the first 1,000, in memory. Raises RecipeError.
     """
@@ -127,7 +127,7 @@ def load_held_out_rows(config: Recipe, split: str, cache_dir: str | None) -> dat
         kept = source.model_dump(include={"caption_extension", "caption_column", "caption"})
         source = HeldOutSource(dataset_name=split, **kept)
         config = config.model_copy(update={"streaming": False, "folder_repeats": False})
-    config = config.model_copy(update={"data_sources": [source]})
+    config = config.model_copy(update={"data_sources": [source], "class_data_dir": None})
     if not config.streaming:
         return load_rows(config, split=None if is_place(split) else split, cache_dir=cache_dir)
     stream = load_streams(config, cache_dir=cache_dir, repeats=False)[0].rows

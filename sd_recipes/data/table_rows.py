@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded, found_or_named
+from sd_recipes.data.encoded import Encoded, check_holds_pictures, encoded, found_or_named, is_empty
 from sd_recipes.data.mask_files import MaskFiles
 from sd_recipes.data.picture_files import Missing, NotFound, Outside, PictureFinder
 from sd_recipes.data.tables import PATH_KEY, Table
@@ -83,7 +83,7 @@ def read_rows(table: Table, pictures: str, columns: list[str], finder: PictureFi
     if config.masked_loss:
         named, files = found[config.mask_column] if has_masks else [None] * len(values), MaskFiles()
         rows.masks = [
-            found_or_named(name, finder) if name else files.of(image["path"])
+            files.of(image["path"]) if is_empty(name) else found_or_named(name, finder)
             for name, image in zip(named, rows.images, strict=True)
         ]
     else:

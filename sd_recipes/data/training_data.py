@@ -49,6 +49,13 @@ class TrainingData:
         """Rows that are trained, without class pictures."""
         return None if self.order is None else self.order.num_rows
 
+    def has_all_rows(self, epochs: range) -> bool:
+        """Whether these epochs have each row, class pictures too; of a stream nobody knows."""
+        if self.order is None or not self.order.has_all_rows or not epochs:
+            return False
+        samples = range(epochs.start * self.order.num_rows, epochs.stop * self.order.num_rows)
+        return self.class_rows is None or self.class_rows.all_come_beside(samples)
+
     @property
     def provenances(self) -> list[str]:
         """Provenance of the moments, where rows have moments instead of images; for a stream, that of its first row."""
@@ -106,7 +113,7 @@ def load_training_data(
     trained = join_rows([part.rows for part in parts], recipe.max_train_samples, seed)
     rows = join_rows([trained, *(part.rows for part in class_parts)], None, None)
     if rank == 0:
-        examples = example_captions(rows, recipe)
+        examples = example_captions(trained, recipe)
         for part in class_parts:
             part.recognised.notes.append(class_pictures_in_words(recipe))
         if recipe.masked_loss:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sd_recipes.data.bad_rows import BadRow, row_name
-from sd_recipes.data.captions import make_caption
+from sd_recipes.data.captions import make_caption, undisturbed
 from sd_recipes.data.first_words import FIRST
 from sd_recipes.data.held_out import FixedRows
 from sd_recipes.data.sizes import square_side
@@ -79,7 +79,8 @@ def describe(row: Mapping[str, Any], number: int, recipe: Recipe) -> tuple[str, 
 
 
 def caption_of(row: Mapping[str, Any], recipe: Recipe) -> str:
+    """The first of a row's captions, without what training leaves out of it or mixes up; empty if it has none."""
     try:
-        return make_caption(dict(row), recipe, FIRST).strip()
+        return make_caption(dict(row), undisturbed(recipe), FIRST).strip()
     except BadRow:
         return ""

@@ -19,7 +19,7 @@ from sd_recipes.flags import recipe_text
 from sd_recipes.model.family import Family
 from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.model.weight_files import SUFFIXES
-from sd_recipes.recipe import Recipe, clip_skip_in_words
+from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import in_texts, redacted, shown
 from sd_recipes.runtime.trackers import read_metrics
 
@@ -73,7 +73,7 @@ def publish(
 
     `best_step` is that of the weights, if these are not the last step's.
     """
-    write_model_card(output_dir, repo_id, recipe, family.pipeline_class.__name__, prediction_type, best_step)
+    write_model_card(output_dir, repo_id, recipe, family, prediction_type, best_step)
     allowed = [*ALLOWED, LORA_FILE]
     if not recipe.trains_lora:
         allowed = [*ALLOWED, "model_index.json", *(f"{folder}/*" for folder in family.folders)]
@@ -131,11 +131,12 @@ def write_model_card(
     output_dir: Path,
     repo_id: str,
     recipe: Recipe,
-    pipeline_class: str,
+    family: Family,
     prediction_type: str,
     best_step: int | None = None,
 ) -> None:
     """README.md of the model: what it was made from, with what settings, what it has learned, and how to use it."""
+    pipeline_class = family.pipeline_class.__name__
     base = _hub_id(recipe.pretrained_model_name_or_path)
     data_set = _hub_id(recipe.dataset_name)
     made_from, with_data = in_texts(shown, [recipe.pretrained_model_name_or_path, recipe.dataset_name])
@@ -165,10 +166,10 @@ def write_model_card(
     before_drawing = FROM_SCORES if predicts_score else ""
     arguments = json.dumps(prompts[0])
     if recipe.clip_skip:
-        if pipeline_class == StableDiffusionPipeline.__name__:
+        if family.pipeline_class is StableDiffusionPipeline:
             before_drawing += FOR_CLIP_SKIP
         arguments += f", clip_skip={recipe.clip_skip}"
-    drawn_with = f" Draw with {clip_skip_in_words(recipe.clip_skip)}." if recipe.clip_skip else ""
+    drawn_with = f" Draw with {family.clip_skip_in_words(recipe.clip_skip)}." if recipe.clip_skip else ""
     imported = f"DDIMScheduler, {pipeline_class}" if predicts_score else pipeline_class
     content = f"""---
 {data.to_yaml()}

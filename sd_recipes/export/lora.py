@@ -71,19 +71,19 @@ def export_trained_lora(family: Family, components: Components, recipe: Recipe, 
         ADAPTER_METADATA: json.dumps(settings, sort_keys=True),
         "rank": str(settings["unet.r"]),
         "alpha": f"{settings['unet.lora_alpha']:g}",
-        **origin_of(recipe),
+        **origin_of(family, recipe),
     }
     path = output_dir / LORA_FILE
     write_tensors(path, cast(diffusers_tensors(lora), "fp32"), metadata)
     return path
 
 
-def origin_of(recipe: Recipe) -> dict[str, str]:
+def origin_of(family: Family, recipe: Recipe) -> dict[str, str]:
     """What a LoRA's metadata say of the run that trained it, without this machine's folders."""
     return {
         "base_model": shown(recipe.pretrained_model_name_or_path or ""),
         "recipe": recipe_text(recipe, shared=True),
-        **encoder_layer(recipe.clip_skip),
+        **encoder_layer(family, recipe.clip_skip),
     }
 
 

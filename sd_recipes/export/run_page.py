@@ -20,7 +20,7 @@ from sd_recipes.export.run_figures import curves, grids
 from sd_recipes.export.run_rows import rankings
 from sd_recipes.flags import MAX_RECIPE_BYTES, read_recipe_file
 from sd_recipes.reading import read_text
-from sd_recipes.recipe import Recipe, clip_skip_in_words
+from sd_recipes.recipe import Recipe
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.starts import read_starts
 from sd_recipes.runtime.trackers import read_incidents, read_metrics
@@ -183,7 +183,9 @@ def _recipe(path: Path, settings: Mapping[str, Any] | None) -> dict[str, Any]:
     if settings is None:
         return {"settings": None, "recipe": "", "draw_with": None}
     clip_skip = settings.get("clip_skip")
-    draw_with = clip_skip_in_words(clip_skip) if isinstance(clip_skip, int) else None
+    draw_with = None
+    if isinstance(clip_skip, int):  # of a model of any family, which the folder may not tell
+        draw_with = f"clip_skip={clip_skip} in diffusers, Clip skip {clip_skip + 1} in A1111 (which has none for SDXL)"
     defaults = {name: Recipe.model_fields[name].get_default() for name in settings}
     changed = [
         (name, _words(value), _words(defaults[name])) for name, value in settings.items() if value != defaults[name]

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from sd_recipes.errors import RecipeError
+from sd_recipes.model.family import Family
+from sd_recipes.model.sources import ENCODER_LAYER
 from sd_recipes.writing import replacing
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -45,9 +47,9 @@ def model_spec(
     return {f"modelspec.{name}": value for name, value in spec.items() if value is not None}
 
 
-def encoder_layer(clip_skip: int | None) -> dict[str, str]:
-    """What a model's metadata say of its --clip_skip: which layer from the end, as A1111 and sd-scripts count."""
-    return {} if clip_skip is None else {"modelspec.encoder_layer": str(clip_skip + 1)}
+def encoder_layer(family: Family, clip_skip: int | None) -> dict[str, str]:
+    """What a model's metadata say of its --clip_skip: which layer from the end its text states are of."""
+    return {} if clip_skip is None else {ENCODER_LAYER: str(family.encoder_layer(clip_skip))}
 
 
 def cast(tensors: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:

@@ -12,12 +12,12 @@ import numpy as np
 
 from sd_recipes.data.bad_rows import BadRow
 from sd_recipes.data.captions import (
-    UNDISTURBED,
     CaptionError,
     caption_columns,
     count_tokens,
     is_missing,
     make_caption,
+    undisturbed,
     worded,
 )
 from sd_recipes.data.draws import draw
@@ -37,7 +37,7 @@ class CaptionSummary:
     def __init__(self, config: DataSettings, tokenizer: Any | None) -> None:
         self.config = config
         self.columns = caption_columns(config)
-        self._undisturbed = config.model_copy(update={**UNDISTURBED, "blank_captions": "skip"})
+        self._undisturbed = undisturbed(config).model_copy(update={"blank_captions": "skip"})
         self.tokenizer = tokenizer
         self.num_captions = 0
         self.word_counts = np.zeros(LONGEST + 1, np.int64)  # captions by their number of words

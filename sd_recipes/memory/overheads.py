@@ -54,7 +54,9 @@ def on_device(passing: int, *, num_processes: int) -> dict[str, int]:
 def on_host(recipe: Recipe, step: TracedStep, device: str) -> dict[str, int]:
     """Bytes in the host's memory, of the process that saves, by what takes them; without a CPU run's tensors."""
     cuda = device == "cuda"
-    tensors = [tensor for named in step.state.state_dict().tensors.values() for tensor in named.values()]
+    tensors = [
+        tensor for named in step.state.state_dict(only_layout=True).tensors.values() for tensor in named.values()
+    ]
     # Pinned memory comes in blocks of powers of two.
     buffers = sum(block.nbytes for block in packed([nbytes_of(each) for each in tensors])) if cuda else None
     buffers = buffers or sum(each.nbytes for each in tensors)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
 import torch
 from transformers import CLIPTextConfig, CLIPTokenizer
 
+from sd_recipes import assets
 from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.model.components import read_settings
 from sd_recipes.model.sources import source_of
@@ -34,6 +36,13 @@ def load_tokenizer(config: ModelConfig, part: str = "tokenizer") -> CLIPTokenize
         logger.info("The tokenizer's length is the text encoder's: %d tokens.", positions)
         tokenizer.model_max_length = positions
     return tokenizer
+
+
+def known_tokenizer() -> CLIPTokenizer:
+    """The one that comes with the package, of Stable Diffusion 1: all of its models cut captions into these tokens."""
+    folder = assets.CONFIGURATIONS[1] / "tokenizer"
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return CLIPTokenizer.from_pretrained(str(assets.CLIP_TOKENIZER), **settings)
 
 
 def in_chunks(text_encoder: Any, input_ids: torch.Tensor) -> torch.Tensor:
@@ -91,7 +100,7 @@ class Fit:
         if self.clip_skip is not None and self.clip_skip > num_layers:
             raise RecipeError(
                 f"--clip_skip {self.clip_skip} is more than the {num_layers} layers of the model's text encoder that "
-                "can be left out: use 1, which A1111 calls 2, or drop it"
+                f"can be left out: use at most {num_layers}, or drop it"
             )
 
     def way_out(self, setting: str, value: int) -> str:

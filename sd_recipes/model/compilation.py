@@ -24,16 +24,16 @@ def compiler_arguments(how: str) -> dict[str, Any]:
     return {"backend": "inductor", "dynamic": False, "options": options}
 
 
-def compile_unet(unet: Any, how: str, *, num_sizes: int) -> None:
+def compile_unet(unet: Any, how: str, *, num_sizes: int, num_passes: int) -> None:
     """Let a UNet compile when it is first called, without other names for its parameters.
 
-    `how` is blocks, unet or graphs. Blocks that are alike share a program. Pictures have `num_sizes` sizes; shapes
-    beyond what they explain are not compiled.
+    `how` is blocks, unet or graphs. Blocks that are alike share a program. Pictures have `num_sizes` sizes, and a step
+    calls the UNet in `num_passes` ways; shapes beyond what these explain are not compiled.
     """
     blocks = [module for module in unet.modules() if isinstance(module, REPEATED)] if how == "blocks" else [unet]
     for block in blocks:
         block.compile(**compiler_arguments(how))
-    config, num_programs = torch.compiler.config, len(blocks) * num_sizes * BATCH_SIZES
+    config, num_programs = torch.compiler.config, len(blocks) * num_sizes * num_passes * BATCH_SIZES
     config.recompile_limit = max(config.recompile_limit, num_programs)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, num_programs)
     if how == "graphs":

@@ -7,7 +7,7 @@ import logging
 from sd_recipes.assets import Generation
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.family import Family
-from sd_recipes.model.sources import MODEL, Folder, SingleFile, Source, open_source
+from sd_recipes.model.sources import ENCODER_LAYER, MODEL, Folder, SingleFile, Source, open_source
 from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.model.stable_diffusion_xl import StableDiffusionXL
 from sd_recipes.recipe import ModelConfig
@@ -38,7 +38,13 @@ def family_of(config: ModelConfig) -> Family:
         logger.info("%s of --base %s is used.", used, config.base)
     elif config.base:
         logger.warning("--base %s is not used: %s has all parts of a model.", config.base, model.place)
-    return FAMILIES[generation]()
+    family = FAMILIES[generation]()
+    if config.clip_skip is None and (clip_skip := (model.encoder_layer or 0) - family.text_layer) > 0:
+        logger.warning(
+            "%s says that it was made with text states of layer %d from the end (%s): --clip_skip %d uses these.",
+            model.place, model.encoder_layer, ENCODER_LAYER, clip_skip,
+        )  # fmt: skip
+    return family
 
 
 def _check_vae_fits(vae: Source, model: Source) -> None:

@@ -27,6 +27,9 @@ class Family(ABC):
     # Whether its VAEs overflow in float16, unless their configuration says otherwise, for a plan that has no weights.
     vae_overflows: ClassVar[bool] = False
 
+    # Which of a text model's layers, counted from the end, its states are of without --clip_skip; the last is 1.
+    text_layer: ClassVar[int] = 1
+
     @abstractmethod
     def load_tokenizers(self, config: ModelConfig) -> tuple[CLIPTokenizer, ...]:
         """One of each text model; with the first, captions are checked before the model is loaded.
@@ -62,6 +65,20 @@ class Family(ABC):
     def prompt_arguments(self, components: Components, prompts: list[str]) -> dict[str, Any]:
         """The arguments by which this family's pipeline, made of the components, draws prompts."""
         return {"prompt": prompts}
+
+    def encoder_layer(self, clip_skip: int) -> int:
+        """Which layer from the end text states are of with a --clip_skip; the last is 1."""
+        return self.text_layer + clip_skip
+
+    def a1111_clip_skip(self, clip_skip: int) -> int | None:
+        """What A1111 calls a --clip_skip; None where it has no such setting for this family."""
+        return clip_skip + 1
+
+    def clip_skip_in_words(self, clip_skip: int) -> str:
+        """How to draw with a --clip_skip elsewhere."""
+        of_a1111 = self.a1111_clip_skip(clip_skip)
+        there = f"Clip skip {of_a1111} in A1111" if of_a1111 else "for which A1111 has no setting"
+        return f"clip_skip={clip_skip} in diffusers, {there}"
 
     def without_effect(self, components: Components) -> Mapping[str, tuple[str, ...]]:
         """By text model, how the names of its modules begin that no text state depends on: they are not trained."""

@@ -66,6 +66,7 @@ def without_lora(module: torch.nn.Module) -> Iterator[None]:
     """Within this context a model is what it was before its LoRA, and draws no dropout."""
     layers: list[Any] = list(lora_layers(module).values())
     was_training = module.training
+    trained = [each for each in module.parameters() if each.requires_grad]
     module.eval()
     for layer in layers:
         layer.enable_adapters(False)
@@ -74,6 +75,10 @@ def without_lora(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        # peft has set them for all of its layers, and some may be frozen.
+        module.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         module.train(was_training)
 
 

@@ -53,6 +53,7 @@ STEMS = {
     "text_encoder": ("model", "pytorch_model"),
     "text_encoder_2": ("model", "pytorch_model"),
 }
+ENCODER_LAYER = "modelspec.encoder_layer"  # of a single file: which layer from the end its text states are of
 MAX_JSON_BYTES = 64 * 2**20  # of a configuration, or of the index of a part's shards
 HUB_VARIANTS = ("fp16", "bf16")  # tried where the plain files are missing; a folder shows which there are
 
@@ -100,6 +101,11 @@ class Source(ABC):
     def noise_schedule_hints(self) -> dict[str, Any]:
         """What the weights themselves say of the scheduler's settings."""
         return {}
+
+    @property
+    def encoder_layer(self) -> int | None:
+        """Which layer from the end its text states are of, if it says so; the last is 1."""
+        return None
 
     def say_noise_schedule(self) -> None:
         """Say what was taken from the weights, or could not be."""
@@ -526,6 +532,11 @@ class SingleFile(Source):
         if self.flag != "--base" and self.config.base:
             return self.configurations().tokenizer(part)
         return CLIPTokenizer.from_pretrained(str(assets.CLIP_TOKENIZER), **self.read_config(part))
+
+    @property
+    def encoder_layer(self) -> int | None:
+        stated = self.opened.metadata.get(ENCODER_LAYER, "")
+        return int(stated) if re.fullmatch("[0-9]{1,3}", stated) else None
 
     def noise_schedule_hints(self) -> dict[str, Any]:
         """By the keys that trainers put into a file, by its metadata, and by what is known of Stable Diffusion 2."""

@@ -41,6 +41,7 @@ class StableDiffusionXL(Family):
     text_models = ("text_encoder", "text_encoder_2")
     folders = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
     vae_overflows = True
+    text_layer = 2
 
     def load_tokenizers(self, config: ModelConfig) -> tuple[CLIPTokenizer, ...]:
         first, second = load_tokenizer(config), load_tokenizer(config, "tokenizer_2")
@@ -97,7 +98,9 @@ class StableDiffusionXL(Family):
         outputs = [
             model(in_chunks(model, ids), output_hidden_states=True) for model, ids in zip(models, of_both, strict=True)
         ]
-        states = torch.cat([output.hidden_states[-2 - (components.clip_skip or 0)] for output in outputs], dim=-1)
+        states = torch.cat(
+            [output.hidden_states[-self.encoder_layer(components.clip_skip or 0)] for output in outputs], dim=-1
+        )
         pooled = outputs[1].text_embeds
         states = states.reshape(len(input_ids), -1, states.shape[-1])
         pooled = pooled.reshape(len(input_ids), -1, pooled.shape[-1])[:, 0]
@@ -111,11 +114,14 @@ class StableDiffusionXL(Family):
         """What follows the first text model's states; the second's are all needed for its projection."""
         assert isinstance(components, StableDiffusionXLComponents)
         num_layers = components.text_encoder.config.num_hidden_layers
-        left_out = range(num_layers - 1 - (components.clip_skip or 0), num_layers)
+        left_out = range(num_layers + 1 - self.encoder_layer(components.clip_skip or 0), num_layers)
         return {"text_encoder": (*(f"encoder.layers.{number}." for number in left_out), "final_layer_norm.")}
 
     def prompt_arguments(self, components: Components, prompts: list[str]) -> dict[str, Any]:
         return {"prompt": prompts, "clip_skip": components.clip_skip}
+
+    def a1111_clip_skip(self, clip_skip: int) -> int | None:
+        return None  # it ignores its Clip skip for SDXL
 
     def conditioning(self, states: TextStates, batch: Batch) -> Conditioning:
         """With the time ids (B, 6), float32: original size, crop corner and target size (section 2.2), in pixels.

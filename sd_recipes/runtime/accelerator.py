@@ -133,7 +133,7 @@ def compiler_explained(recipe: Recipe) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        way_out = f"drop --compile {recipe.compile}"
+        way_out = "drop --compile_unet" if recipe.compile_unet else f"drop --compile {recipe.compile}"
         if not recipe.compile:
             way_out = f"set dynamo_backend to NO in {configuration()}, or {DYNAMO}=NO in the environment"
         raise RecipeError(f"the UNet cannot be compiled ({one_line(error, 200)}): {way_out}") from error

@@ -10,6 +10,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def num_local_processes() -> int:
+    """Processes that a launcher has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def share_of_cores() -> int:
-    """Those for each of the processes that a launcher has started on this machine, at least one."""
-    return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """Those for each of these processes, at least one."""
+    return max(1, num_cores() // num_local_processes())

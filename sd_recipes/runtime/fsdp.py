@@ -59,7 +59,7 @@ def fsdp_plugin(recipe: Recipe, mixed_precision: str) -> FullyShardedDataParalle
             f"FSDP, which {configuration()} asks for, shards what is trained, and a LoRA is megabytes: train it with "
             "accelerate_configs/multi_gpu.yaml"
         )
-    for name in ("offload_ema", "compile", "fused_backward_pass"):
+    for name in ("offload_ema", "compile_unet", "compile", "fused_backward_pass"):  # the one sets the other
         if value := getattr(recipe, name):
             flag = f"--{name}" if value is True else f"--{name} {value}"
             raise RecipeError(f"{flag} {NEEDS_WHOLE_WEIGHTS}: drop it")

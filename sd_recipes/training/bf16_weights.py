@@ -35,7 +35,7 @@ class Bf16Weights(torch.optim.Optimizer):
     def __init__(self, groups: Any, lr: float, **settings: Any) -> None:
         self.stands_for: dict[torch.Tensor, torch.Tensor] = {}  # the parameter, by its stand-in; in order
         groups = [{**group, "params": [self._stand_in(each) for each in group["params"]]} for group in groups]
-        super().__init__(groups, lr, **settings)  # type: ignore[arg-type]  # of the class that comes after this one
+        super().__init__(groups, lr=lr, **settings)  # type: ignore[call-arg]  # of the class that comes after this one
         self.places = {stand_in: place for place, stand_in in enumerate(self.stands_for)}
         self.generators: dict[torch.device, torch.Generator] = {}
 
@@ -89,6 +89,13 @@ class Bf16Weights(torch.optim.Optimizer):
         if device not in self.generators:
             self.generators[device] = torch.Generator(device)
         return self.generators[device].manual_seed(seed % 2**63)
+
+
+def with_bf16_weights(
+    make: type[torch.optim.Optimizer], *, seed: int, step_number: Callable[[], int]
+) -> type[torch.optim.Optimizer]:
+    """An optimizer's class for bfloat16 parameters."""
+    return type(f"Bf16{make.__name__}", (Bf16Weights, make), {"seed": seed, "step_number": staticmethod(step_number)})
 
 
 def rounded(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from sd_recipes.checkpoints.format import Manifest
 from sd_recipes.checkpoints.resume import finish_epoch, global_batch_size
 from sd_recipes.data.batches import Batch, BatchBuilder, TrainingBatches
-from sd_recipes.data.captions import UNDISTURBED
+from sd_recipes.data.captions import undisturbed
 from sd_recipes.data.held_out import HELD_OUT_SEED
 from sd_recipes.data.latent_store import (
     LatentStore,
@@ -48,7 +48,7 @@ from sd_recipes.model.latents import LatentEncoder, bearable_dtype, decode_witho
 from sd_recipes.model.lora import add_lora, trained_lora
 from sd_recipes.model.lora_files import peft_settings
 from sd_recipes.model.placement import apply_memory_format, keep_as_loaded, kept_as_loaded, move_models
-from sd_recipes.recipe import ObjectiveConfig, Recipe, clip_skip_in_words, odd_settings
+from sd_recipes.recipe import ObjectiveConfig, Recipe, odd_settings
 from sd_recipes.redaction import redacted
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.agreement import wait_for_all
@@ -67,7 +67,7 @@ from sd_recipes.training.objective import DenoisingLoss, NoiseSchedule
 from sd_recipes.training.optim import build_optimizer, build_schedule
 from sd_recipes.training.optimizer_check import check_combinations, check_optimizer
 from sd_recipes.training.quiet_loss import QuietLoss
-from sd_recipes.training.rates import set_rates
+from sd_recipes.training.rates import matches_in_words, set_rates
 from sd_recipes.training.row_losses import RowLosses
 from sd_recipes.training.schedule_free import EvaluationWeights, has_modes
 from sd_recipes.training.state import SNAPSHOTS, TrainedPart, TrainState
@@ -320,7 +320,10 @@ def build_model(
     frozen = frozen_model(recipe, family, components, device, dtype) if recipe.prior_preservation == "model" else None
     move_models(family, components, recipe, device, dtype, contiguous_unet=contiguous)
     if recipe.compile:
-        compile_unet(components.unet, recipe.compile, num_sizes=num_sizes)
+        # Without gradients, and without the LoRA, it has programs of its own.
+        is_own_teacher = recipe.trains_lora and recipe.prior_preservation == "model"
+        num_passes = 1 + recipe.dream_training + is_own_teacher
+        compile_unet(components.unet, recipe.compile, num_sizes=num_sizes, num_passes=num_passes)
     parts = trained_parts(recipe, family, components, batch_size)
     num_train_timesteps = components.scheduler.config.num_train_timesteps
     quiet_loss = QuietLoss(num_train_timesteps, recipe, None if num_rows is None else RowLosses(num_rows))
@@ -480,8 +483,8 @@ def build_validator(
     sets = {}
     if data.held_out is not None and data.watched is not None:
         sets = {HELD_OUT: data.held_out, TRAIN: data.watched}
-    plain = {"center_crop": True, "crop": None, "random_flip": False, **UNDISTURBED}
-    plain_recipe = recipe.model_copy(update=plain)
+    plain = {"center_crop": True, "crop": None, "random_flip": False}
+    plain_recipe = undisturbed(recipe).model_copy(update=plain)
     watched = WatchedRows(sets, plain_recipe) if sets else None
     prompts = recipe.validation_prompts or []
     if watched and not prompts:
@@ -497,7 +500,6 @@ def build_validator(
     # Plain, so that runs with different weightings and tricks can be compared by it.
     plain_objective = ObjectiveConfig(prediction_type=model.objective.prediction_type)
     own = slice(accelerator.process_index, None, accelerator.num_processes)
-    on_gpu = accelerator.device.type == "cuda"
     return Validator(
         recipe,
         accelerator,
@@ -512,8 +514,8 @@ def build_validator(
                 recipe.validation_samples,
                 own,
                 keeps_text=not (recipe.train_text_encoder or recipe.lora_text_encoder),
-                num_workers=num_workers_of(recipe, "cuda") if on_gpu else 0,
-                pin_memory=on_gpu,
+                num_workers=num_workers_of(recipe, accelerator.device.type),
+                pin_memory=accelerator.device.type == "cuda",
             )
             for name, fixed in sets.items()
         },
@@ -557,6 +559,7 @@ def describe(run: Run) -> str:
     trained = ", ".join(
         f"{sum(each.numel() for each in part.parameters.values()):,} ({part.name})" for part in run.state.parts.values()
     )
+    of_groups = matches_in_words(run.state.parts.values(), run.recipe.param_groups or [])
     backend = os.environ.get(DYNAMO, "no").lower()
     lines = {
         **({"resumes from": f"{run.checkpoint[0]}"} if run.checkpoint else {}),
@@ -564,8 +567,13 @@ def describe(run: Run) -> str:
         **({"class pictures": f"{data.class_rows.num_rows:,}, one beside each image"} if data.class_rows else {}),
         "optimizer steps": steps,
         "trainable parameters": trained,
+        **({"parameters of groups": f"\n{'':<23}".join(of_groups)} if of_groups else {}),
         "predicts": run.model.objective.prediction_type,
-        **({"text states": _text_states_in_words(run.recipe.clip_skip)} if run.recipe.clip_skip else {}),
+        **(
+            {"text states": _text_states_in_words(run.model.family, run.recipe.clip_skip)}
+            if run.recipe.clip_skip
+            else {}
+        ),
         "device": f"{accelerator.device}, {accelerator.mixed_precision} mixed precision"
         + (f", compiled by {backend} (torch dynamo) of {configuration()}" if backend != "no" else "")
         + (f", compiled: {COMPILED[run.recipe.compile]}" if run.recipe.compile else "")
@@ -575,9 +583,11 @@ def describe(run: Run) -> str:
     return "\n".join(f"  {name:<21}{value}" for name, value in lines.items())
 
 
-def _text_states_in_words(clip_skip: int) -> str:
-    layers = "the last layer" if clip_skip == 1 else f"the last {clip_skip} layers"
-    return f"without {layers} of the text encoder: draw with {clip_skip_in_words(clip_skip)}"
+def _text_states_in_words(family: Family, clip_skip: int) -> str:
+    left_out = family.encoder_layer(clip_skip) - 1
+    layers = "the last layer" if left_out == 1 else f"the last {left_out} layers"
+    of = "each text encoder" if len(family.text_models) > 1 else "the text encoder"
+    return f"without {layers} of {of}: draw with {family.clip_skip_in_words(clip_skip)}"
 
 
 def num_epochs(run: Run, order: Order) -> float:

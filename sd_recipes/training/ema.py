@@ -32,6 +32,10 @@ class Average(ABC):
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """The averages under the parameters' names."""
 
+    def held(self) -> dict[str, torch.Tensor]:
+        """Tensors of the same names, sizes and types that are there already: they are finite just if averages are."""
+        return self.named_tensors()
+
     @abstractmethod
     def load(self, tensors: Mapping[str, torch.Tensor], num_updates: int) -> None:
         """Restore what `named_tensors` returned, and the number of updates behind it."""

@@ -23,6 +23,7 @@ class TrainingDiverged(RunError):
 def are_finite(accelerator: Accelerator, tensors: Iterable[torch.Tensor]) -> bool:
     """The same answer on all processes, which all have to call it: each may hold a shard."""
     parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    parts = [part for part in parts if part.numel()]  # of few rows some processes have none
     largest = get_total_norm(parts, math.inf).to(accelerator.device)  # in few calls, however many tensors there are
     return accelerator.reduce((~largest.isfinite()).float(), "sum").item() == 0
 
@@ -44,5 +45,5 @@ def has_finite_weights(state: TrainState, accelerator: Accelerator) -> bool:
     for part in state.parts.values():
         tensors += part.parameters.values()
         for average in part.averages.values():
-            tensors += average.named_tensors().values()
+            tensors += average.held().values()
     return are_finite(accelerator, tensors)

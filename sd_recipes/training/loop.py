@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import NoReturn
 
 import torch
@@ -18,6 +18,7 @@ from sd_recipes.checkpoints.format import list_checkpoints, resume_command, resu
 from sd_recipes.checkpoints.saver import BackgroundSaver, NotSaved
 from sd_recipes.data.batches import Batch
 from sd_recipes.data.latent_store import LatentStore
+from sd_recipes.data.workers import room_for_workers
 from sd_recipes.errors import one_line
 from sd_recipes.evaluation.figures import Best
 from sd_recipes.evaluation.watched_rows import write_hardest_rows
@@ -80,7 +81,8 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
         closing(run.batches(progress.samples_seen, steps_left, progress.stream_state)) as steps,
     ):
         for micro_batches in meter.waits(steps):
-            profiler.step(progress.global_step)
+            with meter.paused():
+                profiler.step(progress.global_step)
             plan = micro_batches[-1].plan
 
             # Gradients of the whole step, however it is split into micro-batches
@@ -135,9 +137,10 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
                 if state.quiet_loss.is_full:
                     guard.look()
             if run.store and plan.ends_epoch:
-                order = run.data.order
-                run.store.end_epoch(plan.epoch, has_all_rows=order is not None and order.has_all_rows)
-                run.model.encoder.rest()
+                is_full = run.data.has_all_rows(run.store.whole_epochs(plan.epoch))
+                run.store.end_epoch(plan.epoch, is_full=is_full)
+                if is_full or not recipe.has_class_pictures:  # of which the next step may have new ones
+                    run.model.encoder.rest()
             if is_validated:
                 best = validate(run, best_weights)
                 meter.restart(progress)
@@ -161,16 +164,17 @@ def backward(
 ) -> tuple[torch.Tensor, float]:
     """Add the gradient of a whole step to the parameters.
 
-    Returns this process's share of the loss, on the device, and which part of the step's rows could be used, the same
-    on all processes. Gradient and loss are sums over those rows, divided by the global batch's size; class pictures
-    come on top, with their weight.
+    Returns this process's share of the loss, on the device, and which part of the step's samples could be used, the
+    same on all processes. Gradient and loss are sums over those samples, divided by the global batch's size. Class
+    pictures come on top, with their weight, such that once divided by that part they are a mean over usable ones too;
+    in a step without any usable sample they are all there is, and the part is theirs.
 
     accelerate divides by the accumulation steps, and FSDP averages over processes. Multiplied by both and divided by
     the global batch's size, the gradient is the mean over its samples, even for an epoch's last batch, whose
     micro-batches are fewer and uneven.
     """
-    own_usable = sum(int(batch.weights.count_nonzero()) for batch in micro_batches)
-    counts = begin_sum(own_usable, sum(len(batch.weights) for batch in micro_batches if batch.plan.weight))
+    own_usable, own_rows = count_rows(micro_batches, is_class=False)
+    counts = cache(begin_sum(own_usable, own_rows, *count_rows(micro_batches, is_class=True)))
     total = torch.zeros((), device=accelerator.device)
     scale = accelerator.gradient_accumulation_steps * (accelerator.num_processes if accelerator.is_fsdp2 else 1)
     if model.dropout_seed is not None:
@@ -185,14 +189,29 @@ def backward(
         with phase("forward"):
             losses = model.losses(latents, conditioning, batch)
             loss = (batch.weights * losses).sum() / batch.plan.global_batch_size
+            if batch.plan.is_class:  # by now the other processes have counted theirs
+                samples, class_pictures = usable_parts(counts())
+                loss = loss * (samples / class_pictures if samples and class_pictures else 1.0)
         with phase("backward"):
             if not model.steps_in_backward:
                 accelerator.backward(loss * scale)
             elif own_usable:  # all rows of the step; their gradient has to be the mean, since it is used at once
                 accelerator.backward(loss * (batch.plan.global_batch_size / own_usable))
         total += loss.detach()
-    num_usable, num_rows = counts()
-    return total, num_usable / num_rows
+    samples, class_pictures = usable_parts(counts())
+    return total, samples or class_pictures
+
+
+def count_rows(micro_batches: Sequence[Batch], *, is_class: bool) -> tuple[int, int]:
+    """How many of this process's samples, or class pictures, of a step can be used, and how many there are."""
+    own = [batch for batch in micro_batches if batch.plan.weight and batch.plan.is_class == is_class]
+    return sum(int(batch.weights.count_nonzero()) for batch in own), sum(len(batch.weights) for batch in own)
+
+
+def usable_parts(counts: list[int]) -> tuple[float, float]:
+    """Which part of a step's samples, and of its class pictures, can be used, from what `count_rows` gives of both."""
+    num_usable, num_samples, num_usable_class, num_class = counts
+    return num_usable / num_samples, num_usable_class / max(num_class, 1)
 
 
 def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, usable: float = 1.0) -> float:
@@ -243,7 +262,8 @@ def log(run: Run, meter: Meter, bar: tqdm) -> None:
     loss, bad_rows = sum_up(run, meter)
     figures = {**meter.close(loss, progress), "lr": float(run.state.schedule.get_last_lr()[0])}
     if run.model.utilisation:
-        figures |= run.model.utilisation.figures(figures["images_per_second"])
+        images_at_once = 2 if run.recipe.has_class_pictures else 1  # one beside each
+        figures |= run.model.utilisation.figures(images_at_once * figures["images_per_second"])
     if (found := effective_rate(run.state.optimizer)) is not None:
         figures["effective_lr"] = found
     if (quiet_loss := run.state.quiet_loss.close()) is not None:
@@ -435,8 +455,8 @@ def length_flag(recipe: Recipe) -> str:
 def remedy(recipe: Recipe, num_workers: int) -> str:
     """What to do about a loader of so many processes that is slower than the model."""
     remedies = []
-    if num_workers < (cores := share_of_cores()):
-        remedies.append(f"--dataloader_num_workers {cores}")
+    if num_workers < (possible := min(share_of_cores(), room_for_workers(recipe))):
+        remedies.append(f"--dataloader_num_workers {possible}")
     if recipe.cache_latents == "off" and not recipe.streaming:
         fixed = "" if recipe.cropping != "random" else " --center_crop"
         remedies.append(f"--cache_latents disk{fixed}")

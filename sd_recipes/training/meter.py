@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -40,6 +41,13 @@ class Meter:
         self.samples_from = progress.samples_seen
         self.waited = 0.0
         self.started = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done within this context does not count as training time."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
 
     def waits(self, items: Iterator[Item]) -> Iterator[Item]:
         """The items; measures how long the loop waits for them."""

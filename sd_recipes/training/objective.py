@@ -159,7 +159,7 @@ class DenoisingLoss:
 
         `input_noise` differs from `noise` under input perturbation (Ning et al. 2023, algorithm 1): the UNet sees the
         perturbed noise and has to predict the other. The loss is the mean over an image's latent, weighted by
-        `latent_weights`, (B, 1, h, w) with mean 1, where they are given. A `teacher` gives the target, (B, C, h, w),
+        `latent_weights`, (B, 1, h, w), where they are given. A `teacher` gives the target, (B, C, h, w),
         from noisy latents and timesteps.
         """
         noisy_latents = self.schedule.add_noise(latents, noise if input_noise is None else input_noise, timesteps)

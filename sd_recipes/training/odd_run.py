@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sd_recipes.data.workers import MOST, room_for_workers
 from sd_recipes.recipe import Recipe
+from sd_recipes.runtime.cores import share_of_cores
 from sd_recipes.training.build import Run, batch_in_words, num_epochs
 
 MANY_EPOCHS = 500
@@ -19,7 +21,14 @@ def odd_run(run: Run) -> list[str]:
     """What is probably a mistake in a run that was put together, each with the remedy; nothing if it is over."""
     if run.checkpoint and run.checkpoint[1].step >= run.num_steps:
         return []
-    return [*odd_rates(run), *odd_length(run), *odd_resolution(run), *odd_validation(run), *odd_precision(run)]
+    return [
+        *odd_rates(run),
+        *odd_length(run),
+        *odd_resolution(run),
+        *odd_validation(run),
+        *odd_precision(run),
+        *odd_workers(run.recipe, run.accelerator.device.type),
+    ]
 
 
 def odd_rates(run: Run) -> list[str]:
@@ -126,6 +135,17 @@ def odd_precision(run: Run) -> list[str]:
     return [
         f"This CPU has no bfloat16 instructions, and bf16 mixed precision makes a step {SLOWER_IN_BF16} times as long "
         "(measured, see docs/running.md): use --mixed_precision no."
+    ]
+
+
+def odd_workers(recipe: Recipe, device: str) -> list[str]:
+    """Fewer loader processes than a GPU would have, because of a container's small shared memory."""
+    wanted, room = min(MOST, share_of_cores()), room_for_workers(recipe)
+    if device != "cuda" or recipe.dataloader_num_workers is not None or room >= wanted:
+        return []
+    return [
+        f"Shared memory (/dev/shm) has room for what {room} loader processes read ahead, instead of {wanted}: start "
+        "the container with more, such as docker's --shm-size 2g, or lower --train_batch_size."
     ]
 
 

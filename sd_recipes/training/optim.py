@@ -12,9 +12,8 @@ from diffusers.optimization import get_scheduler
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import OptimConfig
-from sd_recipes.training.bf16_weights import Bf16Weights
+from sd_recipes.training.bf16_weights import with_bf16_weights
 from sd_recipes.training.optimizer_classes import optimizer_class
-from sd_recipes.training.schedule_free import begin_training
 from sd_recipes.training.state import TrainedPart
 
 logger = logging.getLogger(__name__)
@@ -42,12 +41,9 @@ def build_optimizer(
     if config.optimizer == "paged_adamw8bit" and parameters[0].device.type == "cpu":
         logger.warning("Only a GPU has pages: on this device --optimizer paged_adamw8bit is adamw8bit.")
     if any(each.dtype == torch.bfloat16 for each in parameters):
-        rounding = {"seed": seed, "step_number": staticmethod(step_number)}
-        kind = replace(kind, make=type(f"Bf16{kind.make.__name__}", (Bf16Weights, kind.make), rounding))
+        kind = replace(kind, make=with_bf16_weights(kind.make, seed=seed, step_number=step_number))
     # Also as the default of all groups: from it diffusers' polynomial schedule knows how far it may decay.
-    optimizer = kind(groups, parts[0].learning_rate)
-    begin_training(optimizer)
-    return optimizer
+    return kind(groups, parts[0].learning_rate)
 
 
 def build_schedule(

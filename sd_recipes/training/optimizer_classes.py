@@ -14,6 +14,9 @@ from sd_recipes.errors import RecipeError, nearest, one_line
 from sd_recipes.optimizers import PRODIGY, SCHEDULE_FREE, is_class
 from sd_recipes.recipe import OptimConfig
 from sd_recipes.training.optimizer_state import GIVEN, constructors
+from sd_recipes.training.schedule_free import begin_training
+
+FAILURES = (Exception, SystemExit)  # whatever code of others raises, but not where the user interrupts it
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,12 @@ class OptimizerClass:
     settings: Mapping[str, Any]
 
     def __call__(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        """The optimizer of groups of parameters. Raises RecipeError if its constructor refuses them."""
+        """The optimizer of groups of parameters, ready to train. Raises RecipeError if it refuses them."""
         make: Any = self.make
         try:
             optimizer: torch.optim.Optimizer = make(groups, lr=lr, **self.settings)
-        except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+            begin_training(optimizer)
+        except FAILURES as error:
             raise RecipeError(
                 f"{self.flag} refuses what it is given ({type(error).__name__}: {one_line(error, 200)}): change "
                 "--optimizer_kwargs, or use another optimizer"
@@ -98,7 +102,8 @@ def _imported(name: str) -> type[torch.optim.Optimizer]:
     place = f"--optimizer {name}"
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module raises
+        found = getattr(module, class_name, None)  # which may import, too
+    except FAILURES as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module_name}.".startswith(f"{missing}."):
             raise RecipeError(
@@ -109,7 +114,6 @@ def _imported(name: str) -> type[torch.optim.Optimizer]:
             "installation, or use another optimizer"
         ) from error
     there = {key: each for key, each in vars(module).items() if _is_optimizer(each)}
-    found = getattr(module, class_name, None)
     if not _is_optimizer(found):
         what = "is no class of an optimizer" if found is not None else "does not exist"
         raise RecipeError(

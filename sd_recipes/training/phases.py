@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import math
+import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ def phase(name: str) -> Iterator[None]:
 class Profiler:
     """Profiles `num_steps` steps of a process, from the fourth on that it makes; none if it is 0.
 
-    A context: what is profiled ends with it.
+    A context: what is profiled ends with it. Whatever goes wrong, training continues.
     """
 
     def __init__(self, folder: Path, num_steps: int, device: torch.device, tell: Callable[[str], object]) -> None:
@@ -54,13 +55,15 @@ class Profiler:
         self._profile: torch.profiler.profile | None = None
         self._first: int | None = None  # number of the process's first step
         self._begun: int | None = None  # and of the first that is profiled
+        self._began_at = 0.0  # by `time.perf_counter`
 
     def __enter__(self) -> Profiler:
         return self
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         if kind is not None:
-            self._stop()
+            with self._survived():
+                self._stop()
 
     def step(self, number: int) -> None:
         """Before the step of that number: begins and ends what is profiled."""
@@ -68,16 +71,28 @@ class Profiler:
         if self._begun is not None and number == self._begun + self.num_steps:
             self.close(number)
         elif self._begun is None and self.num_steps and number == self._first + WARM_UP:
-            self._begin(number)
+            with self._survived():
+                self._begin(number)
+
+    @contextmanager
+    def _survived(self) -> Iterator[None]:
+        """Errors are of the disk, of torch's profiler, and of what it writes."""
+        try:
+            yield
+        except Exception as error:
+            logger.warning(
+                "No profile in %s (%s: %s): training continues.", self.folder, type(error).__name__, one_line(error)
+            )
 
     def _begin(self, number: int) -> None:
         global _is_profiled
+        self._begun = number
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        self._profile, self._begun = torch.profiler.profile(activities=activities), number
-        self._profile.start()
-        _is_profiled = True
+        profile = torch.profiler.profile(activities=activities)
+        profile.start()
+        self._profile, self._began_at, _is_profiled = profile, time.perf_counter(), True
 
     def _stop(self) -> torch.profiler.profile | None:
         global _is_profiled
@@ -90,19 +105,17 @@ class Profiler:
         """After the step before `number`: write the trace and the table of what was profiled until here."""
         if self.num_steps and self._begun is None:
             logger.warning("--profile_steps profiled nothing: the run made no more than its first %d steps.", WARM_UP)
-        if (profile := self._stop()) is None:
-            return
-        assert self._begun is not None
-        path = self.folder / f"step-{number:06d}.json.gz"
-        try:
+        seconds = time.perf_counter() - self._began_at
+        with self._survived():
+            if (profile := self._stop()) is None:
+                return
+            assert self._begun is not None
+            path = self.folder / f"step-{number:06d}.json.gz"
             self.folder.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(path))
-            found = table(read_trace(path), number - self._begun)
+            found = table(read_trace(path), number - self._begun, seconds)
             path.with_name(f"step-{number:06d}.txt").write_text(found + "\n", encoding="utf-8")
-        except OSError as error:
-            logger.warning("The profile %s cannot be written (%s): training continues.", path, one_line(error))
-            return
-        self.tell(f"{found}\n  of steps {self._begun + 1} to {number}, whose trace is {path} (for Perfetto)")
+            self.tell(f"{found}\n  of steps {self._begun + 1} to {number}, whose trace is {path} (for Perfetto)")
 
 
 @dataclass
@@ -164,20 +177,24 @@ def phases_of(events: Sequence[dict[str, Any]]) -> Trace:
     return found
 
 
-def table(trace: Trace, num_steps: int) -> str:
-    """Milliseconds of a step by phase, on the host and on a device; and what the host waited for."""
-    names = [name for name in (*PHASES, "other") if name in trace.host or name in trace.device or trace.waits[name]]
+def table(trace: Trace, num_steps: int, seconds: float) -> str:
+    """Milliseconds of a step by phase, on the host and on a device; and what the host waited for.
+
+    All of the host's are the time that passed, `seconds` for all steps.
+    """
+    host = {**trace.host, "other": max(0.0, 1e6 * seconds - sum(trace.host.values()))}
     has_device = bool(trace.device)
     head = f"  {'phase':<12}{'host, ms':>10}" + (
         f"{'device, ms':>12}{'waits':>8}{'pageable copies':>17}" if has_device else ""
     )
     lines = [head + "   of a step"]
-    for name in [*names, "all"]:
+    shown = [name for name in (*PHASES, "other") if name in host or name in trace.device or trace.waits[name]]
+    for name in [*shown, "all"]:
 
         def of(values: Any, name: str = name) -> float:
             return float(sum(values.values()) if name == "all" else values.get(name, 0)) / num_steps
 
-        line = f"  {name:<12}{of(trace.host) / 1000:>10.2f}"
+        line = f"  {name:<12}{of(host) / 1000:>10.2f}"
         if has_device:
             line += f"{of(trace.device) / 1000:>12.2f}{of(trace.waits):>8.1f}{of(trace.pageable):>17.1f}"
         lines.append(line)

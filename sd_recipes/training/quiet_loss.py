@@ -35,6 +35,7 @@ class Noted(NamedTuple):
     positions: Tensor  # (B,) int64 of the samples in the run
     rows: Tensor  # (B,) int64
     values: Tensor  # (3, B) float32: timesteps, losses and weights, on the device
+    is_class: bool  # class pictures, which may be taught something else, count neither in the curve nor in the means
 
 
 class Row(NamedTuple):
@@ -96,7 +97,7 @@ class QuietLoss:
         """Note the losses, (B,), at timesteps, (B,), of a micro-batch, without waiting for the device."""
         values = torch.stack([timesteps.float(), losses.float(), batch.weights])
         positions, rows = torch.from_numpy(batch.plan.positions), torch.from_numpy(batch.plan.rows)
-        self._of_step.append(Noted(batch.names, positions, rows, values))
+        self._of_step.append(Noted(batch.names, positions, rows, values, batch.plan.is_class))
 
     def step(self, number: int) -> None:
         """The micro-batches noted since the last step were the step of this number."""
@@ -232,7 +233,7 @@ class QuietLoss:
 
 def _samples(steps: list[tuple[int, list[Noted]]]) -> Tensor:
     """(N, 5) float64 of the samples that count: step, position, timestep, loss, row. Waits for the device, once."""
-    noted = [(number, each) for number, of_step in steps for each in of_step]
+    noted = [(number, each) for number, of_step in steps for each in of_step if not each.is_class]
     if not noted:
         return torch.empty(0, 5, dtype=torch.float64)
     timesteps, losses, weights = torch.cat([each.values for _, each in noted], dim=1).cpu().double()

@@ -21,8 +21,8 @@ def set_rates(parts: Sequence[TrainedPart], groups: Sequence[ParamGroup], factor
     names = list(left)
     for group in groups:
         flag = f"--param_groups {group.pattern}"
-        found = [name for name in left if fnmatchcase(name, group.pattern)]
-        if not found and any(fnmatchcase(name, group.pattern) for name in names):
+        found = _matching(left, group)
+        if not found and _matching(names, group):
             raise RecipeError(f"{flag} matches only what patterns before it do: put it before them, or drop it")
         if not found:
             raise RecipeError(
@@ -38,6 +38,21 @@ def set_rates(parts: Sequence[TrainedPart], groups: Sequence[ParamGroup], factor
     for part in parts:
         if not part.parameters:
             raise RecipeError(f"--param_groups freezes all of {part.name}: leave something of it to train")
+
+
+def matches_in_words(parts: Iterable[TrainedPart], groups: Sequence[ParamGroup]) -> list[str]:
+    """What `set_rates` has found of each group, in a line."""
+    left = {f"{part.name}.{name}": (part, name) for part in parts for name in part.frozen | part.own_rates.keys()}
+    lines = []
+    for group in groups:
+        found = [left.pop(name) for name in _matching(left, group)]
+        number = sum(part.module.get_parameter(name).numel() for part, name in found)
+        lines.append(f"{group.pattern}={group.learning_rate:g} has {number:,} in {len(found)} tensors")
+    return lines
+
+
+def _matching(names: Iterable[str], group: ParamGroup) -> list[str]:
+    return [name for name in names if fnmatchcase(name, group.pattern)]
 
 
 def _parts(names: Iterable[str]) -> set[str]:

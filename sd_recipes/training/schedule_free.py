@@ -54,5 +54,8 @@ class EvaluationWeights(Average):
             for parameter, data in zip(self.parameters, trained, strict=True):
                 parameter.data = data
 
+    def held(self) -> dict[str, torch.Tensor]:
+        return {name: each.detach() for name, each in zip(self.names, self.parameters, strict=True)}
+
     def load(self, tensors: Mapping[str, torch.Tensor], num_updates: int) -> None:
         """There is nothing to be restored."""

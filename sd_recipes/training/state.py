@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from sd_recipes.runtime.fsdp import gather, shard_like
 from sd_recipes.training.ema import Average
 from sd_recipes.training.fused_backward import FusedBackward
-from sd_recipes.training.optimizer_state import flat, load_by_name, state_by_name, unflat
+from sd_recipes.training.optimizer_state import OF_GROUP, flat, load_by_name, state_by_name, unflat
 from sd_recipes.training.quiet_loss import QuietLoss
 from sd_recipes.training.timestep_errors import TimestepErrors
 
@@ -87,9 +87,10 @@ class TrainedPart:
 
     def __post_init__(self) -> None:
         self.prepared = self.module
+        needs_gradient = {name: each.requires_grad for name, each in self.module.named_parameters()}
+        self._trained = {name for name, is_trained in needs_gradient.items() if is_trained}
         # Of a LoRA, which lies in the layers of a frozen model.
-        frozen = {name for name, each in self.module.named_parameters() if not each.requires_grad}
-        self._of_others = set() if self.is_whole else frozen
+        self._of_others = set() if self.is_whole else needs_gradient.keys() - self._trained
 
     def freeze(self, names: Iterable[str]) -> None:
         """Train these of its parameters no more; they remain part of its state."""
@@ -97,11 +98,12 @@ class TrainedPart:
         for name in names:
             parameters[name].requires_grad_(False)
             self.frozen.add(name)
+        self._trained -= self.frozen
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The trained ones, by name."""
-        return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
+        return {name: each for name, each in self.module.named_parameters() if name in self._trained}
 
     @property
     def groups(self) -> list[RateGroup]:
@@ -244,14 +246,19 @@ class TrainState:
                     undo.enter_context(part.holding(tensors))
             yield
 
-    def state_dict(self) -> StateDict:
-        """The state; tensors are not copied, and may be sharded. The same files and names on all processes."""
+    def state_dict(self, *, only_layout: bool = False) -> StateDict:
+        """The state; tensors are not copied, and may be sharded. The same files and names on all processes.
+
+        For its `only_layout`, names, sizes and types, no average is made: the weights stand for it.
+        """
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         texts: dict[str, str] = {}
         for part in self.parts.values():
             folders = {part.name: part.tensors()}
             for suffix, average in part.averages.items():
-                folders[part.name + suffix] = folders[part.name] | average.named_tensors()
+                folders[part.name + suffix] = folders[part.name] | (
+                    average.held() if only_layout else average.named_tensors()
+                )
             for folder, named in folders.items():
                 tensors[f"{folder}/{part.weights_file}"] = named
                 texts[f"{folder}/{CONFIG}"] = part.config
@@ -275,7 +282,7 @@ class TrainState:
 
     def check_state_dict(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], values: Mapping[str, Any]) -> None:
         """Raises ValueError if the state does not have these parts, parameters and shapes; changes nothing."""
-        for file, here in self.state_dict().tensors.items():
+        for file, here in self.state_dict(only_layout=True).tensors.items():
             saved = tensors[file]
             if file == OPTIMIZER:
                 continue  # it has none before the first step
@@ -291,6 +298,12 @@ class TrainState:
                 f"the optimizer's state has {len(of_optimizer)} parameters, of which the model, with "
                 f"{len(self.parameters)}, has {len(of_optimizer.keys() & self.parameters.keys())}"
             )
+        counts = any(OF_GROUP in each for each in of_optimizer.values())
+        if counts and (begun := sorted(self.parameters.keys() - of_optimizer.keys())):
+            raise ValueError(
+                f"{begun[0]} was frozen by --param_groups, and its optimizer counts the steps of whole groups, so that "
+                "nothing in them can begin later"
+            )
         if self.scaler and values["scaler"] and values["scaler"].keys() != self.scaler.state_dict().keys():
             raise ValueError("it has another loss scaler")
         for part in self.parts.values():
@@ -300,7 +313,11 @@ class TrainState:
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], values: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, with whole tensors. It fits, as `check_state_dict` has shown."""
         for part in self.parts.values():
-            part.load(tensors[f"{part.name}/{part.weights_file}"])
+            own = tensors[f"{part.name}/{part.weights_file}"]
+            if part.average:  # what is frozen from here on has none: it stays what was evaluated of it
+                averaged = tensors[f"{part.name}{AVERAGE}/{part.weights_file}"]
+                own = {**own, **{name: averaged[name] for name in part.frozen}}
+            part.load(own)
             for suffix, average in part.averages.items():
                 average.load(tensors[f"{part.name}{suffix}/{part.weights_file}"], values["averages"][part.name])
         load_by_name(self.optimizer, self.optimized, unflat({**tensors[OPTIMIZER], **values["optimizer"]}))

@@ -17,27 +17,41 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sd_recipes.model.conditioning import Conditioning, unet_arguments
 
-# Teraflop/s of dense products by precision, by a part of torch's name for the device; the first that fits. From
-# NVIDIA's data sheets (H100, H200, A100, L40S, L4, V100, T4; those with sparsity halved) and white papers (Ada GPU
-# architecture, appendix A; GA102, table 2), with float32 sums.
-PEAKS: dict[str, dict[str, float]] = {
-    "H100 PCIe": {"bf16": 756, "fp16": 756, "tf32": 378, "fp32": 51},
-    "H100 80GB HBM3": {"bf16": 989, "fp16": 989, "tf32": 494, "fp32": 67},
-    "H200": {"bf16": 989, "fp16": 989, "tf32": 494, "fp32": 67},
-    "A100": {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5},
-    "L40S": {"bf16": 362, "fp16": 362, "tf32": 183, "fp32": 91.6},
+Peaks = dict[str, float]  # teraflop/s of dense products by precision, with float32 sums
+
+# From NVIDIA's data sheets (H100, H200, A100, L40S, L4, V100, T4; those with sparsity halved) and white papers (Ada GPU
+# architecture, appendix A; GA102, table 2).
+HOPPER_SXM: Peaks = {"bf16": 989, "fp16": 989, "tf32": 494, "fp32": 67}
+HOPPER_NVL: Peaks = {"bf16": 835, "fp16": 835, "tf32": 417, "fp32": 60}
+A100: Peaks = {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5}
+V100_SXM: Peaks = {"fp16": 125, "fp32": 15.7}
+V100_PCIE: Peaks = {"fp16": 112, "fp32": 14}
+# By the whole name that torch gives a device: slices (MIG), boards of laptops and smaller cards have similar ones.
+PEAKS: dict[str, Peaks] = {
+    "NVIDIA H100 80GB HBM3": HOPPER_SXM,
+    "NVIDIA H100 NVL": HOPPER_NVL,
+    "NVIDIA H100 PCIe": {"bf16": 756, "fp16": 756, "tf32": 378, "fp32": 51},
+    "NVIDIA H200": HOPPER_SXM,
+    "NVIDIA H200 NVL": HOPPER_NVL,
+    "NVIDIA A100-SXM4-40GB": A100,
+    "NVIDIA A100-SXM4-80GB": A100,
+    "NVIDIA A100-PCIE-40GB": A100,
+    "NVIDIA A100 80GB PCIe": A100,
+    "NVIDIA L40S": {"bf16": 362, "fp16": 362, "tf32": 183, "fp32": 91.6},
     "NVIDIA L4": {"bf16": 121, "fp16": 121, "tf32": 60, "fp32": 30.3},
-    "RTX 4090": {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6},
-    "RTX 3090": {"bf16": 71, "fp16": 71, "tf32": 35.6, "fp32": 35.6},
-    "V100": {"fp16": 125, "fp32": 15.7},
-    "T4": {"fp16": 65, "fp32": 8.1},
+    "NVIDIA GeForce RTX 4090": {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6},
+    "NVIDIA GeForce RTX 3090": {"bf16": 71, "fp16": 71, "tf32": 35.6, "fp32": 35.6},
+    "Tesla V100-SXM2-16GB": V100_SXM,
+    "Tesla V100-SXM2-32GB": V100_SXM,
+    "Tesla V100-PCIE-16GB": V100_PCIE,
+    "Tesla V100-PCIE-32GB": V100_PCIE,
+    "Tesla T4": {"fp16": 65, "fp32": 8.1},
 }
 
 
 def peak_of(device_name: str, precision: str) -> float | None:
     """Teraflop/s of a device at best; None if nobody has written it down."""
-    found = next((peaks for part, peaks in PEAKS.items() if part in device_name), {})
-    return found.get(precision)
+    return PEAKS.get(device_name, {}).get(precision)
 
 
 def flops_of(unet: Any, latents: torch.Tensor, conditioning: Conditioning) -> int:
@@ -78,7 +92,7 @@ class Utilisation:
             self.flops = flops_of(self.unet, latents, conditioning)
 
     def figures(self, images_per_second: float) -> dict[str, float]:
-        """Of each device: teraflop/s, and their share of its peak where that is known."""
+        """Of each device: teraflop/s, and their share of its peak where that is known. Class pictures are images."""
         if not self.flops:
             return {}
         teraflops = images_per_second * self.flops / self.num_processes / 1e12

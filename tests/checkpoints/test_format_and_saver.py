@@ -663,7 +663,7 @@ def mapping_fails(*_: Any, **__: Any) -> None:
     ("place", "failure", "words"),
     [
         ("sd_recipes.training.state.shard_like", full, "not enough memory to load"),
-        ("sd_recipes.training.state.TrainState._load_optimizer", host_full, "not enough memory to load"),
+        ("sd_recipes.training.state.load_by_name", host_full, "not enough memory to load"),
         ("sd_recipes.checkpoints.resume.load_file", without_memory, "not enough memory to load"),
         ("sd_recipes.checkpoints.resume.load_file", disk_fails, "cannot be read"),
         ("sd_recipes.checkpoints.resume.load_file", mapping_fails, "cannot be read"),

@@ -8,19 +8,27 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_models import tiny_tokenizer
 from training_runs import build, losses, train
 
 from sd_recipes.data.captions import make_caption
+from sd_recipes.data.checks import check_held_out
 from sd_recipes.data.draws import draw
 from sd_recipes.data.first_words import example_captions
+from sd_recipes.data.held_out import FixedRows
 from sd_recipes.data.wildcards import fill_wildcards
 from sd_recipes.errors import RecipeError
-from sd_recipes.flags import load_recipe
+from sd_recipes.evaluation.sample_errors import HELD_OUT
+from sd_recipes.evaluation.watched_rows import HARDEST_ROWS, WatchedRows, write_hardest_rows
+from sd_recipes.flags import build_recipe, load_recipe
 from sd_recipes.inspection.caption_checks import CaptionSummary
-from sd_recipes.recipe import CaptionConfig, DataSettings
+from sd_recipes.recipe import CaptionConfig, DataSettings, Recipe, odd_settings
+from sd_recipes.runtime.trackers import VALIDATION
 
 TAGS = "cat, red ,blue,  one two"
 
@@ -166,6 +174,36 @@ def test_a_run_with_all_tools_resumes_to_the_bit_with_kept_text_states(
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
     resumed = train(settings, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=checkpoint, cache_text=True)
     assert losses(whole)[2:] == losses(resumed)
+
+
+def test_what_has_no_effect_is_refused_or_told() -> None:
+    """Epochs of several streams, which never end; kept text states of captions that do not come again."""
+    streams = [{"train_data_dir": name} for name in ("a", "b")]
+    settings = {"pretrained_model_name_or_path": "m", "data_sources": streams, "streaming": True, "max_train_steps": 1}
+    with pytest.raises(RecipeError, match="--caption_dropout_every_n_epochs counts epochs, and several streams have"):
+        build_recipe({**settings, "caption_dropout_every_n_epochs": 2})
+    build_recipe({**settings, "data_sources": streams[:1], "caption_dropout_every_n_epochs": 2})
+    for name, value in (("shuffle_tags", True), ("caption_tag_dropout_rate", 0.1), ("enable_wildcard", True)):
+        (words,) = odd_settings(build_recipe({**settings, "cache_text": True, name: value}))
+        assert f"and --{name} makes new ones in every epoch: drop --cache_text" in words
+        assert odd_settings(build_recipe({**settings, name: value})) == []
+
+
+def test_captions_that_are_looked_at_are_those_without_dropout_or_shuffling(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever a run's recipe leaves out of them: prompts to draw, the page of hard rows, the warning of long ones."""
+    text = ", ".join(f"tag {number}" for number in range(60))
+    rows = datasets.Dataset.from_list([{"text": text, "moments": 0}] * 2)
+    recipe = Recipe(
+        pretrained_model_name_or_path="m", train_data_dir="d", caption_column="text", caption_dropout=0.99,
+        caption_tag_dropout_rate=0.9, shuffle_tags=True,
+    )  # fmt: skip
+    assert WatchedRows({HELD_OUT: FixedRows(rows, np.arange(2))}, recipe).captions(2) == [text]
+    write_hardest_rows(rows, [1], recipe, tmp_path)
+    assert pq.read_table(tmp_path / VALIDATION / HARDEST_ROWS)["caption"].to_pylist() == [text]
+    check_held_out(rows, recipe, tiny_tokenizer(), seed=0)
+    assert "the captions of 2 of 2 rows" in caplog.text
 
 
 @pytest.mark.parametrize(("flags", "message"), [

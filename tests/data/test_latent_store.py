@@ -161,30 +161,34 @@ def test_a_reader_waits_until_the_epoch_before_is_written(tmp_path: Path) -> Non
     assert reader.find(record(0)["key"]) is not None
 
 
-@pytest.mark.parametrize(
-    ("is_within", "has_all_rows", "goes_on"), [(False, True, True), (True, True, False), (False, False, False)]
-)
-def test_after_an_epoch_of_all_rows_readers_go_on_and_see_no_later_ones(
-    tmp_path: Path, is_within: bool, has_all_rows: bool, goes_on: bool
-) -> None:
+@pytest.mark.parametrize("is_full", [True, False])
+def test_once_all_rows_are_there_readers_go_on_and_see_no_later_ones(tmp_path: Path, is_full: bool) -> None:
     writer = LatentStore(tmp_path, MADE, rank=0)
-    writer.start_at(0, is_within=is_within)
+    writer.start_at(0, is_within=False)
     reader = copy.copy(writer)
     moments = torch.zeros(1, 8, 4, 4)
     writer.put([record(0)], moments, moments)
     writer.keep()
-    writer.end_epoch(0, has_all_rows=has_all_rows)
+    writer.end_epoch(0, is_full=is_full)
     reader.begin_epoch(1)
     assert reader.find(record(0)["key"]) is not None
     writer.put([record(1)], moments, moments)  # such as of a picture that has changed meanwhile
     writer.flush()
     waiting = threading.Thread(target=reader.begin_epoch, args=(2,), daemon=True)
     waiting.start()
-    waiting.join(5 if goes_on else 0.1)
-    assert waiting.is_alive() is not goes_on
+    waiting.join(5 if is_full else 0.1)
+    assert waiting.is_alive() is not is_full
     assert reader.find(record(1)["key"]) is None
     writer.publish_epoch(2)
     waiting.join(5)
+
+
+def test_an_epoch_that_the_run_began_within_is_not_whole(tmp_path: Path) -> None:
+    writer = LatentStore(tmp_path, MADE, rank=0)
+    for is_within, whole in ((False, [3]), (True, [])):
+        writer.start_at(3, is_within=is_within)
+        assert list(writer.whole_epochs(3)) == whole
+        assert list(writer.whole_epochs(4)) == [*whole, 4]
 
 
 def test_a_row_that_only_stands_in_is_kept_by_the_process_that_trains_on_it(settings: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -17,10 +19,11 @@ from tiny_models import build_image_folder, training_scheduler
 from training_runs import assert_equal, build, train, weights
 
 from sd_recipes.data.bad_rows import BadRow
+from sd_recipes.data.captions import DEFECT
 from sd_recipes.data.columns import MASK
 from sd_recipes.data.images import fit_image
-from sd_recipes.data.masks import fit_mask, mask_of, weights_of_masks
-from sd_recipes.data.rows import load_rows
+from sd_recipes.data.masks import COUNTED, fit_mask, mask_of, masks_in_words, own_mask, weights_of_masks
+from sd_recipes.data.rows import load_rows, load_streams
 from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.figures import LOSS
 from sd_recipes.recipe import DataSettings, ObjectiveConfig
@@ -98,6 +101,40 @@ def test_a_column_names_the_masks(masked_folder: Path, tmp_path: Path) -> None:
     assert mask.tobytes() == half(white="right").tobytes()
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "bytes", "images"])
+def test_an_empty_value_is_no_mask(masked_folder: Path, tmp_path: Path, kind: str) -> None:
+    """Of any kind of data; the file beside the picture is one then."""
+    empty = {"bytes": b"", "images": {"bytes": None, "path": ""}}.get(kind, "")
+    images = [str(masked_folder / f"{n}.png") for n in (6, 7)]
+    columns = {"image": images, "text": ["a", "b"], "mask": [empty, empty]}
+    path = tmp_path / f"rows.{kind if kind in ('csv', 'jsonl') else 'parquet'}"
+    if kind == "csv":
+        path.write_text("image,text,mask\n" + "".join(f"{image},a,\n" for image in images))
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps({"image": image, "text": "a", "mask": " "}) + "\n" for image in images))
+    else:
+        pq.write_table(pa.table(columns), path)
+    config = DataSettings(dataset_name=str(path), **MASKED)
+    rows = load_rows(config)
+    assert rows["image"][1]["path"] == images[1]
+    assert own_mask(rows[1]) is None
+    assert mask_of(rows[1], (32, 40), config) is None
+    assert mask_of(rows[0], (32, 40), config) is not None
+    assert masks_in_words(rows, config) == "masks: 1 of 2 rows have one; the others count as a whole"
+    streamed = next(iter(load_streams(DataSettings(dataset_name=str(path), **MASKED, streaming=True))[0].rows))
+    assert own_mask(streamed) == rows[0][MASK]
+    assert DEFECT not in rows.column_names or rows[DEFECT] == [None, None]
+
+
+def test_names_of_masks_are_of_any_case(masked_folder: Path) -> None:
+    """And none of several masks of a picture is a picture."""
+    (masked_folder / "0-mask.png").rename(masked_folder / "0-Mask.PNG")
+    half().save(masked_folder / "1-MASKLABEL.png")
+    rows = load_rows(config_of(masked_folder, caption_from="file"))
+    assert [Path(image["path"]).name for image in rows["image"]] == [f"{number}.png" for number in range(8)]
+    assert Path(rows[MASK][0]["path"]).name == "0-Mask.PNG"
+
+
 def test_a_tar_has_masks_as_parts(tmp_path: Path) -> None:
     def png(image: Image.Image) -> bytes:
         buffer = io.BytesIO()
@@ -140,6 +177,28 @@ def test_weights_are_one_on_average() -> None:
     np.testing.assert_allclose(softer[0], np.array([[1, 0.5], [1, 0.6]]) / 0.775, rtol=1e-6)
     (white,) = weights_of_masks([np.full((2, 2), 255, np.uint8)], (4, 2, 2), config_of(Path("x"), unmasked_weight=0.3))
     assert (white == 1).all()  # to the bit as without a mask
+
+
+def test_a_sliver_weighs_little() -> None:
+    """Where less than a hundredth of a latent shows what is learned, its errors weigh as if a hundredth did."""
+    mask = np.zeros((2, 64, 64), dtype=np.uint8)
+    mask[0, 0, 0] = 255
+    mask[1, :4, :32] = 255  # a thirty-second
+    sliver, small = weights_of_masks(list(mask), (4, 64, 64), config_of(Path("x")))
+    assert sliver.max() == pytest.approx(100)
+    assert sliver.mean() == pytest.approx(100 / 64**2)
+    assert (small.max(), small.mean()) == (32, 1)
+
+
+def test_an_all_black_mask_counts_as_a_whole_with_an_unmasked_weight(masked: dict[str, Any]) -> None:
+    """m' = w everywhere: so does a crop beside the white."""
+    for number in range(7):
+        Image.new("L", (40, 32)).save(Path(masked["train_data_dir"]) / f"{number}-mask.png")
+    for crop in ({}, {"center_crop": True}):
+        batch = first_batch(build(masked, unmasked_weight=0.1, train_batch_size=8, **crop))
+        assert batch.bad == ()
+        assert batch.weights.tolist() == [1] * 8
+        assert (batch.latent_weights == 1).all()
 
 
 def test_what_a_mask_hides_leaves_no_trace(tiny_pipeline: Path) -> None:
@@ -218,7 +277,7 @@ def test_the_caches_identity_includes_the_mask(masked: dict[str, Any], tmp_path:
         build(as_data, output_dir=str(tmp_path / "sixth"), mask_from_alpha=True)
 
 
-def test_opacity_is_a_mask(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_opacity_is_a_mask(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The hidden part is laid over white as ever, and not learned; a picture's own mask wins."""
     folder = build_image_folder(tmp_path / "alpha")
     for number in range(6):
@@ -226,8 +285,11 @@ def test_opacity_is_a_mask(settings: dict[str, Any], tmp_path: Path) -> None:
         picture.putalpha(half())
         picture.save(folder / f"{number}.png")
     half(white="right").save(folder / "0-mask.png")
+    opaque = Image.open(folder / "6.png").convert("RGBA")
+    opaque.save(folder / "6.png")
     settings |= {"train_data_dir": str(folder), "mask_from_alpha": True, "center_crop": True, "train_batch_size": 8}
     run = build(settings)
+    assert "masks: 6 of 8 rows have one" in capsys.readouterr().out
     assert run.recipe.masked_loss
     batch = first_batch(run)
     left = {int(row): float(own[0, 0, 0]) for row, own in zip(batch.plan.rows, batch.latent_weights, strict=True)}
@@ -248,6 +310,19 @@ def test_how_many_have_one_is_said(masked: dict[str, Any], capsys: pytest.Captur
         build(masked)
 
 
+def test_masks_are_counted_among_the_first_rows(masked_folder: Path) -> None:
+    """By names and sizes alone: none is opened, and a file that is not there counts."""
+    config = config_of(masked_folder)
+    masks = [None, {"bytes": b"x", "path": None}, {"bytes": None, "path": "gone.png"}, {"bytes": None, "path": ""}]
+    features = datasets.Features({MASK: datasets.Image(decode=False)})
+    rows = datasets.Dataset.from_dict({MASK: masks * COUNTED}, features=features)
+    assert masks_in_words(rows, config) == "masks: 500 of the first 1,000 rows have one; the others count as a whole"
+    late = rows.select([0] * COUNTED + [1])
+    assert masks_in_words(late, config) == "masks: 0 of the first 1,000 rows have one; the others count as a whole"
+    with pytest.raises(RecipeError, match="none of the 2,000 rows has a mask"):
+        masks_in_words(rows.select([0, 3] * COUNTED), config)
+
+
 def test_bad_masks_are_bad_rows(masked: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """With a reason that names the file; a scaled mask of the picture's shape is none."""
     folder = Path(masked["train_data_dir"])
@@ -255,6 +330,7 @@ def test_bad_masks_are_bad_rows(masked: dict[str, Any], caplog: pytest.LogCaptur
     half((32, 40)).save(folder / "1-mask.png")
     (folder / "2-mask.png").write_bytes(b"not a picture")
     half((81, 65)).save(folder / "3-mask.png")
+    Image.new("L", (1, 1), "white").save(folder / "5-mask.png")
     white_edge = np.zeros((32, 40), dtype=np.uint8)
     white_edge[:, :2] = 255  # which a crop of the middle does not show
     Image.fromarray(white_edge).save(folder / "4-mask.png")
@@ -266,11 +342,13 @@ def test_bad_masks_are_bad_rows(masked: dict[str, Any], caplog: pytest.LogCaptur
         "picture's 40 x 32",
         f"row 2 ({folder}/2.png)": f"its mask cannot be read: {folder}/2-mask.png: not a picture, but a text "
         "file; delete it, or take it out of the data",
+        f"row 5 ({folder}/5.png)": f"its mask {folder}/5-mask.png has 1 x 1 pixels, another shape than the "
+        "picture's 40 x 32",
         f"row 4 ({folder}/4.png)": "its crop shows nothing of what is white in its mask: choose another --crop, or "
         "crop the picture",
     }
-    assert batch.weights.count_nonzero() == 4
-    assert "3 of 8 rows cannot be used and will be skipped" in caplog.text  # the crop is not looked at there
+    assert batch.weights.count_nonzero() == 3
+    assert "4 of 8 rows cannot be used and will be skipped" in caplog.text  # the crop is not looked at there
 
 
 def test_a_random_crop_beside_the_white_part_counts_nothing(masked: dict[str, Any]) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from training_runs import assert_equal, train, weights
 
-from sd_recipes.data.workers import num_workers_of
+from sd_recipes.data.workers import MOST, num_workers_of
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime import cores
+from sd_recipes.training.loop import remedy
+from sd_recipes.training.odd_run import odd_workers
 
 
 @pytest.mark.parametrize(
@@ -31,14 +33,30 @@ def test_a_gpu_has_workers_and_a_cpu_a_thread_unless_a_number_is_given(
     assert num_workers_of(Recipe(**settings, dataloader_num_workers=given), device) == expected
 
 
-@pytest.mark.parametrize(("megabytes", "expected"), [(64, 2), (10, 0), (10_000, 8)])
-def test_shared_memory_has_room_for_what_workers_read_ahead(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, megabytes: int, expected: int
+@pytest.mark.parametrize(
+    ("megabytes", "processes", "expected"), [(64, 1, 2), (10, 1, 0), (10_000, 1, 8), (128, 2, 2), (64, 2, 1)]
+)
+def test_shared_memory_has_room_for_what_the_workers_of_all_processes_read_ahead(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, megabytes: int, processes: int, expected: int
 ) -> None:
-    monkeypatch.setattr(cores, "num_cores", lambda: 16)
+    """Where it has not, that is said, and more are not advised."""
+    monkeypatch.setattr(cores, "num_cores", lambda: 16 * processes)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=megabytes * 10**6))
     recipe = Recipe(**settings | {"resolution": 512, "train_batch_size": 8})
     assert num_workers_of(recipe, "cuda") == expected
+    if expected == MOST:
+        assert odd_workers(recipe, "cuda") == []
+        assert "--dataloader_num_workers 16" in remedy(recipe, expected)
+    else:
+        (words,) = odd_workers(recipe, "cuda")
+        assert f"has room for what {expected} loader processes read ahead, instead of 8" in words
+        assert "--dataloader_num_workers" not in remedy(recipe, expected)
+        assert (
+            odd_workers(recipe, "cpu")
+            == odd_workers(recipe.model_copy(update={"dataloader_num_workers": 0}), "cuda")
+            == []
+        )
 
 
 def test_a_run_goes_on_with_other_workers_to_the_bit_and_without_a_word(

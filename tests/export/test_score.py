@@ -23,6 +23,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.pictures import drawing_pipeline
 from sd_recipes.export.hub import write_model_card
 from sd_recipes.model.samplers import drawing_sampler
+from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.recipe import Recipe
 
 SCORE = {"prediction_type": "score", "max_train_steps": 2}
@@ -82,7 +83,7 @@ def test_what_is_exported_is_refused_by_diffusers_and_drawn_as_the_last_lines_sa
 def test_the_cards_code_draws_with_diffusers_alone(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = train(settings)
     recipe = Recipe(**settings, validation_prompts=["a disc"])
-    write_model_card(folder, str(folder), recipe, "StableDiffusionPipeline", "score")
+    write_model_card(folder, str(folder), recipe, StableDiffusion(), "score")
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(
@@ -98,7 +99,7 @@ def test_the_cards_code_draws_with_diffusers_alone(settings: dict[str, Any], mon
     found = Image.open(folder / "image.png")
     assert abs(np.asarray(found).astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
-    write_model_card(folder, str(folder), recipe, "StableDiffusionPipeline", "epsilon")
+    write_model_card(folder, str(folder), recipe, StableDiffusion(), "epsilon")
     assert "sigmas" not in (folder / "README.md").read_text()
 
 

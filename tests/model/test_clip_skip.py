@@ -30,7 +30,11 @@ from sd_recipes.data.captions import tokenize
 from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.pictures import draw_pictures, drawing_pipeline
 from sd_recipes.export.hub import write_model_card
-from sd_recipes.recipe import CaptionConfig, Recipe
+from sd_recipes.export.lora import origin_of
+from sd_recipes.model.families import family_of
+from sd_recipes.model.stable_diffusion import StableDiffusion
+from sd_recipes.model.stable_diffusion_xl import StableDiffusionXL
+from sd_recipes.recipe import CaptionConfig, ModelConfig, Recipe
 from sd_recipes.training.build import Run, describe
 
 PROMPTS = ["disc number 1", "a disc"]
@@ -163,9 +167,12 @@ def test_a_run_is_drawn_with_as_it_was_trained_and_anything_as_it_is_asked_for(
 def test_page_and_card_say_how_to_draw_and_the_card_s_lines_do(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "Draw with clip_skip=1 in diffusers, Clip skip 2 in A1111." in (trained / "report.html").read_text()
+    assert (
+        "Draw with clip_skip=1 in diffusers, Clip skip 2 in A1111 (which has none for SDXL)."
+        in (trained / "report.html").read_text()
+    )
     recipe = Recipe(pretrained_model_name_or_path="m", train_data_dir="d", clip_skip=1, validation_prompts=["a disc"])
-    write_model_card(tmp_path, str(trained), recipe, "StableDiffusionPipeline", "epsilon")
+    write_model_card(tmp_path, str(trained), recipe, StableDiffusion(), "epsilon")
     card = (tmp_path / "README.md").read_text()
     assert "Draw with clip_skip=1 in diffusers, Clip skip 2 in A1111." in card
     assert card.rstrip().endswith("--prompts 'a disc' --clip_skip 1")
@@ -182,12 +189,25 @@ def test_page_and_card_say_how_to_draw_and_the_card_s_lines_do(
     assert (tmp_path / "image.png").is_file()
 
 
-def test_what_is_exported_says_it_in_a1111_s_count(trained: Path, tmp_path: Path) -> None:
+def test_what_is_exported_says_it_in_a1111_s_count_and_who_draws_with_it_is_told(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for kind, output in (("single_file", "model.safetensors"), ("kohya_lora", "lora.safetensors")):
         words = [str(trained), "--to", kind, "--output", str(tmp_path / output), "--dtype", "fp32"]
         export(read_export_settings([*words, *(["--rank", "2"] if kind == "kohya_lora" else [])]))
         with safe_open(tmp_path / output, "pt") as file:
             assert file.metadata()["modelspec.encoder_layer"] == "2"
+    for clip_skip in (1, None):
+        assert "--clip_skip" not in caplog.text
+        family_of(ModelConfig(pretrained_model_name_or_path=str(tmp_path / "model.safetensors"), clip_skip=clip_skip))
+    assert "text states of layer 2 from the end (modelspec.encoder_layer): --clip_skip 1 uses these." in caplog.text
+
+
+def test_of_sdxl_words_and_files_count_from_the_penultimate_layer(tmp_path: Path) -> None:
+    recipe = Recipe(pretrained_model_name_or_path="m", train_data_dir="d", clip_skip=1)
+    assert origin_of(StableDiffusionXL(), recipe)["modelspec.encoder_layer"] == "3"
+    write_model_card(tmp_path, "a/b", recipe, StableDiffusionXL(), "epsilon")
+    assert "Draw with clip_skip=1 in diffusers, for which A1111 has no setting." in (tmp_path / "README.md").read_text()
 
 
 def test_a_run_is_evaluated_as_it_was_trained_and_another_model_as_the_first_run(
@@ -201,9 +221,7 @@ def test_a_run_is_evaluated_as_it_was_trained_and_another_model_as_the_first_run
 
 
 def test_more_than_there_are_layers_is_refused(settings: dict[str, Any]) -> None:
-    message = (
-        "--clip_skip 3 is more than the 2 layers of the model's text encoder that can be left out: use 1, which A1"
-    )
+    message = "--clip_skip 3 is more than the 2 layers of the model's text encoder that can be left out: use at most 2"
     with pytest.raises(RecipeError, match=message) as error:
         build(settings, clip_skip=3)
     assert "\n" not in str(error.value)
@@ -217,6 +235,7 @@ def test_of_sdxl_it_counts_from_the_penultimate_layer_as_stock_diffusers_does(
     run = build(
         settings, clip_skip=1, train_text_encoder=True, validation_prompts=PROMPTS, validation_inference_steps=3
     )
+    assert "without the last 2 layers of each text encoder: draw with clip_skip=1 in diffusers, for" in describe(run)
     model, recipe = run.model, run.recipe
     stock = StableDiffusionXLPipeline.from_pretrained(base)
     stock.set_progress_bar_config(disable=True)

@@ -177,6 +177,7 @@ def test_a_class_that_the_unet_has_not_is_named(settings: dict[str, Any], fsdp: 
         ({"optimizer": "adafactor"}, {}, "use adamw or sgd"),
         ({"offload_ema": True}, {}, "--offload_ema needs whole weights"),
         ({"compile": "blocks"}, {}, "--compile blocks needs whole weights"),
+        ({"compile_unet": True}, {}, "--compile_unet needs whole weights"),
         ({"channels_last": "always"}, {}, "--channels_last always needs whole weights"),
         ({}, {"FSDP_VERSION": "1"}, "write fsdp_version: 2"),
         ({}, {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),

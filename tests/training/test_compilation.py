@@ -107,6 +107,15 @@ def test_a_gradient_of_a_graph_is_copied_out_of_its_memory_before_micro_batches_
         assert parameter.grad.unique().tolist() == [expected]
 
 
+@pytest.mark.parametrize(("changes", "num_programs"), [({}, 4), ({"dream_training": True}, 8)])
+def test_as_many_programs_as_a_run_has_shapes_and_ways_to_call_the_unet(
+    settings: dict[str, Any], changes: dict[str, Any], num_programs: int
+) -> None:
+    torch.compiler.config.recompile_limit = 1
+    build(settings, compile="unet", **changes)
+    assert torch.compiler.config.recompile_limit == num_programs
+
+
 def test_compile_unet_is_another_name(settings: dict[str, Any]) -> None:
     assert Recipe(**settings, compile_unet=True).compile == "unet"
     flags = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from launching import finish, flags_of, start, torchrun
 from safetensors.torch import load_file
 from test_format_and_saver import train_scaled
@@ -22,7 +24,7 @@ from training_runs import assert_equal, average, build, fit_from, losses, train,
 from sd_recipes.checkpoints.format import list_checkpoints
 from sd_recipes.runtime.trackers import read_incidents, read_metrics
 from sd_recipes.training.build import UNET_WEIGHTS, Run
-from sd_recipes.training.finite import TrainingDiverged
+from sd_recipes.training.finite import TrainingDiverged, are_finite
 from sd_recipes.training.loop import backward, update
 
 
@@ -251,3 +253,12 @@ def test_a_full_disk_costs_the_incident_and_not_the_run(
     assert run.state.progress.global_step == 4
     assert caplog.text.count(f"{tmp_path / 'run' / 'incidents.jsonl'} cannot be written") == 1
     assert caplog.text.count("is skipped: the gradient's norm is nan") == 2
+
+
+def test_a_part_without_numbers_is_finite() -> None:
+    """As a process has where there are fewer rows than processes."""
+    accelerator = Accelerator(cpu=True)
+    assert are_finite(accelerator, [torch.zeros(0, 4), torch.ones(3)])
+    assert are_finite(accelerator, [torch.zeros(0, 4)])
+    assert not are_finite(accelerator, [torch.zeros(0, 4), torch.tensor([1.0, math.nan])])
+    assert not are_finite(accelerator, [torch.ones(3), torch.tensor([math.inf], dtype=torch.bfloat16)])

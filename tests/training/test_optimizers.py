@@ -22,7 +22,8 @@ from sd_recipes.flags import load_recipe, recipe_text
 from sd_recipes.memory.plan import Untraceable, plan_memory
 from sd_recipes.memory.remedies import BF16_WEIGHTS, EIGHT_BIT, FUSED_BACKWARD
 from sd_recipes.memory.step import OPTIMIZER
-from sd_recipes.recipe import Recipe, odd_settings
+from sd_recipes.optimizers import read_kwargs
+from sd_recipes.recipe import Recipe
 from sd_recipes.training.build import UNET_WEIGHTS, Run
 from sd_recipes.training.optimizer_check import check_optimizer
 from sd_recipes.training.optimizer_state import running_values
@@ -35,6 +36,11 @@ BY_CLASS = ["torch.optim.NAdam", "torch.optim.Muon", "bitsandbytes.optim.AdEMAMi
 
 def recipe_of(**settings: Any) -> Recipe:
     return Recipe(pretrained_model_name_or_path="x", train_data_dir="y", **settings)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion", "sgd", "adafactor", "torch.optim.RAdam"])
+def test_those_that_step_bf16_weights_are_let_through(optimizer: str) -> None:
+    check_optimizer(recipe_of(optimizer=optimizer, weights_dtype="bf16", mixed_precision="bf16"), CPU)
 
 
 @pytest.mark.parametrize("optimizer", [*NAMED, *BY_CLASS])
@@ -57,8 +63,18 @@ def test_those_that_go_on_to_the_bit_are_let_through(optimizer: str, capfd: pyte
         ({"optimizer": "torch.optim.SparseAdam"}, "SparseAdam does not support dense gradients"),
         ({"optimizer": "odd_optimizers.KeepsLists"}, "keeps history as list, and a checkpoint holds tensors and"),
         ({"optimizer": "odd_optimizers.CountsByItself"}, "keeps state that its state_dict does not hold"),
+        ({"optimizer": "odd_optimizers.KeepsListsOfKernels"}, "keeps history as list, and a checkpoint holds tensors"),
+        ({"optimizer": "odd_optimizers.CountsToFive"}, "keeps state that its state_dict does not hold"),
+        ({"optimizer": "odd_optimizers.KeepsItsMode"}, "evaluates other weights when it is asked again, for its eval"),
+        ({"optimizer": "odd_optimizers.Leaves"}, r"Leaves refuses what it is given \(SystemExit: 2\): change"),
+        ({"optimizer": "odd_optimizers.LacksAPackage"}, r"refuses what it is given \(ModuleNotFoundError: No module"),
         ({"optimizer": "odd_optimizers.HasNoRate"}, "takes no learning rate as lr"),
         ({"optimizer": "broken_module.Adam"}, r"broken_module cannot be imported \(ZeroDivisionError: "),
+        ({"optimizer": "leaving_module.Adam"}, r"leaving_module cannot be imported \(SystemExit: 3\): mend its"),
+        (
+            {"optimizer": "torch.optim.Adagrad", "weights_dtype": "bf16", "mixed_precision": "bf16"},
+            "--optimizer torch.optim.Adagrad with --weights_dtype bf16 cannot be stepped .*use another optimizer",
+        ),
         ({"optimizer_kwargs": {"amsgrads": True}}, r"amsgrads: --optimizer adamw takes no .* \(nearest: amsgrad\)"),
         ({"optimizer_kwargs": {"betas": 3}}, r"--optimizer adamw refuses what it is given \(TypeError"),
         ({"optimizer": SCHEDULE_FREE, "adam_beta1": 0.0}, "ZeroDivisionError"),
@@ -82,6 +98,7 @@ def test_what_cannot_go_on_is_refused_before_anything_is_loaded(
     settings: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken_module.py").write_text("1 / 0")
+    (tmp_path / "leaving_module.py").write_text("raise SystemExit(3)")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(RecipeError, match=words) as error:
         check_optimizer(recipe_of(**settings), CPU)
@@ -150,14 +167,32 @@ def test_settings_of_an_optimizer_are_the_same_by_flags_and_in_a_recipe(tmp_path
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("(0.9,0.99)", [0.9, 0.99]), ("0.9,0.99", [0.9, 0.99]), ("[0.9, 0.99]", [0.9, 0.99]), ("(0.9,)", [0.9]),
+     ("(0.9)", 0.9), ("(1e-30, 1e-3)", [1e-30, 1e-3]), ("'warm'", "warm"), ("", None)],
+)  # fmt: skip
+def test_values_of_settings_are_read_as_other_trainers_do(text: str, value: Any) -> None:
+    assert read_kwargs([f"name={text}"]) == {"name": value}
+
+
 def test_prodigys_rate_is_1_and_others_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     assert recipe_of(optimizer="prodigy").learning_rate == 1.0
-    assert odd_settings(recipe_of(optimizer="prodigy")) == []
-    (words,) = odd_settings(recipe_of(optimizer="prodigy", learning_rate=1e-4))
-    assert words.startswith("--learning_rate 0.0001 multiplies the rate that --optimizer prodigy finds by itself")
-    (words,) = odd_settings(recipe_of(optimizer=SCHEDULE_FREE, lr_scheduler="cosine"))
-    assert words.startswith("--lr_scheduler cosine lowers a rate")
-    assert odd_settings(recipe_of(optimizer=SCHEDULE_FREE, lr_scheduler="constant_with_warmup")) == []
+    for optimizer in ("prodigy", "prodigyopt.Prodigy"):
+        check_optimizer(recipe_of(optimizer=optimizer, learning_rate=1.0), CPU)
+        assert caplog.messages == []
+        check_optimizer(recipe_of(optimizer=optimizer, learning_rate=1e-4), CPU)
+        (words,) = caplog.messages
+        assert words.startswith(f"--learning_rate 0.0001 multiplies the rate that --optimizer {optimizer} finds by")
+        assert "change d_coef" in words
+        caplog.clear()
+    for optimizer in (SCHEDULE_FREE, "schedulefree.AdamWScheduleFree"):
+        check_optimizer(recipe_of(optimizer=optimizer, lr_scheduler="constant_with_warmup"), CPU)
+        assert caplog.messages == []
+        check_optimizer(recipe_of(optimizer=optimizer, lr_scheduler="cosine"), CPU)
+        (words,) = caplog.messages
+        assert words.startswith(f"--lr_scheduler cosine lowers a rate that --optimizer {optimizer} needs constant")
+        caplog.clear()
 
 
 # --------------------------------------------------------------------------------------------- whole runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from launching import finish, flags_of, start, torchrun
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import build_image_folder
 from training_runs import assert_equal, assert_leaves_as_it_came, build, fit_from, train, weights
 
 from sd_recipes.commands.cache import fill_cache
@@ -27,7 +29,8 @@ from sd_recipes.model.conditioning import unet_arguments
 from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
-from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.runtime.trackers import read_metrics
+from sd_recipes.training.build import UNET_WEIGHTS, Run
 from sd_recipes.training.loop import backward
 
 MODEL = {"prior_preservation": "model"}
@@ -106,6 +109,18 @@ def test_it_goes_on_where_it_stood() -> None:
     assert later == [each for each in samples_in(plans_of(0, 1, 4)) if each[0] >= CLASS_POSITIONS + 8]
 
 
+def test_when_all_of_them_have_come() -> None:
+    """Not as soon as there were as many samples: parts of two permutations may leave some out."""
+    class_rows = ClassRows(10, 4, 3, 0.5, ((32, 32),), None)
+    steps = itertools.islice(Order((10,), 1, 3).batches_from(0), 12)
+    rows = [int(class_rows.beside(step)[0].rows[0]) for step in steps]
+    for first in range(9):
+        for end in range(first, 13):
+            has_a_permutation = any(first <= begin and begin + 4 <= end for begin in (0, 4, 8))
+            assert class_rows.all_come_beside(range(first, end)) == has_a_permutation
+            assert set(rows[first:end]) == {10, 11, 12, 13} or not has_a_permutation
+
+
 # ------------------------------------------------------------------------------------------ training
 
 
@@ -130,6 +145,39 @@ def test_the_loss_is_that_of_both_with_the_weight(prior: dict[str, Any]) -> None
     assert run.model.components.tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True) == ["a disc"] * 2
 
 
+def gradient_of(run: Run, samples: list[bool], class_pictures: list[bool]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient of a run's first step in which these of its samples, and of its class pictures, are usable."""
+    step = next(iter(run.batches(0, 1)))
+    assert [len(batch.weights) for batch in step] == [2, 2]
+    for batch, usable in zip(step, (samples, class_pictures), strict=True):
+        batch.weights.mul_(torch.tensor(usable))
+    parts = [part for batch in step for part in batch.in_parts_of(1)]  # as accumulated ones are
+    loss, part = backward(parts, run.model, None, run.accelerator)
+    found = {name: each.grad / part for name, each in run.state.parameters.items() if each.grad is not None}
+    run.state.optimizer.zero_grad()
+    return loss.item() / part, found
+
+
+@pytest.mark.parametrize("usable", [0, 1])
+def test_bad_rows_of_one_kind_leave_the_other_as_it_is(prior: dict[str, Any], usable: int) -> None:
+    """The mean over the usable samples plus the weight times that over usable class pictures; of none it is 0."""
+    run = build(prior, prior_loss_weight=0.5)
+    none, one, other, both = [False] * 2, [True, False], [False, True], [True] * 2
+    alone = {kind: gradient_of(run, kind, none) for kind in map(tuple, (one, other, both))}
+    of_class = {kind: gradient_of(run, none, kind) for kind in map(tuple, (one, other, both))}
+    few = one if usable else none
+    for samples, class_pictures in ((both, few), (few, both), (one, one)):
+        loss, found = gradient_of(run, samples, class_pictures)
+        parts = [each[tuple(kind)] for each, kind in ((alone, samples), (of_class, class_pictures)) if any(kind)]
+        assert loss == pytest.approx(sum(part for part, _ in parts), rel=1e-5)
+        for name, value in found.items():
+            expected = torch.stack([gradient[name] for _, gradient in parts]).sum(0)
+            torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6)
+    for kinds in (alone, of_class):
+        losses = {kind: loss for kind, (loss, _) in kinds.items()}
+        assert losses[tuple(both)] == pytest.approx((losses[tuple(one)] + losses[tuple(other)]) / 2, rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {**MODEL, "lora_rank": 2}], ids=["pictures", "model"])
 def test_resuming_caching_and_splitting(prior: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -145,6 +193,36 @@ def test_resuming_caching_and_splitting(prior: dict[str, Any], tmp_path: Path, c
     assert_equal(weights(train(prior, **cached)), whole)
     split = weights(train(prior, micro_batch=1, output_dir=str(tmp_path / "split")))
     assert all(torch.allclose(split[name], whole[name], atol=1e-5) for name in whole)
+
+
+def test_more_class_pictures_than_an_epoch_shows_are_all_kept(
+    prior: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 rows and 24 class pictures, of which the third epoch shows the last: the VAE rests from there on."""
+    for number in range(5, 24):
+        pixels = np.full((32, 32, 3), 10 * number, dtype=np.uint8)
+        Image.fromarray(pixels).save(Path(prior["class_data_dir"]) / f"{number}.png")
+    run = build(prior, cache_latents="disk", center_crop=True, train_batch_size=4, max_train_steps=10)
+    encoded: list[int] = []
+    rested: list[int] = []
+    encode, rest = run.model.encoder.encode, run.model.encoder.rest
+    monkeypatch.setattr(run.model.encoder, "encode", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(
+        run.model.encoder, "rest", lambda: rested.append(run.state.progress.samples_seen // 8) or rest()
+    )
+    fit_from(run)
+    assert sum(encoded) == 8 + 24
+    assert rested == [3, 4, 5]
+
+
+def test_their_arithmetic_counts(prior: dict[str, Any]) -> None:
+    """A step of two pictures and two class pictures."""
+    run = train(prior, profile_steps=1)
+    figures = read_metrics(run.output_dir / "metrics.jsonl")[-1]
+    assert run.model.utilisation is not None
+    assert run.model.utilisation.flops
+    per_second = 2 * figures["images_per_second"] * run.model.utilisation.flops / 1e12
+    assert figures["teraflops"] == pytest.approx(per_second, rel=1e-6)
 
 
 @pytest.mark.parametrize("buckets", [{}, {"aspect_ratio_buckets": True, "bucket_step": 32}], ids=["square", "buckets"])
@@ -187,6 +265,29 @@ def test_class_pictures_are_not_part_of_an_epoch(prior: dict[str, Any]) -> None:
     assert len(run.data.held_out) == 2
 
 
+@pytest.mark.parametrize("of", ["split", "folder"])
+def test_no_class_picture_is_held_out(prior: dict[str, Any], tmp_path: Path, of: str) -> None:
+    """Of a split of the data, or of a folder of its own."""
+    held_out = build_image_folder(tmp_path / "data" / "test")
+    (tmp_path / "data" / "train").symlink_to(prior["train_data_dir"])
+    split = "test" if of == "split" else str(held_out)
+    run = build(prior, train_data_dir=str(tmp_path / "data"), follow_links=True, validation_split=split)
+    assert run.data.held_out is not None
+    assert run.data.watched is not None
+    assert len(run.data.held_out) == len(run.data.watched) == 8
+    for rows in (run.data.held_out, run.data.watched):
+        assert not any("class" in Path(image["path"]).parts for image in rows.rows["image"])
+
+
+def test_the_quiet_loss_is_of_the_samples(prior: dict[str, Any]) -> None:
+    """And so are the rows that were hardest to learn."""
+    run = train(prior, max_train_steps=4)
+    assert 7 < run.state.quiet_loss.running.running[1].sum() <= 8, "four steps of two, of which old ones count less"
+    row_losses = run.state.quiet_loss.row_losses
+    assert row_losses is not None
+    assert row_losses.counts[8:].sum() == 0
+
+
 # ------------------------------------------------------------------------------------------ the model as it was
 
 
@@ -223,6 +324,20 @@ def test_it_predicts_as_before_training(prior: dict[str, Any], changes: dict[str
     fit_from(run)
     assert torch.equal(before, predicted_by(base))
     assert not torch.allclose(before, predicted_by(trained), atol=1e-3)
+
+
+def test_what_is_frozen_of_a_lora_stays_so(prior: dict[str, Any]) -> None:
+    """Each prediction of the model as it was switches the LoRA off and on; frozen layers are still not trained."""
+    groups = [{"pattern": "*lora_A*", "learning_rate": 0}]
+    prior |= {"lora_rank": 2, "param_groups": groups, "checkpointing_steps": 1, **MODEL}
+    first = build(prior)
+    before = weights(first)
+    fit_from(first)
+    after = weights(train(prior, max_train_steps=2, resume_from_checkpoint="latest"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".lora_B." in name}
+    needs_gradient = {name for name, each in first.model.components.unet.named_parameters() if each.requires_grad}
+    assert needs_gradient == moved
 
 
 @pytest.mark.parametrize("pipeline", ["tiny_pipeline", "tiny_xl_pipeline"])
@@ -306,6 +421,7 @@ def test_a_dry_run_draws_nothing(prior: dict[str, Any], tmp_path: Path, capsys: 
         ({"train_from_scratch": True, **MODEL}, "--prior_preservation model needs what the model knows before it is"),
         ({"train_from_scratch": True, "num_class_images": 3}, "--num_class_images 3 needs what the model knows before"),
         ({"rescale_betas_zero_snr": True, **MODEL}, "--prior_preservation model asks the model as it was, which does"),
+        ({"compile": "graphs", "lora_rank": 2, **MODEL}, "are predictions of the same UNet: use --compile unet"),
         (
             {"class_data_dir": None, "class_prompt": None, "prior_loss_weight": 0.5},
             "--prior_loss_weight 0.5 is of class pictures, and there are none: add --class_data_dir, or drop it",
@@ -325,6 +441,11 @@ def test_a_dry_run_draws_nothing(prior: dict[str, Any], tmp_path: Path, capsys: 
 def test_mistakes(prior: dict[str, Any], changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         Recipe(**{**prior, **changes})
+
+
+def test_graphs_may_be_replayed_beside_a_teacher_that_has_a_unet_of_its_own(prior: dict[str, Any]) -> None:
+    assert Recipe(**prior, compile="graphs", **MODEL).compile == "graphs"
+    assert Recipe(**prior, compile="unet", lora_rank=2, **MODEL).compile == "unet"
 
 
 def test_mistakes_about_the_model_and_the_folder(prior: dict[str, Any], tmp_path: Path) -> None:
@@ -351,8 +472,11 @@ def test_two_processes_are_one_and_draw_once(
     """From the first class picture to a pipeline, or a LoRA, that stock diffusers loads and draws with."""
     prior |= {
         "class_data_dir": str(tmp_path / "drawn"), "num_class_images": 3, "validation_inference_steps": 2,
-        "optimizer": "sgd", "learning_rate": 0.01, "max_train_steps": 3, "train_batch_size": 1, **changes,
+        "optimizer": "sgd", "learning_rate": 0.01, "max_train_steps": 3, "train_batch_size": 1, "max_bad_rows": 8,
+        **changes,
     }  # fmt: skip
+    draw(prior)
+    (tmp_path / "drawn" / "class-00001.png").write_bytes(b"")  # a bad row, of which one process alone knows
     finish(start(torchrun(2), *flags_of(prior)))
     assert len(list((tmp_path / "drawn").iterdir())) == 3
     one = {"train_batch_size": 2, "output_dir": str(tmp_path / "one")}

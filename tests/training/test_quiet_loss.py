@@ -49,7 +49,7 @@ class Feed:
         batch: Any = SimpleNamespace(
             names=tuple(f"row {position}" for position in positions),
             weights=torch.ones(self.batch_size),
-            plan=SimpleNamespace(positions=positions, rows=positions),
+            plan=SimpleNamespace(positions=positions, rows=positions, is_class=False),
         )
         self.quiet.add(batch, timesteps, losses)
         self.num_steps += 1

@@ -15,7 +15,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.memory.plan import plan_memory
 from sd_recipes.memory.step import AVERAGE, GRADIENTS, OPTIMIZER
 from sd_recipes.recipe import Recipe
-from sd_recipes.training.build import UNET_WEIGHTS, Run
+from sd_recipes.training.build import UNET_WEIGHTS, Run, describe
 
 GROUPS = [
     {"pattern": "*.attn2.*", "learning_rate": 1e-5},
@@ -42,6 +42,12 @@ def test_the_first_pattern_that_matches_counts(settings: dict[str, Any]) -> None
             assert found[f"unet/{name}"] == pytest.approx(8e-4)
         elif "down_blocks." in name:
             assert f"unet/{name}" not in found
+    unet, lines = run.model.components.unet, describe(run).splitlines()
+    attention = [each for name, each in unet.named_parameters() if ".attn2." in name]
+    number = sum(each.numel() for each in attention)
+    place = lines.index(f"  parameters of groups *.attn2.*=1e-05 has {number:,} in {len(attention)} tensors")
+    assert lines[place + 1].startswith(f"{'':<23}unet.mid_block.*=0.0002 has ")
+    assert lines[place + 2].startswith(f"{'':<23}*.down_blocks.*=0 has ")
     assert list(found) == list(run.state.optimized), "saved and restored in this order"
 
 
@@ -88,7 +94,10 @@ def test_frozen_parameters_take_part_in_nothing_and_a_checkpoint_is_whole(
 def test_groups_that_changed_go_on_by_name(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     settings |= {"use_ema": True, "max_train_steps": 5, "checkpointing_steps": 3}
     begun = train(settings, param_groups=GROUPS)
-    saved = load_file(begun.output_dir / "checkpoint-3" / "unet" / UNET_WEIGHTS)
+    raw, averaged = (
+        load_file(begun.output_dir / "checkpoint-3" / name / UNET_WEIGHTS) for name in ("unet", "unet_ema")
+    )
+    saved = {name: averaged[name] if ".attn2." in name else each for name, each in raw.items()}
     thawed = train(settings, param_groups=[{"pattern": "*.attn2.*", "learning_rate": 0}],
                    resume_from_checkpoint="checkpoint-3")  # fmt: skip
     assert "--param_groups is " in caplog.text

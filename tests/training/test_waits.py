@@ -1,4 +1,8 @@
-"""Between logs the host waits for a device once a step, and copies to it from pinned memory: shown without a GPU."""
+"""Between logs the host waits for a device once a step, and copies to it from pinned memory: shown without a GPU.
+
+Seen are operators that have to know values, and copies to the device. Copies to the host wait too, and are not seen: on
+a CPU `.cpu()` and `.tolist()` copy nothing. Nor is what a loss scaler waits for, which a CPU does not have.
+"""
 
 from __future__ import annotations
 
