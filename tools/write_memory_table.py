@@ -14,7 +14,7 @@ from sd_recipes.sizes import bytes_of, size_in_words
 
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
 BEGIN, END = "<!-- table: written by `make memory-table` -->", "<!-- end of the table -->"
-MODELS = {"SD 1.5": (1, (256, 512, 768, 1024)), "SD 2.1": (2, (256, 512, 768, 1024)), "SDXL": ("XL", (512, 768, 1024))}
+MODELS = {"SD 1.5": (1, (256, 512, 768, 1024)), "SD 2.1": (2, (256, 512, 768, 1024)), "SDXL": ("XL", (1024,))}
 BUDGETS = ("8GB", "12GB", "16GB", "24GB", "48GB", "80GB")
 BATCH = 8
 # Settings as the table has them, where whole flags would not be read.

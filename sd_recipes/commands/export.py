@@ -262,7 +262,7 @@ def of_model(model: LoadedModel, config: Export) -> Lora:
         )
     else:
         base = load_base(Path(model.recipe.output_dir), config.model, {})
-    found = extract_lora(model.parts, base.parts, config.rank)
+    found = extract_lora(model.parts, base.parts, config.rank, kohya=config.to == "kohya_lora")
     say(f"explained       {found.explained:.1%} of the squared change of all weights")
     vaes = (each.components.vae.state_dict().values() for each in (model, base))
     if not all(map(torch.equal, *vaes)):

@@ -146,6 +146,7 @@ def write_model_card(
         tags=[
             "stable-diffusion",
             "stable-diffusion-diffusers",
+            *(["stable-diffusion-xl"] if "XL" in pipeline_class else []),
             "text-to-image",
             "diffusers",
             "diffusers-training",

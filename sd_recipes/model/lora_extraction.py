@@ -13,7 +13,8 @@ from sd_recipes.model.lora_files import Lora, LoraLayer
 
 OVERSAMPLING, ITERATIONS = 16, 4  # of the randomised SVD (Halko et al. 2011), with which it is exact to rounding
 CHANGED = (torch.nn.Linear, torch.nn.Conv2d)  # layers that a LoRA's file can change
-NOT_IN_FILES = ("text_projection.weight",)  # for which diffusers (0.42) has no name
+# A layer that diffusers (0.42) reads by its own keys only: with it, it refuses a file in kohya's.
+NOT_IN_KOHYA = ("text_projection.weight",)
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,12 @@ class Extracted:
 
 
 @torch.no_grad()
-def extract_lora(tuned: Mapping[str, torch.nn.Module], original: Mapping[str, torch.nn.Module], rank: int) -> Extracted:
+def extract_lora(
+    tuned: Mapping[str, torch.nn.Module], original: Mapping[str, torch.nn.Module], rank: int, *, kohya: bool
+) -> Extracted:
     """The LoRA of that rank between two models, by part. A layer that is smaller than the rank is changed exactly.
+
+    For a file in kohya's keys it leaves out what diffusers would not read there.
 
     Raises RecipeError if the models differ in shape or in nothing, or if no layer is as large as the rank.
     """
@@ -37,7 +42,7 @@ def extract_lora(tuned: Mapping[str, torch.nn.Module], original: Mapping[str, to
         for name, change in of_part.items()
         if isinstance(tuned[part].get_submodule(name.rpartition(".")[0]), CHANGED)
         and name.endswith(".weight")
-        and name not in NOT_IN_FILES
+        and not (kohya and name in NOT_IN_KOHYA)
     }
     if not layers:
         raise RecipeError("no layer differs between the two models: there is nothing to extract")

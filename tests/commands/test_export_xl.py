@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,13 @@ def test_a_lora_goes_through_both_kinds_of_keys_and_into_the_base(
 def test_a_lora_is_extracted_from_all_three_models(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """But for what files have no names for: embeddings, and the second text encoder's projection."""
+    """But for what files have no names for: embeddings."""
     tuned = build_tiny_xl_pipeline(tmp_path / "tuned")
     torch.manual_seed(3)
     for part in PARTS:
         weights = {name: value + 0.02 * torch.randn_like(value) for name, value in part_of(model, part).items()}
+        if part == "text_encoder_2":  # whose projection is smaller here than its layers; see the next test
+            weights["text_projection.weight"] = part_of(model, part)["text_projection.weight"]
         save_file(weights, tuned / part / WEIGHTS[part], {"format": "pt"})
     expected = load(model)
     with torch.no_grad():
@@ -142,6 +145,26 @@ def test_a_lora_is_extracted_from_all_three_models(
     assert "The VAE differs too" in caplog.text
     (explained, _) = re.findall(r"explained +([\d.]+)%", capsys.readouterr().out)
     assert 80 < float(explained) < 99
+
+
+def test_the_second_text_encoders_projection_is_extracted_for_diffusers(model: Path, tmp_path: Path) -> None:
+    tuned = Path(shutil.copytree(model, tmp_path / "tuned"))
+    weights = part_of(model, "text_encoder_2")
+    torch.manual_seed(3)
+    query = next(name for name in weights if name.endswith("layers.0.self_attn.q_proj.weight"))
+    for name in ("text_projection.weight", query):
+        rows, columns = weights[name].shape
+        weights[name] = weights[name] + 0.1 * torch.randn(rows, 4) @ torch.randn(4, columns)
+    save_file(weights, tuned / "text_encoder_2" / WEIGHTS["text_encoder_2"], {"format": "pt"})
+    names = {}
+    for kind in ("lora", "kohya_lora"):
+        file = tmp_path / f"{kind}.safetensors"
+        words = ("--rank", 4, "--tuned_from", model, "--to", kind, "--dtype", "fp32", "--output", file)
+        exported(tuned, *words)
+        names[kind] = [name for name in load_file(file) if "text_projection" in name]
+    assert names["lora"] == [f"text_encoder_2.text_projection.lora_{each}.weight" for each in "AB"]
+    assert names["kohya_lora"] == []
+    np.testing.assert_allclose(drawn_with(model, tmp_path / "lora.safetensors"), picture(load(tuned)), atol=1e-4)
 
 
 def test_a_run_of_a_lora_is_exported_as_one_or_merged(xl_settings: dict[str, Any], model: Path, tmp_path: Path) -> None:

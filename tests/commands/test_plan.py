@@ -111,8 +111,9 @@ def test_a_run_on_the_cpu_has_no_plan_unless_it_asks_for_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "budget"), [("sd15_8gb", 8), ("sd15_12gb", 12), ("sd15_24gb", 24), ("sd21_768_24gb", 24)]
-)
+    ("name", "budget"), [("sd15_8gb", 8), ("sd15_12gb", 12), ("sd15_24gb", 24), ("sd21_768_24gb", 24),
+                       ("sdxl_lora_24gb", 24)]
+)  # fmt: skip
 def test_the_shipped_recipes_fit_by_plan(name: str, budget: int) -> None:
     settings = read_settings(["--config", name])
     assert plan_memory(settings.recipe, "cuda").total < budget * 10**9

@@ -22,7 +22,7 @@ from training_runs import forget_accelerator
 
 from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
-from sd_recipes.export.hub import PushError, publish
+from sd_recipes.export.hub import PushError, publish, write_model_card
 from sd_recipes.flags import load_recipe
 from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.recipe import Recipe
@@ -199,6 +199,14 @@ def test_defect_8_a_checkpoint_that_does_not_fit_leaves_no_repository(
         with pytest.raises(RecipeError, match="--prediction_type is v_prediction and was epsilon"):
             run(load_recipe(pushing))
     assert [asked.path for asked in hub.requests if asked.method == "POST"] == []
+
+
+def test_the_card_of_an_sdxl_has_its_tag(tmp_path: Path) -> None:
+    recipe = Recipe(pretrained_model_name_or_path="someone/base", train_data_dir="pictures")
+    for pipeline_class, has_tag in (("StableDiffusionXLPipeline", True), ("StableDiffusionPipeline", False)):
+        write_model_card(tmp_path, "tester/discs", recipe, pipeline_class, "epsilon")
+        tags = metadata((tmp_path / "README.md").read_bytes())["tags"]
+        assert ("stable-diffusion-xl" in tags) == has_tag
 
 
 def test_a_card_that_the_hub_refuses_fails_the_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
