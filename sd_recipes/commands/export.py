@@ -118,7 +118,7 @@ def write_model(config: Export, output: Path) -> None:
         title=config.title or output.stem,
         resolution=model.resolution,
         more={
-            **(origin_of(model.recipe) if model.recipe else {}),
+            **(origin_of(model.family, model.recipe) if model.recipe else {}),
             **({"modelspec.merged_from": ", ".join([shown(config.source), *merged])} if merged else {}),
             **encoder_layer(model.family, model.components.clip_skip),
         },
