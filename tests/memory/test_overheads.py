@@ -21,7 +21,7 @@ from sd_recipes.recipe import Recipe
         ({"lora_rank": 2}, set()),
         ({"mixed_precision": "no"}, set()),
     ],
-    ids=str,
+    ids=["bf16", "trained text", "LoRA", "float32"],
 )
 def test_frozen_models_are_kept_for_the_export(
     xl_settings: dict[str, Any], changes: dict[str, Any], kept: set[str]
