@@ -25,6 +25,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.export.hub import PushError, publish, write_model_card
 from sd_recipes.flags import load_recipe
 from sd_recipes.model.stable_diffusion import StableDiffusion
+from sd_recipes.model.stable_diffusion_xl import StableDiffusionXL
 from sd_recipes.recipe import Recipe
 
 TOKEN = "hf_secretsecretsecretsecretsecret"
@@ -203,8 +204,8 @@ def test_defect_8_a_checkpoint_that_does_not_fit_leaves_no_repository(
 
 def test_the_card_of_an_sdxl_has_its_tag(tmp_path: Path) -> None:
     recipe = Recipe(pretrained_model_name_or_path="someone/base", train_data_dir="pictures")
-    for pipeline_class, has_tag in (("StableDiffusionXLPipeline", True), ("StableDiffusionPipeline", False)):
-        write_model_card(tmp_path, "tester/discs", recipe, pipeline_class, "epsilon")
+    for family, has_tag in ((StableDiffusionXL(), True), (StableDiffusion(), False)):
+        write_model_card(tmp_path, "tester/discs", recipe, family, "epsilon")
         tags = metadata((tmp_path / "README.md").read_bytes())["tags"]
         assert ("stable-diffusion-xl" in tags) == has_tag
 

@@ -77,7 +77,7 @@ def test_the_advice_is_good_advice(settings: dict[str, Any]) -> None:
 
 # Those of embedded models; the others' models are on the Hub.
 @pytest.mark.parametrize("name", [
-    path.stem for path in SHIPPED_RECIPES.glob("*.yaml") if not path.stem.startswith(("sd15_", "sd21_"))
+    path.stem for path in sorted(SHIPPED_RECIPES.glob("*.yaml")) if not path.stem.startswith(("sd15_", "sd21_", "sdxl_"))
 ])  # fmt: skip
 def test_shipped_recipes_are_not_odd(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(["--config", name, "--output_dir", str(tmp_path / "run"), "--dry_run"])
