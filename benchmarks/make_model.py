@@ -25,7 +25,12 @@ SHAPES = {
 
 
 def build_model(shape: str, folder: Path) -> None:
-    """A pipeline folder of that shape with random weights and a tokenizer of single characters."""
+    """A pipeline folder of that shape: random weights and a tokenizer of single characters, or the embedded base."""
+    if shape == "emoji":
+        from sd_recipes.assets import resolve
+
+        shutil.copytree(resolve("sd-recipes/tiny-emoji"), folder, dirs_exist_ok=True)
+        return
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -95,7 +100,7 @@ def copy_emoji(folder: Path, split: str = "train") -> None:
 
     from sd_recipes.assets import resolve
 
-    shutil.copytree(resolve("sd-recipes/tiny-emoji"), folder / "model")
+    build_model("emoji", folder / "model")
     (folder / "pictures").mkdir()
     lines = []
     for path in sorted(Path(resolve("sd-recipes/emoji")).glob(f"data/{split}-*.parquet")):

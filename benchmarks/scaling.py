@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def run(work: Path, data: Path, steps: int) -> list[dict[str, Any]]:
         "cache_dir": work / "cache",
     }  # fmt: skip
     command = [sys.executable, SCRIPT, *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
-    subprocess.run(["rm", "-rf", output_dir], check=True)
+    shutil.rmtree(output_dir, ignore_errors=True)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"error: {SCRIPT} failed with {done.returncode}:\n{done.stderr[-3000:]}")

@@ -6,7 +6,7 @@ Both train the embedded base on the 254 flags with the same command line, and wr
 Afterwards this program, which knows neither script, measures the held-out loss of each checkpoint: the mean squared
 error of the prediction on the 16 flags that nobody trained on, at 64 fixed timesteps and noises each, in float32. The
 time of a checkpoint is that of its last file, from the command on: imports, loading and the writing of checkpoints are
-part of it, as for a user. --our_flags adds flags to ours alone: the third column is the fastest way that we know.
+part of it, as for a user. --our_flags adds flags to ours alone, for a third run of each seed.
 """
 
 from __future__ import annotations
