@@ -15,7 +15,7 @@ from sd_recipes.redaction import redacted
 from sd_recipes.runtime.allocator import set_up_allocator
 from sd_recipes.runtime.console import has_utf8, mistakes_in_one_line, print_anything, set_up_console, speak_utf8
 from sd_recipes.runtime.hub_access import check_hub_access
-from sd_recipes.runtime.imports import import_diffusers
+from sd_recipes.runtime.imports import heavy_imports, import_diffusers
 from sd_recipes.runtime.signals import stop_request
 
 logger = logging.getLogger(__name__)
@@ -113,14 +113,15 @@ def started(argv: list[str] | None, command: Command) -> Iterator[Recipe]:
             )
         with stop_request.listening():
             check_hub_access(recipe)
-            import_diffusers()
             yield recipe
 
 
 def train(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
     """Train with the flags in `argv` (default: sys.argv[1:]). A mistake ends in one line on stderr and status 2."""
     with started(argv, command) as recipe:
-        from sd_recipes.commands.train import run
+        with heavy_imports():
+            import_diffusers()
+            from sd_recipes.commands.train import run
 
         run(recipe)
 
@@ -128,7 +129,9 @@ def train(argv: list[str] | None = None, command: Command = SCRIPT) -> None:
 def cache(argv: list[str]) -> None:
     """Fill the latent cache with the flags in `argv`, which are those of `train`."""
     with started(argv, CACHE) as recipe:
-        from sd_recipes.commands.cache import fill_cache
+        with heavy_imports():
+            import_diffusers()
+            from sd_recipes.commands.cache import fill_cache
 
         fill_cache(recipe)
 
@@ -148,7 +151,8 @@ def plan(argv: list[str]) -> None:
 
         settings = read_settings(argv)
         check_hub_access(settings.recipe)
-        from sd_recipes.commands.plan import plan
+        with heavy_imports():
+            from sd_recipes.commands.plan import plan
 
         plan(settings)
 
@@ -162,7 +166,8 @@ def average(argv: list[str]) -> None:
         config = read_settings(argv)
         set_up_console()
         with stop_request.listening():
-            from sd_recipes.commands.average import average
+            with heavy_imports():
+                from sd_recipes.commands.average import average
 
             average(config)
 
@@ -176,7 +181,8 @@ def evaluate(argv: list[str]) -> None:
 
         config = read_settings(argv)
         with stop_request.listening():
-            from sd_recipes.commands.evaluate import evaluate
+            with heavy_imports():
+                from sd_recipes.commands.evaluate import evaluate
 
             evaluate(config)
 
@@ -188,7 +194,8 @@ def export(argv: list[str]) -> None:
         from sd_recipes.commands.export_settings import read_settings
 
         config = read_settings(argv)
-        from sd_recipes.commands.export import export
+        with heavy_imports():
+            from sd_recipes.commands.export import export
 
         export(config)
 
@@ -200,7 +207,8 @@ def sample(argv: list[str]) -> None:
         from sd_recipes.commands.sample_settings import read_settings
 
         config = read_settings(argv)
-        from sd_recipes.commands.sample import sample
+        with heavy_imports():
+            from sd_recipes.commands.sample import sample
 
         sample(config)
 

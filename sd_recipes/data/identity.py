@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,24 +35,37 @@ def data_fingerprint(config: DataSettings) -> str:
             if not found:
                 # Without the signature in an address, which differs every time.
                 digest.update(repr((redacted(place), source.dataset_revision)).encode())
-            for name, path in found:
-                digest.update(repr((name, path.stat().st_size)).encode())
-                if path.suffix.lower() in HASHED_SUFFIXES and path.stat().st_size <= MAX_HASHED_BYTES:
-                    digest.update(path.read_bytes())
+            for name, path, size in found:
+                digest.update(repr((name, size)).encode())
+                if os.path.splitext(path)[1].lower() in HASHED_SUFFIXES and size <= MAX_HASHED_BYTES:
+                    digest.update(Path(path).read_bytes())
     return digest.hexdigest()
 
 
-def _files(place: str) -> Iterator[tuple[str, Path]]:
-    """Name and path of the local files that `place` stands for, in a fixed order; none for an address elsewhere."""
+def _files(place: str) -> Iterator[tuple[str, str, int]]:
+    """Name, path and size of the local files that `place` stands for, in a fixed order; none for an address elsewhere.
+
+    Asks for each file once, and makes no `Path` of it: there can be a million.
+    """
     if "://" in place:
         return
-    for path in map(Path, local_files(place) or [place]):
-        if path.is_file():
-            yield path.name, path
+    for path in local_files(place) or [place]:
+        if (size := _size(path)) is not None:
+            yield os.path.basename(path), path, size
             continue
         for folder, folders, files in os.walk(path):
             folders.sort()
+            below = os.path.relpath(folder, path)
             for name in sorted(files):
-                file = Path(folder, name)
-                if file.is_file():
-                    yield str(file.relative_to(path)), file
+                file = os.path.join(folder, name)
+                if (size := _size(file)) is not None:
+                    yield name if below == os.curdir else os.path.join(below, name), file, size
+
+
+def _size(path: str) -> int | None:
+    """Bytes of a file; None if it is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
