@@ -12,7 +12,6 @@ same `datasets`, DataLoader and collation: what is compared is the path from fil
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
+from watched import run_watched
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -318,23 +318,9 @@ def small_rows(path: Path, number: int) -> Path:
 
 def inspect(flags: list[object]) -> tuple[float, int]:
     """Seconds of one inspection, and the most memory that its processes held together, without mapped files."""
-    import psutil
-
     command = [sys.executable, "-m", "sd_recipes.commands.cli", "inspect", "--resolution", "512", *map(str, flags)]
-    started, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=errors, stderr=errors) as process:
-        while process.poll() is None:
-            held = 0
-            with contextlib.suppress(psutil.NoSuchProcess):  # a worker may end while it is looked at
-                for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-                    held += each.memory_info().rss - each.memory_info().shared
-            peak = max(peak, held)
-            time.sleep(0.2)
-        seconds = time.perf_counter() - started
-        errors.seek(0)
-        if process.returncode not in (0, 1):
-            sys.exit(f"error: inspect failed with {process.returncode}:\n{errors.read().decode()[-3000:]}")
-    return seconds, peak
+    done = run_watched(command, good=(0, 1))
+    return done.seconds, done.peak
 
 
 def main() -> None:

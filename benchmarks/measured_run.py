@@ -19,15 +19,18 @@ import runpy
 import sys
 import types
 
-import datasets  # noqa: F401 - like diffusers and transformers below: these ask whether there is a torchvision
-import diffusers
-import numpy as np
-import torch
-from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
-
 
 def stand_in_for_torchvision() -> None:
+    """Call it before diffusers' script. What that imports comes first here: it asks whether there is a torchvision."""
+    import datasets  # noqa: F401
+    import diffusers
+    import numpy as np
+    import torch
+    from PIL import Image
+    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+    _ = diffusers.StableDiffusionPipeline, diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
+
     def compose(steps):
         def apply(image):
             for step in steps:
@@ -76,16 +79,18 @@ def stand_in_for_torchvision() -> None:
 
 
 def peak_memory() -> int:
+    import torch
+
     if torch.cuda.is_available() and torch.cuda.max_memory_reserved():
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
-    # Everything that asks whether torchvision is there must have asked before its stand-in is installed.
-    _ = diffusers.StableDiffusionPipeline, diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
     sys.argv = sys.argv[1:]
     if limit := os.environ.get("LIMIT_GB"):
+        import torch
+
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(float(limit) * 1e9 / total)
     with open(sys.argv[0]) as script:

@@ -4,8 +4,8 @@
     python benchmarks/scaling.py steps [--steps 10000]
 
 `rows` trains the smallest UNet, on pictures of 32 x 32 in parquet files of that many rows, in turn, and compares images
-per second from step 50 to the end. `steps` trains it for many steps and compares windows of them. Speed and memory are
-those that the run itself logs.
+per second from step 50 to the end. `steps` trains it for many steps and compares windows of them. Speed, and memory
+with mapped files, are those that the run itself logs; without them, memory is watched from outside.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -30,6 +29,7 @@ import pyarrow.parquet
 import torch
 from make_model import build_model
 from PIL import Image
+from watched import run_watched
 
 SCRIPT = Path(__file__).parent.parent / "train_text_to_image.py"
 FILE_ROWS = 50_000
@@ -54,22 +54,20 @@ def write_rows(folder: Path, number: int) -> None:
         pyarrow.parquet.write_table(table, folder / f"train-{start // FILE_ROWS:05d}.parquet", row_group_size=1000)
 
 
-def run(work: Path, data: Path, steps: int) -> list[dict[str, Any]]:
-    """The lines that a run logs."""
+def run(work: Path, data: Path, steps: int, batch: int) -> tuple[list[dict[str, Any]], int]:
+    """The lines that a run logs, and the most bytes of memory that it held, without mapped files."""
     output_dir = work / "run"
     flags = {
         "pretrained_model_name_or_path": work / "model", "train_data_dir": data, "resolution": 32, "seed": 0,
-        "train_batch_size": 4, "max_train_steps": steps, "logging_steps": LOGGED, "checkpointing_steps": 10**9,
+        "train_batch_size": batch, "max_train_steps": steps, "logging_steps": LOGGED, "checkpointing_steps": 10**9,
         "validation_pictures": 0, "report_to": "none", "device": "cpu", "output_dir": output_dir,
         "cache_dir": work / "cache",
     }  # fmt: skip
     command = [sys.executable, SCRIPT, *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
     shutil.rmtree(output_dir, ignore_errors=True)
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"error: {SCRIPT} failed with {done.returncode}:\n{done.stderr[-3000:]}")
+    peak = run_watched(command).peak
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "images_per_second" in line]
+    return [line for line in lines if "images_per_second" in line], peak
 
 
 def speed(lines: list[dict[str, Any]], first: int, last: int) -> float:
@@ -81,24 +79,28 @@ def rows(work: Path, args: argparse.Namespace) -> None:
     folders = {number: work / f"rows-{number}" for number in args.rows}
     for number, folder in folders.items():
         write_rows(folder, number)
-    print("| rows | images/s of each run | ms per image | over the first | memory of the process, GB |")
-    print("|---|---|---|---|---|")
-    runs: dict[int, list[list[dict[str, Any]]]] = {number: [] for number in args.rows}
+    print("| rows | images/s of each run | ms per image | over the first | memory, GB | with mapped files, GB |")
+    print("|---|---|---|---|---|---|")
+    runs: dict[int, list[tuple[list[dict[str, Any]], int]]] = {number: [] for number in args.rows}
     for _ in range(args.repeats):
         for number, folder in folders.items():
-            runs[number].append(run(work, folder, args.steps))
-    speeds = {number: [speed(lines, LOGGED, args.steps) for lines in found] for number, found in runs.items()}
+            runs[number].append(run(work, folder, args.steps, batch=4))
+    speeds = {number: [speed(lines, LOGGED, args.steps) for lines, _ in found] for number, found in runs.items()}
     for number in args.rows:
         ratio = statistics.median(a / b for a, b in zip(speeds[args.rows[0]], speeds[number], strict=True))
         each = ", ".join(f"{value:.1f}" for value in speeds[number])
-        memory = statistics.median(lines[-1]["memory_gb"] for lines in runs[number])
-        print(f"| {number:,} | {each} | {1000 / statistics.median(speeds[number]):.2f} | {ratio:.3f} | {memory:.3f} |")
+        memory = statistics.median(peak for _, peak in runs[number]) / 1e9
+        resident = statistics.median(lines[-1]["memory_gb"] for lines, _ in runs[number])
+        print(
+            f"| {number:,} | {each} | {1000 / statistics.median(speeds[number]):.2f} | {ratio:.3f} | {memory:.3f} "
+            f"| {resident:.3f} |"
+        )
 
 
 def steps(work: Path, args: argparse.Namespace) -> None:
     write_rows(work / "rows", args.rows[0])
-    lines = run(work, work / "rows", args.steps)
-    print("| steps | images/s | ms per image | over the first | memory of the process, GB |\n|---|---|---|---|---|")
+    lines, peak = run(work, work / "rows", args.steps, batch=1)  # where what is done once a step shows most
+    print("| steps | images/s | ms per image | over the first | with mapped files, GB |\n|---|---|---|---|---|")
     bounds = [LOGGED * round(each / LOGGED) for each in np.geomspace(LOGGED, args.steps, 6)]
     first = None
     for begin, end in itertools.pairwise(bounds):
@@ -106,6 +108,7 @@ def steps(work: Path, args: argparse.Namespace) -> None:
         first = first or found
         memory = next(line["memory_gb"] for line in lines if line["step"] >= end)
         print(f"| {begin:,} to {end:,} | {found:.1f} | {1000 / found:.2f} | {first / found:.3f} | {memory:.3f} |")
+    print(f"memory of the process at its end, without mapped files: {peak / 1e9:.3f} GB at most")
 
 
 def main() -> None:
