@@ -40,6 +40,7 @@ from sd_recipes.training.meter import MUCH_WAITING, Meter
 from sd_recipes.training.optimizer_state import effective_rate
 from sd_recipes.training.phases import Profiler, phase
 from sd_recipes.training.recovery import Recovery, Undone, out_of_memory, shortage_explained
+from sd_recipes.training.skipping import Reading, can_skip, skipped_unless
 from sd_recipes.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -221,9 +222,10 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
     weight decay alone must not move the weights: nothing is done, and the norm is NaN.
 
     A step that the loss scaler skipped, or that had no usable row, advances neither schedule nor averages. Where memory
-    runs out before something is changed, that is done once more; otherwise the error is raised. The host
-    waits here for the norm, which is the same on all processes; without a scaler nothing is done if it is not finite,
-    so that the weights stay finite. With --fused_backward_pass the backward pass has stepped already.
+    runs out before something is changed, that is done once more; otherwise the error is raised. Without a scaler
+    nothing is changed if the norm, which is the same on all processes, is not finite, so that the weights stay finite.
+    The host waits here for the norm; the device has the step to do meanwhile, if the optimizer's kernel can see to that
+    by itself. With --fused_backward_pass the backward pass has stepped already.
     """
     if usable == 0:
         state.optimizer.zero_grad()
@@ -238,14 +240,22 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
     is_unclipped = unchanged(lambda: [each.grad for each in parameters if each.grad is not None])
     clip = partial(accelerator.clip_grad_norm_, parameters, max_grad_norm or math.inf)
     norm = state.fused_backward.grad_norm() if state.fused_backward else again("clipping", clip, is_unclipped)
-    grad_norm = full_tensor(norm).item()
+    norm = full_tensor(norm)
+    reading = Reading(norm)
+    step = partial(again, "the optimizer", state.optimizer.step, is_undone)
+    has_stepped = state.fused_backward is not None
+    if not (has_stepped or accelerator.scaler or accelerator.is_fsdp2) and can_skip(state.optimizer):
+        with skipped_unless(norm.isfinite(), state.optimizer):
+            step()
+        has_stepped = True
+    grad_norm = reading.value()
     if accelerator.scaler is None and not math.isfinite(grad_norm):
         state.optimizer.zero_grad()
         if state.timestep_errors:
             state.timestep_errors.forget()
         return grad_norm
-    if not state.fused_backward:
-        again("the optimizer", state.optimizer.step, is_undone)
+    if not has_stepped:
+        step()
     state.optimizer.zero_grad()
     if state.timestep_errors:
         state.timestep_errors.step(accelerator.reduce)
