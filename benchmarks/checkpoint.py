@@ -43,6 +43,13 @@ def spread(seconds: list[float]) -> str:
     return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f}, {len(seconds)} runs)"
 
 
+def synchronize(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def measure_stall(work: Path, runs: int) -> None:
     """Time of `save`, for which the loop stands still, and of writing the same checkpoint without a thread."""
     from sd_recipes.checkpoints.format import write_checkpoint
@@ -71,8 +78,10 @@ def measure_stall(work: Path, runs: int) -> None:
     with saver:
         for number in range(runs + 1):
             progress.global_step = 10 + number
+            synchronize(accelerator.device)
             started = time.perf_counter()
             saver.save()
+            synchronize(accelerator.device)  # its copies to the host stand before the next step
             stalls.append(time.perf_counter() - started)
             saver.wait()
             # As it would be without a thread: nothing is copied first if the tensors are in host memory.

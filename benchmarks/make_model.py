@@ -124,7 +124,7 @@ def build(shape: str, folder: Path, resolution: int | None = None) -> None:
         return
     *_, usual_resolution, batch, _, _ = SHAPES[shape]
     build_model(shape, folder / "model")
-    build_pictures(folder / "pictures", max(64, 2 * batch), resolution or usual_resolution)
+    build_pictures(folder / "pictures", max(64, 16 * batch), resolution or usual_resolution)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What validations cost: seconds and peak memory of the first, which encodes the held-out rows, and of the next.
+"""What validations cost: seconds and peak memory of the first, which encodes the held-out rows, and of later ones.
 
     python benchmarks/validation.py --shape sd15 --work_dir /dev/shm/benchmark
 
-256 held-out and 256 training samples with the weights and their average, and four pictures of 20 steps.
+256 held-out and 256 training samples with the weights and their average, and four pictures of 20 steps: before a run of
+two steps, and after each of them, when the optimizer has its state. Before it there are neither average nor pictures.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from pathlib import Path
 import torch
 from make_model import SHAPES, build
 
-from sd_recipes.commands.train import resolve, restore
+from sd_recipes.checkpoints.best import BestWeights
+from sd_recipes.checkpoints.saver import BackgroundSaver
+from sd_recipes.commands.train import resolve, restore, train_to_end
+from sd_recipes.evaluation.figures import Best
 from sd_recipes.flags import load_recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.console import hide_library_bars
-from sd_recipes.runtime.memory import another_phase, peak_memory_gb
+from sd_recipes.runtime.memory import peak_memory_gb
 from sd_recipes.runtime.output_dir import check_output_dir
-from sd_recipes.training.build import build_run
+from sd_recipes.training import loop
+from sd_recipes.training.build import Run, build_run
 
 
 def main() -> None:
@@ -39,25 +44,32 @@ def main() -> None:
     hide_library_bars()
     recipe = load_recipe([
         *f"--pretrained_model_name_or_path {folder}/model --train_data_dir {folder}/pictures --resolution {resolution} "
-        f"--cache_dir {folder}/cache --train_batch_size 8 --max_train_steps 1 --seed 0 --report_to none --device "
-        f"{args.device} --output_dir {folder}/validated --validation_split 0.25 {args.flags}".split()
+        f"--cache_dir {folder}/cache --train_batch_size 8 --max_train_steps 2 --validation_steps 1 --seed 0 "
+        f"--report_to none --device {args.device} --output_dir {folder}/validated --validation_split 0.25 "
+        f"{args.flags}".split()
     ])  # fmt: skip
     check_output_dir(folder / "validated")
-    accelerator = start_accelerator(recipe)
+    BackgroundSaver.save = BackgroundSaver.allocate_buffers = lambda self: None  # a checkpoint is 14 GB
+    validate = loop.validate
+
+    def timed(run: Run, best_weights: BestWeights) -> Best | None:
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        best = validate(run, best_weights)
+        seconds = time.perf_counter() - began
+        peak = peak_memory_gb(accelerator.device) * 1e9 / 2**30
+        words = f"validation of step {run.state.progress.global_step}"
+        print(f"{words:<34} {seconds:8.1f} s       {peak:8.2f} GiB peak", file=table, flush=True)
+        return best
+
+    loop.validate = timed
+    accelerator, table = start_accelerator(recipe), sys.stdout
     with redirect_stdout(sys.stderr):  # what a run says is not of the table
         recipe, checkpoint = resolve(recipe, accelerator, None)
         run = build_run(recipe, accelerator, checkpoint)
         restore(run)
-    run.state.progress.global_step = 1  # before the first step no pictures are drawn
-    for words in ("first", "next", "next"):
-        if accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        with another_phase(accelerator.device):
-            run.validator(run.state, run.tracker)
-        seconds = time.perf_counter() - began
-        peak = peak_memory_gb(accelerator.device) * 1e9 / 2**30
-        print(f"{words + ' validation':<34} {seconds:8.1f} s       {peak:8.2f} GiB peak", flush=True)
+        train_to_end(run)
 
 
 if __name__ == "__main__":

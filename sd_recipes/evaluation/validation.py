@@ -89,6 +89,11 @@ class Validator:
     losses: dict[int, float] | None = None
     has_written_rows: bool = False
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a validation is more than a moment at which the run's page is written."""
+        return bool(self.samples or self.prompts)
+
     def is_due(self, progress: Progress, plan: MicroBatch) -> bool:
         """Every so many steps; or, as in diffusers' script, after the first epoch and then every so many."""
         if self.recipe.validation_steps:
@@ -130,7 +135,7 @@ class Validator:
         process leaves out what it has no memory for.
         """
         progress = state.progress
-        if not self.samples and not self.prompts:
+        if not self.has_work:
             progress.awaits_validation = False
             return None
         shares = all_gather(self._share(state))

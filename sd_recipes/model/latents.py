@@ -16,7 +16,8 @@ from diffusers import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
-MAX_PIXELS = 2**20  # that the VAE encodes at once: four images of 512²
+# That the VAE encodes at once: four images of 512², and on a CPU what its caches hold of activations.
+MAX_PIXELS, MAX_PIXELS_ON_CPU = 2**20, 2**15
 TRIAL_SIDE = 256  # pixels of the picture on which float16 is tried
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # bounds of diffusers' DiagonalGaussianDistribution
 
@@ -89,6 +90,15 @@ def decode_without_autocast(vae: AutoencoderKL) -> None:
     vae.decode = decode_in_own_type
 
 
+def images_at_once(pixels: int, device_type: str) -> int:
+    """How many images of so many pixels the VAE encodes at once.
+
+    On a GPU because of a large batch the activations would take more memory than the rest of a step; on a CPU fewer are
+    faster.
+    """
+    return max(1, (MAX_PIXELS_ON_CPU if device_type == "cpu" else MAX_PIXELS) // pixels)
+
+
 class LatentEncoder:
     """The VAE as a run uses it. It alone moves the VAE between devices: off the GPU while moments come from a store."""
 
@@ -97,12 +107,10 @@ class LatentEncoder:
         self.vae.to(device, dtype=dtype)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (U, 3, H, W) on the run's device to moments (U, 2C, H/f, W/f), float32.
-
-        In parts of MAX_PIXELS: of a large batch the activations would take more memory than the rest of a step.
-        """
-        self.vae.to(self.device)
-        parts = pixels.split(max(1, MAX_PIXELS // (pixels.shape[2] * pixels.shape[3])))
+        """uint8 (U, 3, H, W) on the run's device to moments (U, 2C, H/f, W/f), float32; so many `images_at_once`."""
+        if self.vae.device.type != self.device.type:  # looking costs less than moving what is there already
+            self.vae.to(self.device)
+        parts = pixels.split(images_at_once(pixels.shape[2] * pixels.shape[3], self.device.type))
         return torch.cat([encode_pixels(self.vae, to_pixel_values(part, self.dtype)) for part in parts])
 
     def sample(self, moments: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:

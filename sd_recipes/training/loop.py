@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import cache, partial
 from typing import NoReturn
 
@@ -143,8 +143,8 @@ def fit(run: Run, saver: BackgroundSaver, best_weights: BestWeights) -> None:
                 if is_full or not recipe.has_class_pictures:  # of which the next step may have new ones
                     run.model.encoder.rest()
             if is_validated:
-                best = validate(run, best_weights)
-                meter.restart(progress)
+                with meter.paused():
+                    best = validate(run, best_weights)
                 if not is_done and not progress.skipped_in_a_row and stops_early(run, best):
                     if not is_logged:
                         log(run, meter, bar)
@@ -373,7 +373,7 @@ def validate(run: Run, best_weights: BestWeights) -> Best | None:
 
     Every process has to call it.
     """
-    with another_phase(run.accelerator.device):
+    with another_phase(run.accelerator.device) if run.validator.has_work else nullcontext():
         best = run.validator(run.state, run.tracker)
     if best and best.step == run.state.progress.global_step and run.recipe.keep_best:
         best_weights.keep(best.loss)

@@ -121,7 +121,7 @@ def test_a_process_may_have_no_sample(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_captions_are_encoded_once_and_the_errors_are_those_of_encoding_them_anew(
+def test_captions_and_pictures_are_encoded_once_and_the_errors_are_those_of_encoding_them_anew(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
     run = build(settings, **HELD_OUT)
@@ -133,12 +133,17 @@ def test_captions_are_encoded_once_and_the_errors_are_those_of_encoding_them_ane
         return encode_text(self, components, input_ids)
 
     monkeypatch.setattr(type(run.model.family), "encode_text", counted)
+    pictures: list[int] = []
+    run.model.components.vae.encoder.register_forward_pre_hook(lambda _, inputs: pictures.append(len(inputs[0])))
     for samples in run.validator.samples.values():
         samples.num_workers = num_workers
     first = errors(run)
     assert num_encoded == 2 * 64, "of held-out and of training rows"
+    assert pictures
+    pictures.clear()
     assert errors(run).equals(first)
     assert num_encoded == 2 * 64
+    assert pictures == [], "nor does the VAE encode them again"
     for samples in run.validator.samples.values():
         samples.keeps_text, samples._kept = False, []
     assert errors(run).equals(first)

@@ -42,9 +42,9 @@ def test_a_large_batch_is_encoded_in_parts(encoder: LatentEncoder, monkeypatch: 
     sizes: list[int] = []
     encoder.vae.encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     whole = encoder.encode(PIXELS)
-    monkeypatch.setattr(latents, "MAX_PIXELS", 3 * 32 * 32 + 1)
+    monkeypatch.setattr(latents, "MAX_PIXELS_ON_CPU", 3 * 32 * 32 + 1)
     parts = encoder.encode(PIXELS)
-    monkeypatch.setattr(latents, "MAX_PIXELS", 1)
+    monkeypatch.setattr(latents, "MAX_PIXELS_ON_CPU", 1)
     one_by_one = encoder.encode(PIXELS)
     assert sizes == [7, 3, 3, 1] + [1] * 7
     torch.testing.assert_close(parts, whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,45 @@ def what_ended(process: subprocess.Popen) -> str:
     output, _ = process.communicate(timeout=240)
     assert process.returncode != 0, output
     return output
+
+
+@pytest.fixture(params=["gloo", pytest.param("nccl", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device"))])  # fmt: skip
+def device_of_one_process(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A group of one process, whose exchanges are made all the same."""
+    torch.distributed.init_process_group(request.param, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield "cuda" if request.param == "nccl" else "cpu"
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_summed_over_one_process_are_its_own(device_of_one_process: str, dtype: torch.dtype) -> None:
+    """In the first step, in later ones, and after one that failed; of parameters in channels last."""
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        layers = (torch.nn.Conv2d(3, 64, 3, padding=1), torch.nn.GroupNorm(8, 64), torch.nn.Conv2d(64, 3, 3, padding=1))
+        return torch.nn.Sequential(*layers).to(device_of_one_process, dtype).to(memory_format=torch.channels_last)
+
+    exchanged, plain = model(), model()
+    exchange = GradientExchange(list(exchanged.parameters()), is_needed=True)
+    images = torch.randn(4, 3, 16, 16, device=device_of_one_process, dtype=dtype)
+    for failed in (False, False, True, False):
+        exchange.begin()
+        for network in (exchanged, plain):
+            network.zero_grad()
+            for part, some in enumerate(images.split(2)):
+                exchange.is_last = part == 1 and network is exchanged
+                network(some).float().square().mean().backward()
+        exchange.finish(failed=failed)
+        if not exchange.is_set_up:
+            exchange.set_up()
+        if not failed:
+            torch.testing.assert_close(gradients_of(exchanged), gradients_of(plain))
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
 
 
 @pytest.mark.parametrize("shortages", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
