@@ -18,7 +18,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.recipe import ObjectiveConfig
 from sd_recipes.runtime.trackers import read_metrics
-from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 from sd_recipes.training.objective import DenoisingLoss
 from sd_recipes.training.timestep_errors import TimestepErrors
 from sd_recipes.training.uncertainty import LEARNING_RATE, Uncertainty

@@ -30,8 +30,9 @@ from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
 from sd_recipes.runtime.trackers import read_metrics
-from sd_recipes.training.build import UNET_WEIGHTS, Run
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 from sd_recipes.training.loop import backward
+from sd_recipes.training.run import Run
 
 MODEL = {"prior_preservation": "model"}
 
