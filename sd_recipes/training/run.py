@@ -70,9 +70,11 @@ class Model:
             teacher=teacher,
         )
         self.quiet_loss.add(batch, timesteps, losses.detach())
+        is_learned_from = not batch.plan.is_class  # class pictures are only weighted by what the others have taught
         if errors is None:
-            return self.objective.divided(losses, timesteps)
-        errors.add(timesteps, losses.detach(), batch.weights)
+            return self.objective.divided(losses, timesteps, is_learned_from=is_learned_from)
+        if is_learned_from:
+            errors.add(timesteps, losses.detach(), batch.weights)
         return errors.weights(timesteps) * losses
 
 
