@@ -33,7 +33,8 @@ from sd_recipes.model.components import load_scheduler
 from sd_recipes.model.families import family_of
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import DTYPES, forget_accelerator, start_accelerator
-from sd_recipes.training.build import build_model, choose_trained
+from sd_recipes.training.build_model import build_model
+from sd_recipes.training.build_parts import choose_trained
 from sd_recipes.training.loop import backward, update
 
 # Stable Diffusion 1.5's shape by the width of its UNet's first block, at a resolution, with two batches.

@@ -27,7 +27,8 @@ from sd_recipes.runtime.console import hide_library_bars
 from sd_recipes.runtime.memory import peak_memory_gb
 from sd_recipes.runtime.output_dir import check_output_dir
 from sd_recipes.training import loop
-from sd_recipes.training.build import Run, build_run
+from sd_recipes.training.build import build_run
+from sd_recipes.training.run import Run
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sd_recipes.training import build
-from sd_recipes.training.build import Run
+from sd_recipes.training.run import Run
 
 
 def poison(run: Run, steps: set[int]) -> None:

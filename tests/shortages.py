@@ -15,7 +15,7 @@ import torch
 from training_runs import build, fit_from
 
 from sd_recipes.runtime.console import mistakes_in_one_line, set_up_console
-from sd_recipes.training.build import Run
+from sd_recipes.training.run import Run
 
 BY_NUMBER = ("text", "encoding", "forward", "backward", "last backward")  # there, fewer images at once fit
 ONCE = ("clipping", "optimizer", "average")  # these take the same memory for any number of images

@@ -24,10 +24,11 @@ from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.trackers import read_metrics
 from sd_recipes.training import loop
 from sd_recipes.training.bf16_weights import rounded
-from sd_recipes.training.build import UNET_WEIGHTS, Run
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 from sd_recipes.training.ema import AveragedWeights, release_before_steps
 from sd_recipes.training.fused_backward import FusedBackward
 from sd_recipes.training.meter import Meter
+from sd_recipes.training.run import Run
 from sd_recipes.training.skipping import can_skip
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

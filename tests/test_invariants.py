@@ -15,7 +15,7 @@ from training_runs import assert_equal, average, build, fit_from, losses, train,
 
 from sd_recipes.model.latents import encode_pixels
 from sd_recipes.model.stable_diffusion import hidden_states
-from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 
 
 def test_accumulation_is_one_big_batch(settings: dict[str, Any], tmp_path: Path) -> None:

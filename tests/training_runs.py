@@ -15,8 +15,9 @@ from sd_recipes.commands.train import memory_given_back, resolve, restore, train
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
 from sd_recipes.runtime.output_dir import check_output_dir
-from sd_recipes.training.build import Run, build_run
+from sd_recipes.training.build import build_run
 from sd_recipes.training.ema import AveragedWeights
+from sd_recipes.training.run import Run
 
 
 def build(settings: dict[str, Any], **changes: Any) -> Run:

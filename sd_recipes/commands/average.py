@@ -33,8 +33,9 @@ from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.output_dir import check_is_folder_of, check_output_dir
-from sd_recipes.training.build import Run, build_run
+from sd_recipes.training.build import build_run
 from sd_recipes.training.profiles import Combination, Profile, combine, gamma_of
+from sd_recipes.training.run import Run
 from sd_recipes.training.state import SNAPSHOTS
 from sd_recipes.writing import replace_file
 

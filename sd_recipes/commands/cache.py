@@ -34,7 +34,7 @@ from sd_recipes.runtime.agreement import all_gather, wait_for_all
 from sd_recipes.runtime.console import hide_library_bars, say
 from sd_recipes.runtime.output_dir import check_output_dir
 from sd_recipes.runtime.signals import stop_request
-from sd_recipes.training.build import build_encoder
+from sd_recipes.training.build_model import build_encoder
 
 logger = logging.getLogger(__name__)
 

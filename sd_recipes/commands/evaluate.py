@@ -52,7 +52,8 @@ from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.output_dir import NO_ROOM, check_is_folder_of
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import EVALUATION, EVALUATION_RESULTS
-from sd_recipes.training.build import Run, build_run
+from sd_recipes.training.build import build_run
+from sd_recipes.training.run import Run
 from sd_recipes.training.state import AVERAGE
 from sd_recipes.writing import replace_file
 

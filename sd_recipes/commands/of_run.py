@@ -36,7 +36,8 @@ from sd_recipes.model.lora_files import (
 from sd_recipes.model.sources import MODEL
 from sd_recipes.model.weight_files import UnreadableWeights, Weights, open_weights
 from sd_recipes.recipe import DIFFUSERS_LENGTH, ModelConfig, Recipe
-from sd_recipes.training.build import LORA, convert
+from sd_recipes.training.build_model import convert
+from sd_recipes.training.build_parts import LORA
 from sd_recipes.training.state import AVERAGE, CONFIG, SNAPSHOTS
 
 # What is left out of a run that is not trained, only evaluated.

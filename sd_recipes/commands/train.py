@@ -56,10 +56,13 @@ from sd_recipes.runtime.signals import Stopped, stop_request
 from sd_recipes.runtime.starts import record_start
 from sd_recipes.runtime.trackers import list_samples, read_metrics
 from sd_recipes.runtime.trackers import step_of as step_of_sample
-from sd_recipes.training.build import Checkpoint, Run, build_run, describe, steps_of_run
+from sd_recipes.training.build import build_run
+from sd_recipes.training.description import describe
 from sd_recipes.training.finite import are_finite, has_finite_weights
 from sd_recipes.training.loop import fit, length_flag
 from sd_recipes.training.odd_run import odd_run
+from sd_recipes.training.run import Checkpoint, Run
+from sd_recipes.training.run_length import steps_of_run
 
 logger = logging.getLogger(__name__)
 

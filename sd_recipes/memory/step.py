@@ -33,7 +33,8 @@ from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.host_memory import nbytes_of, packed
 from sd_recipes.training.bf16_weights import Bf16Weights
-from sd_recipes.training.build import build_model, choose_trained
+from sd_recipes.training.build_model import build_model
+from sd_recipes.training.build_parts import choose_trained
 from sd_recipes.training.loop import backward, update
 
 BLOCK = {"cuda": 512, "cpu": 64}  # bytes that allocations are rounded up to (c10/cuda/CUDACachingAllocator.cpp)

@@ -41,8 +41,8 @@ class GradientExchange:
 
     A step is `begin`, a backward pass for each micro-batch, before the last of which `is_last` is set, and `finish`. In
     the last one, a bucket of gradients is sent off as soon as all of them are ready, in the same order on all
-    processes. That order is the one in which gradients became ready in the first step, whose sums therefore are
-    `set_up` after its backward pass.
+    processes. That order is the one in which gradients became ready there in the first step, whose sums therefore are
+    `set_up` after its backward pass. Gradients that only earlier micro-batches have come last.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], *, is_needed: bool) -> None:
@@ -88,7 +88,8 @@ class GradientExchange:
     def set_up(self) -> None:
         """After the first step's backward passes, which did not fail in any process: settle the order, and sum up."""
         # What no process has met has no gradient, and the optimizer leaves it alone.
-        order = list(dict.fromkeys(chain(*all_gather(self._ready))))
+        met = [number for number, parameter in enumerate(self._parameters) if parameter.grad is not None]
+        order = list(dict.fromkeys(chain(*all_gather([*self._ready, *met]))))
         self._buckets = in_buckets([self._parameters[number] for number in order])
         of_parameter = {id(parameter): bucket for bucket in self._buckets for parameter in bucket.parameters}
         self._bucket_of = {number: of_parameter[id(self._parameters[number])] for number in order}

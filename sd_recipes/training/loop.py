@@ -33,13 +33,14 @@ from sd_recipes.runtime.memory import another_phase, fragmented_gb, peak_memory_
 from sd_recipes.runtime.out_of_memory import done_once, once_more, unchanged
 from sd_recipes.runtime.signals import stop_request
 from sd_recipes.runtime.trackers import PROFILE
-from sd_recipes.training.build import UNCERTAINTY, Model, Run
+from sd_recipes.training.build_parts import UNCERTAINTY
 from sd_recipes.training.dropout import seed_dropout
 from sd_recipes.training.finite import TrainingDiverged, has_finite_weights, is_not_finite
 from sd_recipes.training.meter import MUCH_WAITING, Meter
 from sd_recipes.training.optimizer_state import effective_rate
 from sd_recipes.training.phases import Profiler, phase
 from sd_recipes.training.recovery import Recovery, Undone, out_of_memory, shortage_explained
+from sd_recipes.training.run import Model, Run
 from sd_recipes.training.skipping import Reading, can_skip, skipped_unless
 from sd_recipes.training.state import TrainState
 

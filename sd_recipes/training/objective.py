@@ -175,11 +175,16 @@ class DenoisingLoss:
             losses = latent_weights * losses
         return self.weights[timesteps] * losses.mean(dim=(1, 2, 3))
 
-    def divided(self, losses: Tensor, timesteps: Tensor) -> Tensor:
-        """(B,) losses at timesteps, divided by the learned uncertainty, if there is one."""
+    def divided(self, losses: Tensor, timesteps: Tensor, *, is_learned_from: bool = True) -> Tensor:
+        """(B,) losses at timesteps, divided by the learned uncertainty, if there is one.
+
+        Those that are not learned from have the same values, and leave u without a gradient.
+        """
         if self.uncertainty is None:
             return losses
         u = self.uncertainty(timesteps)
+        if not is_learned_from:
+            u = u.detach()
         return losses * (-u).exp() + u
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from sd_recipes.data.workers import MOST, room_for_workers
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.cores import share_of_cores
-from sd_recipes.training.build import Run, batch_in_words, num_epochs
+from sd_recipes.training.description import batch_in_words
+from sd_recipes.training.run import Run
+from sd_recipes.training.run_length import num_epochs
 
 MANY_EPOCHS = 500
 FAR_SMALLER, FAR_LARGER = 0.7, 2.1  # of the side of the pictures that a model draws

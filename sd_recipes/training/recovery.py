@@ -23,7 +23,7 @@ from sd_recipes.model.conditioning import CachedText
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.agreement import all_gather, begin_sum
 from sd_recipes.runtime.out_of_memory import attempt, is_out_of_memory, times_changed
-from sd_recipes.training.build import Run
+from sd_recipes.training.run import Run
 
 logger = logging.getLogger(__name__)
 

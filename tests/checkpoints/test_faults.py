@@ -26,7 +26,7 @@ from tiny_models import build_image_folder
 from training_runs import assert_equal
 
 from sd_recipes.checkpoints.format import find_checkpoint, list_checkpoints, write_checkpoint
-from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 
 
 def do(tmp_path: Path, *plans: dict[str, Any]) -> list[dict[str, Any]]:

@@ -48,7 +48,9 @@ from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.output_dir import check_output_dir
 from sd_recipes.runtime.signals import Stopped, stop_request
 from sd_recipes.runtime.trackers import Tracker, read_metrics
-from sd_recipes.training.build import UNET_WEIGHTS, Run, build_run
+from sd_recipes.training.build import build_run
+from sd_recipes.training.build_parts import UNET_WEIGHTS
+from sd_recipes.training.run import Run
 from sd_recipes.training.state import OPTIMIZER, TrainState
 
 

@@ -20,7 +20,7 @@ from training_runs import assert_equal, assert_leaves_as_it_came, average, build
 from sd_recipes.checkpoints.of_diffusers import is_of_diffusers
 from sd_recipes.commands.train import restore
 from sd_recipes.errors import RecipeError
-from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 
 STEPS = 3
 

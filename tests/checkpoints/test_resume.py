@@ -32,7 +32,8 @@ from sd_recipes.flags import NOT_OF_THE_RUN, recipe_text
 from sd_recipes.recipe import OnResume, Recipe, on_resume
 from sd_recipes.runtime.signals import Stopped, stop_request
 from sd_recipes.runtime.trackers import Tracker
-from sd_recipes.training.build import UNET_WEIGHTS, describe
+from sd_recipes.training.build_parts import UNET_WEIGHTS
+from sd_recipes.training.description import describe
 from sd_recipes.training.state import OPTIMIZER
 
 

@@ -24,7 +24,7 @@ from sd_recipes.commands.train import run
 from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.trackers import read_metrics
-from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 
 
 @pytest.fixture(scope="module")

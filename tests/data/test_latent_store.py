@@ -42,8 +42,8 @@ from sd_recipes.data.order import share
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.components import load_vae
 from sd_recipes.recipe import Recipe
-from sd_recipes.training.build import Run
 from sd_recipes.training.finite import TrainingDiverged
+from sd_recipes.training.run import Run
 
 MADE = {"format": 1, "dtype": "fp16", "flips": True, "vae": "x", "size": 64}
 

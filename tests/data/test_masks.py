@@ -27,8 +27,8 @@ from sd_recipes.data.rows import load_rows, load_streams
 from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.figures import LOSS
 from sd_recipes.recipe import DataSettings, ObjectiveConfig
-from sd_recipes.training.build import Run
 from sd_recipes.training.objective import DenoisingLoss
+from sd_recipes.training.run import Run
 
 MASKED = {"masked_loss": True}
 

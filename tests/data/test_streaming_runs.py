@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_hub import run_against
 from test_script import launch
 
-from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 
 
 def shards(image_folder: Path) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from sd_recipes.evaluation import sample_errors
 from sd_recipes.evaluation.sample_errors import of_set, sorted_table
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.trackers import read_metrics
-from sd_recipes.training.build import Run
+from sd_recipes.training.run import Run
 
 
 @pytest.fixture

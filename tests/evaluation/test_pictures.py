@@ -18,7 +18,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.evaluation.pictures import draw_pictures, drawing_pipeline
 from sd_recipes.flags import load_recipe
 from sd_recipes.recipe import SAMPLERS_BY_NAME
-from sd_recipes.training.build import Run
+from sd_recipes.training.run import Run
 
 PROMPTS = ["a disc", "a red disc", "disc number 3"]
 DRAWN = {"validation_prompts": PROMPTS, "validation_inference_steps": 3, "validation_steps": 4}

@@ -28,7 +28,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.runtime.out_of_memory import AtOnce
 from sd_recipes.runtime.trackers import read_metrics
-from sd_recipes.training.build import Run
+from sd_recipes.training.run import Run
 
 PROMPTS = ["a disc", "a red disc", "disc number 3", "two discs"]
 VALIDATED = {"validation_prompts": PROMPTS, "validation_inference_steps": 2, "validation_steps": 2}

@@ -19,7 +19,8 @@ from sd_recipes.model.components import load_scheduler
 from sd_recipes.model.families import family_of
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
-from sd_recipes.training.build import build_model, choose_trained
+from sd_recipes.training.build_model import build_model
+from sd_recipes.training.build_parts import choose_trained
 
 SCRIPT = ROOT / "benchmarks" / "plan_accuracy.py"
 

@@ -35,7 +35,8 @@ from sd_recipes.model.families import family_of
 from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.model.stable_diffusion_xl import StableDiffusionXL
 from sd_recipes.recipe import CaptionConfig, ModelConfig, Recipe
-from sd_recipes.training.build import Run, describe
+from sd_recipes.training.description import describe
+from sd_recipes.training.run import Run
 
 PROMPTS = ["disc number 1", "a disc"]
 LAST, FIRST = "encoder.layers.1.", "encoder.layers.0."

@@ -42,7 +42,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
 from sd_recipes.runtime.console import mistakes_in_one_line
-from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 
 CONFIGS = ROOT / "accelerate_configs"
 EXAMPLES = ROOT / "examples"

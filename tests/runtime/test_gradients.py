@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,37 @@ def test_buckets_are_of_one_type_and_of_limited_size(monkeypatch: pytest.MonkeyP
     buckets = in_buckets(parameters)
     assert [[each.numel() for each in bucket.parameters] for bucket in buckets] == [[10, 20], [5], [5, 300]]
     assert [each for bucket in buckets for each in bucket.parameters] == parameters
+
+
+def test_gradients_that_only_earlier_micro_batches_have_are_summed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over this process and another like it; they are sent off last, so that the others need not wait for them."""
+    sent = []
+
+    def all_reduce(tensor: torch.Tensor, async_op: bool) -> SimpleNamespace:
+        sent.append(len(tensor))
+        tensor.mul_(2)
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(gradients.distributed, "broadcast", lambda tensor, src: None)
+    monkeypatch.setattr(gradients.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 1)  # one for each parameter
+    early, late, never = (torch.nn.Parameter(torch.ones(size)) for size in (3, 2, 1))
+    exchange = GradientExchange([early, late, never], is_needed=True)
+    for step in range(2):
+        exchange.begin()
+        (early.sum() + late.sum()).backward()
+        exchange.is_last = True
+        late.sum().backward()
+        assert sent == [2] * step, "from the second step on, within the backward pass"
+        exchange.finish(failed=False)
+        if not exchange.is_set_up:
+            exchange.set_up()
+        assert sent == [2, 3]
+        assert early.grad.tolist() == [2.0] * 3
+        assert late.grad.tolist() == [4.0] * 2
+        assert never.grad is None
+        early.grad = late.grad = None
+        sent.clear()
 
 
 def test_what_is_not_needed_does_nothing() -> None:

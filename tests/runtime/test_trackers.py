@@ -24,8 +24,8 @@ from sd_recipes.export.hub import PushError
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.signals import Stopped
 from sd_recipes.runtime.trackers import Tracker, read_metrics
-from sd_recipes.training.build import Run
 from sd_recipes.training.finite import TrainingDiverged
+from sd_recipes.training.run import Run
 
 # ------------------------------------------------------------------------------------- however a run ends
 

@@ -29,7 +29,7 @@ from sd_recipes.checkpoints.snapshots import keep_snapshot, list_snapshots
 from sd_recipes.errors import RecipeError
 from sd_recipes.flags import build_recipe
 from sd_recipes.recipe import OptimConfig, odd_settings
-from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 from sd_recipes.training.ema import AveragedWeights
 from sd_recipes.training.profiles import Profile, combine, decay_at, gamma_of, inner_products, length_of
 from sd_recipes.training.state import SNAPSHOTS

@@ -15,7 +15,7 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.recipe import OptimConfig, Recipe
 from sd_recipes.training import bf16_weights
 from sd_recipes.training.bf16_weights import rounded
-from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 from sd_recipes.training.optim import build_optimizer
 from sd_recipes.training.state import TrainedPart
 

@@ -8,11 +8,11 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+import training_runs
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import build, fit_from
 
-from sd_recipes.training import build as building
-from sd_recipes.training import loop
+from sd_recipes.training import build_state, loop
 from sd_recipes.training.eight_bit import AdamW8bit, Lion, Lion8bit
 from sd_recipes.training.ema import move_towards
 from sd_recipes.training.meter import Meter
@@ -64,20 +64,21 @@ def test_adamw_of_a_loss_scaler_is_not_told_to_do_without_its_multi_tensor_kerne
 ) -> None:
     """`fused=False` would turn `foreach` off too: thousands of operators a step."""
     made = []
-    build_optimizer = building.build_optimizer
+    build_optimizer = build_state.build_optimizer
 
     def noted(*arguments: Any, **named: Any) -> Any:
         made.append(named["fused"])
         return build_optimizer(*arguments, **named)
 
-    monkeypatch.setattr(building, "build_optimizer", noted)
-    start = building.build_run
+    monkeypatch.setattr(build_state, "build_optimizer", noted)
 
-    def build_run(recipe: Any, accelerator: Any, checkpoint: Any) -> Any:
+    build_run = training_runs.build_run
+
+    def with_precision(recipe: Any, accelerator: Any, checkpoint: Any) -> Any:
         monkeypatch.setattr(type(accelerator), "mixed_precision", mixed_precision)
-        return start(recipe, accelerator, checkpoint)
+        return build_run(recipe, accelerator, checkpoint)
 
-    monkeypatch.setattr("training_runs.build_run", build_run)
+    monkeypatch.setattr(training_runs, "build_run", with_precision)
     build(settings)
     assert made == [fused]
 

@@ -23,9 +23,10 @@ from training_runs import assert_equal, average, build, fit_from, losses, train,
 
 from sd_recipes.checkpoints.format import list_checkpoints
 from sd_recipes.runtime.trackers import read_incidents, read_metrics
-from sd_recipes.training.build import UNET_WEIGHTS, Run
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 from sd_recipes.training.finite import TrainingDiverged, are_finite
 from sd_recipes.training.loop import backward, update
+from sd_recipes.training.run import Run
 
 
 def incidents(folder: Path) -> list[dict[str, Any]]:

@@ -12,13 +12,14 @@ from launching import finish, flags_of, start, torchrun
 from PIL import Image
 from safetensors.torch import load_file
 from test_objective import SHAPE, TIMESTEPS, fake_unet, scheduler
+from tiny_models import build_image_folder
 from training_runs import assert_equal, assert_leaves_as_it_came, build, losses, train, weights
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.export.pipeline import export_pipeline
 from sd_recipes.recipe import ObjectiveConfig
 from sd_recipes.runtime.trackers import read_metrics
-from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 from sd_recipes.training.objective import DenoisingLoss
 from sd_recipes.training.timestep_errors import TimestepErrors
 from sd_recipes.training.uncertainty import LEARNING_RATE, Uncertainty
@@ -155,8 +156,12 @@ def test_timesteps_by_error_resume_to_the_bit(settings: dict[str, Any], tmp_path
 def test_what_an_objective_learns_is_the_same_on_two_processes(
     settings: dict[str, Any], tmp_path: Path, option: str
 ) -> None:
-    """As on one: seven rows in global batches of four, so that one process may have fewer samples than the other."""
+    """As on one: seven rows in global batches of four, so that one process may have fewer samples than the other.
+
+    Class pictures, from which it is not learned, come last in every step.
+    """
     sgd = {"optimizer": "sgd", "learning_rate": 0.01, "max_train_samples": 7, "max_train_steps": 6, option: True}
+    sgd |= {"class_data_dir": str(build_image_folder(tmp_path / "class", 5)), "class_prompt": "a disc"}
     one = train(settings | sgd)
     folder = tmp_path / "two"
     finish(start(torchrun(2), *flags_of(settings | sgd | {"train_batch_size": 2, "output_dir": folder})))

@@ -16,8 +16,9 @@ from training_runs import build, fit_from, train
 
 from sd_recipes.checkpoints.format import find_checkpoint, list_checkpoints
 from sd_recipes.errors import RecipeError
-from sd_recipes.training.build import UNET_WEIGHTS, Run
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 from sd_recipes.training.finite import TrainingDiverged
+from sd_recipes.training.run import Run
 
 
 def build_poisoned(settings: dict[str, Any], steps: set[int], **changes: Any) -> Run:

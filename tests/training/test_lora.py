@@ -30,7 +30,7 @@ from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import start_accelerator
-from sd_recipes.training.build import WEIGHTS
+from sd_recipes.training.build_parts import WEIGHTS
 from sd_recipes.training.state import OPTIMIZER
 
 ALL: dict[str, Any] = {"lora_rank": 4, "lora_targets": ["all"], "lora_text_encoder": True}

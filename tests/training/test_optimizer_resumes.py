@@ -15,7 +15,7 @@ from sd_recipes.commands.evaluate import evaluate
 from sd_recipes.commands.evaluate_settings import read_settings
 from sd_recipes.commands.train import restore
 from sd_recipes.errors import RecipeError
-from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 from sd_recipes.training.finite import has_finite_weights
 from sd_recipes.training.schedule_free import EvaluationWeights
 

@@ -24,9 +24,10 @@ from sd_recipes.memory.remedies import BF16_WEIGHTS, EIGHT_BIT, FUSED_BACKWARD
 from sd_recipes.memory.step import OPTIMIZER
 from sd_recipes.optimizers import read_kwargs
 from sd_recipes.recipe import Recipe
-from sd_recipes.training.build import UNET_WEIGHTS, Run
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 from sd_recipes.training.optimizer_check import check_optimizer
 from sd_recipes.training.optimizer_state import running_values
+from sd_recipes.training.run import Run
 
 CPU = torch.device("cpu")
 SCHEDULE_FREE = "schedule_free_adamw"

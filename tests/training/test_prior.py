@@ -30,8 +30,9 @@ from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import forget_accelerator, start_accelerator
 from sd_recipes.runtime.trackers import read_metrics
-from sd_recipes.training.build import UNET_WEIGHTS, Run
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 from sd_recipes.training.loop import backward
+from sd_recipes.training.run import Run
 
 MODEL = {"prior_preservation": "model"}
 
@@ -176,6 +177,54 @@ def test_bad_rows_of_one_kind_leave_the_other_as_it_is(prior: dict[str, Any], us
     for kinds in (alone, of_class):
         losses = {kind: loss for kind, (loss, _) in kinds.items()}
         assert losses[tuple(both)] == pytest.approx((losses[tuple(one)] + losses[tuple(other)]) / 2, rel=1e-5)
+
+
+def first_step(settings: dict[str, Any], **changes: Any) -> Run:
+    """A run after the passes of its first step."""
+    run = build(settings, **changes)
+    backward(next(iter(run.batches(0, 1))), run.model, None, run.accelerator)
+    return run
+
+
+ALONE = {"class_data_dir": None, "class_prompt": None}
+
+
+def test_the_uncertainty_is_learned_from_the_samples_alone(prior: dict[str, Any]) -> None:
+    """As without class pictures, whose losses it divides as well."""
+    gradients = []
+    for changes in ({}, ALONE):
+        weight = first_step(prior, learned_uncertainty=True, **changes).state.parts["uncertainty"].module.weight
+        assert weight.grad.abs().max() > 0.01
+        gradients.append(weight.grad)
+    assert torch.equal(*gradients)
+
+    run = build(prior, learned_uncertainty=True)
+    none, both = [False] * 2, [True] * 2
+    loss, gradient = gradient_of(run, none, both)
+    with torch.no_grad():
+        run.state.parts["uncertainty"].module.weight[0] = np.log(4)  # u at every timestep
+    divided_loss, divided_gradient = gradient_of(run, none, both)
+    assert divided_loss == pytest.approx(loss / 4 + np.log(4), rel=1e-5)
+    of_unet = [name for name in gradient if name.startswith("unet")]
+    assert len(of_unet) > 10
+    for name in of_unet:
+        torch.testing.assert_close(divided_gradient[name], gradient[name] / 4, rtol=1e-4, atol=1e-7)
+
+
+def test_the_errors_by_timestep_are_of_the_samples_alone(
+    prior: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without class pictures, whose losses they weight as well."""
+    both, alone = (first_step(prior, timesteps_by_error=True, **changes) for changes in ({}, ALONE))
+    assert both.state.timestep_errors is not None
+    assert alone.state.timestep_errors is not None
+    assert both.state.timestep_errors.of_step[1].sum() == 2
+    assert torch.equal(both.state.timestep_errors.of_step, alone.state.timestep_errors.of_step)
+
+    run = build(prior, timesteps_by_error=True)
+    loss, _ = gradient_of(run, [False] * 2, [True] * 2)
+    monkeypatch.setattr(run.state.timestep_errors, "weights", lambda timesteps: torch.full(timesteps.shape, 3.0))
+    assert gradient_of(run, [False] * 2, [True] * 2)[0] == pytest.approx(3 * loss, rel=1e-6)
 
 
 @pytest.mark.slow

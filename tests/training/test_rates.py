@@ -15,7 +15,9 @@ from sd_recipes.errors import RecipeError
 from sd_recipes.memory.plan import plan_memory
 from sd_recipes.memory.step import AVERAGE, GRADIENTS, OPTIMIZER
 from sd_recipes.recipe import Recipe
-from sd_recipes.training.build import UNET_WEIGHTS, Run, describe
+from sd_recipes.training.build_parts import UNET_WEIGHTS
+from sd_recipes.training.description import describe
+from sd_recipes.training.run import Run
 
 GROUPS = [
     {"pattern": "*.attn2.*", "learning_rate": 1e-5},

@@ -22,9 +22,9 @@ from training_runs import assert_equal, average, build, fit_from, losses, train,
 from sd_recipes.checkpoints.format import list_checkpoints
 from sd_recipes.data.latent_store import open_cached
 from sd_recipes.training import recovery
-from sd_recipes.training.build import Run
 from sd_recipes.training.prodigy import Prodigy
 from sd_recipes.training.recovery import OutOfMemory, Recovery, Undone
+from sd_recipes.training.run import Run
 from sd_recipes.training.schedule_free import begin_training
 from sd_recipes.training.state import OPTIMIZER
 

@@ -14,7 +14,7 @@ from sd_recipes.checkpoints.format import verify_checkpoint
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.stable_diffusion import StableDiffusion
 from sd_recipes.recipe import Recipe
-from sd_recipes.training import build as building
+from sd_recipes.training.build_parts import trained_parts
 from sd_recipes.training.state import TrainedPart
 
 
@@ -28,7 +28,6 @@ class AdaptedDiffusion(StableDiffusion):
 @pytest.fixture
 def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs train an adapter beside the UNet; nothing but the family and the list of parts knows of it."""
-    of_unet = building.trained_parts
 
     def with_adapter(recipe: Recipe, family: Any, components: Any, batch_size: int) -> dict[str, TrainedPart]:
         adapter = torch.nn.Linear(32, 32, bias=False)
@@ -42,10 +41,10 @@ def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
             save_file(dict(tensors), output_dir / "adapter.safetensors")
 
         part = TrainedPart("adapter", adapter, "weights.safetensors", '{"size": 32}', 1e-2, rebuild, export)
-        return of_unet(recipe, family, components, batch_size) | {"adapter": part}
+        return trained_parts(recipe, family, components, batch_size) | {"adapter": part}
 
-    monkeypatch.setattr(building, "trained_parts", with_adapter)
-    monkeypatch.setattr(building, "family_of", lambda recipe: AdaptedDiffusion())
+    monkeypatch.setattr("sd_recipes.training.build_model.trained_parts", with_adapter)
+    monkeypatch.setattr("sd_recipes.training.build.family_of", lambda recipe: AdaptedDiffusion())
 
 
 EVERYTHING = {

@@ -18,7 +18,7 @@ from training_runs import Run, assert_equal, build, losses, train
 
 from sd_recipes.errors import RecipeError
 from sd_recipes.flags import load_recipe
-from sd_recipes.training.build import WEIGHTS
+from sd_recipes.training.build_parts import WEIGHTS
 from sd_recipes.training.loop import backward
 
 TEXT: dict[str, Any] = {"train_text_encoder": True, "use_ema": True}

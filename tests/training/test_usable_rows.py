@@ -12,8 +12,9 @@ from launching import finish, flags_of, start, torchrun
 from safetensors.torch import load_file
 from training_runs import assert_equal, average, build, fit_from, train, weights
 
-from sd_recipes.training.build import UNET_WEIGHTS, Run
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 from sd_recipes.training.loop import backward, update
+from sd_recipes.training.run import Run
 
 
 @pytest.fixture

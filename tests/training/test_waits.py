@@ -20,7 +20,7 @@ from training_runs import build, fit_from
 
 from sd_recipes.data.batches import Batch
 from sd_recipes.training import loop
-from sd_recipes.training.build import Run
+from sd_recipes.training.run import Run
 
 # Each has to know values, or how many there are, before the host can go on.
 WAITING = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.is_nonzero"}

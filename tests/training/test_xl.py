@@ -20,7 +20,7 @@ from sd_recipes.commands.of_run import load_model, merge_loras
 from sd_recipes.errors import RecipeError
 from sd_recipes.model.lora_files import LORA_FILE
 from sd_recipes.recipe import Recipe
-from sd_recipes.training.build import UNET_WEIGHTS
+from sd_recipes.training.build_parts import UNET_WEIGHTS
 
 TEXT: dict[str, Any] = {"train_text_encoder": True, "use_ema": True, "caption_dropout": 0.3}
 LORA: dict[str, Any] = {"lora_rank": 4, "lora_targets": ["all"], "lora_text_encoder": True}
