@@ -99,7 +99,7 @@ def rows(work: Path, args: argparse.Namespace) -> None:
 
 def steps(work: Path, args: argparse.Namespace) -> None:
     write_rows(work / "rows", args.rows[0])
-    lines, peak = run(work, work / "rows", args.steps, batch=1)  # where what is done once a step shows most
+    lines, peak = run(work, work / "rows", args.steps, batch=2)  # where what is done once a step shows more
     print("| steps | images/s | ms per image | over the first | with mapped files, GB |\n|---|---|---|---|---|")
     bounds = [LOGGED * round(each / LOGGED) for each in np.geomspace(LOGGED, args.steps, 6)]
     first = None
