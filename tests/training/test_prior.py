@@ -201,6 +201,7 @@ def test_the_uncertainty_is_learned_from_the_samples_alone(prior: dict[str, Any]
     run = build(prior, learned_uncertainty=True)
     none, both = [False] * 2, [True] * 2
     loss, gradient = gradient_of(run, none, both)
+    assert not gradient["uncertainty/weight"].any()
     with torch.no_grad():
         run.state.parts["uncertainty"].module.weight[0] = np.log(4)  # u at every timestep
     divided_loss, divided_gradient = gradient_of(run, none, both)
