@@ -28,7 +28,8 @@ from sd_recipes.model.components import Components, latent_shape_of, load_schedu
 from sd_recipes.model.conditioning import unet_arguments
 from sd_recipes.model.families import family_of
 from sd_recipes.model.family import Family
-from sd_recipes.model.latents import decode_latents, encode_pixels, to_pixel_values
+from sd_recipes.model.latents import decode_latents, encode_pixels, most_pixels, to_pixel_values
+from sd_recipes.model.narrow_heads import widen_narrow_heads
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import DTYPES
 from sd_recipes.runtime.host_memory import nbytes_of, packed
@@ -170,6 +171,9 @@ class TracedStep:
             num_steps=2,
             num_rows=None,
         )
+        self.model.encoder.most_pixels = most_pixels(self.device)
+        if self.device == "cpu":
+            widen_narrow_heads(self.components.unet)
         tracer = self.tracer
         state: Any = self.state
         for name in ("unet", "vae", *self.family.text_models):

@@ -16,8 +16,7 @@ from diffusers import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
-# That the VAE encodes at once: four images of 512², and on a CPU what its caches hold of activations.
-MAX_PIXELS, MAX_PIXELS_ON_CPU = 2**20, 2**15
+MAX_PIXELS, MAX_PIXELS_ON_CPU = 2**20, 2**15  # see `most_pixels`: four images of 512², eight of 64²
 TRIAL_SIDE = 256  # pixels of the picture on which float16 is tried
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # bounds of diffusers' DiagonalGaussianDistribution
 
@@ -90,13 +89,13 @@ def decode_without_autocast(vae: AutoencoderKL) -> None:
     vae.decode = decode_in_own_type
 
 
-def images_at_once(pixels: int, device_type: str) -> int:
-    """How many images of so many pixels the VAE encodes at once.
+def most_pixels(device_type: str) -> int:
+    """How many pixels the VAE encodes at once on a device, but always one image.
 
-    On a GPU because of a large batch the activations would take more memory than the rest of a step; on a CPU fewer are
-    faster.
+    On a GPU because of a large batch the activations would take more memory than the rest of a step; on a CPU, where
+    they are to fit into its caches, fewer are faster (docs/performance.md).
     """
-    return max(1, (MAX_PIXELS_ON_CPU if device_type == "cpu" else MAX_PIXELS) // pixels)
+    return MAX_PIXELS_ON_CPU if device_type == "cpu" else MAX_PIXELS
 
 
 class LatentEncoder:
@@ -104,13 +103,14 @@ class LatentEncoder:
 
     def __init__(self, vae: AutoencoderKL, device: torch.device, dtype: torch.dtype) -> None:
         self.vae, self.device, self.dtype = vae, device, dtype
+        self.most_pixels = most_pixels(device.type)
         self.vae.to(device, dtype=dtype)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (U, 3, H, W) on the run's device to moments (U, 2C, H/f, W/f), float32; so many `images_at_once`."""
+        """uint8 (U, 3, H, W) on the run's device to moments (U, 2C, H/f, W/f), float32; `most_pixels` at once."""
         if self.vae.device.type != self.device.type:  # looking costs less than moving what is there already
             self.vae.to(self.device)
-        parts = pixels.split(images_at_once(pixels.shape[2] * pixels.shape[3], self.device.type))
+        parts = pixels.split(max(1, self.most_pixels // (pixels.shape[2] * pixels.shape[3])))
         return torch.cat([encode_pixels(self.vae, to_pixel_values(part, self.dtype)) for part in parts])
 
     def sample(self, moments: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:

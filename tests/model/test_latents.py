@@ -9,8 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from sd_recipes.model import latents
-from sd_recipes.model.latents import LatentEncoder, to_pixel_values
+from sd_recipes.model.latents import LatentEncoder, most_pixels, to_pixel_values
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -38,17 +37,18 @@ def encoder(tiny_pipeline: Path) -> LatentEncoder:
 PIXELS = torch.randint(256, (7, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def test_a_large_batch_is_encoded_in_parts(encoder: LatentEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_batch_is_encoded_in_parts(encoder: LatentEncoder) -> None:
     sizes: list[int] = []
     encoder.vae.encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     whole = encoder.encode(PIXELS)
-    monkeypatch.setattr(latents, "MAX_PIXELS_ON_CPU", 3 * 32 * 32 + 1)
+    encoder.most_pixels = 3 * 32 * 32 + 1
     parts = encoder.encode(PIXELS)
-    monkeypatch.setattr(latents, "MAX_PIXELS_ON_CPU", 1)
+    encoder.most_pixels = 1
     one_by_one = encoder.encode(PIXELS)
     assert sizes == [7, 3, 3, 1] + [1] * 7
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(one_by_one, whole)
+    assert most_pixels("cpu") < most_pixels("cuda") == most_pixels("meta")
 
 
 def test_sliced_an_image_is_encoded_alike_in_every_batch(encoder: LatentEncoder) -> None:
