@@ -3,7 +3,7 @@
     python benchmarks/cpu_step.py --shape quarter [--threads 2] [--repeats 7]
 
 Prints a table: each row is one part of a step of that shape's generated model, done in two ways: the median processor
-seconds of either, and the median of the ratios of neighbouring measurements. Then the operators that take most time.
+time of either, and the median of the ratios of neighbouring measurements. Then the operators that take most time.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from make_model import SHAPES, build_model
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from sd_recipes.model.narrow_heads import widen_narrow_heads
+from sd_recipes.model.latents import most_pixels
+from sd_recipes.model.narrow_heads import WIDTH, widen_narrow_heads
+from sd_recipes.training.ema import move_towards
 
 TEXT_TOKENS = 77
 
@@ -48,6 +52,39 @@ def unet_step(unet: UNet2DConditionModel, latents: torch.Tensor, text: torch.Ten
         unet(latents, timesteps, text, return_dict=False)[0].square().mean().backward()
 
     return step
+
+
+def norm(channels: int, batch: int, side: int, layout: torch.memory_format) -> Callable[[], None]:
+    """A group norm of the UNet's first level, forward and backward."""
+    layer = torch.nn.GroupNorm(channels // 16, channels).to(memory_format=layout)
+    states = torch.randn(batch, channels, side, side).to(memory_format=layout).requires_grad_()
+
+    def both_ways() -> None:
+        layer(states).backward(states.detach())
+
+    return both_ways
+
+
+def attention(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], channels: int, heads: int, batch: int, queries: int, keys: int
+) -> Callable[[], None]:
+    """Attention of heads that have been filled up, as in the UNet, forward and backward."""
+    width = max(WIDTH, channels // heads)
+    query, key, value = (
+        torch.randn(batch, number, heads * width, requires_grad=True).unflatten(-1, (heads, width)).transpose(1, 2)
+        for number in (queries, keys, keys)
+    )
+
+    def both_ways() -> None:
+        found = attend(query, key, value)
+        torch.autograd.grad(found, (query, key, value), torch.ones_like(found))
+
+    return both_ways
+
+
+def by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention by two products of matrices and a softmax between them."""
+    return (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(-1) @ value
 
 
 def operators(step: Callable[[], object], number: int) -> list[tuple[str, float, int]]:
@@ -95,26 +132,51 @@ def main() -> None:
         "wider heads": unet_step(widened, latents.to(memory_format=torch.channels_last), text),
     }
     steps["NCHW"](), steps["channels_last"]()  # gradients, for the optimizer
+    channels = plain.config.block_out_channels[0]
+    heads = plain.down_blocks[0].attentions[0].transformer_blocks[0].attn1.heads
+    average = [parameter.detach().clone() for parameter in plain.parameters()]
+    weights = [parameter.detach() for parameter in plain.parameters()]
+    at_once = max(1, most_pixels("cpu") // resolution**2)
     adamw = {fused: torch.optim.AdamW(plain.parameters(), lr=0.0, fused=fused).step for fused in (None, True)}
     rows = (
         ("UNet, NCHW → channels_last", steps["NCHW"], steps["channels_last"]),
         ("UNet, channels_last → wider heads", steps["channels_last"], steps["wider heads"]),
         ("VAE, NCHW → channels_last", lambda: vaes[0].encode(pixels), lambda: vaes[1].encode(pixels)),
         (
-            "VAE, channels_last, at once → one by one",
+            f"VAE, channels_last, {batch} images at once → {at_once}",
             lambda: vaes[1].encode(pixels),
-            lambda: [vaes[1].encode(each) for each in pixels.split(1)],
+            lambda: [vaes[1].encode(each) for each in pixels.split(at_once)],
+        ),
+        (
+            f"a group norm of {channels}, NCHW → channels_last",
+            norm(channels, batch, side, torch.contiguous_format),
+            norm(channels, batch, side, torch.channels_last),
+        ),
+        *(
+            (
+                f"an attention, {side**2} × {keys}, torch's → products",
+                *(
+                    attention(attend, channels, heads, batch, side**2, keys)
+                    for attend in (F.scaled_dot_product_attention, by_products)
+                ),
+            )
+            for keys in (side**2, TEXT_TOKENS)
         ),
         ("AdamW, foreach → fused", adamw[None], adamw[True]),
+        (
+            "an average, a parameter at a time → all",
+            lambda: [each.lerp_(weight, 0.1) for each, weight in zip(average, weights, strict=True)],
+            lambda: move_towards(average, weights, 0.1),
+        ),
     )
     print(
         f"{args.shape}, batch {batch}, {resolution}², {args.threads} threads; {platform.machine()}, "
         f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
     )
-    print("| part, and two ways of it | first, s | second, s | second / first |\n|---|---|---|---|")
+    print("| part, and two ways of it | first, ms | second, ms | second / first |\n|---|---|---|---|")
     for part, one, other in rows:
         first, second, ratio = compare(one, other, args.repeats)
-        print(f"| {part} | {first:.3f} | {second:.3f} | {ratio:.2f} |", flush=True)
+        print(f"| {part} | {1000 * first:.1f} | {1000 * second:.1f} | {ratio:.2f} |", flush=True)
     for name, step in steps.items():
         for key, ms, count in operators(step, args.operators):
             print(f"  {name:14} {ms:9.1f} ms {count:5d} calls  {key}")

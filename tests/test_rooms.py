@@ -22,6 +22,7 @@ FLOORS = [
     ["data"],
     ["model"],
     [
+        "training.adafactor",
         "training.bf16_weights",
         "training.eight_bit",
         "training.fused_backward",

@@ -76,9 +76,9 @@ class BestWeights:
         self._wait()
         contents = Contents(self.manifest())
         for part in self.state.parts.values():
-            whole = gather(part.evaluated_tensors(), is_wanted=self.is_main)
             # Copies, which the next steps do not change.
-            contents.tensors[f"{part.name}/{part.weights_file}"] = {name: each.clone() for name, each in whole.items()}
+            whole = gather(part.evaluated_tensors(), is_wanted=self.is_main, copied=True)
+            contents.tensors[f"{part.name}/{part.weights_file}"] = whole
             contents.texts[f"{part.name}/{CONFIG}"] = part.config
         about = {"step": contents.manifest.step, "validation_loss": loss, "averaged": self.state.is_averaged}
         contents.texts[STATE] = json.dumps(about, indent=1) + "\n"

@@ -108,8 +108,10 @@ def shard_like(reference: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, reference.device_mesh, reference.placements, src_data_rank=None)
 
 
-def gather(tensors: Mapping[str, torch.Tensor], *, is_wanted: bool) -> dict[str, torch.Tensor]:
+def gather(tensors: Mapping[str, torch.Tensor], *, is_wanted: bool, copied: bool = False) -> dict[str, torch.Tensor]:
     """The whole of each tensor in host memory, where it is wanted; every process has to call it.
+
+    What lies there already is the tensor itself, unless it is to be `copied`.
 
     One at a time, so that no device runs out of memory in the middle of these collectives.
     """
@@ -117,5 +119,5 @@ def gather(tensors: Mapping[str, torch.Tensor], *, is_wanted: bool) -> dict[str,
     for name, tensor in tensors.items():
         gathered = full_tensor(tensor.detach())
         if is_wanted:
-            whole[name] = gathered.cpu()
+            whole[name] = gathered.to("cpu", copy=copied)
     return whole

@@ -13,6 +13,7 @@ import torch
 from sd_recipes.errors import RecipeError, nearest, one_line
 from sd_recipes.optimizers import PRODIGY, SCHEDULE_FREE, is_class
 from sd_recipes.recipe import OptimConfig
+from sd_recipes.training.adafactor import Adafactor
 from sd_recipes.training.optimizer_state import GIVEN, constructors
 from sd_recipes.training.schedule_free import begin_training
 
@@ -68,7 +69,7 @@ def _class_and_settings(
     if name == "sgd":
         return torch.optim.SGD, {"momentum": config.sgd_momentum, **decay}
     if name == "adafactor":
-        return torch.optim.Adafactor, decay
+        return Adafactor, decay
     if name == PRODIGY:
         try:
             from sd_recipes.training.prodigy import Prodigy

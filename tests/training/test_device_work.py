@@ -13,20 +13,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import build, fit_from
 
 from sd_recipes.training import build_state, loop
+from sd_recipes.training.adafactor import Adafactor
 from sd_recipes.training.eight_bit import AdamW8bit, Lion, Lion8bit
 from sd_recipes.training.ema import move_towards
 from sd_recipes.training.meter import Meter
 
 
 class Operators(TorchDispatchMode):
-    """Notes the names of operators."""
+    """Notes the names of operators, and the tensors whose values the host has asked for."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.asked_for: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(func.overloadpacket))
+        if self.names[-1] == "aten._local_scalar_dense":
+            self.asked_for.append(args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -35,6 +39,33 @@ def test_an_average_takes_one_operator_for_all_parameters() -> None:
     with Operators() as operators:
         move_towards(averages, parameters, 0.1)
     assert operators.names == ["aten._foreach_lerp_"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"maximize": True, "d": 2.0, "eps": (1e-8, 1e-2)}])
+def test_adafactor_is_torchs_and_asks_for_nothing_but_the_number_of_its_step(settings: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7,), (5, 4), (3, 2, 3, 3), (1,)]
+
+    def draw() -> list[torch.Tensor]:
+        return [torch.randn(shape, generator=generator) for shape in shapes]
+
+    start, gradients = draw(), [draw() for _ in range(4)]
+    found: list[list[torch.nn.Parameter]] = []
+    asked_for: list[int] = []
+    for kind in (Adafactor, torch.optim.Adafactor):
+        parameters = [torch.nn.Parameter(each.clone()) for each in start]
+        optimizer = kind(parameters, lr=0.3, **settings)
+        for of_step in gradients:
+            for parameter, gradient in zip(parameters, of_step, strict=True):
+                parameter.grad = gradient.clone()
+            with Operators() as operators:
+                optimizer.step()
+        numbers = [state["step"] for state in optimizer.state.values()]
+        asked_for.append(sum(all(each is not number for number in numbers) for each in operators.asked_for))
+        found.append(parameters)
+    assert asked_for == [0, 2 * len(shapes)], "torch's own asks, else nothing is shown here"
+    torch.testing.assert_close(*found)
+    assert all((one - other).abs().max() > 0.01 for one, other in zip(found[0], start, strict=True))
 
 
 @pytest.mark.parametrize(("kind", "usual"), [
