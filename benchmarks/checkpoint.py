@@ -86,6 +86,7 @@ def measure_stall(work: Path, runs: int) -> None:
             saver.wait()
             # As it would be without a thread: nothing is copied first if the tensors are in host memory.
             progress.global_step = 1000 + number
+            synchronize(accelerator.device)
             started = time.perf_counter()
             live = state.state_dict()
             contents = saver._contents(live, [None])

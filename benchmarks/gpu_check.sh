@@ -60,7 +60,7 @@ in_time() {  # no new check after the budget; it is said which were left out
 }
 
 limited() {  # COMMAND…: ended where the budget and the grace are over
-    timeout "$((BUDGET + GRACE > SECONDS ? BUDGET + GRACE - SECONDS : 1))" "$@"
+    timeout --kill-after=10 "$((BUDGET + GRACE > SECONDS ? BUDGET + GRACE - SECONDS : 1))" "$@"
 }
 
 check() {  # NAME COMMAND…: how long it took, or the end of what it said; fails if it was left out too

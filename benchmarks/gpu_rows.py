@@ -39,7 +39,8 @@ from sd_recipes.training.build import build_run
 
 # The best first: a machine may be there for minutes only. Compiling takes as long as several rows: what says least
 # about it comes last. Flags of a row count over the common ones.
-# From the second epoch on, which the second half is in: of 256 pictures, 32 steps of 8, 16 of 16 and 4 of 64.
+#
+# Kept from the second epoch on, which the second half is in: of 256 pictures, 32 steps of 8, 16 of 16 and 4 of 64.
 KEPT = "--cache_latents memory --center_crop --cache_text"
 BEST = f"--mixed_precision bf16 --use_ema {KEPT}"
 ROWS = {
@@ -188,7 +189,7 @@ def main() -> None:
                 figures, phases, is_right = receiving.recv()
         except EOFError:
             figures = "FAILED: its process ended without an answer"
-        process.kill()
+        process.kill()  # if it still runs: what was asked of it is here, or will not come
         process.join()
         print(f"{name:<36} {figures}   in {time.monotonic() - started:.0f} s", flush=True)
         failed |= not is_right

@@ -47,7 +47,7 @@ def main() -> None:
         *f"--pretrained_model_name_or_path {folder}/model --train_data_dir {folder}/pictures --resolution {resolution} "
         f"--cache_dir {folder}/cache --train_batch_size 8 --max_train_steps 2 --validation_steps 1 --seed 0 "
         f"--report_to none --device {args.device} --output_dir {folder}/validated --validation_split 0.25 "
-        f"{args.flags}".split()
+        f"--no-keep_best {args.flags}".split()
     ])  # fmt: skip
     check_output_dir(folder / "validated")
     BackgroundSaver.save = BackgroundSaver.allocate_buffers = lambda self: None  # a checkpoint is 14 GB
@@ -55,6 +55,7 @@ def main() -> None:
 
     def timed(run: Run, best_weights: BestWeights) -> Best | None:
         if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         best = validate(run, best_weights)

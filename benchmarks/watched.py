@@ -12,18 +12,19 @@ from typing import NamedTuple
 
 import psutil
 
-INTERVAL = 0.2  # seconds
+INTERVAL = 0.5  # seconds
 
 
 class Watched(NamedTuple):
     seconds: float
-    peak: int  # bytes that the process and its children held together, without mapped files
+    peak: int  # bytes that the process and its children held together, without mapped files and shared memory
 
 
 def run_watched(command: Sequence[object], *, good: Sequence[int] = (0,)) -> Watched:
     """Run a command to its end. Leaves with what it wrote if its status is none of the `good` ones.
 
-    Mapped files are not counted: their pages are the system's cache, which gives them up when there is need.
+    Neither mapped files nor shared memory are counted. Files' pages are the system's cache, which gives them up when
+    there is need.
     """
     started, peak = time.perf_counter(), 0
     arguments = [str(each) for each in command]

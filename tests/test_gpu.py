@@ -15,13 +15,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
+from test_loop import build_poisoned
 from tqdm.auto import tqdm
 from training_runs import assert_equal, assert_leaves_as_it_came, average, build, fit_from, losses, train, weights
 
 from sd_recipes.export.pipeline import export_pipeline, export_trained
 from sd_recipes.recipe import OptimConfig
 from sd_recipes.runtime.accelerator import DTYPES
-from sd_recipes.runtime.trackers import read_metrics
+from sd_recipes.runtime.trackers import read_incidents, read_metrics
 from sd_recipes.training import loop
 from sd_recipes.training.bf16_weights import rounded
 from sd_recipes.training.build_parts import UNET_WEIGHTS
@@ -48,10 +49,13 @@ def settings(settings: dict[str, Any]) -> dict[str, Any]:
     {"timesteps_by_error": True, "cache_text": True}, {"learned_uncertainty": True}, {"compile": "blocks"},
     {"cache_latents": "memory", "center_crop": True, "random_flip": True, "dataloader_num_workers": 0},
 ])  # fmt: skip
-def test_a_step_that_does_not_log_waits_for_nothing_or_for_the_gradients_norm_alone(
+def test_a_step_that_does_not_log_waits_for_the_gradients_norm_alone(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    """The norm is waited for so that weights stay finite, unless the optimizer sees to that: `loop.update`."""
+    """The norm is waited for so that weights stay finite (`loop.update`).
+
+    Where the device steps meanwhile, that is a wait for an event, which the mode used here does not see.
+    """
     run = build(settings, logging_steps=3, **changes)
     log = loop.log
 
@@ -85,6 +89,23 @@ def test_a_step_that_does_not_log_waits_for_nothing_or_for_the_gradients_norm_al
         fit_from(run)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("changes", [{}, {"mixed_precision": "bf16", "use_ema": True, "offload_ema": True}])
+def test_a_step_that_is_not_finite_is_skipped_by_the_kernel(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """As if the host had looked first: the first step, and one between others."""
+    found = []
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(loop, "can_skip", lambda optimizer: False)
+        run = build_poisoned({**settings, **changes, "output_dir": str(tmp_path / str(ahead))}, {1, 4})
+        fit_from(run)
+        assert [line["step"] for line in read_incidents(tmp_path / str(ahead) / "incidents.jsonl")] == [1, 4]
+        assert {int(state["step"]) for state in run.state.optimizer.state.values()} == {run.num_steps - 2}
+        found.append(weights(run))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("changes", [

@@ -10,7 +10,7 @@ from sd_recipes.errors import RecipeError, one_line
 from sd_recipes.memory.overheads import CUDA_CONTEXT, GATHERED_BLOCKS, on_device, on_host
 from sd_recipes.memory.step import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, WEIGHTS, TracedStep, waits_for_gradients
 from sd_recipes.memory.tracer import Moment
-from sd_recipes.model.latents import most_pixels
+from sd_recipes.model.latents import images_at_once, most_pixels
 from sd_recipes.optimizers import is_class
 from sd_recipes.recipe import Recipe
 from sd_recipes.runtime.accelerator import check_weights_dtype
@@ -162,7 +162,7 @@ class Planner:
 
     def _encoding_about(self, recipe: Recipe, update: TracedStep) -> Moment:
         """As many images as the VAE takes at once; of more there are only the pixels and moments of the others."""
-        most = max(1, most_pixels(self.device) // recipe.resolution**2)
+        most = images_at_once(most_pixels(self.device), recipe.resolution**2)
         key = _state_of(recipe), min(recipe.images_at_once, most), recipe.vae_slicing
         if key not in self._encodings:
             self._encodings[key] = update.encoding(key[1], is_sliced=recipe.vae_slicing)

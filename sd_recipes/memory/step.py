@@ -171,6 +171,7 @@ class TracedStep:
             num_steps=2,
             num_rows=None,
         )
+        # What is settled by the kind of device, which is not the one that this is traced on.
         self.model.encoder.most_pixels = most_pixels(self.device)
         if self.device == "cpu":
             widen_narrow_heads(self.components.unet)

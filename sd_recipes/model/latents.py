@@ -90,12 +90,17 @@ def decode_without_autocast(vae: AutoencoderKL) -> None:
 
 
 def most_pixels(device_type: str) -> int:
-    """How many pixels the VAE encodes at once on a device, but always one image.
+    """How many pixels the VAE encodes at once on a kind of device.
 
     On a GPU because of a large batch the activations would take more memory than the rest of a step; on a CPU, where
     they are to fit into its caches, fewer are faster (docs/performance.md).
     """
     return MAX_PIXELS_ON_CPU if device_type == "cpu" else MAX_PIXELS
+
+
+def images_at_once(most: int, pixels: int) -> int:
+    """How many images of so many pixels are encoded at once, of `most_pixels`: one at least."""
+    return max(1, most // pixels)
 
 
 class LatentEncoder:
@@ -110,7 +115,7 @@ class LatentEncoder:
         """uint8 (U, 3, H, W) on the run's device to moments (U, 2C, H/f, W/f), float32; `most_pixels` at once."""
         if self.vae.device.type != self.device.type:  # looking costs less than moving what is there already
             self.vae.to(self.device)
-        parts = pixels.split(max(1, self.most_pixels // (pixels.shape[2] * pixels.shape[3])))
+        parts = pixels.split(images_at_once(self.most_pixels, pixels.shape[2] * pixels.shape[3]))
         return torch.cat([encode_pixels(self.vae, to_pixel_values(part, self.dtype)) for part in parts])
 
     def sample(self, moments: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """The recipe: every setting of a run, with its help and its checks.
 
 One flat pydantic model that inherits from small sections: users see flat names, and a function takes only the section
-that it needs. A flag, a key of a recipe file and an attribute share one name. A section and its checks are in the file
-of their part, checks across sections in `data` and `recipe`; other rooms import all of it from here.
+that it needs. A flag, a key of a recipe file and an attribute share one name. A section is in the file that the imports
+below name, with the checks of single fields; what fields have to agree on is in `data` and `recipe`, in the order in
+which mistakes are told. Other rooms import all of it from here.
 Nothing here imports torch or diffusers, so that a mistake on the command line is reported at once.
 """
 

@@ -1,4 +1,4 @@
-"""Room in host memory for many tensors, pinned for a GPU.
+"""Room in host memory for many tensors, pinned for a GPU; and a number that comes from there.
 
 torch rounds a pinned buffer up to a power of two: 3.2 GiB of weights, one buffer each, take 3.9. Here they share blocks
 whose sizes are powers of two.
@@ -62,6 +62,25 @@ def packed(sizes: Sequence[int], block_bytes: int = BLOCK_BYTES) -> list[Block]:
 def pinned_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """A tensor in the host's memory, in pinned memory if the other one is: copies to a GPU then do not block."""
     return tensor.pin_memory() if other.is_pinned() else tensor
+
+
+class OnItsWay:
+    """A number on its way from a device to the host, which may do other things meanwhile."""
+
+    def __init__(self, number: torch.Tensor) -> None:
+        """`number` is a tensor of one element."""
+        self._number = number
+        self._is_there: torch.cuda.Event | None = None
+        if number.device.type == "cuda":
+            self._number = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+            self._is_there = torch.cuda.Event()
+            self._is_there.record()
+
+    def value(self) -> float:
+        """The number. The host waits for what leads to it, and not for what the device was given to do since."""
+        if self._is_there:
+            self._is_there.synchronize()
+        return self._number.item()
 
 
 def power_of_two(number: int) -> int:

@@ -14,7 +14,8 @@ def import_diffusers() -> None:
     """Import diffusers and peft as if bitsandbytes were absent.
 
     They would import it for quantized models, and it torch's compiler: 0.7 s of every start. Whoever asks for an 8-bit
-    optimizer still imports it afterwards; models that bitsandbytes quantized cannot be loaded in this process.
+    optimizer still imports it afterwards; models that bitsandbytes quantized cannot be loaded in this process. So only
+    commands that train do this, and not those that load whatever pipeline they are given.
     """
     if BITSANDBYTES in sys.modules or "diffusers" in sys.modules:  # a script of one's own, which looked for it already
         return

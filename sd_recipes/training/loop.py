@@ -29,6 +29,7 @@ from sd_recipes.runtime.agreement import StopAgreement, all_gather, begin_sum, b
 from sd_recipes.runtime.console import say
 from sd_recipes.runtime.cores import share_of_cores
 from sd_recipes.runtime.fsdp import full_tensor
+from sd_recipes.runtime.host_memory import OnItsWay
 from sd_recipes.runtime.memory import another_phase, fragmented_gb, peak_memory_gb
 from sd_recipes.runtime.out_of_memory import done_once, once_more, unchanged
 from sd_recipes.runtime.signals import stop_request
@@ -41,7 +42,7 @@ from sd_recipes.training.optimizer_state import effective_rate
 from sd_recipes.training.phases import Profiler, phase
 from sd_recipes.training.recovery import Recovery, Undone, out_of_memory, shortage_explained
 from sd_recipes.training.run import Model, Run
-from sd_recipes.training.skipping import Reading, can_skip, skipped_unless
+from sd_recipes.training.skipping import can_skip, skipped_unless
 from sd_recipes.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -223,10 +224,11 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
     weight decay alone must not move the weights: nothing is done, and the norm is NaN.
 
     A step that the loss scaler skipped, or that had no usable row, advances neither schedule nor averages. Where memory
-    runs out before something is changed, that is done once more; otherwise the error is raised. Without a scaler
-    nothing is changed if the norm, which is the same on all processes, is not finite, so that the weights stay finite.
-    The host waits here for the norm; the device has the step to do meanwhile, if the optimizer's kernel can see to that
-    by itself. With --fused_backward_pass the backward pass has stepped already.
+    runs out before something is changed, that is done once more; otherwise the error is raised. The host waits here for
+    the norm, which is the same on all processes. If it is not finite nothing is changed, so that the weights stay
+    finite: a loss scaler sees to that; or the optimizer's kernel, and the device has the step to do while the host
+    waits; or else the host, which waits first. With --fused_backward_pass the backward pass has stepped already, and
+    has left out the gradients that are not finite.
     """
     if usable == 0:
         state.optimizer.zero_grad()
@@ -242,14 +244,16 @@ def update(state: TrainState, accelerator: Accelerator, max_grad_norm: float, us
     clip = partial(accelerator.clip_grad_norm_, parameters, max_grad_norm or math.inf)
     norm = state.fused_backward.grad_norm() if state.fused_backward else again("clipping", clip, is_unclipped)
     norm = full_tensor(norm)
-    reading = Reading(norm)
+    norm_for_host = OnItsWay(norm)
     step = partial(again, "the optimizer", state.optimizer.step, is_undone)
     has_stepped = state.fused_backward is not None
-    if not (has_stepped or accelerator.scaler or accelerator.is_fsdp2) and can_skip(state.optimizer):
+    # FSDP's parameters are DTensors, beside which a kernel takes no plain tensor.
+    is_plain = not (has_stepped or accelerator.scaler or accelerator.is_fsdp2)
+    if is_plain and can_skip(state.optimizer):
         with skipped_unless(norm.isfinite(), state.optimizer):
             step()
         has_stepped = True
-    grad_norm = reading.value()
+    grad_norm = norm_for_host.value()
     if accelerator.scaler is None and not math.isfinite(grad_norm):
         state.optimizer.zero_grad()
         if state.timestep_errors:

@@ -37,14 +37,14 @@ class Meter:
         self.restart(progress)
 
     def restart(self, progress: Progress) -> None:
-        """Start timing here: validation and pictures do not count as training time."""
+        """Start timing here: at the beginning, and after each log."""
         self.samples_from = progress.samples_seen
         self.waited = 0.0
         self.started = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done within this context does not count as training time."""
+        """What is done within this context, such as a validation, does not count as training time."""
         began = time.perf_counter()
         yield
         self.started += time.perf_counter() - began

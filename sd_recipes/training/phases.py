@@ -165,12 +165,13 @@ def phases_of(events: Sequence[dict[str, Any]]) -> Trace:
     asked: dict[int, float] = {}
     for event in events:
         if event.get("cat") in ON_HOST:
-            asked[event["args"].get("correlation", 0)] = event["ts"]
+            if "correlation" in event["args"]:
+                asked[event["args"]["correlation"]] = event["ts"]
             if event["name"] in WAITS:
                 found.waits[phase_at(event["ts"])] += 1
     for event in events:
         if event.get("cat") in ON_DEVICE:
-            name = phase_at(asked.get(event["args"].get("correlation", 0), 0.0))
+            name = phase_at(asked.get(event["args"].get("correlation"), 0.0))
             found.device[name] += event["dur"]
             if "Pageable" in event["name"]:
                 found.pageable[name] += 1

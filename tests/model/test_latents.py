@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from sd_recipes.model.latents import LatentEncoder, most_pixels, to_pixel_values
+from sd_recipes.model.latents import LatentEncoder, images_at_once, most_pixels, to_pixel_values
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -48,7 +48,15 @@ def test_a_large_batch_is_encoded_in_parts(encoder: LatentEncoder) -> None:
     assert sizes == [7, 3, 3, 1] + [1] * 7
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(one_by_one, whole)
-    assert most_pixels("cpu") < most_pixels("cuda") == most_pixels("meta")
+
+
+def test_a_cpu_takes_eight_images_of_64_pixels_at_once_and_a_gpu_more(encoder: LatentEncoder) -> None:
+    sizes: list[int] = []
+    encoder.vae.encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    encoder.encode(torch.zeros(9, 3, 64, 64, dtype=torch.uint8))
+    assert sizes == [8, 1]
+    assert images_at_once(most_pixels("cuda"), 64 * 64) == 256
+    assert images_at_once(most_pixels("cpu"), 512 * 512) == 1
 
 
 def test_sliced_an_image_is_encoded_alike_in_every_batch(encoder: LatentEncoder) -> None:
