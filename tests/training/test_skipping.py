@@ -93,7 +93,7 @@ def test_a_run_whose_only_steps_were_skipped_resumes_as_if_they_had_not_been(
     whole = build_poisoned({**settings, "output_dir": str(tmp_path / "whole")}, {1})
     fit_from(whole)
     fit_from(build_poisoned({**settings, "max_train_steps": 1, "checkpointing_steps": 1}, {1}))
-    resumed = build(settings)
+    resumed = build(settings, resume_from_checkpoint="latest")
     assert resumed.checkpoint is not None
     fit_from(resumed)
     assert_equal(weights(whole), weights(resumed))
