@@ -100,11 +100,15 @@ def time_to(loss: float, times: dict[int, float], losses: dict[int, float]) -> f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer_script", "--peer-script", type=Path, required=True)
-    parser.add_argument("--loss", type=float, default=0.45, help="to be reached")
+    parser.add_argument("--loss", type=float, default=0.5, help="to be reached")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--our_flags", default="--cache_latents memory", help="of the third column, in one string")
+    parser.add_argument(
+        "--our_flags",
+        default="--cache_latents memory --center_crop --cache_text",
+        help="of the third column, in one string",
+    )
     args = parser.parse_args()
     print(f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}; flags of both: {RECIPE}")
     print(f"ours, second way: {args.our_flags}")
