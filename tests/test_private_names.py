@@ -33,6 +33,7 @@ USED = {
     "_validate_launch_command": "accelerate, in tests",
     "_set_pg_timeout": "torch, in tests",
     "_coalescing_manager": "torch",
+    "_init_group": "torch",
     "_version": "torch",
     "_cdata": "torch",
     "_execution_engine": "torch",
@@ -124,6 +125,12 @@ def test_torch_sums_many_tensors_at_once() -> None:
     changed = f"torch {torch.__version__} does so in another way: mend sd_recipes/runtime/gradients.py"
     names = list(inspect.signature(distributed_c10d._coalescing_manager).parameters)
     assert names == ["group", "device", "async_ops"], changed
+
+
+def test_torchs_adafactor_lists_its_state_in_the_order_in_which_ours_takes_it() -> None:
+    _, _, *lists = inspect.signature(torch.optim.Adafactor._init_group).parameters
+    changed = f"torch {torch.__version__} has another Adafactor: mend sd_recipes/training/adafactor.py"
+    assert lists == ["params_with_grad", "grads", "row_vars", "col_vars", "variances", "state_steps"], changed
 
 
 def test_torch_counts_changes_of_a_tensor() -> None:
