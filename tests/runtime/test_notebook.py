@@ -37,8 +37,13 @@ cell("bf16", "--mixed_precision", "bf16")
 cell("mistake", "--resolution", "33")
 cell("no_is_back")
 
-timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
-timer.start()
+def interrupt():
+    while signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the run listens
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt).start()
 cell("interrupted", "--max_train_steps", "1000000")
 cell("interrupted", "--max_train_steps", "1")
 try:
