@@ -24,7 +24,7 @@ from make_model import SHAPES, build_model
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from sd_recipes.model.latents import most_pixels
+from sd_recipes.model.latents import images_at_once, most_pixels
 from sd_recipes.model.narrow_heads import WIDTH, widen_narrow_heads
 from sd_recipes.training.ema import move_towards
 
@@ -136,7 +136,7 @@ def main() -> None:
     heads = plain.down_blocks[0].attentions[0].transformer_blocks[0].attn1.heads
     average = [parameter.detach().clone() for parameter in plain.parameters()]
     weights = [parameter.detach() for parameter in plain.parameters()]
-    at_once = max(1, most_pixels("cpu") // resolution**2)
+    at_once = images_at_once(most_pixels("cpu"), resolution**2)
     adamw = {fused: torch.optim.AdamW(plain.parameters(), lr=0.0, fused=fused).step for fused in (None, True)}
     rows = (
         ("UNet, NCHW → channels_last", steps["NCHW"], steps["channels_last"]),

@@ -7,7 +7,7 @@
 # Parts: rows script nccl validation tests peer stall plan; of SHAPE=sdxl rows tests plan. Those that matter most come
 # first; no new check begins once BUDGET seconds are over, none lasts longer than GRACE more, and what was left out is
 # said. Models have random weights and are made on the spot. Without PEER_SCRIPT the comparison is left out. PYTHON names
-# the interpreter, ONLY a pattern of rows. DEVICE=cpu SHAPE=micro RESOLUTION=32 tries the script itself, all but the
+# the interpreter, ONLY a pattern of rows. DEVICE=cpu SHAPE=tiny RESOLUTION=64 tries the script itself, all but the
 # tests.
 set -uo pipefail
 cd "$(dirname "$0")/.."

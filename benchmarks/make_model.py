@@ -15,6 +15,7 @@ from PIL import Image
 
 SHAPES = {
     # UNet widths, text width, VAE widths, heads, resolution, batch, steps, warm-up steps
+    # In float32 only: its norms are of single values, and in bf16 on a CPU its gradients are infinite now and then.
     "micro": ([16, 16, 16, 16], 64, [16, 16, 16, 16], 2, 32, 4, 12, 4),
     "tiny": ([32, 64, 64, 64], 64, [16, 16, 32, 32], 8, 64, 4, 12, 4),
     "quarter": ([80, 160, 320, 320], 192, [32, 64, 128, 128], 8, 256, 4, 12, 4),

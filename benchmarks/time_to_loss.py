@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument(
         "--our_flags",
         default="--cache_latents memory --center_crop --cache_text",
-        help="of the third column, in one string",
+        help="of our second way, in one string",
     )
     args = parser.parse_args()
     print(f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}; flags of both: {RECIPE}")

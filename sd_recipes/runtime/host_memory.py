@@ -1,4 +1,4 @@
-"""Room in host memory for many tensors, pinned for a GPU; and a number that comes from there.
+"""Room in host memory for many tensors, pinned for a GPU; and a number on its way from a device to the host.
 
 torch rounds a pinned buffer up to a power of two: 3.2 GiB of weights, one buffer each, take 3.9. Here they share blocks
 whose sizes are powers of two.
